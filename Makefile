@@ -1,0 +1,49 @@
+# `make demo` and `make test` work from a bare checkout: each makes .venv, installs, and runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint types bench wheel clean
+
+help:
+	@echo "make demo    emoji-clip learns digits: corda-kpm beside lora and full fine-tuning (10 minutes on two cores)"
+	@echo "make test    lint, types and tests (CORDA_VLM_DATA=folder adds the tests on real data sets)"
+	@echo "make bench   the slow tests and the benchmarks of eval/benchmarks (over an hour)"
+	@echo "make wheel   build the wheel into dist/"
+
+$(BIN)/python:
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	@echo "installing corda-vlm with torch and transformers into $(VENV): about 5 GB, some two minutes"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
+	@echo "installing corda-vlm and its test tools into $(VENV): about 5 GB, some two minutes"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev,bench]"
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	@$(BIN)/corda-vlm run configs/demo.yaml
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	@$(BIN)/pyright
+
+test: lint types
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+bench: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python eval/benchmarks/init_vs_peft.py
+
+wheel: $(VENV)/.installed-dev
+	@$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

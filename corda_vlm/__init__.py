@@ -1,0 +1,69 @@
+"""Fine-tune vision-language models without losing what they know.
+
+    from corda_vlm import adapt, export_adapter, load_model
+
+    loaded = load_model("emoji-clip")
+    model = adapt(loaded.model, calibration_batches, mode="kpm", rank=16)
+    ...  # train `model` as any PEFT model
+    export_adapter(model, "adapter", format="merged")
+
+Names are imported on first use, so that `import corda_vlm` and `corda-vlm --help` are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from corda_vlm.adapter import adapt, attach_adapter, load_adapter, restore
+    from corda_vlm.covariance import Covariance, CovarianceStore, collect_covariance
+    from corda_vlm.errors import CordaError
+    from corda_vlm.evaluation import Score, Suite, evaluate, load_suite
+    from corda_vlm.export import export_adapter
+    from corda_vlm.families import FAMILIES, Loaded, load_model, register_family
+    from corda_vlm.files import asset
+    from corda_vlm.methods import METHODS, prepare_method
+    from corda_vlm.plan import AdapterPlan, plan_adapter
+    from corda_vlm.sites import Site, find_sites
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FAMILIES": "families",
+    "METHODS": "methods",
+    "AdapterPlan": "plan",
+    "CordaError": "errors",
+    "Covariance": "covariance",
+    "CovarianceStore": "covariance",
+    "Loaded": "families",
+    "Score": "evaluation",
+    "Site": "sites",
+    "Suite": "evaluation",
+    "adapt": "adapter",
+    "asset": "files",
+    "attach_adapter": "adapter",
+    "collect_covariance": "covariance",
+    "evaluate": "evaluation",
+    "export_adapter": "export",
+    "find_sites": "sites",
+    "load_adapter": "adapter",
+    "load_model": "families",
+    "load_suite": "evaluation",
+    "plan_adapter": "plan",
+    "prepare_method": "methods",
+    "register_family": "families",
+    "restore": "adapter",
+}
+
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'corda_vlm' has no attribute {name!r}")
+    return getattr(import_module(f"corda_vlm.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

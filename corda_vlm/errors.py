@@ -1,0 +1,42 @@
+"""The errors of the package.
+
+Every message names the thing that is wrong, says what was expected, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CordaError(ValueError):
+    """Base class: the input or the request is wrong, and the message says how to put it right."""
+
+
+class UnknownNameError(CordaError):
+    """A name that is not among the choices; the message lists them and the nearest one."""
+
+    def __init__(self, kind: str, name: object, choices: Iterable[str], hint: str = "") -> None:
+        listed = sorted(choices)
+        close = difflib.get_close_matches(str(name), listed, n=1)
+        guess = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(
+            f"unknown {kind} {name!r}; choose one of: {', '.join(listed)}.{guess}"
+            + (f" {hint}" if hint else "")
+        )
+
+
+class NoSitesError(CordaError):
+    """A pattern, tower or role that matches no layer of the model."""
+
+
+class CalibrationError(CordaError):
+    """Calibration data that cannot give a covariance: empty, too few tokens, NaN or Inf, unreached sites."""
+
+
+class ForeignFileError(CordaError):
+    """A file that is corrupt, truncated, or was made from another model, other data or another mode."""
+
+
+class DataError(CordaError):
+    """Training, calibration or evaluation data that cannot be read as described."""

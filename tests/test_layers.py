@@ -1,0 +1,70 @@
+"""Nothing imports upwards: the order of the modules is part of the design."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import corda_vlm
+
+PACKAGE = Path(corda_vlm.__file__).parent
+# From the bottom up. A module may import those on its own level's left, never those on its right.
+ORDER = (
+    "errors",
+    "files",
+    "decompose",
+    "ranks",
+    "families",
+    "sites",
+    "covariance",
+    "plan",
+    "adapter",
+    "methods",
+    "data",
+    "train",
+    "evaluation",
+    "run",
+    "__init__",
+    "__main__",
+)
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_layers(path: Path) -> set[str]:
+    """The top-level modules of corda_vlm that `path` imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "corda_vlm":
+                child = parts[1] if len(parts) > 1 else "__init__"
+                is_module = (PACKAGE / child).is_dir() or (PACKAGE / f"{child}.py").exists()
+                found.add(child if is_module else "__init__")
+    return found
+
+
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "_assets" not in p.parts)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_downwards(path: Path) -> None:
+    mine = layer(path)
+    assert mine in ORDER, f"{mine} has no place in the order; add it to ORDER where it belongs"
+    below = set(ORDER[: ORDER.index(mine)])
+    upwards = imported_layers(path) - below - {mine}
+    assert not upwards, f"{path.name} imports upwards: {sorted(upwards)}"
+
+
+def test_no_utils() -> None:
+    assert not [p for p in SOURCES if "util" in p.stem or "helper" in p.stem]
