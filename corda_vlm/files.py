@@ -62,7 +62,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
         raise CordaError(
             f"could not write {path}: {error.strerror or error}. The former file, if any, is untouched; "

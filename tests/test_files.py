@@ -45,9 +45,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial(tmp_path):
 def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path):
     target = tmp_path / "value.json"
     write_json(target, {"a": 1})
-    with pytest.raises(CordaError, match=r"could not write .*value\.json: No space"):
-        with atomic_write(target):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    full = pytest.raises(CordaError, match=r"could not write .*value\.json: No space")
+    with full, atomic_write(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert read_json(target) == {"a": 1}
 
 
