@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-Batch = Mapping[str, Tensor]
+from corda_vlm.errors import CordaError, DataError
+
+Batch = Mapping[str, Any]
 """A batch as the models take it: `pixel_values` (B, 3, H, W), `input_ids` (B, L), `attention_mask` (B, L), …"""
 
 
@@ -22,8 +26,9 @@ class Rule:
     """A declared pattern of weight matrices.
 
     Attributes:
-        pattern: regular expression that matches the *whole* dotted path of the `nn.Linear`. A named group
-            `block` gives the block's index; further named groups may be used in `stream`.
+        pattern: regular expression that matches the *whole* dotted path of the `nn.Linear` (as the family's
+            `canonical` writes it). A named group `block` gives the block's index; further named groups may be
+            used in `stream`.
         tower: "vision", "text", "projector" or "language".
         role: "q", "k", "v", "o", "up", "gate", "down", "proj", or fused: "qkv", "kv", "gate_up".
         stream: format string over the named groups: sites whose formatted streams are equal read the same
@@ -56,6 +61,8 @@ class Processor:
 class Family:
     """How the models of one family are recognised, named, run and loaded.
 
+    Every function takes the bare model or a PEFT wrapper around it, packed or with unpacked attention.
+
     Attributes:
         name: key in `FAMILIES`, e.g. "clip_hf".
         matches: does this model belong to the family? Sees the bare model (never a PEFT wrapper).
@@ -65,7 +72,13 @@ class Family:
         encode_image: (model, pixel_values (B, 3, H, W)) -> (B, D) embeddings, not normalised.
         encode_text: (model, batch with input_ids (n, L)) -> (n, D) embeddings, not normalised.
         logit_scale: model -> the scalar that multiplies cosine similarities (already exponentiated).
-        load: (source, dtype) -> (model, processor); source is a folder, a built-in name or a hub id.
+        load: (source, dtype) -> (model, processor); source is a folder or an id on a hub.
+        reads: does this folder hold a model of the family? Looks at file names and configs, never at weights.
+        classes: the names of the model classes, for messages.
+        canonical: (model, dotted path) -> the path under which the rules know it. A family whose classes name
+            one layer differently (transformers 4 and 5; a tower alone or in the whole model) maps it here.
+        towers: model -> the towers it has.
+        refuses: model -> why its layers cannot be adapted although the class matches, or None.
     """
 
     name: str
@@ -73,7 +86,95 @@ class Family:
     rules: tuple[Rule, ...]
     forward: Callable[[nn.Module, Batch], object]
     masks: Callable[[Batch], Mapping[str, Bool[Tensor, "b l"]]]
-    encode_image: Callable[[nn.Module, Tensor], Float[Tensor, "b d"]]
+    encode_image: Callable[..., Float[Tensor, "b d"]]
     encode_text: Callable[[nn.Module, Batch], Float[Tensor, "n d"]]
     logit_scale: Callable[[nn.Module], Float[Tensor, ""]]
     load: Callable[..., tuple[nn.Module, Processor]]
+    reads: Callable[[Path], bool] = lambda folder: False
+    classes: tuple[str, ...] = ()
+    canonical: Callable[[nn.Module, str], str] = lambda model, name: name
+    towers: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
+    refuses: Callable[[nn.Module], str | None] = lambda model: None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, with what feeds it.
+
+    Attributes:
+        model: in eval mode, on the device and in the dtype asked for.
+        source: the name or path it was loaded from.
+    """
+
+    model: nn.Module
+    processor: Processor
+    family: Family
+    source: str
+
+
+# ------------------------------------------------------------------ shared by the families
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The model inside a PEFT wrapper (its layers keep their adapters), or the model itself.
+
+    Typed `Any`: what attributes it has is its family's knowledge.
+    """
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def class_of(model: nn.Module, package: str) -> frozenset[str]:
+    """Names of the classes of `model` (bases included) that `package` defines.
+
+    By name, so that a family can be asked about a model without importing the family's library.
+    """
+    return frozenset(
+        kind.__name__ for kind in type(model).__mro__ if kind.__module__.split(".")[0] == package
+    )
+
+
+def token_mask(batch: Batch) -> Bool[Tensor, "b l"] | None:
+    """Which text tokens count: the batch's own mask, else all up to and including the end-of-text token.
+
+    Without a mask the end of text is taken to be the first occurrence of the row's highest id, as CLIP's
+    pooling does.
+    """
+    ids = batch.get("input_ids")
+    if ids is None:
+        return None
+    if (given := batch.get("attention_mask")) is not None:
+        return given.bool()
+    end = ids.argmax(dim=-1, keepdim=True)  # (B, 1)
+    return torch.arange(ids.shape[-1], device=ids.device) <= end  # (B, L)
+
+
+def run_towers(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    vision: Callable[[], object] | None,
+    text: Callable[[], object] | None,
+) -> dict[str, object]:
+    """Run the towers that the model has and the batch feeds.
+
+    Raises:
+        DataError: the batch feeds none of them.
+    """
+    inputs = {"vision": ("pixel_values", vision), "text": ("input_ids", text)}
+    outputs = {
+        tower: run()
+        for tower, (key, run) in inputs.items()
+        if run is not None and batch.get(key) is not None
+    }
+    if not outputs:
+        wanted = " or ".join(repr(key) for key, run in inputs.values() if run is not None)
+        raise DataError(
+            f"{type(model).__name__} takes {wanted}; the batch has: {', '.join(batch) or 'nothing'}"
+        )
+    return outputs
+
+
+def no_tower(model: nn.Module, tower: str) -> CordaError:
+    """The error for a model that is asked to run a tower it does not have."""
+    return CordaError(f"{type(model).__name__} has no {tower} tower")

@@ -1,0 +1,177 @@
+"""The model families, and one way to load a model of any of them.
+
+A family is one `Family` in one file of this package. To add one, declare its rules there (or in a file of
+your own) and pass it to `register_family`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.families.base import Batch, Family, Loaded, Processor, Rule, unwrap
+from corda_vlm.families.clip_hf import CLIP_HF, SIGLIP_HF
+from corda_vlm.families.clip_open import CLIP_OPEN
+from corda_vlm.files import asset
+
+__all__ = [
+    "FAMILIES",
+    "Batch",
+    "Family",
+    "Loaded",
+    "Processor",
+    "Rule",
+    "detect_family",
+    "family_of",
+    "load_model",
+    "register_family",
+    "unwrap",
+]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (CLIP_HF, SIGLIP_HF, CLIP_OPEN)}
+
+_FORMS = (
+    "A model is: a built-in name; a folder in the format of transformers (config.json) or open_clip "
+    "(open_clip_config.json); 'ORG/NAME' of a transformers model on the Hugging Face hub; "
+    "'MODEL/TAG' of open_clip, e.g. 'ViT-B-32/laion2b_s34b_b79k'; or 'hf-hub:ORG/NAME' of open_clip."
+)
+
+
+def register_family(family: Family) -> Family:
+    """Make `family` known to `detect_family`, `find_sites` and `load_model`. Returns it.
+
+    Raises:
+        CordaError: another family has that name.
+    """
+    if FAMILIES.setdefault(family.name, family) is not family:
+        raise CordaError(f"a family named {family.name!r} is registered already")
+    return family
+
+
+def detect_family(model: nn.Module) -> Family:
+    """The family of a model, which may be wrapped by PEFT.
+
+    Raises:
+        CordaError: no family knows the class, or the family cannot adapt this model; says why.
+    """
+    bare = unwrap(model)
+    for family in FAMILIES.values():
+        if family.matches(bare):
+            if reason := family.refuses(bare):
+                raise CordaError(f"{type(bare).__name__} cannot be adapted: {reason}")
+            return family
+    known = "; ".join(f"{name} ({', '.join(family.classes)})" for name, family in FAMILIES.items())
+    raise CordaError(
+        f"no family knows the model class {type(bare).__module__}.{type(bare).__name__}. Families: {known}. "
+        "To add one, declare a corda_vlm.families.Family (its rules say which layers are adapted and which of "
+        "them read one input) and pass it to corda_vlm.families.register_family."
+    )
+
+
+def family_of(family: str | Family, model: nn.Module) -> Family:
+    """The family as given, by name, or detected from the model for `"auto"`.
+
+    Raises:
+        UnknownNameError: no family of that name.
+    """
+    if isinstance(family, Family):
+        return family
+    if family == "auto":
+        return detect_family(model)
+    if family not in FAMILIES:
+        raise UnknownNameError("family", family, ["auto", *FAMILIES])
+    return FAMILIES[family]
+
+
+def load_model(
+    source: str | Path,
+    *,
+    family: str | Family = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Loaded:
+    """Load a model and what feeds it.
+
+    Args:
+        source: "emoji-clip" or another built-in name (add "-hf" for the same weights as a transformers
+            `CLIPModel`), a folder, or an id on a hub.
+        family: which family's format to expect where a folder holds more than one.
+
+    Raises:
+        UnknownNameError: no such built-in name.
+        CordaError: the folder is in no known format, or a hub cannot be reached.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    zoo = _zoo()
+    if path.is_dir():
+        loaded = _load_folder(path, family)
+    elif text in zoo:
+        loaded = _load_folder(zoo[text], family)
+    elif text.endswith("-hf") and text.removesuffix("-hf") in zoo:
+        loaded = _load_converted(zoo[text.removesuffix("-hf")])
+    elif text.startswith(("./", "../", "/", "~")) or path.suffix:
+        raise CordaError(f"no folder {text!r}")
+    elif text.startswith("hf-hub:"):
+        loaded = _load_remote(FAMILIES["clip_open"], text)
+    elif "/" in text:
+        loaded = _load_remote(_remote_family(text, family), text)
+    else:
+        raise UnknownNameError("model", text, [*zoo, *(f"{name}-hf" for name in zoo)], _FORMS)
+    model, processor, found = loaded
+    return Loaded(model.to(device=device, dtype=dtype).eval(), processor, found, text)
+
+
+_Parts = tuple[nn.Module, Processor, Family]
+
+
+def _zoo() -> dict[str, Path]:
+    """Built-in models: the folders of the model zoo that have a card."""
+    return {
+        card.parent.name: card.parent for card in sorted(asset("model_zoo").glob("*/card.yaml"))
+    }
+
+
+def _load_folder(folder: Path, family: str | Family) -> _Parts:
+    if family == "auto":
+        found = next((family for family in FAMILIES.values() if family.reads(folder)), None)
+    else:
+        found = family if isinstance(family, Family) else FAMILIES.get(family)
+    if found is None:
+        beside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+        raise CordaError(
+            f"{folder} is no model of a known format. Expected open_clip's files (open_clip_config.json and "
+            "open_clip_model.safetensors) or those of transformers (config.json with a model_type of CLIP or "
+            f"SigLIP, and model.safetensors). It has: {beside}."
+        )
+    return (*found.load(folder, torch.float32), found)
+
+
+def _load_converted(folder: Path) -> _Parts:
+    from corda_vlm.families.convert import convert_loaded
+
+    model, processor, _ = _load_folder(folder, "clip_open")
+    return (*convert_loaded(model, processor), CLIP_HF)
+
+
+def _remote_family(source: str, family: str | Family) -> Family:
+    import open_clip
+
+    if family != "auto":
+        return family if isinstance(family, Family) else FAMILIES[family]
+    return CLIP_OPEN if source.split("/")[0] in open_clip.list_models() else CLIP_HF
+
+
+def _load_remote(family: Family, source: str) -> _Parts:
+    try:
+        return (*family.load(source, torch.float32), family)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, CordaError):
+            raise
+        raise CordaError(
+            f"could not load {source!r} from its hub ({type(error).__name__}), and no folder of that name is "
+            f"here. Check the name and the network, or download the model and give its folder. {_FORMS}"
+        ) from error

@@ -1,0 +1,354 @@
+"""CLIP, SigLIP and SigLIP 2 of transformers: whole models, and towers alone with or without a projection.
+
+transformers 4 and 5 name the layers of a tower class differently: `CLIPVisionModel` has
+`vision_model.encoder.layers.0…` in 4 and `encoder.layers.0…` in 5, while `CLIPModel` keeps the prefix. The
+rules are written with the prefix; `canonical` adds it where it is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from corda_vlm.errors import CordaError
+from corda_vlm.families.base import (
+    Batch,
+    Family,
+    Processor,
+    Rule,
+    class_of,
+    no_tower,
+    run_towers,
+    token_mask,
+    unwrap,
+)
+from corda_vlm.files import read_json
+
+_CLIP = (
+    "CLIPModel",
+    "CLIPVisionModel",
+    "CLIPVisionModelWithProjection",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+)
+_SIGLIP = tuple(
+    f"{name}{part}"
+    for name in ("Siglip", "Siglip2")
+    for part in ("Model", "VisionModel", "TextModel")
+)
+
+
+# ------------------------------------------------------------------ rules
+
+
+def _tower(prefix: str, tower: str) -> tuple[Rule, ...]:
+    """The blocks of one tower: `<prefix>.encoder.layers.<n>.{self_attn,mlp}`."""
+    block = rf"(?P<prefix>{prefix}\.encoder\.layers\.(?P<block>\d+))"
+    attention = tuple(
+        Rule(rf"{block}\.self_attn\.{role}_proj", tower, role, "{prefix}.attn.in")
+        for role in ("q", "k", "v")
+    )
+    return (
+        *attention,
+        Rule(rf"{block}\.self_attn\.out_proj", tower, "o", "{prefix}.attn.out"),
+        Rule(rf"{block}\.mlp\.fc1", tower, "up", "{prefix}.mlp.in"),
+        Rule(rf"{block}\.mlp\.fc2", tower, "down", "{prefix}.mlp.mid"),
+    )
+
+
+_CLIP_RULES = (
+    *_tower("text_model", "text"),
+    *_tower("vision_model", "vision"),
+    Rule(r"visual_projection", "vision", "proj", "visual_projection.in"),
+    Rule(r"text_projection", "text", "proj", "text_projection.in"),
+)
+
+# The pooling head attends from one learned probe to the tokens: q reads the probe, k and v read the tokens.
+_HEAD = r"(?P<prefix>vision_model\.head)"
+_SIGLIP_RULES = (
+    *_tower("text_model", "text"),
+    Rule(r"text_model\.head", "text", "proj", "text_model.head.in"),
+    *_tower("vision_model", "vision"),
+    Rule(rf"{_HEAD}\.attention\.q_proj", "vision", "q", "{prefix}.attn.probe"),
+    Rule(rf"{_HEAD}\.attention\.k_proj", "vision", "k", "{prefix}.attn.in"),
+    Rule(rf"{_HEAD}\.attention\.v_proj", "vision", "v", "{prefix}.attn.in"),
+    Rule(rf"{_HEAD}\.attention\.out_proj", "vision", "o", "{prefix}.attn.out"),
+    Rule(rf"{_HEAD}\.mlp\.fc1", "vision", "up", "{prefix}.mlp.in"),
+    Rule(rf"{_HEAD}\.mlp\.fc2", "vision", "down", "{prefix}.mlp.mid"),
+)
+
+
+def canonical(model: nn.Module, name: str) -> str:
+    """The path of a layer as the rules write it: a tower class alone gets its tower's prefix."""
+    kinds = class_of(model, "transformers")
+    for part, prefix in (("VisionModel", "vision_model."), ("TextModel", "text_model.")):
+        if any(kind.endswith(part) for kind in kinds) and not name.startswith(prefix):
+            return prefix + name
+    return name
+
+
+# ------------------------------------------------------------------ running
+
+
+def _pooled(output: Any) -> Tensor:
+    """(B, D) embeddings: transformers 4 returns the tensor, 5 an output object that holds it."""
+    if isinstance(output, Tensor):
+        return output
+    for field in ("image_embeds", "text_embeds", "pooler_output"):
+        if (value := getattr(output, field, None)) is not None:
+            return value
+    raise CordaError(
+        f"{type(output).__name__} holds no pooled embeddings; does the model have its head?"
+    )
+
+
+def _has(model: nn.Module, tower: str) -> bool:
+    kinds = class_of(model, "transformers")
+    other = {"vision": "TextModel", "text": "VisionModel"}[tower]
+    return not any(other in kind for kind in kinds)
+
+
+def _towers(model: nn.Module) -> tuple[str, ...]:
+    return tuple(tower for tower in ("vision", "text") if _has(model, tower))
+
+
+def _run(model: nn.Module, tower: str, inputs: dict[str, Tensor]) -> Tensor:
+    model = unwrap(model)
+    if not _has(model, tower):
+        raise no_tower(model, tower)
+    whole = getattr(
+        model, {"vision": "get_image_features", "text": "get_text_features"}[tower], None
+    )
+    return _pooled(whole(**inputs) if whole is not None else model(**inputs))
+
+
+def _image_inputs(model: Any, pixels: Tensor | Batch) -> dict[str, Tensor]:
+    """The vision tower's arguments. SigLIP 2 (NaFlex) takes patches, their mask and grid; whole images of one
+    size are cut into patches here, in the order of its image processor: rows, columns, then (height, width, channel).
+    """
+    if isinstance(pixels, Tensor):
+        pixels = {"pixel_values": pixels}
+    inputs = {
+        key: pixels[key]
+        for key in ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        if pixels.get(key) is not None
+    }
+    images = inputs["pixel_values"]
+    if not _takes_patches(model) or images.dim() == 3:
+        return inputs
+    config = getattr(model.config, "vision_config", model.config)
+    size: int = config.patch_size
+    rows, columns = images.shape[-2] // size, images.shape[-1] // size
+    if (rows * size, columns * size) != tuple(images.shape[-2:]):
+        raise CordaError(
+            f"images of {images.shape[-2]}×{images.shape[-1]} pixels are not made of {size}×{size} patches"
+        )
+    patches = images.unflatten(-2, (rows, size)).unflatten(
+        -1, (columns, size)
+    )  # (B, 3, R, P, C, P)
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, R·C, P·P·3)
+    grid = torch.tensor([[rows, columns]] * len(images), device=images.device)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(
+            patches.shape[:2], dtype=torch.long, device=images.device
+        ),
+        "spatial_shapes": grid,
+    }
+
+
+def _takes_patches(model: nn.Module) -> bool:
+    return bool(class_of(model, "transformers") & {"Siglip2Model", "Siglip2VisionModel"})
+
+
+def encode_image(model: nn.Module, pixels: Tensor | Batch) -> Float[Tensor, "b d"]:
+    """Image embeddings (B, D), not normalised, from `pixel_values` (B, 3, H, W) or a whole batch."""
+    return _run(model, "vision", _image_inputs(unwrap(model), pixels))
+
+
+def encode_text(model: nn.Module, batch: Batch) -> Float[Tensor, "n d"]:
+    """CLIP's text embeddings (n, D), not normalised."""
+    inputs = {
+        key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None
+    }
+    return _run(model, "text", inputs)
+
+
+def _encode_text_siglip(model: nn.Module, batch: Batch) -> Float[Tensor, "n d"]:
+    # SigLIP was trained without a text mask: padding is attended to and the last position is pooled.
+    return _run(model, "text", {"input_ids": batch["input_ids"]})
+
+
+def forward(model: nn.Module, batch: Batch) -> object:
+    """Run every tower that the model has and the batch feeds."""
+    return _forward(model, batch, encode_text)
+
+
+def _forward_siglip(model: nn.Module, batch: Batch) -> object:
+    return _forward(model, batch, _encode_text_siglip)
+
+
+def _forward(model: nn.Module, batch: Batch, text: Any) -> object:
+    bare = unwrap(model)
+    return run_towers(
+        bare,
+        batch,
+        vision=(lambda: encode_image(bare, batch)) if _has(bare, "vision") else None,
+        text=(lambda: text(bare, batch)) if _has(bare, "text") else None,
+    )
+
+
+def masks(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
+    """Text tokens up to and including the end of text; with NaFlex inputs, the patches that are no padding."""
+    found = {"text": token_mask(batch), "vision": batch.get("pixel_attention_mask")}
+    return {tower: mask.bool() for tower, mask in found.items() if mask is not None}
+
+
+def _masks_siglip(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
+    """As for CLIP, and the last position too: it is the one the text embedding is read from."""
+    found = masks({**batch, "input_ids": None})
+    if batch.get("input_ids") is not None:
+        given = batch.get("attention_mask")
+        mask = torch.ones_like(batch["input_ids"]) if given is None else given
+        mask = mask.bool().clone()
+        mask[:, -1] = True
+        found["text"] = mask
+    return found
+
+
+def logit_scale(model: nn.Module) -> Float[Tensor, ""]:
+    """The scalar that multiplies cosine similarities, exponentiated."""
+    model = unwrap(model)
+    if not hasattr(model, "logit_scale"):
+        raise CordaError(f"{type(model).__name__} is one tower alone and has no logit scale")
+    return model.logit_scale.exp().reshape(())
+
+
+# ------------------------------------------------------------------ loading
+
+
+def _load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    known = [
+        name for name in getattr(config, "architectures", None) or () if name in _CLIP + _SIGLIP
+    ]
+    kind = getattr(transformers, known[0]) if known else transformers.AutoModel
+    model = kind.from_pretrained(source).to(dtype).eval()
+    return model, processor(source, model)
+
+
+def processor(source: str | Path, model: nn.Module) -> Processor:
+    """The image processor and tokenizer that lie beside the weights, under our interface."""
+    import transformers
+
+    images = (
+        transformers.AutoImageProcessor.from_pretrained(source) if _has(model, "vision") else None
+    )
+    words = transformers.AutoTokenizer.from_pretrained(source) if _has(model, "text") else None
+    return make_processor(model, images, words)
+
+
+def make_processor(model: nn.Module, images: Any, words: Any) -> Processor:
+    """A `Processor` from a transformers image processor and tokenizer (either may be None)."""
+    bare = unwrap(model)
+    config = bare.config
+    length = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    vision = getattr(config, "vision_config", config)
+    size = _image_size(images, vision)
+
+    def image(picture: Any) -> Float[Tensor, "3 h w"]:
+        if images is None:
+            raise no_tower(bare, "vision")
+        if _takes_patches(
+            bare
+        ):  # a fixed size instead of NaFlex's own, so that images make a batch
+            picture = picture.convert("RGB").resize(size[::-1], resample=2)
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            return (pixels.reshape(*size, 3).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+        return torch.as_tensor(
+            images(images=picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        )
+
+    def text(texts: Sequence[str]) -> dict[str, Tensor]:
+        if words is None:
+            raise no_tower(bare, "text")
+        found = words(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"].bool()}
+
+    return Processor(image=image, text=text, image_size=size)
+
+
+def _image_size(images: Any, vision: Any) -> tuple[int, int]:
+    """(height, width) of the tower's input."""
+    if (patches := getattr(vision, "num_patches", None)) is not None and not hasattr(
+        vision, "image_size"
+    ):
+        side = int(patches**0.5) * vision.patch_size  # SigLIP 2
+        return side, side
+    side = getattr(vision, "image_size", None)
+    if side is None:  # a text tower alone
+        return 0, 0
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def _reads(*types: str) -> Any:
+    def reads(folder: Path) -> bool:
+        config = folder / "config.json"
+        return (
+            config.is_file() and read_json(config, "model configuration").get("model_type") in types
+        )
+
+    return reads
+
+
+CLIP_HF = Family(
+    name="clip_hf",
+    matches=lambda model: bool(class_of(model, "transformers") & set(_CLIP)),
+    rules=_CLIP_RULES,
+    forward=forward,
+    masks=masks,
+    encode_image=encode_image,
+    encode_text=encode_text,
+    logit_scale=logit_scale,
+    load=_load,
+    reads=_reads("clip", "clip_vision_model", "clip_text_model"),
+    classes=_CLIP,
+    canonical=canonical,
+    towers=_towers,
+)
+
+SIGLIP_HF = Family(
+    name="siglip_hf",
+    matches=lambda model: bool(class_of(model, "transformers") & set(_SIGLIP)),
+    rules=_SIGLIP_RULES,
+    forward=_forward_siglip,
+    masks=_masks_siglip,
+    encode_image=encode_image,
+    encode_text=_encode_text_siglip,
+    logit_scale=logit_scale,
+    load=_load,
+    reads=_reads(
+        *(
+            f"{name}{part}"
+            for name in ("siglip", "siglip2")
+            for part in ("", "_vision_model", "_text_model")
+        )
+    ),
+    classes=_SIGLIP,
+    canonical=canonical,
+    towers=_towers,
+)

@@ -1,0 +1,307 @@
+"""open_clip: `CLIP` and `CustomTextCLIP`, with its own transformers, timm image towers and Hugging Face text towers.
+
+Its own transformers pack q, k and v in one `nn.MultiheadAttention`: the rules name the parts
+(`….attn.q_proj`), which exist as modules while `attention.unpacked` is in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.families.base import (
+    Batch,
+    Family,
+    Processor,
+    Rule,
+    class_of,
+    run_towers,
+    token_mask,
+    unwrap,
+)
+from corda_vlm.files import read_json
+
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+)
+
+
+# ------------------------------------------------------------------ rules
+
+
+def _own_tower(path: str, tower: str) -> tuple[Rule, ...]:
+    """The blocks of open_clip's own transformers."""
+    block = rf"(?P<prefix>{path}\.resblocks\.(?P<block>\d+))"
+    return (
+        *(
+            Rule(rf"{block}\.attn\.{role}_proj", tower, role, "{prefix}.attn.in")
+            for role in ("q", "k", "v")
+        ),
+        Rule(rf"{block}\.attn\.out_proj", tower, "o", "{prefix}.attn.out"),
+        Rule(rf"{block}\.mlp\.c_fc", tower, "up", "{prefix}.mlp.in"),
+        Rule(rf"{block}\.mlp\.c_proj", tower, "down", "{prefix}.mlp.mid"),
+    )
+
+
+def _pool(path: str) -> tuple[Rule, ...]:
+    """open_clip's `AttentionalPooler`: q reads learned queries, k and v read the tokens."""
+    pool = rf"(?P<prefix>{path})\.attn"
+    return (
+        Rule(rf"{pool}\.q_proj", "vision", "q", "{prefix}.attn.probe"),
+        Rule(rf"{pool}\.k_proj", "vision", "k", "{prefix}.attn.in"),
+        Rule(rf"{pool}\.v_proj", "vision", "v", "{prefix}.attn.in"),
+        Rule(rf"{pool}\.out_proj", "vision", "o", "{prefix}.attn.out"),
+    )
+
+
+def _timm_tower() -> tuple[Rule, ...]:
+    """timm: plain and EVA vision transformers, Swin and ConvNeXt stages, the latent pooling head, the projection."""
+    plain = r"(?P<prefix>visual\.trunk\.blocks\.(?P<block>\d+))"
+    staged = r"(?P<prefix>visual\.trunk\.(?:stages|layers)\.\d+\.blocks\.\d+)"
+    pool = r"(?P<prefix>visual\.trunk\.attn_pool)"
+    rules: list[Rule] = []
+    for block in (plain, staged):
+        rules += [
+            Rule(rf"{block}\.attn\.qkv", "vision", "qkv", "{prefix}.attn.in"),
+            *(
+                Rule(rf"{block}\.attn\.{role}_proj", "vision", role, "{prefix}.attn.in")
+                for role in ("q", "k", "v")
+            ),
+            Rule(rf"{block}\.attn\.proj", "vision", "o", "{prefix}.attn.out"),
+            *_timm_mlp(block),
+        ]
+    rules += [
+        Rule(rf"{pool}\.q", "vision", "q", "{prefix}.attn.probe"),
+        Rule(rf"{pool}\.kv", "vision", "kv", "{prefix}.attn.in"),
+        Rule(rf"{pool}\.proj", "vision", "o", "{prefix}.attn.out"),
+        *_timm_mlp(pool),
+        Rule(r"visual\.trunk\.head(?:\.fc)?", "vision", "proj", "visual.trunk.head.in"),
+        Rule(r"visual\.head\.proj", "vision", "proj", "visual.head.in"),
+        Rule(r"visual\.head\.mlp\.fc1", "vision", "proj", "visual.head.in"),
+        Rule(r"visual\.head\.mlp\.fc2", "vision", "proj", "visual.head.mid"),
+    ]
+    return tuple(rules)
+
+
+def _timm_mlp(block: str) -> tuple[Rule, ...]:
+    return (
+        Rule(rf"{block}\.mlp\.fc1_g", "vision", "gate", "{prefix}.mlp.in"),
+        Rule(rf"{block}\.mlp\.fc1(?:_x)?", "vision", "up", "{prefix}.mlp.in"),
+        Rule(rf"{block}\.mlp\.fc2", "vision", "down", "{prefix}.mlp.mid"),
+    )
+
+
+def _hf_text_tower() -> tuple[Rule, ...]:
+    """BERT, RoBERTa, XLM-R; T5 and mT5 encoders; M2M-100 encoders."""
+    bert = r"(?P<prefix>text\.transformer\.encoder\.layer\.(?P<block>\d+))"
+    t5 = r"(?P<prefix>text\.transformer\.block\.(?P<block>\d+))\.layer"
+    m2m = r"(?P<prefix>text\.transformer\.(?:encoder\.)?layers\.(?P<block>\d+))"
+    named = {"q": "query", "k": "key", "v": "value"}
+    return (
+        *(
+            Rule(rf"{bert}\.attention\.self\.{word}", "text", role, "{prefix}.attn.in")
+            for role, word in named.items()
+        ),
+        Rule(rf"{bert}\.attention\.output\.dense", "text", "o", "{prefix}.attn.out"),
+        Rule(rf"{bert}\.intermediate\.dense", "text", "up", "{prefix}.mlp.in"),
+        Rule(rf"{bert}\.output\.dense", "text", "down", "{prefix}.mlp.mid"),
+        *(
+            Rule(rf"{t5}\.0\.SelfAttention\.{role}", "text", role, "{prefix}.attn.in")
+            for role in ("q", "k", "v")
+        ),
+        Rule(rf"{t5}\.0\.SelfAttention\.o", "text", "o", "{prefix}.attn.out"),
+        Rule(rf"{t5}\.1\.DenseReluDense\.wi_0", "text", "gate", "{prefix}.mlp.in"),
+        Rule(rf"{t5}\.1\.DenseReluDense\.wi(?:_1)?", "text", "up", "{prefix}.mlp.in"),
+        Rule(rf"{t5}\.1\.DenseReluDense\.wo", "text", "down", "{prefix}.mlp.mid"),
+        *(
+            Rule(rf"{m2m}\.self_attn\.{role}_proj", "text", role, "{prefix}.attn.in")
+            for role in ("q", "k", "v")
+        ),
+        Rule(rf"{m2m}\.self_attn\.out_proj", "text", "o", "{prefix}.attn.out"),
+        Rule(rf"{m2m}\.fc1", "text", "up", "{prefix}.mlp.in"),
+        Rule(rf"{m2m}\.fc2", "text", "down", "{prefix}.mlp.mid"),
+        Rule(r"text\.transformer\.pooler\.dense", "text", "proj", "text.pooler.in"),
+        Rule(r"text\.proj(?:\.0)?", "text", "proj", "text.proj.in"),
+        Rule(r"text\.proj\.2", "text", "proj", "text.proj.mid"),
+    )
+
+
+_RULES = (
+    *_own_tower(r"visual\.transformer", "vision"),
+    *_pool(r"visual\.attn_pool(?:_contrastive)?"),
+    *_timm_tower(),
+    *_own_tower(r"(?:text\.)?transformer", "text"),
+    # A bare parameter unless the model was made with a bias on it; only the nn.Linear is a site.
+    Rule(r"(?:text\.)?text_projection", "text", "proj", "text_projection.in"),
+    *_hf_text_tower(),
+)
+
+
+def refuses(model: Any) -> str | None:
+    """Why a model of open_clip cannot be adapted, or None."""
+    if "CoCa" in class_of(model, "open_clip"):
+        return (
+            "CoCa's text tower appends a class token and its captioner decodes from the image tokens, neither "
+            "of which this family runs; load a CLIP or CustomTextCLIP model"
+        )
+    if getattr(getattr(model, "text", None), "cls_emb", None) is not None:
+        return "its text tower appends a class token (embed_cls), so text masks would not line up"
+    return None
+
+
+# ------------------------------------------------------------------ running
+
+
+def encode_image(model: nn.Module, pixels: Tensor | Batch) -> Float[Tensor, "b d"]:
+    """Image embeddings (B, D), not normalised, from `pixel_values` (B, 3, H, W) or a whole batch."""
+    model = unwrap(model)
+    pixels = pixels if isinstance(pixels, Tensor) else pixels["pixel_values"]
+    embedded = model.visual(_as_weights(pixels, model.visual))
+    return (
+        embedded[0] if isinstance(embedded, tuple) else embedded
+    )  # output_tokens=True adds the tokens
+
+
+def encode_text(model: nn.Module, batch: Batch) -> Float[Tensor, "n d"]:
+    """Text embeddings (n, D), not normalised. Rows shorter than the context are padded to it."""
+    model = unwrap(model)
+    ids = batch["input_ids"]
+    tower = getattr(model, "text", model)
+    hugging_face = "HFTextEncoder" in class_of(tower, "open_clip")
+    if not hugging_face and (short := model.context_length - ids.shape[-1]) > 0:
+        ids = F.pad(ids, (0, short), value=getattr(tower, "pad_id", 0))
+    embedded = model.text(ids) if hasattr(model, "text") else model.encode_text(ids)
+    return embedded[0] if isinstance(embedded, tuple) else embedded
+
+
+def _as_weights(pixels: Tensor, tower: nn.Module) -> Tensor:
+    """Pixels in the tower's dtype: unlike transformers, open_clip leaves the cast to its caller."""
+    first = next(tower.parameters(), None)
+    return (
+        pixels
+        if first is None or torch.is_autocast_enabled(pixels.device.type)
+        else pixels.to(first.dtype)
+    )
+
+
+def forward(model: nn.Module, batch: Batch) -> object:
+    """Run every tower that the batch feeds."""
+    return run_towers(
+        unwrap(model),
+        batch,
+        vision=lambda: encode_image(model, batch),
+        text=lambda: encode_text(model, batch),
+    )
+
+
+def masks(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
+    """Text tokens up to and including the end of text."""
+    mask = token_mask(batch)
+    return {} if mask is None else {"text": mask}
+
+
+def logit_scale(model: nn.Module) -> Float[Tensor, ""]:
+    """The scalar that multiplies cosine similarities, exponentiated."""
+    return unwrap(model).logit_scale.exp().reshape(())
+
+
+# ------------------------------------------------------------------ loading
+
+
+def load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
+    """Load a folder with `open_clip_config.json`, `"<model>/<pretrained tag>"`, or `"hf-hub:<org>/<name>"`."""
+    import open_clip
+
+    source = str(source)
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+        name, tag = f"local-dir:{source}", None
+    elif source.startswith(("hf-hub:", "local-dir:")):
+        name, tag = source, None
+    else:
+        name, _, tag = source.partition("/")
+        if name not in open_clip.list_models():
+            raise UnknownNameError("open_clip model", name, open_clip.list_models())
+        if not Path(tag).is_file() and tag not in (
+            tags := open_clip.list_pretrained_tags_by_model(name)
+        ):
+            raise UnknownNameError(f"pretrained tag of {name}", tag, tags)
+    model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+    model = model.to(dtype).eval()
+    return model, processor(model, open_clip.get_tokenizer(name))
+
+
+def processor(model: Any, tokenizer: Any) -> Processor:
+    """A `Processor` from open_clip's inference transform and tokenizer."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    config = PreprocessCfg(
+        **getattr(model.visual, "preprocess_cfg", None) or {"size": model.visual.image_size}
+    )
+    image = image_transform_v2(config, is_train=False)
+    height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
+
+    def text(texts: Sequence[str]) -> dict[str, Tensor]:
+        ids = tokenizer(list(texts))
+        return {"input_ids": ids, "attention_mask": _ids_mask(ids, tokenizer)}
+
+    return Processor(image=image, text=text, image_size=(height, width))  # type: ignore[arg-type]
+
+
+def _ids_mask(ids: Tensor, tokenizer: Any) -> Bool[Tensor, "n l"]:
+    """True up to and including the end of text; open_clip's tokenizers return ids only."""
+    positions = torch.arange(ids.shape[-1])
+    end = getattr(tokenizer, "eot_token_id", None)
+    if end is not None:
+        return positions <= (ids == end).int().argmax(dim=-1, keepdim=True)
+    words = tokenizer.tokenizer  # a Hugging Face tokenizer
+    pad, ends = words.pad_token_id, {words.eos_token_id, words.sep_token_id}
+    last = torch.where(ids != pad, positions, -1).amax(dim=-1, keepdim=True)  # (n, 1)
+    # Where the end of text doubles as padding, the first one still is the end of text.
+    return positions <= last + (pad in ends)
+
+
+def _check_folder(folder: Path) -> None:
+    config = read_json(folder / "open_clip_config.json", "open_clip configuration")
+    if "model_cfg" not in config:
+        raise ForeignFileError(
+            f"{folder / 'open_clip_config.json'} has no 'model_cfg': it is not open_clip's"
+        )
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        pickled = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
+        )
+        raise CordaError(
+            f"{folder} holds no weights; expected {' or '.join(WEIGHTS)}."
+            + (
+                f" {pickled[0]} is a pickle, which is not read: convert it to safetensors."
+                if pickled
+                else ""
+            )
+        )
+
+
+CLIP_OPEN = Family(
+    name="clip_open",
+    matches=lambda model: bool(class_of(model, "open_clip") & {"CLIP", "CustomTextCLIP", "CoCa"}),
+    rules=_RULES,
+    forward=forward,
+    masks=masks,
+    encode_image=encode_image,
+    encode_text=encode_text,
+    logit_scale=logit_scale,
+    load=load,
+    reads=lambda folder: (folder / "open_clip_config.json").is_file(),
+    classes=("CLIP", "CustomTextCLIP"),
+    towers=lambda model: ("vision", "text"),
+    refuses=refuses,
+)

@@ -1,0 +1,290 @@
+"""Which weight matrices a model has, in which tower, and fed by which input stream.
+
+A family declares patterns (`Rule`); this file resolves them against a model to `Site`s. Names are those of the
+base model with its attention unpacked: they do not change when the model is packed, or wrapped by PEFT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
+from corda_vlm.families import Family, family_of, unwrap
+from corda_vlm.families.attention import is_packed, packed_parts
+
+TOWERS = ("vision", "text", "projector", "language")
+ROLES = ("q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up")
+_SAMPLES = 256  # weights of each site that the fingerprint looks at
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight matrix.
+
+    Attributes:
+        name: dotted path of the `nn.Linear` in the bare model with unpacked attention.
+        tower: "vision", "text", "projector" or "language".
+        block: index of the transformer block, None outside of them.
+        role: "q", "k", "v", "o", "up", "gate", "down", "proj", or fused: "qkv", "kv", "gate_up".
+        stream: sites that read the same input tensor share one stream, so one covariance.
+    """
+
+    name: str
+    tower: str
+    block: int | None
+    role: str
+    stream: str
+
+
+def find_sites(
+    model: nn.Module,
+    family: str | Family = "auto",
+    towers: str | Sequence[str] | None = None,
+    roles: str | Sequence[str] | None = None,
+) -> list[Site]:
+    """The weight matrices of `model` that can be adapted, in the model's order.
+
+    Args:
+        model: packed, unpacked, or wrapped by PEFT; not changed.
+        towers: only these, a list or "vision,text"; None for all that the model has.
+        roles: only these, a list or "q,v"; None for all.
+
+    Raises:
+        UnknownNameError: a tower or role that does not exist.
+        NoSitesError: a tower or role of which this model has no layer.
+        CordaError: no family knows the model.
+    """
+    found = family_of(family, model)
+    wanted = _names("tower", towers, TOWERS)
+    only = _names("role", roles, ROLES)
+    bare = unwrap(model)
+    sites = [site for name in _weights(bare) if (site := _resolve(found, bare, name)) is not None]
+    present = list(dict.fromkeys(site.tower for site in sites))
+    for tower in wanted if wanted is not None else found.towers(bare):
+        if tower not in present:
+            raise NoSitesError(_no_sites(bare, found, tower, present))
+    sites = [site for site in sites if wanted is None or site.tower in wanted]
+    if not sites:
+        raise NoSitesError(
+            f"no layer of {type(bare).__name__} matches a rule of family {found.name!r}"
+        )
+    if only is not None:
+        have = list(dict.fromkeys(site.role for site in sites))
+        for role in only:
+            if role not in have:
+                raise NoSitesError(
+                    f"no layer of {type(bare).__name__} has the role {role!r}"
+                    + (f" in {', '.join(wanted)}" if wanted else "")
+                    + f"; it has: {', '.join(have)}"
+                )
+        sites = [site for site in sites if site.role in only]
+    return sites
+
+
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The base `nn.Linear` of a site, inside PEFT's wrappers too.
+
+    Raises:
+        NoSitesError: no such layer, or it is a part of a packed attention layer (see `attention.unpacked`).
+    """
+    module: nn.Module = unwrap(model)
+    for step, key in enumerate(parts := name.split(".")):
+        if is_packed(module):
+            raise NoSitesError(
+                f"{name}: {'.'.join(parts[:step])} is packed, so its parts are no modules yet; "
+                "work under corda_vlm.families.attention.unpacked(model)"
+            )
+        child = module._modules.get(key)
+        if child is None:
+            raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
+        module = _base(child)
+    if not isinstance(module, nn.Linear):
+        raise NoSitesError(f"{name} is a {type(module).__name__}, not an nn.Linear")
+    return module
+
+
+def site_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of a site's weight, packed or not.
+
+    Raises:
+        NoSitesError: the model has no such layer.
+    """
+    weight = _weights(unwrap(model)).get(name)
+    if weight is None:
+        raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
+    return weight.shape[0], weight.shape[1]
+
+
+def model_fingerprint(model: nn.Module, family: str | Family = "auto") -> str:
+    """Hash of the sites' names, shapes and sampled weights: equal for one model in any dtype, packed or not.
+
+    Of each weight matrix the signs of at most 256 evenly spaced entries go in: rounding to bfloat16 or float16
+    keeps every sign, negative zeros included, while training turns some. Adapters of PEFT are not looked at.
+    """
+    bare = unwrap(model)
+    weights = _weights(bare)
+    digest = hashlib.sha256()
+    for site in find_sites(bare, family):
+        weight = weights[site.name]
+        digest.update(f"{site.name}:{tuple(weight.shape)};".encode())
+        digest.update(bytes(_signs(weight)))
+    return digest.hexdigest()[:32]
+
+
+def sites_table(model: nn.Module, sites: Sequence[Site], *, full: bool = False) -> str:
+    """The sites as a table: one row for each role of a tower, its blocks collapsed; `full` gives one a site."""
+    weights = _weights(unwrap(model))
+    shapes = {site.name: tuple(weights[site.name].shape) for site in sites}
+    headers = ("tower", "blocks", "role", "out × in", "stream", "sites", "parameters")
+    rows: list[tuple[object, ...]] = []
+    for group in _groups(sites, shapes, full):
+        first = group[0]
+        out, inp = shapes[first.name]
+        rows.append((
+            first.tower,
+            _ranges([site.block for site in group]),
+            first.role,
+            f"{out} × {inp}",
+            first.name if full else _generic(first.stream, first.block),
+            len(group),
+            f"{sum(out * inp for _ in group):,}",
+        ))  # fmt: skip
+    if full:
+        headers = (*headers[:4], "layer", *headers[5:])
+    table = tabulate(
+        rows, headers, colalign=("left", "left", "left", "right", "left", "right", "right")
+    )
+    total = sum(out * inp for out, inp in shapes.values())
+    streams = len({site.stream for site in sites})
+    return f"{table}\n\n{len(sites)} sites, {streams} streams, {total:,} parameters"
+
+
+# ------------------------------------------------------------------ resolving
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+def _resolve(family: Family, model: nn.Module, name: str) -> Site | None:
+    """The site of a layer, from the first rule that matches its whole path."""
+    known_as = family.canonical(model, name)
+    for rule in family.rules:
+        if match := _compiled(rule.pattern).fullmatch(known_as):
+            groups = match.groupdict()
+            block = groups.get("block")
+            return Site(
+                name=name,
+                tower=rule.tower,
+                block=None if block is None else int(block),
+                role=rule.role,
+                stream=rule.stream.format(**groups),
+            )
+    return None
+
+
+def _weights(model: nn.Module) -> dict[str, Float[Tensor, "out inp"]]:
+    """Base name -> weight of every linear layer, the parts of packed attention and wrapped layers included."""
+    return dict(_walk(model, "", set()))
+
+
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    module = _base(module)
+    if id(module) in seen:  # a shared layer is one site, under its first name
+        return
+    seen.add(id(module))
+    if is_packed(module):
+        for part, (weight, _) in packed_parts(module).items():
+            yield f"{prefix}.{part}", weight
+    elif isinstance(module, nn.Linear):
+        yield prefix, module.weight.detach()
+    else:
+        for key, child in module.named_children():
+            yield from _walk(child, f"{prefix}.{key}" if prefix else key, seen)
+
+
+def _base(module: Any) -> nn.Module:
+    """The layer that a PEFT layer wraps, or the module itself."""
+    # By attribute: PEFT's tuner layers have get_base_layer, its ModulesToSaveWrapper original_module.
+    if callable(inner := getattr(module, "get_base_layer", None)):
+        return inner()
+    original = module._modules.get("original_module")
+    return module if original is None else original
+
+
+def _signs(weight: Float[Tensor, "out inp"]) -> list[int]:
+    flat = weight.reshape(-1)
+    step = max(1, flat.numel() // _SAMPLES)
+    return torch.signbit(flat[::step][:_SAMPLES]).cpu().to(torch.uint8).tolist()
+
+
+def _names(
+    kind: str, given: str | Iterable[str] | None, choices: Sequence[str]
+) -> list[str] | None:
+    """A list, or comma string, of known names."""
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
+    names = [name for name in names if name]
+    for name in names:
+        if name not in choices:
+            raise UnknownNameError(kind, name, choices)
+    if not names:
+        raise CordaError(
+            f"no {kind} given; choose from {', '.join(choices)}, or leave it out for all"
+        )
+    return names
+
+
+def _no_sites(model: nn.Module, family: Family, tower: str, present: Sequence[str]) -> str:
+    kind = type(model).__name__
+    if tower not in family.towers(model):
+        return f"{kind} has no {tower} tower; it has: {', '.join(family.towers(model))}"
+    return (
+        f"no layer of the {tower} tower of {kind} matches a rule of family {family.name!r}: it has no nn.Linear "
+        f"that can be adapted (convolutional towers have none). Choose towers={','.join(present)!r}."
+    )
+
+
+# ------------------------------------------------------------------ the table
+
+
+def _groups(
+    sites: Sequence[Site], shapes: dict[str, tuple[int, ...]], full: bool
+) -> Iterable[list[Site]]:
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        inside = site.block is not None
+        key = site.name if full else (
+            site.tower, site.role, shapes[site.name], inside, _generic(site.stream, site.block)
+        )  # fmt: skip
+        groups.setdefault(key, []).append(site)
+    return groups.values()
+
+
+def _generic(stream: str, block: int | None) -> str:
+    """A stream with its block's number as `*`."""
+    return stream if block is None else re.sub(rf"(?<=\.){block}(?=\.)", "*", stream, count=1)
+
+
+def _ranges(blocks: Sequence[int | None]) -> str:
+    """[0, 1, 2, 5] -> "0–2, 5"."""
+    numbers = sorted({block for block in blocks if block is not None})
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs) or "–"
