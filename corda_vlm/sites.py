@@ -217,8 +217,8 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
 def _base(module: Any) -> nn.Module:
     """The layer that a PEFT layer wraps, or the module itself."""
     # By attribute: PEFT's tuner layers have get_base_layer, its ModulesToSaveWrapper original_module.
-    if callable(inner := getattr(module, "get_base_layer", None)):
-        return inner()
+    if hasattr(module, "get_base_layer"):
+        return module.get_base_layer()
     original = module._modules.get("original_module")
     return module if original is None else original
 

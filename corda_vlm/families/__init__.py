@@ -153,8 +153,8 @@ def _load_folder(folder: Path, family: str | Family) -> _Parts:
 def _load_converted(folder: Path) -> _Parts:
     from corda_vlm.families.convert import convert_loaded
 
-    model, processor, _ = _load_folder(folder, "clip_open")
-    return (*convert_loaded(model, processor), CLIP_HF)
+    model, _, _ = _load_folder(folder, CLIP_OPEN)
+    return (*convert_loaded(model), CLIP_HF)
 
 
 def _remote_family(source: str, family: str | Family) -> Family:

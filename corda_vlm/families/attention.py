@@ -45,9 +45,8 @@ def packed_parts(module: Any) -> dict[str, tuple[Float[Tensor, "out inp"], Tenso
         weights = tuple(getattr(module, f"{name}_weight").detach() for name in PARTS[:3])
     biases = tuple(bias.detach().chunk(3)) if bias is not None else (None, None, None)  # 3 x (E,)
     out = module.out_proj
-    parts = dict(zip(PARTS, zip(weights, biases, strict=True), strict=False))
-    parts["out_proj"] = (out.weight.detach(), None if out.bias is None else out.bias.detach())
-    return parts
+    outer = (out.weight.detach(), None if out.bias is None else out.bias.detach())
+    return dict(zip(PARTS, (*zip(weights, biases, strict=True), outer), strict=True))
 
 
 def _is_open_clip_attention(module: nn.Module | None) -> bool:
@@ -216,6 +215,13 @@ class UnpackedAttention(_Unpacked):
 class UnpackedOpenClipAttention(_Unpacked):
     """open_clip's own `Attention` (blocks with qk_norm, scale_heads, ...) with its parts as `nn.Linear`."""
 
+    ln_q: nn.Module
+    ln_k: nn.Module
+    ln_inner: nn.Module
+    attn_drop: nn.Dropout
+    out_drop: nn.Dropout
+    head_scale: nn.Parameter | None
+
     def __init__(self, packed: Any) -> None:
         super().__init__(packed)
         self.num_heads: int = packed.num_heads
@@ -319,8 +325,7 @@ def unpack(model: nn.Module) -> list[str]:
     names = [name for _, _, name in found]
     for name, module in model.named_modules():
         if _is_bypassed_qkv(module):
-            module.qkv_bias_separate = True
-            module.__dict__["_corda_bypassed_qkv"] = True
+            vars(module).update(qkv_bias_separate=True, _corda_bypassed_qkv=True)
             names.append(name)
     return names
 
@@ -377,8 +382,8 @@ def _pack(model: nn.Module, only: Sequence[str] | None) -> list[str]:
             packed.add(id(layer))
         parent._modules[key] = layer.packed
     for name, module in model.named_modules():
-        if (only is None or name in only) and module.__dict__.pop("_corda_bypassed_qkv", False):
-            module.qkv_bias_separate = False
+        if (only is None or name in only) and vars(module).pop("_corda_bypassed_qkv", False):
+            vars(module)["qkv_bias_separate"] = False
             names.append(name)
     return names
 

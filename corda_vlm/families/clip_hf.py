@@ -118,13 +118,11 @@ def _towers(model: nn.Module) -> tuple[str, ...]:
 
 
 def _run(model: nn.Module, tower: str, inputs: dict[str, Tensor]) -> Tensor:
-    model = unwrap(model)
-    if not _has(model, tower):
-        raise no_tower(model, tower)
-    whole = getattr(
-        model, {"vision": "get_image_features", "text": "get_text_features"}[tower], None
-    )
-    return _pooled(whole(**inputs) if whole is not None else model(**inputs))
+    bare = unwrap(model)
+    if not _has(bare, tower):
+        raise no_tower(bare, tower)
+    features = {"vision": "get_image_features", "text": "get_text_features"}[tower]
+    return _pooled(getattr(bare, features, bare)(**inputs))
 
 
 def _image_inputs(model: Any, pixels: Tensor | Batch) -> dict[str, Tensor]:
@@ -223,10 +221,10 @@ def _masks_siglip(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
 
 def logit_scale(model: nn.Module) -> Float[Tensor, ""]:
     """The scalar that multiplies cosine similarities, exponentiated."""
-    model = unwrap(model)
-    if not hasattr(model, "logit_scale"):
-        raise CordaError(f"{type(model).__name__} is one tower alone and has no logit scale")
-    return model.logit_scale.exp().reshape(())
+    bare = unwrap(model)
+    if not hasattr(bare, "logit_scale"):
+        raise CordaError(f"{type(bare).__name__} is one tower alone and has no logit scale")
+    return bare.logit_scale.exp().reshape(())
 
 
 # ------------------------------------------------------------------ loading

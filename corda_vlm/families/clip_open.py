@@ -163,9 +163,9 @@ def refuses(model: Any) -> str | None:
 
 def encode_image(model: nn.Module, pixels: Tensor | Batch) -> Float[Tensor, "b d"]:
     """Image embeddings (B, D), not normalised, from `pixel_values` (B, 3, H, W) or a whole batch."""
-    model = unwrap(model)
-    pixels = pixels if isinstance(pixels, Tensor) else pixels["pixel_values"]
-    embedded = model.visual(_as_weights(pixels, model.visual))
+    visual = unwrap(model).visual
+    images: Any = pixels if isinstance(pixels, Tensor) else pixels["pixel_values"]
+    embedded = visual(_as_weights(images, visual))
     return (
         embedded[0] if isinstance(embedded, tuple) else embedded
     )  # output_tokens=True adds the tokens
@@ -173,13 +173,13 @@ def encode_image(model: nn.Module, pixels: Tensor | Batch) -> Float[Tensor, "b d
 
 def encode_text(model: nn.Module, batch: Batch) -> Float[Tensor, "n d"]:
     """Text embeddings (n, D), not normalised. Rows shorter than the context are padded to it."""
-    model = unwrap(model)
+    bare = unwrap(model)
     ids = batch["input_ids"]
-    tower = getattr(model, "text", model)
-    hugging_face = "HFTextEncoder" in class_of(tower, "open_clip")
-    if not hugging_face and (short := model.context_length - ids.shape[-1]) > 0:
-        ids = F.pad(ids, (0, short), value=getattr(tower, "pad_id", 0))
-    embedded = model.text(ids) if hasattr(model, "text") else model.encode_text(ids)
+    tower = getattr(bare, "text", bare)  # `CLIP` has its text layers at the top
+    if "HFTextEncoder" not in class_of(tower, "open_clip"):
+        short = bare.context_length - ids.shape[-1]
+        ids = F.pad(ids, (0, short), value=getattr(tower, "pad_id", 0)) if short > 0 else ids
+    embedded = bare.encode_text(ids) if tower is bare else tower(ids)
     return embedded[0] if isinstance(embedded, tuple) else embedded
 
 
@@ -247,8 +247,11 @@ def processor(model: Any, tokenizer: Any) -> Processor:
     config = PreprocessCfg(
         **getattr(model.visual, "preprocess_cfg", None) or {"size": model.visual.image_size}
     )
-    image = image_transform_v2(config, is_train=False)
+    transform: Any = image_transform_v2(config, is_train=False)
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
+
+    def image(picture: Any) -> Float[Tensor, "3 h w"]:
+        return transform(picture.convert("RGB"))  # before the resize: PIL cannot smooth a palette
 
     def text(texts: Sequence[str]) -> dict[str, Tensor]:
         ids = tokenizer(list(texts))
