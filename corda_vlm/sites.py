@@ -155,7 +155,7 @@ def sites_table(model: nn.Module, sites: Sequence[Site], *, full: bool = False) 
             _ranges([site.block for site in group]),
             first.role,
             f"{out} × {inp}",
-            first.name if full else _generic(first.stream, first.block),
+            first.name if full else _generic(first.stream),
             len(group),
             f"{sum(out * inp for _ in group):,}",
         ))  # fmt: skip
@@ -262,20 +262,28 @@ def _no_sites(model: nn.Module, family: Family, tower: str, present: Sequence[st
 
 def _groups(
     sites: Sequence[Site], shapes: dict[str, tuple[int, ...]], full: bool
-) -> Iterable[list[Site]]:
-    groups: dict[object, list[Site]] = {}
+) -> list[list[Site]]:
+    """Sites that share a row: one each, or the same role of all blocks, in the order of `ROLES`."""
+    if full:
+        return [[site] for site in sites]
+    towers = list(dict.fromkeys(site.tower for site in sites))
+    parts = list(dict.fromkeys(_part(site) for site in sites))
+    groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
-        inside = site.block is not None
-        key = site.name if full else (
-            site.tower, site.role, shapes[site.name], inside, _generic(site.stream, site.block)
-        )  # fmt: skip
+        place = (towers.index(site.tower), site.block is None, parts.index(_part(site)))
+        key = (*place, ROLES.index(site.role), shapes[site.name], _generic(site.stream))
         groups.setdefault(key, []).append(site)
-    return groups.values()
+    return [groups[key] for key in sorted(groups)]
 
 
-def _generic(stream: str, block: int | None) -> str:
-    """A stream with its block's number as `*`."""
-    return stream if block is None else re.sub(rf"(?<=\.){block}(?=\.)", "*", stream, count=1)
+def _part(site: Site) -> str:
+    """What a site belongs to: the blocks of a tower, its pooling head, …"""
+    return re.sub(r"(\.attn|\.mlp)?\.\w+$", "", _generic(site.stream))
+
+
+def _generic(stream: str) -> str:
+    """A stream with the numbers of its path as `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", stream)
 
 
 def _ranges(blocks: Sequence[int | None]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
@@ -77,13 +78,7 @@ def family_of(family: str | Family, model: nn.Module) -> Family:
     Raises:
         UnknownNameError: no family of that name.
     """
-    if isinstance(family, Family):
-        return family
-    if family == "auto":
-        return detect_family(model)
-    if family not in FAMILIES:
-        raise UnknownNameError("family", family, ["auto", *FAMILIES])
-    return FAMILIES[family]
+    return _chosen(family) or detect_family(model)
 
 
 def load_model(
@@ -101,28 +96,26 @@ def load_model(
         family: which family's format to expect where a folder holds more than one.
 
     Raises:
-        UnknownNameError: no such built-in name.
+        UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
         CordaError: the folder is in no known format, or a hub cannot be reached.
     """
-    text = str(source)
+    text = str(source).removeprefix("local-dir:")
     path = Path(text).expanduser()
     zoo = _zoo()
     if path.is_dir():
         loaded = _load_folder(path, family)
     elif text in zoo:
-        loaded = _load_folder(zoo[text], family)
+        loaded = _load_zoo(zoo[text], family)
     elif text.endswith("-hf") and text.removesuffix("-hf") in zoo:
         loaded = _load_converted(zoo[text.removesuffix("-hf")])
-    elif text.startswith(("./", "../", "/", "~")) or path.suffix:
-        raise CordaError(f"no folder {text!r}")
     elif text.startswith("hf-hub:"):
-        loaded = _load_remote(FAMILIES["clip_open"], text)
+        loaded = _load_remote(CLIP_OPEN, text)
     elif "/" in text:
         loaded = _load_remote(_remote_family(text, family), text)
     else:
         raise UnknownNameError("model", text, [*zoo, *(f"{name}-hf" for name in zoo)], _FORMS)
     model, processor, found = loaded
-    return Loaded(model.to(device=device, dtype=dtype).eval(), processor, found, text)
+    return Loaded(model.to(device=device, dtype=dtype).eval(), processor, found, str(source))
 
 
 _Parts = tuple[nn.Module, Processor, Family]
@@ -135,19 +128,38 @@ def _zoo() -> dict[str, Path]:
     }
 
 
+def _load_zoo(folder: Path, family: str | Family) -> _Parts:
+    """A built-in model, or for a card without weights the hub model that it names as its `source`."""
+    if not any(known.reads(folder) for known in FAMILIES.values()):
+        source = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8")).get("source")
+        if isinstance(source, str):
+            return _load_remote(_remote_family(source, family), source)
+    return _load_folder(folder, family)
+
+
 def _load_folder(folder: Path, family: str | Family) -> _Parts:
-    if family == "auto":
-        found = next((family for family in FAMILIES.values() if family.reads(folder)), None)
-    else:
-        found = family if isinstance(family, Family) else FAMILIES.get(family)
+    found = _chosen(family) or next((one for one in FAMILIES.values() if one.reads(folder)), None)
     if found is None:
-        beside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+        beside = sorted(entry.name for entry in folder.iterdir())
+        hint = (
+            "It holds an adapter: load the model it was trained on, then corda_vlm.load_adapter(model, folder)."
+            if "adapter_config.json" in beside
+            else f"It has: {', '.join(beside[:12]) or 'nothing'}."
+        )
         raise CordaError(
             f"{folder} is no model of a known format. Expected open_clip's files (open_clip_config.json and "
             "open_clip_model.safetensors) or those of transformers (config.json with a model_type of CLIP or "
-            f"SigLIP, and model.safetensors). It has: {beside}."
+            f"SigLIP, and model.safetensors). {hint}"
         )
-    return (*found.load(folder, torch.float32), found)
+    try:
+        return (*found.load(folder, torch.float32), found)
+    except CordaError:
+        raise
+    except Exception as error:  # a library's own errors are of every kind
+        raise CordaError(
+            f"the model in {folder} does not load as {found.name}; its files may be truncated or belong to "
+            f"another model ({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _load_converted(folder: Path) -> _Parts:
@@ -157,21 +169,44 @@ def _load_converted(folder: Path) -> _Parts:
     return (*convert_loaded(model), CLIP_HF)
 
 
+def _chosen(family: str | Family) -> Family | None:
+    """The family asked for, None for "auto"."""
+    if isinstance(family, Family) or family == "auto":
+        return None if isinstance(family, str) else family
+    if family not in FAMILIES:
+        raise UnknownNameError("family", family, ["auto", *FAMILIES])
+    return FAMILIES[family]
+
+
 def _remote_family(source: str, family: str | Family) -> Family:
+    """Which library to ask for a name with a slash: open_clip knows its models, transformers asks the hub."""
+    if (chosen := _chosen(family)) is not None:
+        return chosen
     import open_clip
 
-    if family != "auto":
-        return family if isinstance(family, Family) else FAMILIES[family]
-    return CLIP_OPEN if source.split("/")[0] in open_clip.list_models() else CLIP_HF
+    if source.split("/")[0] in open_clip.list_models():
+        return CLIP_OPEN
+    if source.count("/") > 1 or source.startswith((".", "~")):
+        raise CordaError(f"no folder {source!r}. {_FORMS}")
+    return CLIP_HF
 
 
 def _load_remote(family: Family, source: str) -> _Parts:
     try:
-        return (*family.load(source, torch.float32), family)
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, CordaError):
-            raise
+        model, processor = family.load(source, torch.float32)
+    except CordaError:
+        raise
+    except Exception as error:  # a library's own errors are of every kind
         raise CordaError(
-            f"could not load {source!r} from its hub ({type(error).__name__}), and no folder of that name is "
-            f"here. Check the name and the network, or download the model and give its folder. {_FORMS}"
+            f"could not load {source!r} from its hub ({type(error).__name__}: {_first_line(error)}), and no folder "
+            f"of that name is here. Check the name and the network, or download it and give its folder. {_FORMS}"
         ) from error
+    return (
+        model,
+        processor,
+        detect_family(model),
+    )  # transformers loads SigLIP by the same call as CLIP
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

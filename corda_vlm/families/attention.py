@@ -183,12 +183,11 @@ class UnpackedAttention(_Unpacked):
         else:
             weights = None
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
-        mixed = mixed.transpose(1, 2).flatten(2)  # (B, L, E)
+        out = self.out_proj(mixed.transpose(1, 2).flatten(2))  # (B, L, E)
         if unbatched:
-            mixed = mixed[0]
+            out = out[0]
         elif sequence_first:
-            mixed = mixed.transpose(0, 1)
-        out = self.out_proj(mixed)
+            out = out.transpose(0, 1)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights[0] if unbatched else weights
@@ -404,28 +403,34 @@ def _copy_back(layer: _Unpacked) -> None:
     packed._modules["out_proj"] = layer.out_proj
     linears = [getattr(layer, part) for part in PARTS[:3]]
     if packed.in_proj_weight is not None:
-        _join(packed.in_proj_weight, [linear.weight for linear in linears])
+        _join(packed, "in_proj_weight", [linear.weight for linear in linears])
     else:
         for part, linear in zip(PARTS, linears, strict=False):
-            _join(getattr(packed, f"{part}_weight"), [linear.weight])
+            _join(packed, f"{part}_weight", [linear.weight])
     if packed.in_proj_bias is not None:
-        _join(packed.in_proj_bias, [linear.bias for linear in linears])
+        _join(packed, "in_proj_bias", [linear.bias for linear in linears])
     if "head_scale" in layer._parameters:
         packed._parameters["head_scale"] = layer._parameters["head_scale"]
     packed.train(layer.training)
 
 
-def _join(whole: nn.Parameter, parts: Sequence[Tensor]) -> None:
-    """Put the parts' values, gradients and `requires_grad` into the packed parameter."""
-    first = parts[0]
-    if first.dtype != whole.dtype or first.device != whole.device:
-        whole.data = torch.cat([part.detach() for part in parts])
+def _join(packed: nn.Module, name: str, parts: Sequence[Tensor]) -> None:
+    """Put the parts' values, gradients and `requires_grad` into a parameter of the packed layer."""
+    whole = getattr(packed, name)
+    values = [part.detach() for part in parts]
+    if values[0].device.type != whole.device.type:
+        whole = nn.Parameter(
+            torch.cat(values)
+        )  # a parameter cannot change its kind of device in place
+        setattr(packed, name, whole)
+    elif values[0].dtype != whole.dtype or values[0].device != whole.device:
+        whole.data = torch.cat(values)
     else:
-        for own, part in zip(
-            whole.detach().split([len(part) for part in parts]), parts, strict=True
+        for own, value in zip(
+            whole.detach().split([len(value) for value in values]), values, strict=True
         ):
-            if own.data_ptr() != part.data_ptr() or own.stride() != part.stride():
-                own.copy_(part.detach())
+            if own.data_ptr() != value.data_ptr() or own.stride() != value.stride():
+                own.copy_(value)
     if any(part.grad is not None for part in parts):
         whole.grad = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in parts])
     whole.requires_grad_(any(part.requires_grad for part in parts))

@@ -7,7 +7,7 @@ rules are written with the prefix; `canonical` adds it where it is missing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,36 +243,56 @@ def _load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]
 
 
 def processor(source: str | Path, model: nn.Module) -> Processor:
-    """The image processor and tokenizer that lie beside the weights, under our interface."""
+    """The image processor and tokenizer that lie beside the weights, under our interface.
+
+    What is not there is an error only when it is used: a model can be adapted without them.
+    """
     import transformers
 
-    images = (
-        transformers.AutoImageProcessor.from_pretrained(source) if _has(model, "vision") else None
+    # PIL resizes as images were resized when these models were trained; tensors come out a little different.
+    old = int(transformers.__version__.split(".")[0]) < 5
+    backend: dict[str, Any] = {"use_fast": False} if old else {"backend": "pil"}
+    images = _or_missing(lambda: transformers.AutoImageProcessor.from_pretrained(source, **backend))
+    words = _or_missing(lambda: transformers.AutoTokenizer.from_pretrained(source))
+    return make_processor(
+        model, images if _has(model, "vision") else None, words if _has(model, "text") else None
     )
-    words = transformers.AutoTokenizer.from_pretrained(source) if _has(model, "text") else None
-    return make_processor(model, images, words)
+
+
+class _Missing:
+    """Stands for a processor that could not be loaded: calling it says so."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        raise CordaError(
+            "the model came without the files that this needs (preprocessor_config.json for images; tokenizer.json, "
+            "or vocab.json and merges.txt, for texts). Put them beside its weights."
+        ) from self.error
+
+
+def _or_missing(load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        return _Missing(error)
 
 
 def make_processor(model: nn.Module, images: Any, words: Any) -> Processor:
-    """A `Processor` from a transformers image processor and tokenizer (either may be None)."""
+    """A `Processor` from a transformers image processor and tokenizer, None where the model lacks the tower."""
     bare = unwrap(model)
     config = bare.config
     length = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
-    vision = getattr(config, "vision_config", config)
-    size = _image_size(images, vision)
+    size = _image_size(getattr(config, "vision_config", config))
 
     def image(picture: Any) -> Float[Tensor, "3 h w"]:
         if images is None:
             raise no_tower(bare, "vision")
-        if _takes_patches(
-            bare
-        ):  # a fixed size instead of NaFlex's own, so that images make a batch
-            picture = picture.convert("RGB").resize(size[::-1], resample=2)
-            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            return (pixels.reshape(*size, 3).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
-        return torch.as_tensor(
-            images(images=picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
-        )
+        picture = picture.convert("RGB")
+        if _takes_patches(bare) and not isinstance(images, _Missing):
+            return _fixed_size(picture, size, images)
+        return torch.as_tensor(images(images=picture, return_tensors="pt")["pixel_values"][0])
 
     def text(texts: Sequence[str]) -> dict[str, Tensor]:
         if words is None:
@@ -290,7 +310,15 @@ def make_processor(model: nn.Module, images: Any, words: Any) -> Processor:
     return Processor(image=image, text=text, image_size=size)
 
 
-def _image_size(images: Any, vision: Any) -> tuple[int, int]:
+def _fixed_size(picture: Any, size: tuple[int, int], images: Any) -> Float[Tensor, "3 h w"]:
+    """An image for SigLIP 2, at one size instead of NaFlex's own, so that images make a batch."""
+    picture = picture.resize(size[::-1], resample=int(images.resample))
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(*size, 3)
+    mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
+    return ((pixels / 255 - mean) / std).permute(2, 0, 1)
+
+
+def _image_size(vision: Any) -> tuple[int, int]:
     """(height, width) of the tower's input."""
     if (patches := getattr(vision, "num_patches", None)) is not None and not hasattr(
         vision, "image_size"

@@ -28,13 +28,6 @@ from corda_vlm.families.base import (
 )
 from corda_vlm.files import read_json
 
-WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "model.safetensors",
-)
-
-
 # ------------------------------------------------------------------ rules
 
 
@@ -64,19 +57,21 @@ def _pool(path: str) -> tuple[Rule, ...]:
 
 
 def _timm_tower() -> tuple[Rule, ...]:
-    """timm: plain and EVA vision transformers, Swin and ConvNeXt stages, the latent pooling head, the projection."""
+    """timm: plain, EVA and ViTamin transformers; the stages of Swin, ConvNeXt and FastViT; the latent pooling
+    head; the projection.
+    """
     plain = r"(?P<prefix>visual\.trunk\.blocks\.(?P<block>\d+))"
     staged = r"(?P<prefix>visual\.trunk\.(?:stages|layers)\.\d+\.blocks\.\d+)"
     pool = r"(?P<prefix>visual\.trunk\.attn_pool)"
     rules: list[Rule] = []
     for block in (plain, staged):
         rules += [
-            Rule(rf"{block}\.attn\.qkv", "vision", "qkv", "{prefix}.attn.in"),
+            Rule(rf"{block}\.(?:attn|token_mixer)\.qkv", "vision", "qkv", "{prefix}.attn.in"),
             *(
                 Rule(rf"{block}\.attn\.{role}_proj", "vision", role, "{prefix}.attn.in")
                 for role in ("q", "k", "v")
             ),
-            Rule(rf"{block}\.attn\.proj", "vision", "o", "{prefix}.attn.out"),
+            Rule(rf"{block}\.(?:attn|token_mixer)\.proj", "vision", "o", "{prefix}.attn.out"),
             *_timm_mlp(block),
         ]
     rules += [
@@ -94,9 +89,9 @@ def _timm_tower() -> tuple[Rule, ...]:
 
 def _timm_mlp(block: str) -> tuple[Rule, ...]:
     return (
-        Rule(rf"{block}\.mlp\.fc1_g", "vision", "gate", "{prefix}.mlp.in"),
-        Rule(rf"{block}\.mlp\.fc1(?:_x)?", "vision", "up", "{prefix}.mlp.in"),
-        Rule(rf"{block}\.mlp\.fc2", "vision", "down", "{prefix}.mlp.mid"),
+        Rule(rf"{block}\.mlp\.(?:fc1_g|w0)", "vision", "gate", "{prefix}.mlp.in"),
+        Rule(rf"{block}\.mlp\.(?:fc1|fc1_x|w1)", "vision", "up", "{prefix}.mlp.in"),
+        Rule(rf"{block}\.mlp\.(?:fc2|w2)", "vision", "down", "{prefix}.mlp.mid"),
     )
 
 
@@ -250,12 +245,18 @@ def processor(model: Any, tokenizer: Any) -> Processor:
     transform: Any = image_transform_v2(config, is_train=False)
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
 
+    tower = getattr(model, "text", model)
+    # SigLIP's text tower reads its embedding off the last position, padding or not: that one counts.
+    pooled = -1 if getattr(tower, "pool_type", None) == "last" else 0
+
     def image(picture: Any) -> Float[Tensor, "3 h w"]:
         return transform(picture.convert("RGB"))  # before the resize: PIL cannot smooth a palette
 
     def text(texts: Sequence[str]) -> dict[str, Tensor]:
         ids = tokenizer(list(texts))
-        return {"input_ids": ids, "attention_mask": _ids_mask(ids, tokenizer)}
+        mask = _ids_mask(ids, tokenizer)
+        mask[:, pooled] = True
+        return {"input_ids": ids, "attention_mask": mask}
 
     return Processor(image=image, text=text, image_size=(height, width))  # type: ignore[arg-type]
 
@@ -279,18 +280,8 @@ def _check_folder(folder: Path) -> None:
         raise ForeignFileError(
             f"{folder / 'open_clip_config.json'} has no 'model_cfg': it is not open_clip's"
         )
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        pickled = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
-        )
-        raise CordaError(
-            f"{folder} holds no weights; expected {' or '.join(WEIGHTS)}."
-            + (
-                f" {pickled[0]} is a pickle, which is not read: convert it to safetensors."
-                if pickled
-                else ""
-            )
-        )
+    if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+        raise CordaError(f"{folder} holds no weights; expected open_clip_model.safetensors")
 
 
 CLIP_OPEN = Family(
