@@ -1,0 +1,375 @@
+"""Records: what a source's rows mean, which of them are taken, and a cheap fingerprint of the choice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from corda_vlm.data.images import UNDECODABLE, to_rgb
+from corda_vlm.data.readers import READERS
+from corda_vlm.data.spec import DataSpec, find_paths, parse_spec
+from corda_vlm.data.table import (
+    Table,
+    cut,
+    pick_column,
+    select_rows,
+    shuffled_within_classes,
+)
+from corda_vlm.errors import DataError
+
+Record = dict[str, Any]
+"""`image` (RGB PIL image or None), `text` (str or None), `label` (int or None), and the source's other columns."""
+
+
+def load_records(
+    spec: str | Mapping[str, Any] | DataSpec, *, beside: str | Path | None = None
+) -> ImageTextData:
+    """Read a source's records; pictures are decoded only when a record is looked at.
+
+    Args:
+        spec: "kind:where", or a mapping of `DataSpec`'s fields, or a `DataSpec`.
+        beside: the file that names the data; relative paths may be relative to it.
+
+    Raises:
+        UnknownNameError: an unknown kind, option, column, split or class.
+        DataError: nothing there, unreadable, empty, or a record without its label.
+    """
+    spec = parse_spec(spec)
+    table = READERS[spec.kind](spec, beside)
+    if table.size == 0:
+        raise DataError(f"{spec}: holds no record")
+    columns = {kind: pick_column(table, kind, asked, spec) for kind, asked in _asked(spec).items()}
+    where = dict(spec.where)
+    splits = spec.splits or (None if "split" in table.columns or table.split else table.splits)
+    if spec.split is not None and not splits and not table.split:
+        if "split" not in table.columns:
+            raise DataError(
+                f"{spec}: has no split of its own; give splits, e.g. {{train: 0.8, test: 0.2}}, "
+                "or where, a filter on a column"
+            )
+        where.setdefault("split", spec.split)
+    rows = select_rows(table, where, spec)
+    labels, class_names = _labels(table, columns["label"], rows, spec, beside)
+    if splits and spec.split is not None:
+        part = cut(splits, spec.split, labels, len(rows), spec)
+        rows, labels = rows[part], _take(labels, part)
+    chosen = _sample(spec, labels, len(rows))
+    rows, labels = rows[chosen], _take(labels, chosen)
+    texts = _texts(table, spec.text, columns["text"], rows, labels, class_names)
+    if len(rows) == 0:
+        raise DataError(f"{spec}: not one record is left after split, filter and sampling")
+    if columns["image"] is None and texts is None:
+        raise DataError(
+            f"{spec}: neither pictures nor texts were found; its columns are {', '.join(table.names)}: "
+            "name them with image: and text:"
+        )
+    return ImageTextData(table, rows, spec, columns["image"], texts, labels, class_names)
+
+
+class ImageTextData(Sequence[Record]):
+    """Records of images, texts and labels, in a fixed order.
+
+    `data[i]` decodes record i and raises `DataError` if it cannot; iterating skips such records and counts
+    them, up to the share that the spec allows. `data[a:b]` and `select` give a part of the same source.
+
+    Attributes:
+        spec: what was asked for.
+        labels: (n,) whole numbers, or None.
+        texts: (n,) strings, or None.
+        class_names: the names of the labels in index order, or None.
+        bad: record number -> why it does not decode, for those met so far.
+        cache: what batch builders keep about these records, e.g. their pixels.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        rows: np.ndarray,
+        spec: DataSpec,
+        image_column: str | None,
+        texts: list[str] | None,
+        labels: list[int] | None,
+        class_names: tuple[str, ...] | None,
+    ) -> None:
+        self.spec, self.labels, self.texts, self.class_names = spec, labels, texts, class_names
+        self.bad: dict[int, str] = {}
+        self.cache: dict[Any, Any] = {}
+        self._table, self._rows, self._image_column = table, rows, image_column
+        self._fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self)} records of {self.spec}"]
+        if self.class_names is not None:
+            parts.append(f"{len(self.class_names)} classes")
+        return f"ImageTextData({', '.join(parts)})"
+
+    @property
+    def has_images(self) -> bool:
+        return self._image_column is not None
+
+    @property
+    def skipped(self) -> int:
+        """How many records did not decode, of those looked at so far."""
+        return len(self.bad)
+
+    def place(self, index: int) -> str:
+        """Where a person finds record `index`: the file and the row or line."""
+        return self._table.place(int(self._rows[index]))
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> ImageTextData: ...
+    def __getitem__(self, index: int | slice) -> Record | ImageTextData:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        record = self.get(range(len(self))[index])
+        if record is None:
+            number = range(len(self))[index]
+            raise DataError(f"{self.place(number)}: {self.bad[number]}")
+        return record
+
+    def __iter__(self) -> Iterator[Record]:
+        for index in range(len(self)):
+            record = self.get(index)
+            if record is not None:
+                yield record
+
+    def get(self, index: int) -> Record | None:
+        """Record `index`, or None if its picture does not decode.
+
+        Raises:
+            DataError: more than `max_bad_share` of the records do not decode; lists the first of them.
+        """
+        if index in self.bad:
+            return None
+        row = int(self._rows[index])
+        record: Record = {
+            name: values[row]
+            for name, values in self._table.columns.items()
+            if name != self._image_column
+        }
+        try:
+            record["image"] = self.image(index)
+        except UNDECODABLE as error:
+            self.bad[index] = f"no image that can be decoded ({type(error).__name__}: {error})"
+            self._check_share()
+            return None
+        record["text"] = None if self.texts is None else self.texts[index]
+        record["label"] = None if self.labels is None else self.labels[index]
+        return record
+
+    def image(self, index: int) -> Image.Image | None:
+        """The picture of record `index` in RGB, None if the data has none. Raises as `to_rgb` does."""
+        return None if self._image_column is None else to_rgb(self._stored(index), self._table.base)
+
+    def select(self, indices: Sequence[int] | range | np.ndarray) -> ImageTextData:
+        """The records at `indices`, in that order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return ImageTextData(
+            self._table,
+            self._rows[chosen],
+            self.spec,
+            self._image_column,
+            _take(self.texts, chosen),
+            _take(self.labels, chosen),
+            self.class_names,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the number of records, all labels and texts, and the stored bytes of up to 16 pictures.
+
+        It does not depend on where the files lie, only on what the records say.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            # Length-prefixed by JSON, so that no two lists give one byte string.
+            head = [len(self), self.labels, self.texts, self.class_names, self.has_images]
+            digest.update(json.dumps(head).encode())
+            if self.has_images:
+                for index in np.unique(np.linspace(0, len(self) - 1, num=16).round().astype(int)):
+                    digest.update(_content(self._stored(int(index)), self._table.base))
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def _stored(self, index: int) -> Any:
+        row, column = int(self._rows[index]), str(self._image_column)
+        get = self._table.images.get(column)
+        return get(row) if get is not None else self._table.columns[column][row]
+
+    def _check_share(self) -> None:
+        allowed = self.spec.max_bad_share
+        if len(self.bad) <= allowed * len(self):
+            return
+        listed = [f"  {self.place(index)}: {why}" for index, why in list(self.bad.items())[:10]]
+        raise DataError(
+            f"{self.spec}: {len(self.bad)} of {len(self)} images do not decode, more than the {allowed:.3g} "
+            "that max_bad_share allows:\n" + "\n".join(listed)
+        )
+
+
+def _asked(spec: DataSpec) -> dict[str, str | None]:
+    """The columns asked for; a text that is a format string is no column."""
+    text = None if spec.text is not None and "{" in spec.text else spec.text
+    return {"image": spec.image, "text": text, "label": spec.label}
+
+
+def _take(values: list[Any] | None, indices: np.ndarray) -> list[Any] | None:
+    return None if values is None else [values[int(index)] for index in indices]
+
+
+def _content(stored: Any, base: Path | None) -> bytes:
+    if isinstance(stored, Mapping):
+        stored = stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
+    if isinstance(stored, (str, Path)):
+        path = Path(stored) if base is None else base / stored
+        stored = path.read_bytes() if path.is_file() else b"missing"
+    if isinstance(stored, (Image.Image, np.ndarray)):
+        stored = stored.tobytes()
+    return hashlib.sha256(bytes(stored or b"")).digest()
+
+
+# ------------------------------------------------------------------ labels, texts, sampling
+
+
+def _labels(
+    table: Table, column: str | None, rows: np.ndarray, spec: DataSpec, beside: str | Path | None
+) -> tuple[list[int] | None, tuple[str, ...] | None]:
+    """Class indices of `rows` and the classes' names, from a column of numbers or of strings."""
+    if column is None:
+        if spec.classes is not None:
+            raise DataError(f"{spec}: classes are given, but no label column; name it with label:")
+        return None, None
+    values = [table.columns[column][int(row)] for row in rows]
+    for row, value in zip(rows, values, strict=True):
+        if value is None or isinstance(value, (list, dict)) or value != value:
+            raise DataError(f"{table.place(int(row))}: {column} is {value!r}, which is no label")
+    given = _listed(spec.classes, beside)
+    numbers = all(isinstance(value, (int, np.integer, bool)) for value in values)
+    if numbers:
+        labels = [int(value) for value in values]
+        known = given or table.class_names.get(column)
+        classes = (
+            list(known) if known else [str(number) for number in range(max(labels, default=-1) + 1)]
+        )
+    else:
+        classes = list(given or sorted({str(value) for value in values}))
+        index = {name: number for number, name in enumerate(classes)}
+        labels = [index.get(str(value), -1) for value in values]
+    for row, label, value in zip(rows, labels, values, strict=True):
+        if not 0 <= label < len(classes):
+            raise DataError(
+                f"{table.place(int(row))}: {column} {value!r} is none of the {len(classes)} classes; "
+                "complete classes:, or filter with where:"
+            )
+    return labels, _display_names(classes, spec, beside)
+
+
+def _display_names(
+    classes: list[str], spec: DataSpec, beside: str | Path | None
+) -> tuple[str, ...]:
+    names = spec.names
+    if isinstance(names, Mapping):
+        missing = sorted(set(names) - set(classes))
+        if missing:
+            raise DataError(f"{spec}: names has {missing[0]!r}, which is no class")
+        return tuple(names.get(name, name) for name in classes)
+    listed = _listed(names, beside)
+    if listed is None:
+        return tuple(classes)
+    if len(listed) != len(classes):
+        raise DataError(f"{spec}: {len(listed)} names for {len(classes)} classes")
+    return tuple(listed)
+
+
+def _listed(value: Sequence[str] | str | None, beside: str | Path | None) -> list[str] | None:
+    """A list, or the list in a file (JSON, or one a line)."""
+    if not isinstance(value, str):
+        return None if value is None else [str(item) for item in value]
+    path = find_paths(value, beside)[0]
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not a JSON list of names ({error})") from error
+    if not isinstance(found, list):
+        raise DataError(f"{path}: not a JSON list of names")
+    return [str(item) for item in found]
+
+
+def _texts(
+    table: Table,
+    asked: str | None,
+    column: str | None,
+    rows: np.ndarray,
+    labels: list[int] | None,
+    class_names: tuple[str, ...] | None,
+) -> list[str] | None:
+    if asked is not None and "{" in asked:
+        return [
+            _formatted(table, asked, int(row), i, labels, class_names) for i, row in enumerate(rows)
+        ]
+    if column is None:
+        return None
+    texts = []
+    for row in rows:
+        value = table.columns[column][int(row)]
+        if isinstance(value, (list, tuple)) and value:
+            value = value[
+                0
+            ]  # several captions of one picture: the first; all stay in the record's own column
+        if not isinstance(value, str):
+            raise DataError(f"{table.place(int(row))}: {column} is {value!r}, which is no text")
+        texts.append(value)
+    return texts
+
+
+def _formatted(
+    table: Table,
+    template: str,
+    row: int,
+    index: int,
+    labels: list[int] | None,
+    class_names: tuple[str, ...] | None,
+) -> str:
+    values = {name: column[row] for name, column in table.columns.items()}
+    if labels is not None and class_names is not None:
+        values["class_name"] = class_names[labels[index]]
+    try:
+        return template.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataError(
+            f"text {template!r}: cannot be filled in ({error}); the columns are {', '.join(sorted(values))}"
+        ) from error
+
+
+def _sample(spec: DataSpec, labels: list[int] | None, count: int) -> np.ndarray:
+    """Which of `count` records `per_class` and `limit` leave, as indices."""
+    chosen = np.arange(count)
+    if spec.per_class is not None:
+        if labels is None:
+            raise DataError(f"{spec}: per_class needs labels; name their column with label:")
+        order = shuffled_within_classes(labels, count, spec.seed)
+        seen: dict[int, int] = {}
+        kept = []
+        for index in order:
+            seen[labels[index]] = seen.get(labels[index], 0) + 1
+            if seen[labels[index]] <= spec.per_class:
+                kept.append(index)
+        chosen = np.asarray(kept)
+    if spec.limit is not None and spec.limit < len(chosen):
+        # A prefix of one permutation: limit 100 is a part of limit 200.
+        chosen = chosen[np.random.RandomState(spec.seed).permutation(len(chosen))[: spec.limit]]
+    return chosen

@@ -1,0 +1,156 @@
+"""How a user says which data: one frozen record, from a string or from a mapping of a YAML file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.files import asset, resolve
+
+KINDS = ("sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl")
+"""The kinds of sources; `corda_vlm.data.readers.READERS` has a reader for each."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which records to read, and what in them is picture, text and label.
+
+    Attributes:
+        source: `"kind:where"`: "sklearn:digits", "parquet:PATH_OR_GLOB", "folder:PATH" (one folder a class),
+            "webdataset:PATTERN" (tar shards), "hf:NAME_OR_FOLDER", "torchvision:CIFAR10", "jsonl:PATH".
+            Paths may be relative to the file that names them or to what ships with the package, and may hold
+            `~` and environment variables.
+        split: the part to read: the source's own split, a value of a column named `split`, or a key of `splits`.
+        image, text, label: columns; "auto" finds the usual names, None leaves the thing out. `text` may be a
+            format string over the columns, e.g. "a photo of a {class_name}".
+        where: only records whose columns have these values: {column: value or list of values}.
+        classes: class names in index order, or a file of them (JSON list, or one a line). Without it, string
+            labels are numbered in sorted order.
+        names: what prompts should say for a class: {class: name}, or a list in index order, or such a file.
+        splits: cut the records into parts of their own, e.g. {"train": 0.8, "test": 0.2} (shares) or
+            {"train": 1000, "test": 500} (numbers): disjoint, stratified by label, the same for every seed.
+        limit: at most so many records, drawn at random; a smaller limit draws a subset of a larger one's.
+        per_class: at most so many records of each class, drawn at random.
+        seed: of `limit` and `per_class`.
+        max_bad_share: the share of undecodable images that is skipped and counted; beyond it, an error.
+        config: the configuration of a Hugging Face data set.
+        root: the folder of a torchvision data set.
+        download: let torchvision fetch what is not in `root`.
+    """
+
+    source: str
+    split: str | None = None
+    image: str | None = "auto"
+    text: str | None = "auto"
+    label: str | None = "auto"
+    where: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[str] | str | None = None
+    names: Mapping[str, str] | Sequence[str] | str | None = None
+    splits: Mapping[str, float | int] | None = None
+    limit: int | None = None
+    per_class: int | None = None
+    seed: int = 0
+    max_bad_share: float = 0.01
+    config: str | None = None
+    root: str | None = None
+    download: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.source.partition(":")[0]
+
+    @property
+    def location(self) -> str:
+        return self.source.partition(":")[2]
+
+    def __str__(self) -> str:
+        return self.source + (f" [{self.split}]" if self.split else "")
+
+
+def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
+    """A `DataSpec` from what a user wrote.
+
+    Raises:
+        UnknownNameError: an unknown kind of source or an unknown option.
+        DataError: no source, or numbers out of range.
+    """
+    if isinstance(spec, DataSpec):
+        found = spec
+    else:
+        options: dict[str, Any] = {"source": spec} if isinstance(spec, str) else dict(spec)
+        known = {f.name for f in fields(DataSpec)}
+        for option in options:
+            if option not in known:
+                raise UnknownNameError("data option", option, known)
+        if "source" not in options:
+            raise DataError(
+                f"data without a source: {options}; give e.g. source: parquet:images.parquet"
+            )
+        found = DataSpec(**{**options, "source": str(options["source"])})
+    if found.kind not in KINDS or not found.location:
+        raise UnknownNameError(
+            "data source",
+            found.source,
+            KINDS,
+            "A source is written kind:where, e.g. folder:photos.",
+        )
+    for name in ("limit", "per_class"):
+        value = getattr(found, name)
+        if value is not None and value < 1:
+            raise DataError(f"{found}: {name} is {value}; it must be at least 1")
+    if not 0 <= found.max_bad_share < 1:
+        raise DataError(
+            f"{found}: max_bad_share is {found.max_bad_share}; it is a share from 0 to below 1"
+        )
+    return found
+
+
+def find_paths(pattern: str | Path, beside: str | Path | None = None) -> list[Path]:
+    """The files or folders that `pattern` names: as given, else beside the file that names it, else shipped.
+
+    `{000..012}` and `{a,b}` are expanded as webdataset does, then shell wildcards. Sorted, no duplicates.
+
+    Raises:
+        DataError: nothing matches; the message says where was looked.
+    """
+    written = os.path.expandvars(Path(pattern).expanduser())
+    if "$" in written:
+        raise DataError(f"{pattern}: an environment variable in this path is not set ({written})")
+    return sorted({path for one in _braces(written) for path in _matches(one, beside)})
+
+
+def _matches(pattern: str, beside: str | Path | None) -> list[Path]:
+    """What one pattern without braces names, in the order of `corda_vlm.files.resolve`."""
+    parts = Path(pattern).parts
+    wild = next(
+        (i for i, part in enumerate(parts) if any(mark in part for mark in "*?[")), len(parts)
+    )
+    try:
+        if wild == len(parts):
+            return [resolve(pattern, beside)]
+        bases = [Path(), *([Path(beside).parent] if beside is not None else []), asset(".")]
+        for base in bases:
+            if found := list((base / Path(*parts[:wild])).glob(str(Path(*parts[wild:])))):
+                return found
+    except CordaError as error:
+        raise DataError(f"no such data: {error}") from error
+    looked = ", ".join(str(base / pattern) for base in bases)
+    raise DataError(f"no data matches {pattern!r}; looked at: {looked}")
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a{0..2}b` -> a0b a1b a2b (leading zeros kept); `a{x,y}` -> ax ay."""
+    before, opening, rest = pattern.partition("{")
+    inside, closing, after = rest.partition("}")
+    if not opening or not closing:
+        return [pattern]
+    first, dots, last = inside.partition("..")
+    if dots and first.isdigit() and last.isdigit():
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        choices = inside.split(",")
+    return [before + choice + tail for tail in _braces(after) for choice in choices]
