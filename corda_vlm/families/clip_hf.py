@@ -253,10 +253,18 @@ def processor(source: str | Path, model: nn.Module) -> Processor:
     old = int(transformers.__version__.split(".")[0]) < 5
     backend: dict[str, Any] = {"use_fast": False} if old else {"backend": "pil"}
     images = _or_missing(lambda: transformers.AutoImageProcessor.from_pretrained(source, **backend))
-    words = _or_missing(lambda: transformers.AutoTokenizer.from_pretrained(source))
+    words = _or_missing(lambda: _tokenizer(source, transformers))
     return make_processor(
         model, images if _has(model, "vision") else None, words if _has(model, "text") else None
     )
+
+
+def _tokenizer(source: str | Path, transformers: Any) -> Any:
+    words = transformers.AutoTokenizer.from_pretrained(source)
+    if len(words) <= len(words.all_special_tokens):
+        # transformers 5 makes a tokenizer of special tokens alone where there are no files: every text is unknown
+        raise ValueError(f"{source} has no vocabulary")
+    return words
 
 
 class _Missing:

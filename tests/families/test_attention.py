@@ -37,7 +37,11 @@ class Holder(nn.Module):
 
 
 def _inputs(batch_first=True, kdim=EMBED, vdim=EMBED, source=SOURCE):
-    q, k, v = torch.randn(BATCH, LENGTH, EMBED), torch.randn(BATCH, source, kdim), torch.randn(BATCH, source, vdim)
+    q, k, v = (
+        torch.randn(BATCH, LENGTH, EMBED),
+        torch.randn(BATCH, source, kdim),
+        torch.randn(BATCH, source, vdim),
+    )
     return (q, k, v) if batch_first else tuple(x.transpose(0, 1) for x in (q, k, v))
 
 
@@ -53,14 +57,17 @@ def _masks(kind):
         "per_head": {"attn_mask": per_head},
         "per_head_bool": {"attn_mask": per_head > 1},
         "padding": {"key_padding_mask": padding},
-        "padding_float": {"key_padding_mask": torch.zeros(BATCH, SOURCE).masked_fill(padding, float("-inf"))},
+        "padding_float": {
+            "key_padding_mask": torch.zeros(BATCH, SOURCE).masked_fill(padding, float("-inf"))
+        },
         "both": {"attn_mask": ~allowed, "key_padding_mask": padding},
     }[kind]
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize(
-    "masks", ["none", "bool", "float", "per_head", "per_head_bool", "padding", "padding_float", "both"]
+    "masks",
+    ["none", "bool", "float", "per_head", "per_head_bool", "padding", "padding_float", "both"],
 )
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_same_outputs_under_every_mask(masks, need_weights, batch_first):
@@ -77,14 +84,17 @@ def test_same_outputs_under_every_mask(masks, need_weights, batch_first):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": False}, {"kdim": 10, "vdim": 14}, {"kdim": 10, "bias": False}, {"vdim": 14}]
+    "options",
+    [{}, {"bias": False}, {"kdim": 10, "vdim": 14}, {"kdim": 10, "bias": False}, {"vdim": 14}],
 )
 def test_same_outputs_for_every_layout(options):
     model = Holder(batch_first=True, **options).eval()
     inputs = _inputs(kdim=options.get("kdim", EMBED), vdim=options.get("vdim", EMBED))
     expected = model(*inputs, need_weights=False)[0]
     with unpacked(model):
-        torch.testing.assert_close(model(*inputs, need_weights=False)[0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(*inputs, need_weights=False)[0], expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_per_head_weights_and_unbatched_inputs():
@@ -126,7 +136,9 @@ def test_dropout_acts_in_training_only():
 def test_under_autocast(dtype):
     model = Holder(batch_first=True).eval()
     inputs = _inputs()
-    mask = torch.zeros(LENGTH, SOURCE).masked_fill(torch.ones(LENGTH, SOURCE).triu(3).bool(), float("-inf"))
+    mask = torch.zeros(LENGTH, SOURCE).masked_fill(
+        torch.ones(LENGTH, SOURCE).triu(3).bool(), float("-inf")
+    )
     exact = model(*inputs, attn_mask=mask)[0]
 
     def error(output):
@@ -151,7 +163,9 @@ def test_hooks_see_batch_first_inputs_whatever_the_layout():
                 lambda module, args, output, part=part: seen.__setitem__(part, args[0])
             )
         model(x, x, x, need_weights=False)
-    assert {part: tuple(value.shape) for part, value in seen.items()} == dict.fromkeys(PARTS, (BATCH, LENGTH, EMBED))
+    assert {part: tuple(value.shape) for part, value in seen.items()} == dict.fromkeys(
+        PARTS, (BATCH, LENGTH, EMBED)
+    )
     assert seen["q_proj"] is seen["k_proj"] is seen["v_proj"]
 
 
@@ -168,7 +182,9 @@ def test_gradients_reach_inputs_parts_and_the_packed_parameter():
         assert model.attn.q_proj.weight.grad is not None
     for x, grad in zip(inputs, expected, strict=True):
         torch.testing.assert_close(x.grad, grad, atol=1e-4, rtol=1e-4)
-    for (name, found), (_, wanted) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+    for (name, found), (_, wanted) in zip(
+        model.named_parameters(), reference.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(found.grad, wanted.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
@@ -177,9 +193,13 @@ def test_packing_gives_the_same_objects_keys_and_values_back():
     module, parameters = model.attn, dict(model.named_parameters())
     state = copy.deepcopy(model.state_dict())
     with unpacked(model):
-        assert set(model.state_dict()) == {f"attn.{part}.{kind}" for part in PARTS for kind in ("weight", "bias")}
+        assert set(model.state_dict()) == {
+            f"attn.{part}.{kind}" for part in PARTS for kind in ("weight", "bias")
+        }
     assert model.attn is module
-    assert {name: id(p) for name, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
+    assert {name: id(p) for name, p in model.named_parameters()} == {
+        n: id(p) for n, p in parameters.items()
+    }
     assert list(model.state_dict()) == list(state)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -311,11 +331,15 @@ class TestAdapter:
         from peft import LoraConfig, inject_adapter_in_model
 
         unpack(model)
-        return inject_adapter_in_model(LoraConfig(target_modules=[target], init_lora_weights=False), model)
+        return inject_adapter_in_model(
+            LoraConfig(target_modules=[target], init_lora_weights=False), model
+        )
 
     def test_packing_under_an_adapter_is_refused_and_changes_nothing(self):
         model = self._attach(nn.ModuleDict({"one": Holder(), "two": Holder()}), "one.attn.q_proj")
-        with pytest.raises(CordaError, match=r"one\.attn\.q_proj is a Linear, not a plain nn\.Linear"):
+        with pytest.raises(
+            CordaError, match=r"one\.attn\.q_proj is a Linear, not a plain nn\.Linear"
+        ):
             pack(model)
         assert isinstance(model["two"].attn, UnpackedAttention)
 
@@ -329,7 +353,9 @@ class TestAdapter:
     def test_wrapping_the_packed_layer_itself_is_named(self):
         from peft import LoraConfig, inject_adapter_in_model
 
-        model = inject_adapter_in_model(LoraConfig(target_modules=["attn"]), Holder(batch_first=True))
+        model = inject_adapter_in_model(
+            LoraConfig(target_modules=["attn"]), Holder(batch_first=True)
+        )
         with pytest.raises(CordaError, match="an adapter wraps the packed attention layer itself"):
             unpack(model)
 
@@ -338,7 +364,8 @@ class TestOpenClipAttention:
     """open_clip's own `Attention`, in blocks with qk_norm and the like."""
 
     @pytest.mark.parametrize(
-        "options", [{"qk_norm": True}, {"scale_heads": True}, {"inner_norm": True}, {"qkv_bias": False}]
+        "options",
+        [{"qk_norm": True}, {"scale_heads": True}, {"inner_norm": True}, {"qkv_bias": False}],
     )
     def test_same_outputs(self, options):
         from open_clip.transformer import Attention
@@ -348,18 +375,25 @@ class TestOpenClipAttention:
             for parameter in model.parameters():
                 parameter.normal_(std=0.3)
         state = copy.deepcopy(model.state_dict())
-        x, mask = torch.randn(BATCH, LENGTH, EMBED), torch.full((LENGTH, LENGTH), float("-inf")).triu(1)
+        x, mask = (
+            torch.randn(BATCH, LENGTH, EMBED),
+            torch.full((LENGTH, LENGTH), float("-inf")).triu(1),
+        )
         expected = [model["attn"](x), model["attn"](x, attn_mask=mask)]
         with unpacked(model):
             assert not is_packed(model["attn"])
             torch.testing.assert_close(model["attn"](x), expected[0], atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(model["attn"](x, attn_mask=mask), expected[1], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                model["attn"](x, attn_mask=mask), expected[1], atol=1e-5, rtol=1e-5
+            )
         assert list(model.state_dict()) == list(state)
 
     def test_scaled_cosine_is_refused_by_name(self):
         from open_clip.transformer import Attention
 
-        with pytest.raises(CordaError, match=r"attn: open_clip\.transformer\.Attention with scaled_cosine"):
+        with pytest.raises(
+            CordaError, match=r"attn: open_clip\.transformer\.Attention with scaled_cosine"
+        ):
             unpack(nn.ModuleDict({"attn": Attention(EMBED, HEADS, scaled_cosine=True)}))
 
     def test_parts_are_views(self):
