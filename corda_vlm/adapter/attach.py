@@ -1,0 +1,375 @@
+"""Attach a plan to a model with PEFT as the carrier, load it again, and take it off again.
+
+What a model shows while an adapter is attached, by base mode (see `corda_vlm.adapter.paired`):
+
+|                          | "untouched"             | "residual"                    |
+|--------------------------|-------------------------|-------------------------------|
+| at the start             | the original, exactly   | the original, up to rounding  |
+| `disable_adapter()`      | the original, exactly   | the residual `W₀ = W − B₀A₀`  |
+| `restore`, `unload()`    | the original, exactly   | the original, up to rounding  |
+| several adapters         | yes                     | no, refused                   |
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from corda_vlm.adapter.paired import (
+    BASES,
+    PairedConfig,
+    PairedLinear,
+    PairedType,
+    base_of,
+    paired_layers,
+    refuse_second_residual,
+    trained,
+)
+from corda_vlm.covariance import collect_covariance
+from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.families.attention import pack, unpack
+from corda_vlm.files import read_json
+from corda_vlm.plan import AdapterPlan, plan_adapter
+from corda_vlm.sites import find_sites, model_fingerprint
+
+logger = logging.getLogger(__name__)
+
+# Which parameters of a bare model were frozen before an adapter froze them all.
+_FROZEN_BEFORE: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+def attach_adapter(
+    model: nn.Module,
+    plan: AdapterPlan,
+    *,
+    freeze_a: bool = False,
+    base: str = "untouched",
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Attach the planned adapter. The model's outputs stay the same; only A and B are trainable.
+
+    `model` itself is changed: packed attention stays unpacked, and the planned layers wrapped, until `restore`.
+
+    Args:
+        model: the bare model the plan was made for, or a `PeftModel` of ours, which then gets a further adapter.
+        freeze_a: train B only. Then the change of a layer's outputs is `ΔB A x`: bounded, throughout
+            training, by how little the directions of A see of the knowledge.
+        base: "untouched" (default) or "residual", see the table above.
+        adapter_name: PEFT's name for it.
+
+    Raises:
+        ForeignFileError: the plan was made for another model or family; both are named.
+        UnknownNameError: unknown base mode.
+        CordaError: what PEFT wrapped is not what was planned.
+    """
+    if base not in BASES:
+        raise UnknownNameError("base mode", base, BASES)
+    if isinstance(model, PeftModel):  # first: a residual base has another fingerprint
+        refuse_second_residual([*_bases(model), base])
+    plan.check(model)
+    if missing := [s.site.name for s in plan.sites if s.site.name not in plan.factors]:
+        raise CordaError(f"the plan has no factors for {missing[0]!r}; make it with plan_adapter")
+    if freeze_a:
+        _warn_blind_basis(plan)
+    ranks = {s.site.name: s.rank for s in plan.sites}
+    config = PairedConfig(
+        **lora_targets(ranks),
+        # the pair is copied in below
+        init_lora_weights=False,
+        base=base,
+        freeze_a=freeze_a,
+        origin={
+            "method": plan.method,
+            "mode": plan.mode,
+            "family": plan.family,
+            "model_fingerprint": plan.model_fingerprint,
+            "data_fingerprint": plan.data_fingerprint,
+        },
+    )
+    with wrapping(model):
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+            peft_model = model
+        else:
+            peft_model = get_peft_model(model, config, adapter_name)
+            assert isinstance(peft_model, PeftModel)
+        check_wrapped(peft_model, ranks, adapter_name)
+        for name, layer in paired_layers(peft_model).items():
+            if name in ranks:
+                factor = plan.factors[name]
+                layer.set_pair(adapter_name, factor.B, factor.A)
+                for mine, start in zip(
+                    trained(layer, adapter_name), layer.pair(adapter_name), strict=True
+                ):
+                    mine.data.copy_(start)
+    return peft_model
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Reload what `save_pretrained` (or a Trainer's checkpoint) wrote, on the *original* base model.
+
+    Takes checkpoints of ours in both base modes, and those of PEFT's own LoRA and DoRA on an unpacked model.
+
+    Args:
+        model: the original bare model, in a new process too; or a `PeftModel` of ours, for a further adapter.
+        is_trainable: leave A and B trainable.
+
+    Raises:
+        ForeignFileError: no adapter there, corrupt or truncated, or of another model; the message says which.
+    """
+    directory = Path(directory)
+    described = read_json(directory / "adapter_config.json", "adapter")
+    kind = described.get("peft_type") if isinstance(described, dict) else None
+    if kind not in (PairedType.CORDA_VLM.value, "LORA"):
+        raise ForeignFileError(
+            f"{directory} holds an adapter of type {kind!r}; this loads 'CORDA_VLM' and 'LORA'. "
+            "Load others with peft.PeftModel.from_pretrained."
+        )
+    stored = _stored_keys(directory / "adapter_model.safetensors")
+    if kind == PairedType.CORDA_VLM.value:
+        if isinstance(model, PeftModel):
+            refuse_second_residual([*_bases(model), described.get("base", "untouched")])
+        made_for = described.get("origin", {}).get("model_fingerprint")
+        fingerprint = model_fingerprint(model)
+        if made_for != fingerprint:
+            raise ForeignFileError(
+                f"the adapter in {directory} was made for the model {made_for}, and this one is {fingerprint}: other "
+                "layers or other weights. Load the original model it was made from."
+            )
+    with wrapping(model):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(directory), adapter_name, is_trainable=is_trainable)
+                peft_model = model
+            else:
+                peft_model = PeftModel.from_pretrained(
+                    model, str(directory), adapter_name=adapter_name, is_trainable=is_trainable
+                )
+        expected = set(get_peft_model_state_dict(peft_model, adapter_name=adapter_name))
+        if expected != stored:
+            odd = sorted(expected ^ stored)[0]
+            raise ForeignFileError(
+                f"{directory} does not fit this model: {odd} is only in the "
+                f"{'file' if odd in stored else 'model'} ({len(expected ^ stored)} such tensors)"
+            )
+    return peft_model
+
+
+def restore(peft_model: PeftModel) -> nn.Module:
+    """Take the adapter off: the original bare model, attention packed again; what was trained is dropped.
+
+    The weights are the original ones to the bit where the base was left untouched (our "untouched" mode, and
+    PEFT's LoRA and DoRA unless they were merged). In residual mode they are `W₀ + B₀A₀`, the original up to
+    rounding in the model's precision: for the exact ones, load the model again. A log line says which.
+
+    Raises:
+        CordaError: not a `PeftModel`.
+    """
+    if not isinstance(peft_model, PeftModel) or not isinstance(peft_model.base_model, BaseTuner):
+        raise CordaError(
+            f"restore takes a model with an adapter (a PeftModel), not a {type(peft_model).__name__}"
+        )
+    bare = base_of(peft_model)
+    exact = "residual" not in _bases(peft_model)
+    for layer in bare.modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer, PairedLinear) and layer.merged:
+            layer.unmerge()
+            exact = False
+    peft_model.base_model.unload()
+    _tidy(bare)
+    logger.info(
+        "the original model is back, %s",
+        "to the bit" if exact else "up to rounding; load it again for the exact weights",
+    )
+    return bare
+
+
+def adapt(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    mode: str = "kpm",
+    rank: int = 16,
+    **options: Any,
+) -> PeftModel:
+    """Calibrate on `batches`, plan and attach, in one call.
+
+    Args:
+        model: bare.
+        batches: what the knowledge to keep ("kpm") or the new task ("ipm") looks like: a few hundred samples.
+        options: of `collect_covariance`, `plan_adapter` and `attach_adapter`, each passed to those that take it.
+
+    Raises:
+        UnknownNameError: an option that none of them takes; the message lists those there are.
+    """
+    steps = (collect_covariance, plan_adapter, attach_adapter)
+    given = {"model", "batches", "sites", "store", "plan", "mode", "rank"}
+    takes = [set(inspect.signature(step).parameters) - given for step in steps]
+    for option in options:
+        if not any(option in names for names in takes):
+            raise UnknownNameError("option of adapt", option, set().union(*takes))
+    collecting, planning, attaching = (
+        {name: value for name, value in options.items() if name in names} for names in takes
+    )
+    sites = find_sites(model, towers=options.get("towers"), roles=options.get("roles"))
+    store = collect_covariance(model, batches, sites, **collecting)
+    plan = plan_adapter(model, store, mode=mode, rank=rank, **planning)
+    return attach_adapter(model, plan, **attaching)
+
+
+@contextmanager
+def scaled(peft_model: nn.Module, scale: float) -> Iterator[None]:
+    """Within the block the model is the original (0) to the trained one (1), or in between (WiSE-FT), or beyond.
+
+    Every adapted weight is `W + scale · ΔW`, in both base modes and for PEFT's LoRA. The active adapters only.
+    """
+    layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    if any(layer.merged for layer in layers):
+        raise CordaError("the adapter is merged into the base; call `unmerge_adapter()` first")
+    try:
+        for layer in layers:
+            for name in layer.active_adapters:
+                if name in layer.scaling:
+                    layer.scaling[name] *= scale
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def anchored(names: Iterable[str]) -> str:
+    """A regular expression that matches exactly these dotted names.
+
+    PEFT matches a *list* of targets by suffix: on open_clip `transformer.resblocks.0.mlp.c_fc`, the text
+    tower's, would adapt `visual.transformer.…` too.
+    """
+    return "^(?:" + "|".join(re.escape(name) for name in names) + ")$"
+
+
+def lora_targets(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a `LoraConfig` that give each site its rank, alpha equal to it (so scaling 1), no dropout."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    odd = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": anchored(ranks),
+        "rank_pattern": odd,
+        "alpha_pattern": dict(odd),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def check_wrapped(peft_model: PeftModel, ranks: Mapping[str, int], adapter_name: str) -> None:
+    """Raise unless exactly these modules carry the adapter, with these ranks and scaling 1."""
+    found = {
+        name: module.r[adapter_name]
+        for name, module in base_of(peft_model).named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
+    }
+    for name in sorted(found.keys() | ranks.keys()):
+        if found.get(name) != ranks.get(name):
+            raise CordaError(
+                f"PEFT wrapped {name!r} with rank {found.get(name)} (None: not at all) where the plan says "
+                f"{ranks.get(name)}; nothing was attached. Please report this with the model's class."
+            )
+
+
+@contextmanager
+def wrapping(model: nn.Module) -> Iterator[None]:
+    """Unpack, remember what was frozen, and leave the bare model as it was when the block raises."""
+    if isinstance(model, PeftModel):
+        yield  # PEFT takes a further adapter back by itself
+        return
+    if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise CordaError(
+            "this model carries an adapter already; pass the PeftModel, or restore it first"
+        )
+    remember_frozen(model)
+    unpack(model)
+    try:
+        yield
+    except BaseException:
+        for parent in list(model.modules()):
+            for key, child in list(parent._modules.items()):
+                if isinstance(child, BaseTunerLayer):
+                    if isinstance(child, PairedLinear):
+                        for name in list(child.lora_init_A):
+                            child.drop_pair(name)
+                    parent._modules[key] = child.get_base_layer()
+        _tidy(model)
+        raise
+
+
+def remember_frozen(bare: nn.Module) -> None:
+    """Note which parameters are frozen, for `forget_frozen`."""
+    frozen = (name for name, p in bare.named_parameters() if not p.requires_grad)
+    _FROZEN_BEFORE[bare] = frozenset(frozen)
+
+
+def forget_frozen(bare: nn.Module) -> None:
+    """Set `requires_grad` as it was at `remember_frozen`; all trainable if that was not called."""
+    frozen = _FROZEN_BEFORE.pop(bare, frozenset())
+    for name, parameter in bare.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name not in frozen)
+
+
+def _tidy(bare: nn.Module) -> None:
+    """Pack attention, and set `requires_grad` as it was before the adapter."""
+    pack(bare)
+    if "peft_config" in bare.__dict__:
+        del bare.peft_config
+    forget_frozen(bare)
+
+
+def _bases(model: PeftModel) -> list[str]:
+    """The base modes of a model's adapters; PEFT's own leave the base untouched."""
+    return [getattr(config, "base", "untouched") for config in model.peft_config.values()]
+
+
+def _stored_keys(weights: Path) -> set[str]:
+    if not weights.is_file():
+        raise ForeignFileError(f"no adapter weights at {weights} (only safetensors are read)")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ForeignFileError(
+            f"{weights} is not a safetensors file ({error}); it may be truncated. Save the adapter again."
+        ) from error
+
+
+def _warn_blind_basis(plan: AdapterPlan) -> None:
+    wide = [s for s in plan.sites if s.side == "output" and s.shape[1] > s.shape[0]]
+    if wide:
+        warnings.warn(
+            f"freeze_a bounds the damage by how little A sees of the knowledge, but the output-side basis of "
+            f"{plan.method!r} cannot reach the inputs' null space where a layer has more inputs than outputs: "
+            f"{len(wide)} sites, first {wide[0].site.name!r} ({wide[0].shape[0]}×{wide[0].shape[1]}). Leave them out "
+            "with roles=, or take an input-side method there.",
+            stacklevel=3,
+        )

@@ -1,0 +1,311 @@
+"""The carrier: a PEFT LoRA layer that remembers the frozen pair it started from.
+
+PEFT's own CorDA and PiSSA write `W₀ = W − B₀A₀` into the base model and forget the pair. Here every layer
+keeps `A₀`, `B₀` as buffers beside the trained `A`, `B`, in one of two modes:
+
+- "untouched": the base weight stays `W`, to the bit; the layer adds `(B A − B₀A₀) x`. It is computed as
+  `(B − B₀) A x + B₀ (A − A₀) x`: exactly zero at the start in any precision, and rounding is relative to
+  what was learned, where the difference of two large products would drown it in bfloat16.
+- "residual": the base weight is `W₀`, the layer adds `B A x` as plain LoRA does. In bfloat16 `W₀` is `W − B₀A₀`
+  rounded, up to half a unit of every weight. The layer holds `W = W₀ + B₀A₀` true whenever a pair is set or loaded.
+
+A checkpoint carries the peft type "CORDA_VLM", which a PEFT without this package does not know: plain
+`PeftModel.from_pretrained` stops with `KeyError: 'CORDA_VLM'` where it would be silently wrong (as a
+LoRA it lacks `−B₀A₀`). Once this module is imported it loads right there too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as TUNERS
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.model import LoraModel
+from torch import Tensor, nn
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.families.attention import pack
+
+BASES = ("untouched", "residual")
+
+
+class PairedType(str, Enum):
+    """The peft type in `adapter_config.json`; a str enum as PEFT's own."""
+
+    CORDA_VLM = "CORDA_VLM"
+
+
+@dataclass
+class PairedConfig(LoraConfig):
+    """PEFT's `LoraConfig` and what a paired layer needs.
+
+    Attributes:
+        base: "untouched" or "residual", see the module.
+        freeze_a: A stays at A₀ and only B is trained.
+        origin: where the pair came from, readable: method, mode, family, model_fingerprint, data_fingerprint.
+    """
+
+    base: str = "untouched"
+    freeze_a: bool = False
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base not in BASES:
+            raise UnknownNameError("base mode", self.base, BASES)
+        self.peft_type = PairedType.CORDA_VLM  # pyright: ignore[reportAttributeAccessIssue]
+        self._register_custom_module({nn.Linear: PairedLinear})
+
+
+class PairedLinear(Linear):
+    """`y = W x + scaling · (B A − B₀A₀) x` over an `nn.Linear`, see the module.
+
+    `scaling` is 1 unless PEFT's `set_scale` changes it; in both modes it interpolates between the original
+    layer (0) and the trained one (1).
+    """
+
+    other_param_names = (*Linear.other_param_names, "lora_init_A", "lora_init_B")
+
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
+        if "lora_init_A" not in self._modules:  # PEFT's constructor comes here before it returns
+            self.lora_init_A = BufferDict(persistent=True)
+            self.lora_init_B = BufferDict(persistent=True)
+        out, inp = base_weight(self).shape
+        self.lora_init_A[adapter_name] = torch.zeros(r, inp)
+        self.lora_init_B[adapter_name] = torch.zeros(out, r)
+        super().update_layer(adapter_name, r, *args, **kwargs)
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        assert isinstance(config, PairedConfig)  # `PairedModel` lets no other in
+        return Untouched() if config.base == "untouched" else Residual()
+
+    def is_residual(self, adapter_name: str) -> bool:
+        return isinstance(self.lora_variant[adapter_name], Residual)
+
+    def a_is_frozen(self, adapter_name: str) -> bool:
+        return "lora_A" in self.frozen_peft_weight_names.get(adapter_name, ())
+
+    def pair(self, adapter_name: str) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
+        """The frozen `B₀`, `A₀`."""
+        B, A = self.lora_init_B[adapter_name], self.lora_init_A[adapter_name]
+        assert B is not None
+        assert A is not None
+        return B, A
+
+    def set_pair(
+        self, adapter_name: str, B: Float[Tensor, "out r"], A: Float[Tensor, "r inp"]
+    ) -> None:
+        """Make `B`, `A` the frozen pair, and in residual mode the base weight `W − B A`.
+
+        Raises:
+            CordaError: the adapter is merged, or the pair has the wrong shape.
+        """
+        old_B, old_A = self.pair(adapter_name)
+        if A.shape != old_A.shape or B.shape != old_B.shape:
+            raise CordaError(
+                f"a pair of shapes {tuple(B.shape)}, {tuple(A.shape)} does not fit an adapter of shapes "
+                f"{tuple(old_B.shape)}, {tuple(old_A.shape)}; it was made for another plan"
+            )
+        if self.merged:
+            raise CordaError("the adapter is merged into the base; call `unmerge_adapter()` first")
+        A, B = A.detach().to(old_A), B.detach().to(old_B)
+        if torch.equal(A, old_A) and torch.equal(B, old_B):
+            return  # nothing to shift, so nothing to round
+        if self.is_residual(adapter_name):
+            shift = old_B.double() @ old_A.double() - B.double() @ A.double()
+            weight = base_weight(self)
+            # in place: an unpacked attention's weight is a view of the packed storage
+            weight.data.copy_(weight.double() + shift)
+        self.lora_init_A[adapter_name], self.lora_init_B[adapter_name] = A.clone(), B.clone()
+
+    def drop_pair(self, adapter_name: str) -> None:
+        """Forget the pair; in residual mode the base weight is `W` again, up to rounding."""
+        B0, A0 = self.pair(adapter_name)
+        self.set_pair(adapter_name, torch.zeros_like(B0), torch.zeros_like(A0))
+
+    def change(self, adapter_name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k inp"]]:
+        """What was learned, as factors `P Q = B A − B₀A₀`, without scaling and without a full matrix.
+
+        `P = [B − B₀, B₀]`, `Q = [A; A − A₀]` (k = 2r): the same product as `[B, −B₀] [A; A₀]`, but rounding
+        either to a lower precision costs a share of the change, not of the two large products. With A
+        frozen the second half is zero and left out (k = r).
+        """
+        (B, A), (B0, A0) = trained(self, adapter_name), self.pair(adapter_name)
+        if self.a_is_frozen(adapter_name):
+            return B - B0, A
+        return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0], dim=0)
+
+    def get_delta_weight(self, adapter: str) -> Float[Tensor, "out inp"]:
+        """What merging adds to the base weight, in float32 or better; PEFT's name for it."""
+        P, Q = self.change(adapter)
+        delta = P.float() @ Q.float() * self.scaling[adapter]
+        if self.is_residual(adapter):
+            B0, A0 = self.pair(adapter)
+            delta = delta + B0.float() @ A0.float()
+        return delta
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.lora_init_A:
+            self.drop_pair(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # A checkpoint brings its pair; a residual base has to follow, unless its weight comes along.
+        for name in self.lora_init_A:
+            A = state_dict.get(f"{prefix}lora_init_A.{name}")
+            B = state_dict.get(f"{prefix}lora_init_B.{name}")
+            if A is not None and B is not None and f"{prefix}base_layer.weight" not in state_dict:
+                self.set_pair(name, B, A)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Untouched(LoraVariant):
+    """Forward and merge over the original weight `W`."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, config: PairedConfig, **kwargs: Any) -> None:
+        assert isinstance(module, PairedLinear)
+        if config.freeze_a:
+            keep_a_frozen(module, adapter_name)
+
+    @staticmethod
+    def forward(
+        module: LoraLayer,
+        active_adapter: str,
+        x: Float[Tensor, "*b inp"],
+        result: Float[Tensor, "*b out"],
+        **kwargs: Any,
+    ) -> Float[Tensor, "*b out"]:
+        assert isinstance(module, PairedLinear)
+        P, Q = module.change(active_adapter)
+        return result + F.linear(F.linear(x, Q), P) * module.scaling[active_adapter]
+
+    @staticmethod
+    def merge_safe(
+        module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, "out inp"]
+    ) -> Float[Tensor, "out inp"]:
+        assert isinstance(module, PairedLinear)
+        # PEFT's unmerge subtracts and rounds; this one puts the weight back to the bit, for its size in memory.
+        module._cache_store(f"{active_adapter}-unmerged", orig_weight.detach().clone())
+        merged = orig_weight.float() + module.get_delta_weight(active_adapter)
+        return merged.to(orig_weight.dtype)
+
+    @classmethod
+    def merge_unsafe(
+        cls, module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, "out inp"]
+    ) -> None:
+        orig_weight.data.copy_(cls.merge_safe(module, active_adapter, orig_weight.data))
+
+    @staticmethod
+    def unmerge(
+        module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, "out inp"]
+    ) -> Float[Tensor, "out inp"]:
+        before = module._cache_pop(f"{active_adapter}-unmerged")
+        return orig_weight.data.copy_(before)
+
+
+class Residual(Untouched):
+    """Forward over `W₀`; merging and unmerging as above, the weight in between being `W₀`."""
+
+    @staticmethod
+    def forward(
+        module: LoraLayer,
+        active_adapter: str,
+        x: Float[Tensor, "*b inp"],
+        result: Float[Tensor, "*b out"],
+        **kwargs: Any,
+    ) -> Float[Tensor, "*b out"]:
+        assert isinstance(module, PairedLinear)
+        B, A = trained(module, active_adapter)
+        scaling = module.scaling[active_adapter]
+        result = result + F.linear(F.linear(x, A), B) * scaling
+        if scaling == 1:
+            return result
+        B0, A0 = module.pair(active_adapter)
+        return result + F.linear(F.linear(x, A0), B0) * (1 - scaling)
+
+
+class PairedModel(LoraModel):
+    """PEFT's LoRA tuner, with what would silently go wrong for pairs refused or put right."""
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if not isinstance(config, PairedConfig):
+            raise CordaError(
+                f"a {type(config).__name__} adapter cannot join adapters of corda_vlm in one model; "
+                "export this one with export_adapter(..., format='lora') and load both with PEFT"
+            )
+        refuse_second_residual([c.base for c in self.peft_config.values()])  # pyright: ignore[reportAttributeAccessIssue]
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise CordaError(
+            "PEFT would combine A and B without the frozen pair; export each adapter with "
+            "export_adapter(..., format='lora') and combine those"
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not merge:
+            for layer in paired_layers(self.model).values():
+                if layer.merged:
+                    layer.unmerge()
+                for name in list(layer.lora_init_A):
+                    layer.drop_pair(name)
+        super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        pack(self.model)
+        return self.model
+
+
+def trained(
+    layer: LoraLayer, adapter_name: str
+) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
+    """The parameters `B`, `A` of one adapter of any LoRA layer over an `nn.Linear`."""
+    B, A = layer.lora_B[adapter_name], layer.lora_A[adapter_name]
+    assert isinstance(B, nn.Linear)
+    assert isinstance(A, nn.Linear)
+    return B.weight, A.weight
+
+
+def base_weight(layer: LoraLayer) -> Float[Tensor, "out inp"]:
+    """The weight of the `nn.Linear` that a LoRA layer wraps."""
+    linear = layer.get_base_layer()
+    assert isinstance(linear, nn.Linear)
+    return linear.weight
+
+
+def keep_a_frozen(layer: LoraLayer, adapter_name: str) -> None:
+    """Keep A out of training, also after `set_adapter`, `disable_adapter` and a resumed checkpoint."""
+    # rebound, not changed in place: PEFT declares the dict on the class
+    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
+    layer._freeze_non_trainable_peft_weights(adapter_name)
+
+
+def paired_layers(model: nn.Module) -> dict[str, PairedLinear]:
+    """Site name -> layer, by the names of the base model, in the model's order."""
+    return {n: m for n, m in base_of(model).named_modules() if isinstance(m, PairedLinear)}
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that a `PeftModel` wraps, or the model itself."""
+    # not `get_base_model()`, which asks for the configuration of an adapter that may be deleted
+    return cast(nn.Module, model.base_model.model) if isinstance(model, PeftModel) else model
+
+
+def refuse_second_residual(bases: list[str]) -> None:
+    """Raise if adapters of these base modes cannot live on one model."""
+    if len(bases) > 1 and "residual" in bases:
+        raise CordaError(
+            "a residual base W − B₀A₀ belongs to one adapter; attach every adapter with base='untouched'"
+        )
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PairedType.CORDA_VLM] = PairedConfig  # pyright: ignore[reportArgumentType]
+PEFT_TYPE_TO_PREFIX_MAPPING[PairedType.CORDA_VLM] = "lora_"  # pyright: ignore[reportArgumentType]
+TUNERS[PairedType.CORDA_VLM] = PairedModel  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,341 @@
+"""The ways to fine-tune, side by side under one interface: a name prepares a model, ready to train.
+
+Every method leaves the model's outputs as they were before the first step, up to rounding, and can be undone
+with `restore_method`, except full fine-tuning, which keeps nothing of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from corda_vlm.adapter.attach import (
+    attach_adapter,
+    check_wrapped,
+    forget_frozen,
+    lora_targets,
+    remember_frozen,
+    restore,
+    wrapping,
+)
+from corda_vlm.adapter.paired import keep_a_frozen, trained
+from corda_vlm.covariance import CovarianceStore
+from corda_vlm.decompose import Route
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.plan import check_rank, plan_adapter
+from corda_vlm.sites import find_sites, site_shape
+
+
+@dataclass(frozen=True)
+class MethodRequest:
+    """What `prepare_method` was asked for; each method takes what it knows.
+
+    Attributes:
+        rank: of the adapters; alpha is the same, so scaling is 1.
+        store: covariances; corda-kpm wants those of the knowledge, corda-ipm those of the task.
+        towers, roles: which sites, as in `find_sites`; None: all.
+        a_norm: norm of each row of A at the start, see `plan_adapter`; None: the method's own.
+        damping, route, base, freeze_a: as in `plan_adapter` and `attach_adapter`.
+        seed: of what is random (LoRA's A, the fast route's starting block).
+    """
+
+    rank: int = 16
+    store: CovarianceStore | None = None
+    towers: Sequence[str] | str | None = None
+    roles: Sequence[str] | str | None = None
+    a_norm: float | None = None
+    damping: float = 1e-4
+    seed: int = 0
+    route: Route = "auto"
+    base: str = "untouched"
+    freeze_a: bool = False
+    show_progress: bool = True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to train.
+
+    Attributes:
+        model: with `requires_grad` set; a `PeftModel` for the adapters, else the model itself.
+        trainable, total: numbers of parameters.
+    """
+
+    method: str
+    model: nn.Module
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        name: key in `METHODS`.
+        description: one line.
+        source: the paper.
+        needs_store: does it take its directions from data?
+        attach: (bare model, request) -> the model to train.
+        detach: the model that was trained -> the original bare model.
+    """
+
+    name: str
+    description: str
+    source: str
+    needs_store: bool
+    attach: Callable[[nn.Module, MethodRequest], nn.Module]
+    detach: Callable[[nn.Module], nn.Module]
+
+    def prepare(self, model: nn.Module, request: MethodRequest) -> Prepared:
+        """Make `model` ready to train.
+
+        Raises:
+            CordaError: the method needs a store, or what `plan_adapter` raises.
+        """
+        if self.needs_store and request.store is None:
+            raise CordaError(
+                f"method {self.name!r} takes its directions from data: pass store=, from collect_covariance"
+            )
+        ready = self.attach(model, request)
+        trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)
+        return Prepared(self.name, ready, trainable, sum(p.numel() for p in ready.parameters()))
+
+
+def prepare_method(
+    name: str,
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    store: CovarianceStore | None = None,
+    towers: Sequence[str] | str | None = None,
+    roles: Sequence[str] | str | None = None,
+    a_norm: float | None = None,
+    damping: float = 1e-4,
+    seed: int = 0,
+    route: Route = "auto",
+    base: str = "untouched",
+    freeze_a: bool = False,
+    show_progress: bool = True,
+) -> nn.Module:
+    """The model ready to train by method `name`, `requires_grad` set; arguments as in `MethodRequest`.
+
+    Raises:
+        UnknownNameError: unknown method.
+        CordaError: as `Method.prepare`.
+    """
+    request = MethodRequest(
+        rank=rank,
+        store=store,
+        towers=towers,
+        roles=roles,
+        a_norm=a_norm,
+        damping=damping,
+        seed=seed,
+        route=route,
+        base=base,
+        freeze_a=freeze_a,
+        show_progress=show_progress,
+    )
+    return get_method(name).prepare(model, request).model
+
+
+def restore_method(name: str, model: nn.Module) -> nn.Module:
+    """Undo `prepare_method`: the original bare model, what was trained dropped.
+
+    Raises:
+        UnknownNameError: unknown method.
+        CordaError: full fine-tuning keeps nothing of the original; load it again.
+    """
+    return get_method(name).detach(model)
+
+
+def get_method(name: str) -> Method:
+    """`METHODS[name]`, or `UnknownNameError` with the choices."""
+    if name not in METHODS:
+        raise UnknownNameError("method", name, METHODS)
+    return METHODS[name]
+
+
+# ------------------------------------------------------------------ without an adapter
+
+
+def _full(model: nn.Module, request: MethodRequest) -> nn.Module:
+    prefixes = _tower_prefixes(model, request)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(any(f"{name}.".startswith(prefix) for prefix in prefixes))
+    return model
+
+
+def _tower_prefixes(model: nn.Module, request: MethodRequest) -> list[str]:
+    """Dotted prefixes of the chosen towers' parameters; the empty one, which is all, if none was chosen.
+
+    A tower is all below the shortest prefix of its sites that no other tower's site shares.
+    """
+    if request.towers is None:
+        return [""]
+    chosen = {site.name for site in find_sites(model, towers=request.towers)}
+    others = [site.name for site in find_sites(model) if site.name not in chosen]
+    prefixes = set()
+    for name in chosen:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            prefix = ".".join(parts[:length]) + "."
+            if not any(other.startswith(prefix) for other in others):
+                prefixes.add(prefix)
+                break
+    return sorted(prefixes)
+
+
+def _cannot_detach(model: nn.Module) -> nn.Module:
+    raise CordaError("full fine-tuning keeps nothing of the original weights; load the model again")
+
+
+def _freeze(model: nn.Module, request: MethodRequest) -> nn.Module:
+    remember_frozen(model)
+    return model.requires_grad_(False)
+
+
+def _unfreeze(model: nn.Module) -> nn.Module:
+    forget_frozen(model)
+    return model
+
+
+# ------------------------------------------------------------------ PEFT's own
+
+
+def _plain(use_dora: bool) -> Callable[[nn.Module, MethodRequest], nn.Module]:
+    def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
+        sites = find_sites(model, towers=request.towers, roles=request.roles)
+        check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
+        ranks = {site.name: request.rank for site in sites}
+        config = LoraConfig(**lora_targets(ranks), use_dora=use_dora)
+        # unpacked first: PEFT's LoRA on nn.MultiheadAttention applies the delta of out_proj twice
+        with wrapping(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(request.seed)
+            peft_model = get_peft_model(model, config)
+            assert isinstance(peft_model, PeftModel)
+            check_wrapped(peft_model, ranks, "default")
+        for layer in peft_model.modules():
+            if isinstance(layer, LoraLayer):
+                if request.a_norm is not None:
+                    _, A = trained(layer, "default")  # (r, inp)
+                    A.data.mul_(request.a_norm / A.data.norm(dim=1, keepdim=True))
+                if request.freeze_a:
+                    keep_a_frozen(layer, "default")
+        return peft_model
+
+    return attach
+
+
+# ------------------------------------------------------------------ from a plan
+
+
+def _planned(method: str, mode: str = "kpm") -> Callable[[nn.Module, MethodRequest], nn.Module]:
+    def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
+        plan = plan_adapter(
+            model,
+            request.store,
+            mode=mode,
+            rank=request.rank,
+            method=method,
+            damping=request.damping,
+            a_norm=request.a_norm,
+            towers=request.towers,
+            roles=request.roles,
+            route=request.route,
+            seed=request.seed,
+            show_progress=request.show_progress,
+        )
+        return attach_adapter(model, plan, freeze_a=request.freeze_a, base=request.base)
+
+    return attach
+
+
+def _detach(model: nn.Module) -> nn.Module:
+    return restore(model)  # pyright: ignore[reportArgumentType]
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "full",
+            "every parameter of the chosen towers is trained",
+            "the usual baseline",
+            False,
+            _full,
+            _cannot_detach,
+        ),
+        Method(
+            "linear-probe",
+            "the model is frozen, only a classification head on its embeddings is trained",
+            "CLIP, arXiv 2103.00020",
+            False,
+            _freeze,
+            _unfreeze,
+        ),
+        Method(
+            "lora",
+            "low-rank adapter, A random and B zero",
+            "LoRA, arXiv 2106.09685",
+            False,
+            _plain(use_dora=False),
+            _detach,
+        ),
+        Method(
+            "dora",
+            "LoRA, with magnitude and direction of the weights apart",
+            "DoRA, arXiv 2402.09353",
+            False,
+            _plain(use_dora=True),
+            _detach,
+        ),
+        Method(
+            "pissa",
+            "adapts the largest components of W",
+            "PiSSA, arXiv 2404.02948",
+            False,
+            _planned("pissa"),
+            _detach,
+        ),
+        Method(
+            "milora",
+            "adapts the smallest components of W",
+            "MiLoRA, arXiv 2406.09044",
+            False,
+            _planned("milora"),
+            _detach,
+        ),
+        Method(
+            "olora",
+            "adapts the first orthonormal directions of W = Q R",
+            "OLoRA, arXiv 2406.01775",
+            False,
+            _planned("olora"),
+            _detach,
+        ),
+        Method(
+            "corda-kpm",
+            "adapts what the knowledge's covariance uses least, to keep it",
+            "CorDA, knowledge-preserved mode, arXiv 2406.05223",
+            True,
+            _planned("corda", "kpm"),
+            _detach,
+        ),
+        Method(
+            "corda-ipm",
+            "adapts what the new task's covariance uses most, to learn it fast",
+            "CorDA, instruction-previewed mode, arXiv 2406.05223",
+            True,
+            _planned("corda", "ipm"),
+            _detach,
+        ),
+    )
+}

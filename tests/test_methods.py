@@ -1,0 +1,205 @@
+"""Every way to fine-tune: the same outputs at the start, something to train, and a way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from corda_vlm.adapter.paired import paired_layers
+from corda_vlm.covariance import collect_covariance
+from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
+from corda_vlm.families import detect_family
+from corda_vlm.families.attention import is_packed
+from corda_vlm.methods import METHODS, MethodRequest, prepare_method, restore_method
+
+MODELS = ("tiny_clip_hf", "tiny_open_clip", "tiny_siglip")
+ADAPTERS = tuple(name for name in METHODS if name not in ("full", "linear-probe"))
+
+
+def make_batch(size: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 98, (size, 12), generator=generator)
+    ids[:, -1] = 99
+    return {
+        "pixel_values": torch.randn(size, 3, 32, 32, generator=generator),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+    }
+
+
+def run(model: nn.Module, seed: int = 2) -> torch.Tensor:
+    family, batch = detect_family(model), make_batch(seed=seed)
+    batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
+    image, text = family.encode_image(model, batch), family.encode_text(model, batch)
+    return torch.cat([image.float().flatten(), text.float().flatten()])
+
+
+@torch.no_grad()
+def embed(model: nn.Module) -> torch.Tensor:
+    return run(model)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def store_of(model: nn.Module):
+    return collect_covariance(model, [make_batch(64)], show_progress=False)
+
+
+def prepare(name: str, model: nn.Module, store=None, **options) -> nn.Module:
+    if store is None and METHODS[name].needs_store:
+        store = store_of(model)
+    return prepare_method(
+        name, model, **{"rank": 4, "show_progress": False, **options}, store=store
+    )
+
+
+def test_the_choices_are_described_with_their_source():
+    assert set(METHODS) == {
+        "full", "linear-probe", "lora", "dora", "pissa", "milora", "olora", "corda-kpm", "corda-ipm",
+    }  # fmt: skip
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.description
+        assert method.source
+    assert {n for n, m in METHODS.items() if m.needs_store} == {"corda-kpm", "corda-ipm"}
+
+
+@pytest.mark.parametrize("fixture", MODELS)
+@pytest.mark.parametrize("name", METHODS)
+def test_start_step_and_way_back(fixture, name, request):
+    model = request.getfixturevalue(fixture)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    outputs = embed(model)
+    store = store_of(model) if METHODS[name].needs_store else None
+    prepared = METHODS[name].prepare(model, MethodRequest(rank=4, store=store, show_progress=False))
+    assert relative(embed(prepared.model), outputs) < 1e-4
+    parameters = [p for p in prepared.model.parameters() if p.requires_grad]
+    assert prepared.trainable == sum(p.numel() for p in parameters)
+    assert prepared.total == sum(p.numel() for p in prepared.model.parameters())
+    if name == "linear-probe":
+        assert prepared.trainable == 0
+    else:
+        loss = run(prepared.model, seed=3).square().sum()
+        loss.backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
+        torch.optim.SGD(parameters, lr=1e-3).step()
+        assert relative(embed(prepared.model), outputs) > 1e-6
+    if name == "full":
+        with pytest.raises(CordaError, match="load the model again"):
+            restore_method(name, prepared.model)
+        return
+    bare = restore_method(name, prepared.model)
+    assert bare is model
+    after = bare.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert torch.equal(embed(bare), outputs)
+    assert all(p.requires_grad for p in bare.parameters())
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_bfloat16_trains_float32_adapters(name, tiny_open_clip):
+    model = tiny_open_clip.to(torch.bfloat16)
+    outputs = embed(model)
+    prepared = prepare(name, model)
+    assert relative(embed(prepared), outputs) < 0.05
+    assert {p.dtype for p in prepared.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_towers_and_ranks(name, tiny_open_clip):
+    prepared = prepare(name, tiny_open_clip, towers="text", rank=3)
+    trained = [n for n, p in prepared.named_parameters() if p.requires_grad]
+    assert trained
+    assert not any("visual" in n for n in trained)
+    for n, p in prepared.named_parameters():
+        if "lora_A" in n:
+            assert p.shape[0] == 3
+    assert not any(is_packed(m) for m in prepared.modules())
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_frozen_a(name, tiny_clip_hf):
+    prepared = prepare(name, tiny_clip_hf, roles="up", freeze_a=True)
+    trained = {n for n, p in prepared.named_parameters() if p.requires_grad}
+    assert trained
+    assert not any("lora_A" in n for n in trained)
+    assert isinstance(prepared, PeftModel)
+    prepared.set_adapter("default")
+    assert {n for n, p in prepared.named_parameters() if p.requires_grad} == trained
+
+
+def test_full_trains_the_chosen_towers(tiny_open_clip, tiny_clip_hf):
+    prepared = prepare("full", tiny_open_clip)
+    assert all(p.requires_grad for p in prepared.parameters())
+    prepared = prepare("full", tiny_open_clip, towers="vision")
+    trained = {n for n, p in prepared.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in prepared.named_parameters() if n.startswith("visual.")}
+    prepared = prepare("full", tiny_clip_hf, towers="vision")
+    trained = {n for n, p in prepared.named_parameters() if p.requires_grad}
+    assert trained == {
+        n
+        for n, _ in prepared.named_parameters()
+        if n.startswith(("vision_model.", "visual_projection."))
+    }
+
+
+def test_lora_takes_the_seed_and_leaves_the_generator_alone(tiny_clip_hf):
+    def first(seed: int) -> torch.Tensor:
+        prepared = prepare("lora", tiny_clip_hf, seed=seed)
+        weight = next(p.detach().clone() for n, p in prepared.named_parameters() if "lora_A" in n)
+        restore_method("lora", prepared)
+        return weight
+
+    state = torch.random.get_rng_state()
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if n != "dora"])
+def test_a_norm(name, tiny_clip_hf):
+    outputs = embed(tiny_clip_hf)
+    prepared = prepare(name, tiny_clip_hf, a_norm=10.0)
+    for n, p in prepared.named_parameters():
+        if "lora_A" in n:
+            assert torch.allclose(p.norm(dim=1), torch.tensor(10.0), rtol=1e-4)
+    assert relative(embed(prepared), outputs) < 1e-4
+
+
+def test_alpha_is_the_rank(tiny_clip_hf):
+    for name in ADAPTERS:
+        prepared = prepare(name, tiny_clip_hf)
+        config = prepared.peft_config["default"]
+        assert config.lora_alpha == config.r == 4
+        restore_method(name, prepared)
+
+
+def test_kpm_and_ipm_take_opposite_ends(tiny_clip_hf):
+    store = store_of(tiny_clip_hf)
+    damage = {}
+    for name in ("corda-kpm", "corda-ipm"):
+        prepared = prepare(name, tiny_clip_hf, store)
+        layer = paired_layers(prepared)["vision_model.encoder.layers.0.mlp.fc1"]
+        B0, A0 = layer.pair("default")
+        covariance = store["vision_model.encoder.layers.0.mlp.fc1"].matrix
+        damage[name] = float((B0.double() @ A0.double() @ covariance).norm())
+        restore_method(name, prepared)
+    assert damage["corda-kpm"] < 0.1 * damage["corda-ipm"]
+
+
+def test_refusals(tiny_clip_hf):
+    with pytest.raises(UnknownNameError, match="corda-kpm"):
+        prepare_method("corda", tiny_clip_hf)
+    with pytest.raises(UnknownNameError):
+        restore_method("corda", tiny_clip_hf)
+    with pytest.raises(CordaError, match="store="):
+        prepare_method("corda-kpm", tiny_clip_hf)
+    with pytest.raises(NoSitesError):
+        prepare_method("lora", tiny_clip_hf, towers="language")
+    with pytest.raises(CordaError, match="rank 1000"):
+        prepare_method("lora", tiny_clip_hf, rank=1000)
