@@ -1,0 +1,200 @@
+"""Calibration that can be stopped at any moment, and goes on from its file: the data, the checkpoint, the signals."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corda_vlm.covariance.observe import Observer
+from corda_vlm.covariance.store import CovarianceStore, some
+from corda_vlm.errors import CalibrationError, ForeignFileError
+from corda_vlm.sites import Site
+
+# ------------------------------------------------------------------ the data
+
+
+class Source:
+    """The batches, and what identifies them."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
+            raise CalibrationError(
+                f"batches is a {type(batches).__name__}; expected an iterable of mappings. For a single batch, give "
+                "a list of it"
+            )
+        self._batches = batches
+        self._iterator: Iterator[Any] | None = None
+        try:
+            self.total: int | None = len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            self.total = None
+        if self.total == 0:
+            raise no_batches()
+        named = getattr(batches, "fingerprint", None)
+        self.fingerprint = named if isinstance(named, str) else self._hash_first()
+
+    def _hash_first(self) -> str:
+        iterator = iter(self._batches)
+        first = next(iterator, None)
+        if first is None:
+            raise no_batches()
+        self._iterator = chain([first], iterator)
+        return _hash(first, self.total)
+
+    def after(self, done: int) -> Iterator[Any]:
+        """The batches after the first `done`."""
+        return islice(self._iterator or iter(self._batches), done, None)
+
+
+def no_batches() -> CalibrationError:
+    return CalibrationError(
+        "no calibration batches: the data is empty, or an iterator that was used up before. A covariance needs at "
+        "least as many tokens as its layer is wide"
+    )
+
+
+def _hash(batch: object, total: int | None) -> str:
+    digest = hashlib.blake2b(f"{total};".encode(), digest_size=16)
+    items = batch.items() if isinstance(batch, Mapping) else [("", batch)]
+    for key, value in sorted(items, key=lambda item: str(item[0])):
+        digest.update(f"{key}:".encode())
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            content: Any = value.view(-1).view(torch.uint8).numpy()
+            digest.update(content)
+        elif isinstance(value, (str, int, float, list, tuple)):
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------ stopping and going on
+
+
+class Checkpoint:
+    """Writes the observer's sums to the path, as often as it is cheap."""
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        share: float,
+        observer: Observer,
+        source: Source,
+        base: Sequence[str],
+    ) -> None:
+        self._path = None if path is None else Path(path)
+        self._share, self._observer, self._source, self._base = share, observer, source, base
+        self._took, self._ended = 0.0, time.monotonic()
+        if self._path is not None:
+            sweep(self._path)
+
+    def after_batch(self) -> None:
+        if self._took <= self._share * (time.monotonic() - self._ended) or self._share == 1:
+            self.write()
+
+    def write(self) -> None:
+        if self._path is None or self._observer.batches == 0:
+            return
+        began = time.monotonic()
+        sums = self._observer.store(data=self._source.fingerprint, base=self._base, complete=False)
+        sums.save(self._path)
+        self._ended = time.monotonic()
+        self._took = self._ended - began
+
+    def stopped(self) -> str:
+        done, total = self._observer.batches, self._source.total
+        if done == 0:
+            return "calibration stopped before the end of its first batch; nothing was saved"
+        return (
+            f"calibration stopped after {done}{f' of {total}' if total else ''} batches; they are saved in "
+            f"{self._path}. Run the same command again to go on from there"
+        )
+
+
+def sweep(path: Path) -> None:
+    """Remove what writes that were killed half way have left beside `path`."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM, put off: `asked` turns True at the first, a second one raises at once."""
+
+    def __init__(self, *, active: bool) -> None:
+        # Python runs signal handlers, and lets them be set, in the main thread only.
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._former: dict[int, Any] = {}
+        self._process = os.getpid()
+        self.asked = False
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM) if self._active else ():
+            former = signal.getsignal(number)
+            if former not in (None, signal.SIG_IGN):
+                self._former[number] = former
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if (
+            os.getpid() != self._process
+        ):  # a forked worker of a DataLoader has inherited this handler
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return  # Ctrl-C is the main process's to handle: it still wants its batch
+        if self.asked:
+            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
+        self.asked = True
+        with suppress(OSError):  # not print: the signal may have come in the middle of one
+            os.write(
+                2, b"\nfinishing the batch in flight, then saving; once more to stop at once\n"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+
+def check_resumable(
+    saved: CovarianceStore,
+    path: Path,
+    sites: Sequence[Site],
+    rounds: int,
+    precision: str,
+    data: str,
+    base: tuple[str, ...],
+) -> None:
+    """Raise `ForeignFileError`, naming the difference, unless `saved` is of the calibration now asked for."""
+    progress = saved.progress
+    asked = {site.name: site.stream for site in sites}
+    if progress is None:
+        what = "holds covariances that were merged or written by hand"
+    elif progress.data != data:
+        what = f"is of other data (fingerprint {progress.data}, now {data}; batches have to come in the same order)"
+    elif progress.base != base:
+        what = f"was added to another store (of data {list(progress.base)}, now {list(base)})"
+    elif saved.round_count != rounds:
+        what = f"has rounds={saved.round_count}, now {rounds}"
+    elif saved.precision != precision:
+        what = f"has precision={saved.precision!r}, now {precision!r}"
+    elif not asked.items() <= saved.site_streams.items():
+        missing = sorted(name for name, _ in asked.items() - saved.site_streams.items())
+        what = f"lacks the sites {some(missing)}"
+    else:
+        return
+    raise ForeignFileError(
+        f"{path} {what}, so this calibration cannot go on from it. Give another path, or delete the file to start anew"
+    )

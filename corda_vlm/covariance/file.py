@@ -1,0 +1,148 @@
+"""Covariance files: safetensors, written in pieces, with JSON about the contents and checksums in the header.
+
+Plain safetensors readers open them. What this adds to `safetensors.torch.save_file`: a tensor never has to exist as
+a whole, in memory or elsewhere, and damage to its values is noticed when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from corda_vlm.errors import ForeignFileError
+from corda_vlm.files import atomic_write
+
+FORMAT = "corda_vlm.covariance"
+FORMAT_VERSION = 1
+_DTYPES = {torch.float64: "F64", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor to be written: its dtype and shape, and a function that gives its values in order, in pieces."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write(path: str | Path, about: Mapping[str, Any], tensors: Mapping[str, Pieces]) -> None:
+    """Write `tensors` to `path`, atomically, with `about` (JSON values) in the header."""
+    # float64 first, so that every tensor is aligned to its own size
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    checksums = dict.fromkeys(ordered, 0)
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        file.write(_header(about, ordered, checksums))
+        for name, tensor in ordered.items():
+            for piece in tensor.make():
+                data = _bytes(piece)
+                checksums[name] = zlib.crc32(data, checksums[name])
+                file.write(data)
+        file.seek(0)
+        file.write(_header(about, ordered, checksums))  # of the same length as before
+
+
+def _header(
+    about: Mapping[str, Any], tensors: Mapping[str, Pieces], checksums: Mapping[str, int]
+) -> bytes:
+    crc32 = {name: f"{value:08x}" for name, value in checksums.items()}
+    contents = json.dumps({**about, "format_version": FORMAT_VERSION, "crc32": crc32})
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "about": contents}}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
+        }
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class CovarianceFile:
+    """A file opened for reading; `about` is its JSON. Values are read when they are asked for.
+
+    Held open, so that a store goes on reading the file it opened when another one takes its place on the disk.
+
+    Raises:
+        ForeignFileError: no such file, truncated, damaged, not a covariance file, or of another version of the format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ForeignFileError(
+                f"no covariance file at {path}; collect_covariance(..., path=...) writes one"
+            )
+        try:
+            self._handle = safe_open(str(path), framework="pt")
+            metadata = self._handle.metadata() or {}
+            self._names = set(self._handle.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self.damaged(str(error)) from error
+        if metadata.get("format") != FORMAT:
+            raise ForeignFileError(
+                f"{path} is a safetensors file, but not one of covariances; give the file that collect_covariance or "
+                "`corda-vlm calibrate` wrote"
+            )
+        try:
+            self.about: Mapping[str, Any] = json.loads(metadata["about"])
+            version = self.about["format_version"]
+            self._checksums = dict(self.about["crc32"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self.damaged(f"its header is incomplete ({error!r})") from error
+        if version != FORMAT_VERSION:
+            raise ForeignFileError(
+                f"{path} has version {version} of the format, and this corda_vlm reads version {FORMAT_VERSION}; "
+                f"use the corda_vlm that wrote it ({self.about.get('package_version')}), or collect it again"
+            )
+
+    def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """What the header says of a tensor; `ValueError` if the file lacks it."""
+        if name not in self._names or name not in self._checksums:
+            raise ValueError(f"no tensor {name}")
+        tensor = self._handle.get_slice(name)
+        dtypes = {text: dtype for dtype, text in _DTYPES.items()}
+        if tensor.get_dtype() not in dtypes:
+            raise ValueError(f"{name} is of type {tensor.get_dtype()}")
+        return dtypes[tensor.get_dtype()], tuple(tensor.get_shape())
+
+    def pieces(self, name: str, lengths: Sequence[int]) -> Iterator[Tensor]:
+        """The tensor, `lengths` rows at a time; damage is found when the last piece has been taken."""
+        tensor = self._handle.get_slice(name)
+        start, checksum = 0, 0
+        for length in lengths:
+            piece = tensor[start : start + length].contiguous()
+            checksum = zlib.crc32(_bytes(piece), checksum)
+            start += length
+            yield piece
+        if f"{checksum:08x}" != self._checksums[name]:
+            raise self.damaged(f"the values of {name} are not those that were written")
+
+    def damaged(self, why: str) -> ForeignFileError:
+        return ForeignFileError(
+            f"{self.path} is not a readable covariance file: {why}. It is truncated, damaged or of another kind; "
+            "delete it (or give another path) and collect it again"
+        )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = (
+        tensor.cpu().contiguous().numpy()
+    )  # Any: numpy's stubs hide that arrays are buffers
+    return memoryview(array).cast("B")

@@ -1,0 +1,306 @@
+"""Watch the inputs of a model's sites while it runs: forward hooks under a context manager, nothing on modules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
+from corda_vlm.covariance.sharing import Sharing
+from corda_vlm.covariance.store import CovarianceStore, Empty, Progress, some
+from corda_vlm.covariance.tokens import Masks, TokenSelector
+from corda_vlm.errors import CalibrationError, UnknownNameError
+from corda_vlm.families.attention import unpacked
+from corda_vlm.sites import Site, get_linear, model_fingerprint
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    sites: Sequence[Site],
+    *,
+    rounds: int = 1,
+    precision: str = "float32",
+    device: torch.device | str | None = None,
+) -> Iterator[Observer]:
+    """Hooks on the inputs of `sites` for the length of the block, exceptions included.
+
+        with observe(model, find_sites(model)) as observer, torch.no_grad():
+            for batch in batches:
+                with observer.step(masks={"text": batch["attention_mask"].bool()}):
+                    model(**batch)
+        store = observer.store(data="what the batches are")
+
+    Packed attention is unpacked meanwhile. Eval mode, devices and gradients are the caller's business;
+    `collect_covariance` takes care of them, and of checkpoints.
+
+    Args:
+        rounds: batches are dealt to this many disjoint rounds, in turn.
+        precision: "float32", "float64", or "bf16" (reduced-precision products, float32 sums).
+        device: of the accumulators; None for that of the activations.
+
+    Raises:
+        UnknownNameError: `precision`.
+        NoSitesError: a site that the model does not have.
+    """
+    with ExitStack() as stack:
+        observer = Observer(
+            sites, model_fingerprint(model), rounds=rounds, precision=precision, device=device
+        )
+        stack.enter_context(unpacked(model))
+        stack.callback(observer.detach)
+        observer.attach({site.name: get_linear(model, site.name) for site in sites})
+        yield observer
+
+
+class Observer:
+    """What `observe` yields.
+
+    Attributes:
+        batches: batches counted in full.
+        tokens: tokens counted by this observer, the towers added up.
+        consistent: False only while, or after, an accumulator was left half way (out of memory): not to be saved.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        model_fingerprint: str,
+        *,
+        rounds: int = 1,
+        precision: str = "float32",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise UnknownNameError("precision", precision, PRECISIONS)
+        if rounds < 1:
+            raise CalibrationError(f"rounds is {rounds}; it must be at least 1")
+        if not sites:
+            raise CalibrationError(
+                "no sites to observe; find_sites(model) lists those of the model"
+            )
+        self.sites = tuple(sites)
+        self.rounds, self.precision, self.device = rounds, precision, device
+        self.model_fingerprint = model_fingerprint
+        self.batches, self.tokens = 0, 0
+        self.consistent = True
+        self._streams: dict[str, list[Site]] = {}
+        for site in self.sites:
+            self._streams.setdefault(site.stream, []).append(site)
+        self._widths: dict[str, int] = {}
+        # stream -> a sum for each round, none before its first rows
+        self._sums: dict[str, list[SecondMoment]] = {stream: [] for stream in self._streams}
+        self._handles: list[RemovableHandle] = []
+        self._sharing: dict[str, Sharing] = {}
+        # of the batch in flight
+        self._running = False
+        self._selector = TokenSelector()
+        self._calls: Counter[str] = Counter()  # stream -> calls so far
+        self._ahead: dict[str, int] = {}  # stream -> calls that are counted already
+        self._rows: Counter[str] = Counter()  # stream -> rows it had
+
+    # ------------------------------------------------------------------ hooks
+
+    def attach(self, linears: Mapping[str, nn.Linear]) -> None:
+        """Put the hooks on; site name -> layer."""
+        for stream, members in self._streams.items():
+            sizes = {linears[site.name].in_features for site in members}
+            if len(sizes) > 1:
+                names = some([site.name for site in members])
+                raise CalibrationError(
+                    f"{names} are declared to read one input, but their widths are {sorted(sizes)}"
+                )
+            self._widths[stream] = sizes.pop()
+            sharing = Sharing(stream, [site.name for site in members]) if len(members) > 1 else None
+            for site in members:
+                # The first site counts for the stream; the others only prove, once, that they read the same.
+                counts = site is members[0]
+                hook = self._hook(site, sharing, counts)
+                handle = linears[site.name].register_forward_pre_hook(hook, with_kwargs=True)
+                self._handles.append(handle)
+                if sharing is not None and not counts:
+                    sharing.handles.append(handle)
+            if sharing is not None:
+                self._sharing[stream] = sharing
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, site: Site, sharing: Sharing | None, counts: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # Gradient checkpointing runs the forward again inside the backward pass: the same tokens.
+            if not self._running or _inside_backward():
+                return
+            x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+            if not isinstance(x, Tensor):
+                return
+            with torch.inference_mode(False), torch.no_grad():
+                x = x.detach()
+                if sharing is not None and not sharing.proven:
+                    sharing.compare(site.name, x)
+                if counts:
+                    self._count(site, x)
+
+        return hook
+
+    # ------------------------------------------------------------------ batches
+
+    @contextmanager
+    def step(self, masks: Masks | None = None) -> Iterator[None]:
+        """One batch: run its forward pass in the block. Calls outside of a step are not counted.
+
+        An exception leaves what was counted in place, and what that is on record: repeating the batch counts the
+        rest of it.
+        """
+        self._selector.begin(masks)
+        self._calls.clear()
+        self._rows.clear()
+        self._running = True
+        try:
+            yield
+            for sharing in self._sharing.values():
+                if sharing.calls:
+                    sharing.conclude()
+        finally:
+            self._running = False
+            for sharing in self._sharing.values():
+                sharing.forget()
+        self.tokens += self._tokens()
+        self._ahead.clear()
+        self.batches += 1
+
+    def _tokens(self) -> int:
+        """Of the batch: those of the busiest stream of every tower."""
+        towers: dict[str, int] = {}
+        for stream, rows in self._rows.items():
+            tower = self._streams[stream][0].tower
+            towers[tower] = max(towers.get(tower, 0), rows)
+        return sum(towers.values())
+
+    def _count(self, site: Site, x: Float[Tensor, "*axes d"]) -> None:
+        stream = site.stream
+        self._calls[stream] += 1
+        rows = self._selector.select(x, tower=site.tower, stream=stream, site=site.name)
+        self._rows[stream] += len(rows)
+        if self._calls[stream] <= self._ahead.get(stream, 0):
+            return  # counted before the exception after which this batch is repeated
+        if len(rows):
+            self._check_finite(site, rows)
+        self.consistent = False
+        self._sum(stream, rows).add(rows, self.precision)
+        self._ahead[stream] = self._calls[stream]
+        self.consistent = True
+
+    def _sum(self, stream: str, rows: Float[Tensor, "n d"]) -> SecondMoment:
+        sums = self._sums[stream]
+        if not sums:
+            device = self.device or (
+                "cpu" if rows.device.type == "mps" else rows.device
+            )  # mps has no float64
+            dtype = PRECISIONS[self.precision]
+            sums.extend(SecondMoment(rows.shape[1], dtype, device) for _ in range(self.rounds))
+        return sums[self.batches % self.rounds]
+
+    def _check_finite(self, site: Site, rows: Float[Tensor, "n d"]) -> None:
+        low, high = (float(value) for value in torch.aminmax(rows))  # NaN goes through both
+        largest = max(-low, high)
+        limit = (
+            torch.finfo(PRECISIONS[self.precision]).max ** 0.5 / 1e3
+        )  # squares have to be summed
+        if largest < limit:
+            return
+        readers = some([member.name for member in self._streams[site.stream]])
+        bad = ~(rows.abs() < limit)
+        raise CalibrationError(
+            f"the input of {readers} has NaN, Inf or values too large to square in batch {self.batches} (from 0): "
+            f"{bad.double().mean().item():.2%} of the values, in {int(bad.any(1).sum())} of {len(rows)} tokens. None "
+            "of them was counted. Look at that batch's inputs; if they are fine, run the model in float32 or bfloat16"
+        )
+
+    # ------------------------------------------------------------------ the result
+
+    def store(
+        self, *, data: str, base: Sequence[str] = (), complete: bool = True
+    ) -> CovarianceStore:
+        """What was counted, as a store. It shares the accumulators: observe no further after using it.
+
+        Args:
+            data: fingerprint of the batches.
+            base: fingerprints of the data of the store that was started from.
+            complete: False makes a checkpoint.
+
+        Raises:
+            CalibrationError: complete, and a site was not reached, or not in every round.
+        """
+        if complete:
+            self.check_reached()
+        nothing = {stream: [Empty(width)] * self.rounds for stream, width in self._widths.items()}
+        return CovarianceStore(
+            self.sites,
+            {stream: sums or nothing[stream] for stream, sums in self._sums.items()},
+            model_fingerprint=self.model_fingerprint,
+            data_fingerprints=(*base, data),
+            precision=self.precision,
+            progress=Progress(data, tuple(base), self.batches, dict(self._ahead), complete),
+        )
+
+    def start_from(self, store: CovarianceStore, *, resume: bool) -> None:
+        """Go on from the sums of `store`; with `resume` also from its place in the data."""
+        dtype = PRECISIONS[self.precision]
+        for stream in self._streams:
+            moments = store.moments(stream)
+            if any(moment.count for moment in moments):
+                self._sums[stream] = [
+                    moment.to(dtype=dtype, device=self.device) for moment in moments
+                ]
+        if resume and store.progress is not None:
+            self.batches = store.progress.batches
+            self._ahead = {s: n for s, n in store.progress.ahead.items() if s in self._streams}
+
+    def check_reached(self) -> None:
+        """Raise `CalibrationError` naming the sites that no token reached, in any round or in one."""
+        counts = {stream: [s.count for s in sums] or [0] for stream, sums in self._sums.items()}
+        missed = [site for site in self.sites if not any(counts[site.stream])]
+        if missed:
+            towers = sorted({site.tower for site in missed})
+            whole = [
+                t for t in towers if all(site in missed for site in self.sites if site.tower == t)
+            ]
+            why = (
+                f"the batches hold no inputs for the {' and '.join(whole)} tower: add them, or give "
+                f"sites=find_sites(model, towers=...) without it"
+                if whole
+                else "the model does not call them with these batches: leave them out of `sites`"
+            )
+            raise CalibrationError(
+                f"no token reached {len(missed)} of {len(self.sites)} sites, {some([s.name for s in missed])}; {why}"
+            )
+        for stream, numbers in counts.items():
+            if 0 in numbers:
+                name = self._streams[stream][0].name
+                raise CalibrationError(
+                    f"no token reached {name} in round {numbers.index(0)} of {len(numbers)}; batches are dealt to the "
+                    "rounds in turn. Take fewer rounds, more batches, or batches that have inputs for every tower"
+                )
+
+    def scarce(self) -> dict[str, tuple[int, int]]:
+        """Stream -> (tokens, width), where a round has fewer tokens than the width: no full rank."""
+        least = {
+            stream: min(sums, key=lambda s: s.count) for stream, sums in self._sums.items() if sums
+        }
+        return {stream: (s.count, s.size) for stream, s in least.items() if s.count < s.size}
+
+
+def _inside_backward() -> bool:
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1

@@ -1,0 +1,397 @@
+"""Covariances by site name, in memory or in a file.
+
+In the file, `ROUND/STREAM/triangle` is the upper triangle of T (row by row, d(d+1)/2 values), the second moment
+about a shift s, and `ROUND/STREAM/means` holds s and the mean m about it; `C = T + m sᵀ + s mᵀ + s sᵀ` is the
+second moment about zero. Sites, counts, fingerprints and progress are JSON in the header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial, reduce
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NoReturn, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from corda_vlm.covariance.file import CovarianceFile, Pieces, write
+from corda_vlm.covariance.moments import SecondMoment, triangle_sizes
+from corda_vlm.errors import CalibrationError, ForeignFileError, UnknownNameError
+from corda_vlm.sites import Site
+from corda_vlm.sites import model_fingerprint as fingerprint_of
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """The second moment of one input stream.
+
+    Attributes:
+        matrix: `X Xᵀ / count` (d, d): mean, not centred, exactly symmetric, float64.
+        count: tokens it was computed from; padding is not among them.
+    """
+
+    matrix: Float[Tensor, "d d"]
+    count: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a calibration has come; kept in its file, so that it can go on from there.
+
+    Attributes:
+        data: fingerprint of the batches.
+        base: fingerprints of the data of the store that was added to.
+        batches: batches counted in full.
+        ahead: stream -> calls of the batch after those that are counted already (an exception came half way).
+        complete: every batch was counted.
+    """
+
+    data: str
+    base: tuple[str, ...] = ()
+    batches: int = 0
+    ahead: Mapping[str, int] = field(default_factory=dict)
+    complete: bool = False
+
+
+@runtime_checkable
+class Entry(Protocol):
+    """One round of one stream: in memory (`SecondMoment`), in a file (`_Stored`), or `Empty`."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def read(self) -> SecondMoment: ...
+
+
+class CovarianceStore:
+    """Covariances of the input streams of a model's sites, one or more rounds each.
+
+    `store[site]` is a `Covariance`, pooled over the rounds; `store.rounds(site)` lists one for each round; iterating
+    gives site names. Matrices are made when they are asked for (read, from a file) and not kept.
+
+    Attributes:
+        sites: the sites, in the model's order.
+        site_streams: site name -> stream; sites that read the same tensor share one.
+        round_count: rounds of every stream.
+        model_fingerprint: of the model the activations came from.
+        data_fingerprints: of the calibration data, one for each collection that was merged in.
+        precision: "float32", "float64" or "bf16"; joined by "+" when stores of several were merged.
+        progress: of the calibration that made it, None for a merged store.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        entries: Mapping[str, Sequence[Entry]],
+        *,
+        model_fingerprint: str,
+        data_fingerprints: Sequence[str],
+        precision: str,
+        progress: Progress | None = None,
+    ) -> None:
+        self.sites = tuple(sites)
+        self.site_streams = {site.name: site.stream for site in self.sites}
+        self.model_fingerprint = model_fingerprint
+        self.data_fingerprints = tuple(data_fingerprints)
+        self.precision = precision
+        self.progress = progress
+        self._entries = {stream: list(rounds) for stream, rounds in entries.items()}
+        lengths = {len(rounds) for rounds in self._entries.values()}
+        if len(lengths) != 1 or set(self.site_streams.values()) != set(self._entries):
+            raise ValueError("every stream of the sites needs entries, of one number of rounds")
+        self.round_count = lengths.pop()
+
+    # ------------------------------------------------------------------ asking
+
+    @property
+    def data_fingerprint(self) -> str:
+        """One fingerprint for all the data, whatever the order of merging."""
+        if len(self.data_fingerprints) == 1:
+            return self.data_fingerprints[0]
+        return hashlib.sha256("\n".join(sorted(self.data_fingerprints)).encode()).hexdigest()[:32]
+
+    @property
+    def streams(self) -> Mapping[str, list[Covariance]]:
+        """Stream -> its rounds, made on access."""
+        return _Streams(self)
+
+    def __getitem__(self, site: str) -> Covariance:
+        pooled = reduce(SecondMoment.merged, self.moments(self.stream_of(site)))
+        return Covariance(pooled.matrix(), pooled.count)
+
+    def rounds(self, site: str) -> list[Covariance]:
+        """One covariance for each round, in order."""
+        return self.streams[self.stream_of(site)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.site_streams)
+
+    def __len__(self) -> int:
+        return len(self.site_streams)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self.site_streams
+
+    def stream_of(self, site: str) -> str:
+        """The input stream of a site."""
+        if site not in self.site_streams:
+            raise UnknownNameError("site", site, self.site_streams, "The store holds no others.")
+        return self.site_streams[site]
+
+    def counts(self, site: str) -> list[int]:
+        """Tokens of each round that reached the site; reads nothing."""
+        return [entry.count for entry in self._entries[self.stream_of(site)]]
+
+    def moments(self, stream: str) -> list[SecondMoment]:
+        """The packed accumulators of a stream, one for each round: half the memory of `rounds`. Not to be changed."""
+        return [entry.read() for entry in self._entries[stream]]
+
+    def summary(self) -> str:
+        """A small table, a line for each tower and width."""
+        groups: dict[tuple[str, int], dict[str, Site | None]] = {}
+        for site in self.sites:
+            groups.setdefault((site.tower, self._entries[site.stream][0].size), {})[site.name] = (
+                site
+            )
+        rows = []
+        for (tower, width), names in groups.items():
+            streams = {self.site_streams[name] for name in names}
+            entries = [entry for stream in streams for entry in self._entries[stream]]
+            tokens = sorted({min(e.count for e in entries), max(e.count for e in entries)})
+            megabytes = sum(width * (width + 1) // 2 * e.dtype.itemsize for e in entries) / 1e6
+            rows.append(
+                (
+                    tower,
+                    width,
+                    len(names),
+                    len(streams),
+                    "–".join(f"{n:,}" for n in tokens),
+                    megabytes,
+                )
+            )
+        headers = ("tower", "width", "sites", "streams", "tokens a round", "MB")
+        table = tabulate(rows, headers, floatfmt=".1f")
+        return (
+            f"{table}\n\n{self.round_count} round{'s' * (self.round_count != 1)}, {self.precision}, "
+            f"model {self.model_fingerprint}, data {self.data_fingerprint}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<CovarianceStore: {len(self)} sites, {len(self._entries)} streams, {self.round_count} rounds>"
+
+    # ------------------------------------------------------------------ merging
+
+    def __add__(self, other: CovarianceStore) -> CovarianceStore:
+        """The tokens of both, round by round, as if they had been collected together.
+
+        Raises:
+            CalibrationError: the stores are of different models, sites or numbers of rounds; says which.
+        """
+        if not isinstance(other, CovarianceStore):
+            return NotImplemented
+        check_same(self, other)
+        merged = {
+            stream: [
+                a.merged(b)
+                for a, b in zip(self.moments(stream), other.moments(stream), strict=True)
+            ]
+            for stream in self._entries
+        }
+        return CovarianceStore(
+            self.sites,
+            merged,
+            model_fingerprint=self.model_fingerprint,
+            data_fingerprints=self.data_fingerprints + other.data_fingerprints,
+            precision="+".join(sorted({*self.precision.split("+"), *other.precision.split("+")})),
+        )
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the store to `path`: atomically, and in pieces, so that it takes little memory beside the store."""
+        tensors: dict[str, Pieces] = {}
+        for stream, entries in self._entries.items():
+            for number, entry in enumerate(entries):
+                if entry.count:
+                    prefix, length = f"{number}/{stream}", sum(triangle_sizes(entry.size))
+                    tensors[f"{prefix}/means"] = Pieces(
+                        torch.float64, (2, entry.size), partial(_means, entry)
+                    )
+                    tensors[f"{prefix}/triangle"] = Pieces(
+                        entry.dtype, (length,), partial(_triangle, entry)
+                    )
+        about = {
+            "package_version": _package_version(),
+            "model_fingerprint": self.model_fingerprint,
+            "data_fingerprints": self.data_fingerprints,
+            "precision": self.precision,
+            "rounds": self.round_count,
+            "sites": [asdict(site) for site in self.sites],
+            "streams": {
+                s: {"size": es[0].size, "counts": [e.count for e in es]}
+                for s, es in self._entries.items()
+            },
+            "progress": None if self.progress is None else asdict(self.progress),
+        }
+        write(path, about, tensors)
+        return Path(path)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, model: nn.Module | None = None, unfinished: bool = False
+    ) -> CovarianceStore:
+        """Open a store; its matrices stay in the file until they are asked for.
+
+        Args:
+            path: a file of `save` or of `collect_covariance(path=...)`.
+            model: if given, a store made from another model is refused.
+            unfinished: also open the checkpoint of a calibration that has not come to its end.
+
+        Raises:
+            ForeignFileError: no such file, truncated, damaged, of another kind, of another model, or unfinished.
+        """
+        file = CovarianceFile(path)
+        try:
+            store = cls._from_file(file)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise file.damaged(f"its header does not fit its contents ({error})") from error
+        progress = store.progress
+        if progress is not None and not progress.complete and not unfinished:
+            raise ForeignFileError(
+                f"{path} is the checkpoint of a calibration that stopped after {progress.batches} batches; run the "
+                "same command again (collect_covariance with the same path) to finish it"
+            )
+        if model is not None and (found := fingerprint_of(model)) != store.model_fingerprint:
+            raise ForeignFileError(
+                f"{path} was made from another model: its fingerprint is {store.model_fingerprint}, that of this "
+                f"{type(model).__name__} is {found}. Load the model it was made from, or collect the covariances of "
+                "this one into another file"
+            )
+        return store
+
+    @classmethod
+    def _from_file(cls, file: CovarianceFile) -> CovarianceStore:
+        about = file.about
+        entries: dict[str, list[Entry]] = {}
+        for stream, meta in about["streams"].items():
+            if len(meta["counts"]) != about["rounds"]:
+                raise ValueError(f"{stream} lacks rounds")
+            entries[stream] = [
+                _stored(file, f"{n}/{stream}", meta["size"], c)
+                for n, c in enumerate(meta["counts"])
+            ]
+        saved = about["progress"]
+        return cls(
+            [Site(**site) for site in about["sites"]],
+            entries,
+            model_fingerprint=about["model_fingerprint"],
+            data_fingerprints=about["data_fingerprints"],
+            precision=about["precision"],
+            progress=None if saved is None else Progress(**{**saved, "base": tuple(saved["base"])}),
+        )
+
+
+class _Streams(Mapping[str, list[Covariance]]):
+    def __init__(self, store: CovarianceStore) -> None:
+        self._store = store
+
+    def __getitem__(self, stream: str) -> list[Covariance]:
+        return [Covariance(moment.matrix(), moment.count) for moment in self._store.moments(stream)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store._entries)
+
+    def __len__(self) -> int:
+        return len(self._store._entries)
+
+
+@dataclass(frozen=True)
+class Empty:
+    """One round of one stream that no token has reached."""
+
+    size: int
+    count: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def read(self) -> SecondMoment:
+        return SecondMoment(self.size, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One round of one stream, in a file."""
+
+    file: CovarianceFile
+    prefix: str
+    size: int
+    count: int
+    dtype: torch.dtype
+
+    def read(self) -> SecondMoment:
+        moment = SecondMoment(self.size, self.dtype)
+        moment.count = self.count
+        for means in self.file.pieces(f"{self.prefix}/means", [2]):
+            moment.shift.copy_(means[0])
+            moment.mean.copy_(means[1])
+        moment.fill_triangle(self.file.pieces(f"{self.prefix}/triangle", triangle_sizes(self.size)))
+        return moment
+
+
+def _stored(file: CovarianceFile, prefix: str, size: int, count: int) -> Entry:
+    if not count:
+        return Empty(size)
+    dtype, shape = file.dtype_and_shape(f"{prefix}/triangle")
+    means = file.dtype_and_shape(f"{prefix}/means")
+    if shape != (size * (size + 1) // 2,) or means != (torch.float64, (2, size)):
+        raise ValueError(f"{prefix} is not of width {size}")
+    return _Stored(file, prefix, size, count, dtype)
+
+
+def _means(entry: Entry) -> Iterator[Tensor]:
+    moment = entry.read()
+    yield torch.stack([moment.shift.double(), moment.mean])
+
+
+def _triangle(entry: Entry) -> Iterator[Tensor]:
+    yield from entry.read().triangle()
+
+
+def check_same(a: CovarianceStore, b: CovarianceStore) -> None:
+    """Raise `CalibrationError`, naming the difference, unless the two stores can be added."""
+
+    def refuse(what: str) -> NoReturn:
+        raise CalibrationError(f"these two covariance stores cannot be added: {what}")
+
+    if a.model_fingerprint != b.model_fingerprint:
+        refuse(
+            f"they are of two models (fingerprints {a.model_fingerprint} and {b.model_fingerprint})"
+        )
+    if a.site_streams != b.site_streams:
+        names = sorted({name for name, _ in a.site_streams.items() ^ b.site_streams.items()})
+        refuse(f"they differ in the sites {some(names)}. Collect both with the same `sites`")
+    if a.round_count != b.round_count:
+        refuse(
+            f"they have {a.round_count} and {b.round_count} rounds. Collect both with the same `rounds`"
+        )
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """`'a', 'b' and 7 more`: a list that stays readable."""
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _package_version() -> str:
+    try:
+        return version("corda-vlm")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"

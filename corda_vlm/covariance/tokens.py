@@ -1,0 +1,98 @@
+"""Which rows of a layer's input are tokens, and which are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from corda_vlm.errors import CalibrationError
+
+Masks = Mapping[str, Tensor]
+"""Tower -> (B, L), True (or 1) on tokens that count; a tower without an entry has no padding."""
+
+
+class TokenSelector:
+    """Selects the rows of inputs that count.
+
+    Inputs are (B, L, d), (B, L, h, d), (B, H, W, d) with H·W = L, flattened (B·L, d), or pooled: (B, d) or
+    (B, 1, d), where a row counts unless the whole sample is padding. (L, B, d) is taken as such where the mask
+    tells it from (B, L, d), and remembered for the batches in which it does not (as many rows as tokens).
+    """
+
+    def __init__(self) -> None:
+        self._masks: dict[str, Tensor | None] = {}
+        self._sequence_first: set[str] = set()
+        self._taken_as_batch_first: set[str] = set()
+
+    def begin(self, masks: Masks | None) -> None:
+        """A new batch."""
+        self._masks = {tower: _or_none(tower, mask) for tower, mask in (masks or {}).items()}
+
+    def select(
+        self, x: Float[Tensor, "*axes d"], *, tower: str, stream: str, site: str
+    ) -> Float[Tensor, "n d"]:
+        """The rows of `x` that are tokens; a view of `x` where all are.
+
+        Raises:
+            CalibrationError: an input of another shape; names the site.
+        """
+        if not 2 <= x.dim() <= 4:
+            raise CalibrationError(
+                f"the input of {site} has shape {tuple(x.shape)}; expected (tokens, d), (B, L, d) or (B, H, W, d)"
+            )
+        mask = self._masks.get(tower)
+        if mask is None:
+            return x.reshape(-1, x.shape[-1])
+        layout = layout_of(x.shape[:-1], *mask.shape)
+        if layout == "sequence":
+            if stream in self._taken_as_batch_first:
+                raise CalibrationError(
+                    f"{site} reads (tokens, batch, d), which could not be told in an earlier batch of as many rows as "
+                    f"tokens. Use a batch size other than the number of tokens, {mask.shape[1]}"
+                )
+            self._sequence_first.add(stream)
+        elif layout == "tokens" and mask.shape[0] == mask.shape[1] > 1:
+            if stream in self._sequence_first:
+                layout = "sequence"
+            else:
+                self._taken_as_batch_first.add(stream)
+        if layout is None:
+            raise CalibrationError(
+                f"the input of {site} has shape {tuple(x.shape)}, and the mask of the {tower} tower has "
+                f"{tuple(mask.shape)}: which rows are padding cannot be told. Give `masks` that fit, leave that site "
+                "out, or use batches without padding"
+            )
+        mask, width = mask.to(x.device), x.shape[-1]
+        if layout == "tokens":
+            return x[mask].reshape(-1, width)
+        if layout == "sequence":
+            return x[mask.T].reshape(-1, width)
+        return x.reshape(-1, width)[mask.any(dim=1) if layout == "pooled" else mask.reshape(-1)]
+
+
+def layout_of(lead: Sequence[int], batch: int, length: int) -> str | None:
+    """How the leading axes of an input go with a mask (batch, length); None if they do not."""
+    lead = tuple(lead)
+    if lead[:2] == (batch, length):
+        return "tokens"
+    if lead[:2] == (length, batch):
+        return "sequence"
+    if lead == (batch * length,) or (
+        len(lead) == 3 and (lead[0], lead[1] * lead[2]) == (batch, length)
+    ):
+        return "flat"
+    if lead in ((batch,), (batch, 1)):
+        return "pooled"
+    return None
+
+
+def _or_none(tower: str, mask: Tensor) -> Tensor | None:
+    """The mask as booleans, or None if it keeps everything."""
+    if mask.dim() != 2:
+        raise CalibrationError(
+            f"the mask of the {tower} tower has shape {tuple(mask.shape)}; expected (batch, tokens)"
+        )
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask
