@@ -275,7 +275,7 @@ def _ids_mask(ids: Tensor, tokenizer: Any) -> Bool[Tensor, "n l"]:
 
 
 def _check_folder(folder: Path) -> None:
-    config = read_json(folder / "open_clip_config.json", "open_clip configuration")
+    config = read_json(folder / "open_clip_config.json", "model configuration")
     if "model_cfg" not in config:
         raise ForeignFileError(
             f"{folder / 'open_clip_config.json'} has no 'model_cfg': it is not open_clip's"
