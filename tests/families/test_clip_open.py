@@ -384,7 +384,7 @@ class TestLoading:
 
     def test_unknown_model_of_open_clip(self):
         with pytest.raises(
-            UnknownNameError, match="unknown open_clip model 'ViT-B-33'.*Did you mean 'ViT-B-32'"
+            UnknownNameError, match=r"unknown open_clip model 'ViT-B-33'.*Did you mean 'ViT-B-32'"
         ):
             load_model("ViT-B-33/openai", family="clip_open")
 
