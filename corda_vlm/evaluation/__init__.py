@@ -1,0 +1,40 @@
+"""Measuring what a model gained and what it kept: suites, scores with intervals, and the report."""
+
+from corda_vlm.evaluation.encoder import Cache
+from corda_vlm.evaluation.frontier import Results, compare
+from corda_vlm.evaluation.report import summary_table, write_report
+from corda_vlm.evaluation.scores import (
+    Interval,
+    Outcome,
+    Score,
+    append_rows,
+    bootstrap,
+    done,
+    paired_difference,
+    read_rows,
+    score_row,
+)
+from corda_vlm.evaluation.suite import Suite, Task, TaskResult, evaluate, load_suite, measure
+
+__all__ = [
+    "Cache",
+    "Interval",
+    "Outcome",
+    "Results",
+    "Score",
+    "Suite",
+    "Task",
+    "TaskResult",
+    "append_rows",
+    "bootstrap",
+    "compare",
+    "done",
+    "evaluate",
+    "load_suite",
+    "measure",
+    "paired_difference",
+    "read_rows",
+    "score_row",
+    "summary_table",
+    "write_report",
+]

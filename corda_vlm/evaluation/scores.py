@@ -1,0 +1,302 @@
+"""Scores: a measured number with its interval, and the file that keeps them.
+
+Intervals are 95 % percentile bootstrap intervals over examples everywhere: a closed form for
+proportions (Wilson) would not hold for the mean over classes, nor for a difference of two models on
+the same examples.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from corda_vlm.errors import CordaError, DataError, ForeignFileError
+
+logger = logging.getLogger(__name__)
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+ROLES = {
+    "gain": "the task that is being learnt",
+    "retention": "knowledge from before that should stay",
+    "selection": "a validation split on which the learning rate is chosen; in no table",
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the bounds of its 95 % bootstrap interval, all in the value's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured number.
+
+    Attributes:
+        task: the task's name in the suite.
+        metric: "top1", "top5", "mean_per_class", "image_to_text_recall@1", …
+        value, low, high: a share in [0, 1] and its 95 % bootstrap interval over examples.
+        n: examples measured.
+        role: one of `ROLES`.
+        chance: what guessing gives, the zero of "kept knowledge".
+    """
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    role: str
+    chance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One metric before it is averaged: what happened on each example.
+
+    Attributes:
+        metric: its name.
+        values: (n,) a number for each example, 1 for right and 0 for wrong.
+        groups: (n,) the class of each example where classes count equally, or None where examples do.
+        chance: what guessing gives.
+    """
+
+    metric: str
+    values: Float[np.ndarray, " n"]
+    groups: Int[np.ndarray, " n"] | None = None
+    chance: float = 0.0
+
+    def score(self, task: str, role: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Score:
+        """The average over examples (or over classes) with its interval."""
+        interval = bootstrap(self.values, self.groups, resamples=resamples, seed=seed)
+        return Score(
+            task, self.metric, interval.value, interval.low, interval.high,
+            len(self.values), role, self.chance,
+        )  # fmt: skip
+
+
+def bootstrap(
+    values: Shaped[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """The mean of `values` and its percentile bootstrap interval over examples.
+
+    With `groups`, the mean over groups of the mean within each, so that rare classes count as much
+    as common ones; a class that a resample does not contain is left out of that resample's mean.
+
+    Raises:
+        DataError: no examples, or one whose value is not a finite number.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.size == 0:
+        raise DataError(
+            "there is not one example to measure; check the data's split, filter and limit"
+        )
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite"
+        )
+    members = np.zeros(values.size, dtype=np.int64) if groups is None else np.asarray(groups)
+    _, members = np.unique(members, return_inverse=True)
+    n_groups = int(members.max()) + 1
+
+    # Drawing n examples with replacement is one multinomial draw over the distinct (group, value)
+    # cells: the same distribution as drawing indices, at a cost that does not grow with n.
+    cells, counts = np.unique(np.stack([members, values]), axis=1, return_counts=True)
+    cell_group, cell_value = cells[0].astype(np.int64), cells[1]
+    one_hot = np.zeros((len(counts), n_groups))
+    one_hot[np.arange(len(counts)), cell_group] = 1.0
+
+    def mean_of(weights: np.ndarray) -> np.ndarray:  # (…, cells) -> (…,)
+        size = weights @ one_hot  # (…, groups)
+        total = (weights * cell_value) @ one_hot
+        seen = size > 0
+        return np.where(seen, total / np.maximum(size, 1), 0.0).sum(-1) / seen.sum(-1)
+
+    generator = np.random.default_rng(seed)
+    chunk = max(1, 4_000_000 // len(counts))  # rows drawn at a time, to bound memory
+    drawn = [
+        mean_of(
+            generator.multinomial(
+                values.size, counts / values.size, size=min(chunk, resamples - at)
+            )
+        )
+        for at in range(0, resamples, chunk)
+    ]
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(np.concatenate(drawn), [tail, 100.0 - tail])
+    value = float(mean_of(counts.astype(np.float64)))
+    return Interval(value, float(low), float(high))
+
+
+def paired_difference(
+    first: Shaped[np.ndarray, " n"],
+    second: Shaped[np.ndarray, " n"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """mean(first − second) over the same examples, with its paired bootstrap interval.
+
+    Both models see each resampled example, so what makes an example hard for both cancels. The
+    difference is real at this confidence when the interval does not contain 0.
+
+    Raises:
+        DataError: the two do not have one value for each of the same examples.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first.shape != second.shape:
+        raise DataError(
+            f"a paired difference needs the same examples twice, got {first.size} and {second.size}"
+        )
+    return bootstrap(first - second, resamples=resamples, seed=seed, confidence=confidence)
+
+
+def score_row(
+    score: Score,
+    *,
+    run: str,
+    method: str,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    scale: float = 1.0,
+    steps: int | None = None,
+    seconds: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One row of scores.jsonl. `method` is "base" for the model before training."""
+    return {
+        "run": run, "method": method, "learning_rate": learning_rate, "seed": seed,
+        "scale": scale, "steps": steps, "seconds": seconds, **asdict(score), **more,
+    }  # fmt: skip
+
+
+def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a scores file in one write, and force them to the disk.
+
+    A line torn by a kill during an earlier write is cut off first, else the new row would be glued
+    to it and both lost.
+
+    Raises:
+        CordaError: a value is NaN, Inf or no JSON; or the disk is full.
+    """
+    path = Path(path)
+    try:
+        text = "".join(
+            json.dumps(dict(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows
+        )
+    except (TypeError, ValueError) as error:
+        raise CordaError(f"a score for {path} cannot be written as JSON: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _cut_torn_line(path)
+    try:
+        # One write to a descriptor in append mode: concurrent runs do not interleave within a line.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            content = text.encode()
+            written = os.write(descriptor, content)
+            if written < len(content):  # the disk filled up half-way
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CordaError(
+            f"could not add to {path}: {error.strerror or error}. The rows before are untouched; free "
+            "some space and run the same command again."
+        ) from error
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        keep = content.rfind(b"\n") + 1
+        torn = content[keep:]
+        if not torn:
+            return
+        if _is_row(torn):  # only its newline is missing; the file position is at the end
+            file.write(b"\n")
+            return
+        logger.warning(
+            "%s: its last line was cut short by an interruption and is dropped (%d bytes)",
+            path, len(torn),
+        )  # fmt: skip
+        file.truncate(keep)
+
+
+def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[dict[str, Any]]:
+    """The rows of a scores file. A last line without an end, torn by a kill, is reported and dropped.
+
+    Raises:
+        ForeignFileError: no such file (unless `missing_ok`), or a line that is not a score.
+    """
+    path = Path(path)
+    if not path.exists():
+        if missing_ok:
+            return []
+        raise ForeignFileError(f"no scores at {path}; evaluate a model into it first")
+    *lines, rest = path.read_bytes().split(b"\n")
+    if _is_row(rest):
+        lines.append(rest)
+    elif rest:
+        logger.warning("%s: its last line was cut short by an interruption and is dropped", path)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            missing = {"method", "task", "metric", "value"} - set(row)
+        except (ValueError, TypeError) as error:
+            raise ForeignFileError(f"{path}, line {number}, is not a score: {error}") from error
+        if missing:
+            raise ForeignFileError(
+                f"{path}, line {number}, is not a score: no {', '.join(sorted(missing))}"
+            )
+        rows.append(row)
+    return rows
+
+
+def done(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    method: str,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    scale: float = 1.0,
+) -> set[tuple[str, str]]:
+    """The (task, metric) pairs already measured for one trained model, so that a run resumes."""
+    wanted = (method, learning_rate, seed, scale)
+    return {
+        (row["task"], row["metric"])
+        for row in rows
+        if (row["method"], row.get("learning_rate"), row.get("seed"), row.get("scale", 1.0))
+        == wanted
+    }

@@ -1,0 +1,123 @@
+"""Zero-shot classification: an image belongs to the class whose prompts lie nearest to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.evaluation.encoder import Encoder
+from corda_vlm.evaluation.scores import Outcome
+
+if TYPE_CHECKING:
+    from corda_vlm.data import ImageTextData
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("top1", "top5", "mean_per_class")
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Classification without a trained head.
+
+    Attributes:
+        data: images with labels.
+        class_names: the names as the prompts say them, in the order of the labels.
+        templates: prompts with one `{}` each.
+        remap: for each label of the data its index in `class_names`, where the two are not the same.
+        metrics: any of `METRICS`. mean_per_class is the mean over classes of each class's top-1 recall.
+    """
+
+    data: ImageTextData
+    class_names: Sequence[str]
+    templates: Sequence[str]
+    metrics: Sequence[str] = ("top1",)
+    remap: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise UnknownNameError("zero-shot metric", metric, METRICS)
+
+    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
+        """Yield (metric, value)."""
+        for outcome in self.outcomes(encoder):
+            yield outcome.metric, outcome.score("", "gain", resamples=1).value
+
+    def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
+        """Yield for each metric what happened on each example.
+
+        Raises:
+            DataError: no examples, or a label that no class name answers to.
+        """
+        from corda_vlm.data import make_batches
+
+        if self.data.labels is None:
+            raise DataError(
+                f"{self.data.spec}: has no labels to classify by; name its label column"
+            )
+        labels: list[Tensor] = []
+
+        def pixels() -> Iterator[Tensor]:
+            for batch in make_batches(
+                self.data, encoder.processor, batch_size=encoder.batch_size, towers="vision",
+                workers=encoder.workers,
+            ):  # fmt: skip
+                labels.append(batch["labels"])
+                yield batch["pixel_values"]
+
+        vectors = encoder.images(pixels())  # (n, d)
+        truth = torch.cat(labels)  # (n,)
+        if self.remap is not None:
+            truth = torch.tensor(self.remap)[truth]
+        if int(truth.max()) >= len(self.class_names):
+            raise DataError(
+                f"{self.data.spec}: has a label {int(truth.max())}, but there are {len(self.class_names)} class "
+                "names; name every class of the data"
+            )
+        weights = encoder.classifier(self.class_names, self.templates)  # (d, classes)
+        rank = _ranks(vectors, weights, truth, chunk=max(encoder.batch_size, 256)).numpy()
+        classes = len(self.class_names)
+        for metric in self.metrics:
+            k = min(5, classes) if metric == "top5" else 1
+            groups = truth.numpy() if metric == "mean_per_class" else None
+            yield Outcome(metric, (rank < k).astype(np.float64), groups, chance=k / classes)
+
+
+def _ranks(
+    vectors: Float[Tensor, "n d"],
+    weights: Float[Tensor, "d classes"],
+    truth: Int[Tensor, " n"],
+    chunk: int,
+) -> Int[Tensor, " n"]:
+    """(n,) how many classes are ranked before the true one, in the order `topk` gives.
+
+    A collapsed model makes every class equal; among equals the lower index comes first, so that it
+    scores at chance. A model that diverged to NaN or Inf is wrong wherever its output is not finite.
+    """
+    found = []
+    broken = 0
+    for at in range(0, len(vectors), chunk):
+        logits = vectors[at : at + chunk] @ weights  # (B, classes)
+        label = truth[at : at + chunk, None]
+        own = logits.gather(1, label)
+        earlier = torch.arange(logits.shape[1]) < label
+        rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
+        bad = ~torch.isfinite(logits).all(1)
+        broken += int(bad.sum())
+        found.append(torch.where(bad, torch.full_like(rank, logits.shape[1]), rank))
+    if broken:
+        logger.warning(
+            "the model's output is NaN or Inf on %d of %d images; they count as wrong",
+            broken,
+            len(vectors),
+        )
+    return torch.cat(found)

@@ -1,0 +1,130 @@
+"""Zero-shot classification: open_clip's classifier, whatever the family; honest about ties and NaN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip import build_zero_shot_classifier
+
+from corda_vlm.data import load_records
+from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.evaluation.encoder import Cache, Encoder
+from corda_vlm.evaluation.zero_shot import ZeroShot, _ranks
+from corda_vlm.families import detect_family
+
+NAMES = ["blue whale", "green tree", "red"]
+TEMPLATES = ["a photo of a {}", "{}", "the {} thing"]
+
+
+def encoder_of(model, processor, **options) -> Encoder:
+    return Encoder(model, detect_family(model), processor, **options)
+
+
+def test_the_classifier_is_open_clips(tiny_open_clip, tiny_processor) -> None:
+    ours = encoder_of(tiny_open_clip, tiny_processor, batch_size=4).classifier(NAMES, TEMPLATES)
+    theirs = build_zero_shot_classifier(
+        tiny_open_clip, lambda texts: tiny_processor.text(texts)["input_ids"], NAMES, TEMPLATES
+    )
+    assert ours.shape == (24, 3)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_classifier_of_a_transformers_model(tiny_clip_hf, tiny_processor) -> None:
+    ours = encoder_of(tiny_clip_hf, tiny_processor).classifier(NAMES, TEMPLATES)
+    for index, name in enumerate(NAMES):
+        batch = tiny_processor.text([template.format(name) for template in TEMPLATES])
+        with torch.no_grad():
+            vectors = F.normalize(
+                detect_family(tiny_clip_hf).encode_text(tiny_clip_hf, batch), dim=-1
+            )
+        torch.testing.assert_close(ours[:, index], F.normalize(vectors.mean(0), dim=0))
+
+
+@pytest.mark.parametrize("family", ["tiny_open_clip", "tiny_clip_hf", "tiny_siglip"])
+def test_every_metric_from_end_to_end(family, request, tiny_processor, colour_folder: Path) -> None:
+    model = request.getfixturevalue(family)
+    model.train()
+    data = load_records(f"folder:{colour_folder}")
+    task = ZeroShot(data, NAMES, TEMPLATES, ("top1", "top5", "mean_per_class"))
+    encoder = encoder_of(model, tiny_processor, batch_size=5)
+    values = dict(task.run(encoder))
+    assert list(values) == ["top1", "top5", "mean_per_class"]
+    assert values["top5"] == 1.0  # three classes
+    assert model.training, "the model's own mode is put back"
+
+    with torch.no_grad():
+        pixels = torch.stack([tiny_processor.image(record["image"]) for record in data])
+        vectors = detect_family(model).encode_image(model.eval(), pixels)
+    guesses = (F.normalize(vectors, dim=-1) @ encoder.classifier(NAMES, TEMPLATES)).argmax(1)
+    assert values["top1"] == pytest.approx(
+        (guesses == torch.tensor(data.labels)).float().mean().item()
+    )
+
+    smaller = dict(task.run(encoder_of(model, tiny_processor, batch_size=5, bf16=True)))
+    assert set(smaller) == set(values)
+
+
+def test_labels_follow_the_suites_order(
+    tiny_open_clip, tiny_processor, colour_folder: Path
+) -> None:
+    data = load_records(f"folder:{colour_folder}")  # blue, green, red
+    encoder = encoder_of(tiny_open_clip, tiny_processor)
+    one = dict(ZeroShot(data, ["blue", "green", "red"], ["{}"]).run(encoder))
+    two = dict(ZeroShot(data, ["red", "blue", "green"], ["{}"], remap=(1, 2, 0)).run(encoder))
+    assert one == two
+
+
+def test_ranks_by_hand() -> None:
+    vectors = torch.eye(3)
+    vectors[2, 2] = float("nan")
+    weights = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.3, 0.4, 0.1]])
+    ranks = _ranks(vectors, weights, torch.tensor([1, 1, 0]), chunk=2)
+    # Second of three; among equals the lower index first, so second too; NaN is wrong at any k.
+    assert ranks.tolist() == [1, 1, 3]
+
+
+def test_a_collapsed_model_is_at_chance() -> None:
+    labels = torch.arange(10).repeat(20)
+    ranks = _ranks(torch.ones(200, 4), torch.ones(4, 10), labels, chunk=64)
+    assert (ranks == 0).float().mean().item() == pytest.approx(0.1)
+    assert (ranks < 5).float().mean().item() == pytest.approx(0.5)
+
+
+def test_a_diverged_model_scores_zero(
+    tiny_open_clip, tiny_processor, colour_folder, caplog
+) -> None:
+    with torch.no_grad():
+        tiny_open_clip.visual.proj.fill_(float("nan"))
+    data = load_records(f"folder:{colour_folder}")
+    assert dict(ZeroShot(data, NAMES, ["{}"]).run(encoder_of(tiny_open_clip, tiny_processor))) == {
+        "top1": 0.0
+    }
+    assert "NaN or Inf on 12 of 12 images" in caplog.text
+
+
+def test_too_few_class_names(tiny_open_clip, tiny_processor, colour_folder: Path) -> None:
+    data = load_records(f"folder:{colour_folder}")
+    with pytest.raises(DataError, match="label 2, but there are 2 class names"):
+        dict(ZeroShot(data, NAMES[:2], ["{}"]).run(encoder_of(tiny_open_clip, tiny_processor)))
+    with pytest.raises(UnknownNameError, match="top5"):
+        ZeroShot(data, NAMES, ["{}"], ("top55",))
+
+
+def test_the_text_side_is_encoded_again_only_if_it_changed(tiny_open_clip, tiny_processor) -> None:
+    cache = Cache()
+
+    def build() -> torch.Tensor:
+        return encoder_of(tiny_open_clip, tiny_processor, cache=cache).classifier(NAMES, TEMPLATES)
+
+    first = build()
+    with torch.no_grad():
+        tiny_open_clip.visual.proj.mul_(2)
+    assert build() is first, "only the vision tower changed"
+    with torch.no_grad():
+        tiny_open_clip.transformer.resblocks[0].mlp.c_fc.weight[0, 0] += 1e-2
+    changed = build()
+    assert changed is not first
+    assert not torch.equal(changed, first)
