@@ -135,7 +135,8 @@ def main() -> None:
     old = json.loads(out.read_text()) if out.exists() else {}
     training = old.get("training")
     if arguments.training:
-        last = json.loads((arguments.training / "log.jsonl").read_text().splitlines()[-1])
+        lines = (arguments.training / "log.jsonl").read_text().splitlines()
+        last = [record for line in lines if "val_top1" in (record := json.loads(line))][-1]
         options = json.loads((arguments.training / "options.json").read_text())
         training = {
             "command": "python model_zoo/emoji-clip/train.py --out runs/emoji-clip",

@@ -135,11 +135,8 @@ def read_json(path: Path) -> Any:
 def install_packages(folder: Path) -> Path:
     """npm-install the pinned packages into `folder` (no scripts are run) and return node_modules."""
     specs = [f"{name}@{version}" for name, version in PACKAGES.items()]
-    subprocess.run(
-        ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder)]
-        + ["--legacy-peer-deps", *specs],
-        check=True,
-    )
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--legacy-peer-deps"]
+    subprocess.run(["npm", "install", *options, "--prefix", str(folder), *specs], check=True)
     return folder / "node_modules"
 
 

@@ -24,7 +24,6 @@ import argparse
 import io
 import json
 import math
-import os
 import platform
 import random
 import shutil
@@ -94,7 +93,11 @@ TEMPLATES = (
 class Options:
     """What decides the result. Written beside the weights."""
 
-    steps: int = 7000
+    steps: int = 4600
+    # The rate follows a cosine that would end at `schedule_steps`, and from `cooldown_from` on goes
+    # straight to zero at `steps`: the end can be set while the training runs, nothing before it changes.
+    schedule_steps: int = 7000
+    cooldown_from: int = 3000
     emoji_per_batch: int = 192
     drawings_per_emoji: int = 2
     learning_rate: float = 1e-3
@@ -103,7 +106,7 @@ class Options:
     image_image_weight: float = 0.3
     image_image_scale: float = 12.0
     patches_kept: int = 12
-    full_patches_from: float = 0.8
+    full_patches_from: float = 0.85
     ema_decay: float = 0.998
     seed: int = 0
 
@@ -264,7 +267,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 # --------------------------------------------------------------------------------------------- model
 
 
-def transformer(tokens: Tensor, blocks: nn.ModuleList, mask: Tensor | None) -> Tensor:
+def transformer(tokens: Tensor, blocks: Any, mask: Tensor | None) -> Tensor:
     """open_clip's residual attention blocks over `tokens` (B, L, D), with plain attention.
 
     For sequences of 16 the products of plain attention are faster, forward and backward, than the
@@ -352,7 +355,8 @@ def export(weights: dict[str, Tensor], used_tokens: Tensor, seed: int, directory
     half = {name: tensor.to(torch.float16).contiguous() for name, tensor in tensors.items()}
     temporary = directory / "open_clip_model.safetensors.part"
     save_file(half, temporary, metadata={"format": "pt"})
-    os.replace(temporary, directory / "open_clip_model.safetensors")
+    temporary.chmod(0o644)  # safetensors makes files that only their owner may read
+    temporary.replace(directory / "open_clip_model.safetensors")
     config = {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}
     (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -414,6 +418,15 @@ def validate(
         "val_top1": best[:, 0].float().mean().item(),
         "val_top5": best.any(1).float().mean().item(),
     }
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """Warm-up, cosine, and a straight line to zero at the end."""
+    start = options.cooldown_from
+    warm = min(1.0, (step + 1) / options.warmup_steps)
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(step, start) / options.schedule_steps)
+    left = min(1.0, (options.steps - step) / max(1, options.steps - start))
+    return options.learning_rate * warm * cosine * left
 
 
 class Batches:
@@ -510,8 +523,7 @@ def train(options: Options, data_dir: Path, out: Path, *, compiled: bool, thread
         )
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        warm = min(1.0, (step + 1) / options.warmup_steps)
-        rate = options.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * step / options.steps))
+        rate = learning_rate(step, options)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -520,7 +532,8 @@ def train(options: Options, data_dir: Path, out: Path, *, compiled: bool, thread
             model.logit_scale.clamp_(max=math.log(100.0))
             decay = min(options.ema_decay, (step + 1) / (step + 10))
             state = model.state_dict()
-            torch._foreach_lerp_(list(average.values()), [state[k] for k in average], 1.0 - decay)
+            for name, tensor in average.items():
+                tensor.lerp_(state[name], 1.0 - decay)
         step += 1
         recent.append((loss.item(), right.item()))
         if step % 50 == 0 or step == options.steps:
