@@ -118,12 +118,12 @@ def tradeoff(results: Results, path: Path) -> bool:
     axes.set_title(told, fontsize=9.5, color=_FAINT, loc="left")
     ink["base"].append(np.array([[base.task, 1.0]]))
     words = Words(axes, ink)
-    words.add("base model", [(base.task, 1.0)], 10, "base", color=_INK)
+    words.add("base model", [(base.task, 1.0)], 10.0, "base", color=_INK)
     for method, curve in curves.items():
         along = [(p.task, p.kept) for p in sorted(curve.values(), key=lambda p: -p.kept)]
         middle = len(along) // 2
         preferred = [along[middle], *along[:middle], *along[middle + 1 :]]
-        words.add(method, preferred, 11, method, color=look[method][0], fontweight="bold")
+        words.add(method, preferred, 11.0, method, color=look[method][0], fontweight="bold")
     for method, curve in curves.items():
         rated = [(s.learning_rate, p) for s, p in curve.items() if s.learning_rate is not None]
         if len(curves) > 6 or len(rated) < 2:  # too many curves to read them by

@@ -125,8 +125,8 @@ def bootstrap(
     one_hot = np.zeros((len(counts), n_groups))
     one_hot[np.arange(len(counts)), cell_group] = 1.0
 
-    def mean_of(weights: np.ndarray) -> np.ndarray:  # (…, cells) -> (…,)
-        size = weights @ one_hot  # (…, groups)
+    def mean_of(weights: np.ndarray) -> np.ndarray:  # (rows, cells) -> (rows,)
+        size = weights @ one_hot  # (rows, groups)
         total = (weights * cell_value) @ one_hot
         seen = size > 0
         return np.where(seen, total / np.maximum(size, 1), 0.0).sum(-1) / seen.sum(-1)
@@ -143,13 +143,13 @@ def bootstrap(
     ]
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(np.concatenate(drawn), [tail, 100.0 - tail])
-    value = float(mean_of(counts.astype(np.float64)))
+    value = float(mean_of(counts[None].astype(np.float64))[0])
     return Interval(value, float(low), float(high))
 
 
 def paired_difference(
     first: Shaped[np.ndarray, " n"],
-    second: Shaped[np.ndarray, " n"],
+    second: Shaped[np.ndarray, " m"],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
