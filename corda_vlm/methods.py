@@ -25,9 +25,8 @@ from corda_vlm.adapter.attach import (
 )
 from corda_vlm.adapter.paired import keep_a_frozen, trained
 from corda_vlm.covariance import CovarianceStore
-from corda_vlm.decompose import Route
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.plan import check_rank, plan_adapter
+from corda_vlm.plan import Route, check_rank, plan_adapter
 from corda_vlm.sites import find_sites, site_shape
 
 

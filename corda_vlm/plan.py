@@ -25,20 +25,16 @@ from tqdm.auto import tqdm
 
 from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore
-from corda_vlm.decompose import (
-    Components,
-    Decomposition,
-    Route,
-    Side,
-    damp,
-    decompose,
-    knowledge_energy,
-)
+from corda_vlm.decompose import Decomposition, damp, decompose, knowledge_energy
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family
 from corda_vlm.families.attention import unpacked
 from corda_vlm.files import atomic_write, read_json, write_json
 from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
+
+Components = Literal["smallest", "largest"]
+Side = Literal["output", "input"]
+Route = Literal["auto", "exact", "fast"]
 
 FORMAT, VERSION = "corda_vlm.plan", 1
 
@@ -70,10 +66,10 @@ class Basis:
 
 
 PLAN_METHODS: dict[str, Basis] = {
-    "corda": Basis(1, None, "output", "CorDA, arXiv 2406.05223"),
-    "pissa": Basis(0, "largest", "output", "PiSSA, arXiv 2404.02948"),
-    "milora": Basis(0, "smallest", "output", "MiLoRA, arXiv 2406.09044"),
-    "olora": Basis(0, "largest", "output", "OLoRA, arXiv 2406.01775: the first columns of W = Q R"),
+    "corda": Basis(1.0, None, "output", "CorDA, arXiv 2406.05223"),
+    "pissa": Basis(0.0, "largest", "output", "PiSSA, arXiv 2404.02948"),
+    "milora": Basis(0.0, "smallest", "output", "MiLoRA, arXiv 2406.09044"),
+    "olora": Basis(0.0, "largest", "output", "OLoRA, arXiv 2406.01775: the first columns of W = Q R"),
 }
 
 
@@ -402,8 +398,8 @@ def plan_adapter(
         method=method,
         mode=mode if basis.components is None else None,
         rank=rank,
-        damping=damping,
-        a_norm=a_norm,
+        damping=float(damping),
+        a_norm=None if a_norm is None else float(a_norm),
         model_fingerprint=fingerprint,
         data_fingerprint=store.data_fingerprint if store is not None else None,
         family=detect_family(model).name,
