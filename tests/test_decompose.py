@@ -166,16 +166,17 @@ def test_flat_spectrum_where_block_iteration_is_slowest(shape):
         assert energy(d, damped) == pytest.approx(optimum(weight, damped, 8, components), rel=0.01)
 
 
-@given(seed=st.integers(0, 10_000), factor=st.floats(1e-12, 1e12), shape=st.sampled_from(SHAPES))
+@given(seed=st.integers(0, 10_000), exponent=st.integers(-40, 40), shape=st.sampled_from(SHAPES))
 @settings(max_examples=25, deadline=None)
-def test_scale_of_the_covariance_does_not_change_the_adapter(seed, factor, shape):
+def test_scale_of_the_covariance_does_not_change_the_adapter(seed, exponent, shape):
+    factor = 2.0**exponent  # rounds nothing
     weight, covariance = anisotropic(*shape, seed=seed, decades=2)
     for components in ("smallest", "largest"):
         route = "fast" if seed % 2 else "exact"
         one = decompose(weight, covariance, rank=4, components=components, route=route)
         other = decompose(weight, covariance * factor, rank=4, components=components, route=route)
         torch.testing.assert_close(
-            other.singular_values, one.singular_values * factor, rtol=1e-3, atol=0
+            other.singular_values, one.singular_values * factor, rtol=1e-6, atol=0
         )
         torch.testing.assert_close(
             other.B @ other.A, one.B @ one.A, atol=1e-4 * float(weight.norm()), rtol=0

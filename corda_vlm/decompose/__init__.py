@@ -1,0 +1,30 @@
+"""Context-oriented decompositions of one weight matrix (CorDA, arXiv 2406.05223, section 3).
+
+Pure tensor functions: no model, no file, no configuration.
+
+A linear layer is `y = W x` with `W` of shape (out, inp); `C` (inp, inp) is the mean second moment of its
+inputs and `C' = C + damping * mean(diag C) * I`. CorDA decomposes `W C' = U S V^T` and takes the adapter
+`B = U_r S_r^1/2`, `A = S_r^1/2 V_r^T C'^-1`. No inverse is needed: `U^T W C' = S V^T` gives
+
+    A = S_r^-1/2 U_r^T W,        B A = U_r U_r^T W,
+
+so the adapter is `W` seen through r directions of its output, and only the left singular vectors of the
+*oriented* matrix `G = W C'^power` have to be found. All members of the family differ in that basis alone:
+
+    power 0    PiSSA (largest), MiLoRA (smallest)      `W W^T`            no data
+    power 1/2  energy of the outputs                   `W C' W^T`
+    power 1    CorDA: IPM (largest), KPM (smallest)    `W C'^2 W^T`
+    side="input"  LoRA-Null, KORE (smallest)           `B A = W P P^T`, P eigenvectors of `C'`; at
+                  power 0 P are the right singular vectors of `W`, and the sides agree
+
+The smallest components are what KPM trains, and they are easily lost: `G G^T` squares the condition
+number, and a float32 inverse and SVD of `G` return a subspace that holds several times the least energy.
+`basis.py` has the two routes that keep them.
+"""
+
+from __future__ import annotations
+
+from corda_vlm.decompose.decomposition import Decomposition, decompose
+from corda_vlm.decompose.energy import damp, knowledge_energy, relative_damage
+
+__all__ = ["Decomposition", "damp", "decompose", "knowledge_energy", "relative_damage"]
