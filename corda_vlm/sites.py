@@ -225,7 +225,9 @@ def _base(module: Any) -> nn.Module:
 
 def _signs(weight: Float[Tensor, "out inp"]) -> list[int]:
     flat = weight.reshape(-1)
-    step = max(1, flat.numel() // _SAMPLES)
+    step = (
+        max(1, flat.numel() // _SAMPLES) | 1
+    )  # odd, so that it does not stay in one column of an even width
     return torch.signbit(flat[::step][:_SAMPLES]).cpu().to(torch.uint8).tolist()
 
 
@@ -248,9 +250,9 @@ def _names(
 
 
 def _no_sites(model: nn.Module, family: Family, tower: str, present: Sequence[str]) -> str:
-    kind = type(model).__name__
-    if tower not in family.towers(model):
-        return f"{kind} has no {tower} tower; it has: {', '.join(family.towers(model))}"
+    kind, have = type(model).__name__, family.towers(model) or tuple(present)
+    if tower not in have:
+        return f"{kind} has no {tower} tower; it has: {', '.join(have)}"
     return (
         f"no layer of the {tower} tower of {kind} matches a rule of family {family.name!r}: it has no nn.Linear "
         f"that can be adapted (convolutional towers have none). Choose towers={','.join(present)!r}."

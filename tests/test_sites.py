@@ -194,6 +194,14 @@ class TestFingerprint:
                 parameter += 0.01 * parameter.std(correction=0) * torch.randn_like(parameter)
         assert model_fingerprint(model) != expected
 
+    def test_a_change_of_any_column_changes_it(self, tiny_open_clip):
+        expected = model_fingerprint(tiny_open_clip)
+        with torch.no_grad():
+            for parameter in tiny_open_clip.visual.transformer.parameters():
+                if parameter.dim() == 2:
+                    parameter[:, 1:].neg_()  # all but the first column
+        assert model_fingerprint(tiny_open_clip) != expected
+
     def test_other_weights_and_other_shapes_differ(self, make_clip):
         prints = {model_fingerprint(make_clip(layers)) for layers in (1, 2, 2, 3)}
         assert len(prints) == 4

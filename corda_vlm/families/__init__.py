@@ -102,10 +102,10 @@ def load_model(
     text = str(source).removeprefix("local-dir:")
     path = Path(text).expanduser()
     zoo = _zoo()
-    if path.is_dir():
-        loaded = _load_folder(path, family)
-    elif text in zoo:
+    if text in zoo:  # before a folder of that name in the working directory, which is './NAME'
         loaded = _load_zoo(zoo[text], family)
+    elif path.is_dir():
+        loaded = _load_folder(path, family)
     elif text.endswith("-hf") and text.removesuffix("-hf") in zoo:
         loaded = _load_converted(zoo[text.removesuffix("-hf")])
     elif text.startswith("hf-hub:"):

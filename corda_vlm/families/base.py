@@ -77,7 +77,7 @@ class Family:
         classes: the names of the model classes, for messages.
         canonical: (model, dotted path) -> the path under which the rules know it. A family whose classes name
             one layer differently (transformers 4 and 5; a tower alone or in the whole model) maps it here.
-        towers: model -> the towers it has.
+        towers: model -> the towers it has; each must have a site, or be left out by name. Empty: those that have sites.
         refuses: model -> why its layers cannot be adapted although the class matches, or None.
     """
 

@@ -339,11 +339,15 @@ def _image_size(vision: Any) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
-def _reads(*types: str) -> Any:
+def _reads(*types: str) -> Callable[[Path], bool]:
     def reads(folder: Path) -> bool:
         config = folder / "config.json"
+        # Hub folders may hold open_clip's files too; without weights of transformers they are open_clip's.
+        weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
         return (
-            config.is_file() and read_json(config, "model configuration").get("model_type") in types
+            config.is_file()
+            and bool(weights)
+            and read_json(config, "model configuration").get("model_type") in types
         )
 
     return reads

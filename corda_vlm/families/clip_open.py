@@ -173,6 +173,10 @@ def encode_text(model: nn.Module, batch: Batch) -> Float[Tensor, "n d"]:
     tower = getattr(bare, "text", bare)  # `CLIP` has its text layers at the top
     if "HFTextEncoder" not in class_of(tower, "open_clip"):
         short = bare.context_length - ids.shape[-1]
+        if short < 0:
+            raise CordaError(
+                f"texts of {ids.shape[-1]} tokens; {type(bare).__name__} reads {bare.context_length}"
+            )
         ids = F.pad(ids, (0, short), value=getattr(tower, "pad_id", 0)) if short > 0 else ids
     embedded = bare.encode_text(ids) if tower is bare else tower(ids)
     return embedded[0] if isinstance(embedded, tuple) else embedded
@@ -230,7 +234,11 @@ def load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
             tags := open_clip.list_pretrained_tags_by_model(name)
         ):
             raise UnknownNameError(f"pretrained tag of {name}", tag, tags)
-    model = open_clip.create_model(name, pretrained=tag, require_pretrained=True)
+    # OpenAI's weights want QuickGELU also where the model's name does not say so; open_clip would only warn.
+    quick = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+    model = open_clip.create_model(
+        name, pretrained=tag, require_pretrained=True, force_quick_gelu=quick
+    )
     model = model.to(dtype).eval()
     return model, processor(model, open_clip.get_tokenizer(name))
 

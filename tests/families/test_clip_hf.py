@@ -395,6 +395,34 @@ class TestLoading:
         assert caught.value.__cause__ is not None
         assert str(folder) in str(caught.value)
 
+    def test_missing_weights(self, folder):
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(CordaError, match=r"Expected.*model\.safetensors.*It has: config\.json"):
+            load_model(folder)
+
+    def test_siglip_2_images_come_at_one_size_as_its_own_processor_makes_them(
+        self, tmp_path, siglip_configs
+    ):
+        from PIL import Image
+
+        text, vision = siglip_configs
+        config = transformers.Siglip2Config(text_config=text, vision_config=vision)
+        transformers.Siglip2Model(config).save_pretrained(tmp_path)
+        own = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+        own.save_pretrained(tmp_path)
+        loaded = load_model(tmp_path)
+        assert loaded.processor.image_size == (32, 32)
+        picture = Image.effect_noise((60, 60), 90).convert("RGB")
+        with torch.no_grad():
+            expected = loaded.family.encode_image(
+                loaded.model, dict(own(images=picture, return_tensors="pt"))
+            )
+            found = loaded.family.encode_image(loaded.model, loaded.processor.image(picture)[None])
+        torch.testing.assert_close(
+            found, expected, atol=0.02, rtol=0.02
+        )  # PIL's resize against torch's
+        assert loaded.processor.image(Image.new("L", (50, 20))).shape == (3, 32, 32)
+
     def test_another_model_type(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
         with pytest.raises(CordaError, match=r"no model of a known format.*It has: config\.json"):

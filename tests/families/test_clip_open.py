@@ -217,6 +217,11 @@ class TestRunning:
             short = family.encode_text(tiny_open_clip, {"input_ids": batch["input_ids"][:2, :8]})
         torch.testing.assert_close(short, whole)
 
+    def test_texts_that_are_too_long_are_named(self, tiny_open_clip):
+        ids = torch.ones(1, 13, dtype=torch.long)
+        with pytest.raises(CordaError, match="texts of 13 tokens; CLIP reads 12"):
+            detect_family(tiny_open_clip).encode_text(tiny_open_clip, {"input_ids": ids})
+
     @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
     def test_towers_that_return_tokens_too(self, make_open_clip, batch, kind):
         plain = make_open_clip(kind)
@@ -387,6 +392,28 @@ class TestLoading:
             UnknownNameError, match=r"unknown open_clip model 'ViT-B-33'.*Did you mean 'ViT-B-32'"
         ):
             load_model("ViT-B-33/openai", family="clip_open")
+
+    @pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion2b_s34b_b79k", False)])
+    def test_the_activation_is_that_of_the_weights(self, monkeypatch, tiny_open_clip, tag, quick):
+        import open_clip
+
+        asked = {}
+
+        def create(name, **options):
+            asked.update(options)
+            return tiny_open_clip
+
+        monkeypatch.setattr(open_clip, "create_model", create)
+        load_model(f"ViT-B-32/{tag}")
+        assert (asked["pretrained"], asked["force_quick_gelu"]) == (tag, quick)
+
+    @pytest.mark.parametrize("both", [False, True])
+    def test_a_folder_with_files_of_both_libraries(self, folder, tiny_clip_hf, both):
+        tiny_clip_hf.config.save_pretrained(folder)
+        if both:
+            tiny_clip_hf.save_pretrained(folder)
+        assert load_model(folder).family.name == ("clip_hf" if both else "clip_open")
+        assert load_model(folder, family="clip_open").family.name == "clip_open"
 
     @pytest.mark.parametrize("source", ["ViT-B-32/laion2b_s34b_b79k", "hf-hub:nobody/nothing"])
     def test_a_hub_that_cannot_be_reached(self, source, monkeypatch):

@@ -110,6 +110,14 @@ class TestNames:
         with pytest.raises(CordaError, match=r"open_clip_model\.safetensors.*It has: card\.yaml"):
             load_model("emoji-clip")
 
+    def test_a_built_in_name_wins_over_a_folder_of_that_name(self, zoo, tmp_path, monkeypatch):
+        (tmp_path / "here" / "emoji-clip").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(CordaError, match=r"It has: card\.yaml"):
+            load_model("emoji-clip")
+        with pytest.raises(CordaError, match="It has: nothing"):
+            load_model("./emoji-clip")
+
     def test_a_card_may_name_a_hub_model(self, zoo):
         with pytest.raises(CordaError, match="could not load 'nobody/some-clip' from its hub"):
             load_model("hub-clip")
@@ -122,7 +130,7 @@ class TestNames:
             load_model(source)
 
     def test_an_empty_folder(self, tmp_path):
-        with pytest.raises(CordaError, match="no model of a known format.*It has: nothing"):
+        with pytest.raises(CordaError, match=r"no model of a known format.*It has: nothing"):
             load_model(tmp_path)
 
     def test_an_unknown_family(self, tmp_path):
