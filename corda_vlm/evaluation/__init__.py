@@ -2,6 +2,7 @@
 
 from corda_vlm.evaluation.encoder import Cache
 from corda_vlm.evaluation.frontier import Results, compare
+from corda_vlm.evaluation.measuring import TaskResult, evaluate, measure
 from corda_vlm.evaluation.report import summary_table, write_report
 from corda_vlm.evaluation.scores import (
     Interval,
@@ -14,7 +15,7 @@ from corda_vlm.evaluation.scores import (
     read_rows,
     score_row,
 )
-from corda_vlm.evaluation.suite import Suite, Task, TaskResult, evaluate, load_suite, measure
+from corda_vlm.evaluation.suite import Suite, Task, load_suite
 
 __all__ = [
     "Cache",
