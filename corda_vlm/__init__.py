@@ -16,11 +16,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from corda_vlm.adapter import adapt, attach_adapter, load_adapter, restore
+    from corda_vlm.adapter import adapt, attach_adapter, export_adapter, load_adapter, restore
     from corda_vlm.covariance import Covariance, CovarianceStore, collect_covariance
     from corda_vlm.errors import CordaError
     from corda_vlm.evaluation import Score, Suite, evaluate, load_suite
-    from corda_vlm.export import export_adapter
     from corda_vlm.families import FAMILIES, Loaded, load_model, register_family
     from corda_vlm.files import asset
     from corda_vlm.methods import METHODS, prepare_method
@@ -45,7 +44,7 @@ _HOME = {
     "attach_adapter": "adapter",
     "collect_covariance": "covariance",
     "evaluate": "evaluation",
-    "export_adapter": "export",
+    "export_adapter": "adapter",
     "find_sites": "sites",
     "load_adapter": "adapter",
     "load_model": "families",

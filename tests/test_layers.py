@@ -25,6 +25,7 @@ ORDER = (
     "data",
     "train",
     "evaluation",
+    "experiment",
     "run",
     "__init__",
     "__main__",
@@ -68,3 +69,10 @@ def test_imports_only_downwards(path: Path) -> None:
 
 def test_no_utils() -> None:
     assert not [p for p in SOURCES if "util" in p.stem or "helper" in p.stem]
+
+
+def test_every_public_name_is_there() -> None:
+    for name in corda_vlm.__all__:
+        assert getattr(corda_vlm, name) is not None, name
+    with pytest.raises(AttributeError, match="no attribute 'adpat'"):
+        _ = corda_vlm.adpat

@@ -7,7 +7,7 @@ from corda_vlm.data.batches import BatchLoader, BatchMaker, make_batches
 from corda_vlm.data.images import to_rgb
 from corda_vlm.data.readers import READERS
 from corda_vlm.data.records import ImageTextData, Record, load_records
-from corda_vlm.data.spec import DataSpec, parse_spec
+from corda_vlm.data.spec import DataSpec, parse_spec, with_root
 
 __all__ = [
     "READERS",
@@ -20,4 +20,5 @@ __all__ = [
     "make_batches",
     "parse_spec",
     "to_rgb",
+    "with_root",
 ]

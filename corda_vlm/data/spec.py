@@ -109,6 +109,15 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
     return found
 
 
+def with_root(spec: str | Mapping[str, Any], root: str | Path) -> dict[str, Any]:
+    """The options of a spec, with `root` for `{data_root}` in its strings."""
+    options: Mapping[str, Any] = {"source": spec} if isinstance(spec, str) else spec
+    return {
+        key: value.replace("{data_root}", str(root)) if isinstance(value, str) else value
+        for key, value in options.items()
+    }
+
+
 def find_paths(pattern: str | Path, beside: str | Path | None = None) -> list[Path]:
     """The files or folders that `pattern` names: as given, else beside the file that names it, else shipped.
 

@@ -157,13 +157,9 @@ def _load(
     cache: Cache,
     limit: int | None = None,
 ) -> Any:
-    from corda_vlm.data import load_records
+    from corda_vlm.data import load_records, with_root
 
-    given: dict[str, Any] = {"source": spec} if isinstance(spec, str) else dict(spec)
-    options: dict[str, Any] = {
-        key: value.replace("{data_root}", root) if isinstance(value, str) else value
-        for key, value in given.items()
-    }
+    options = with_root(spec, root)
     if (least := _least(limit, options.get("limit"))) is not None:
         options["limit"] = least
     key = json.dumps([options, str(beside)], sort_keys=True, default=str)

@@ -1,0 +1,219 @@
+"""What one experiment is: a YAML file of `configs/`, checked as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.files import resolve
+from corda_vlm.methods import METHODS
+from corda_vlm.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data whose second moments orient the adapters.
+
+    Attributes:
+        data: what stands for the knowledge to keep; a spec as in `corda_vlm.data.load_records`.
+        samples: at most so many records, drawn at random.
+        batch_size: records a forward pass.
+        precision: of the sums, see `collect_covariance`.
+    """
+
+    data: str | dict[str, Any]
+    samples: int = 256
+    batch_size: int = 64
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """What the model is to learn.
+
+    Attributes:
+        data: the training records, a spec as in `corda_vlm.data.load_records`.
+        classes: names the prompts are made of, in label order, or the name of a file in eval/class_names; None takes
+            the data's own.
+        templates: prompts, `{}` is the class, or the name of a file in eval/templates; None takes
+            "a photo of a {}.".
+    """
+
+    data: str | dict[str, Any]
+    classes: list[str] | str | None = None
+    templates: list[str] | str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One curve of the trade-off: a method with its options, over its learning rates.
+
+    Attributes:
+        learning_rates: each is trained with every seed.
+        method: key of `METHODS`; None takes the variant's own name.
+        rank: None takes the experiment's.
+        a_norm, damping, freeze_a: as in `prepare_method`.
+        training: options of `TrainOptions` that differ from the experiment's.
+    """
+
+    learning_rates: list[float]
+    method: str | None = None
+    rank: int | None = None
+    a_norm: float | None = None
+    damping: float = 1e-4
+    freeze_a: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of an experiment."""
+
+    variant: str
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.variant}/{self.learning_rate:g}-{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.variant}, learning rate {self.learning_rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model learns a task by several methods; a suite measures what each gained and kept.
+
+    Attributes:
+        name: names the folder `runs/<name>`.
+        model: as in `load_model`.
+        task: what is learnt.
+        suite: what is measured, as in `load_suite`.
+        variants: name -> method, options and learning rates.
+        title: heading of the report.
+        calibration: the knowledge to keep; needed by methods that take covariances.
+        towers: which towers are adapted; None for all.
+        rank: of the adapters.
+        seeds: each learning rate is trained with each of them.
+        training: options of `TrainOptions`, learning rate and seed aside.
+        family: as in `load_model`.
+        data_root: the folder that `{data_root}` stands for, here and in the suite.
+    """
+
+    name: str
+    model: str
+    task: NewTask
+    suite: str
+    variants: dict[str, Variant]
+    title: str | None = None
+    calibration: Calibration | None = None
+    towers: list[str] | None = None
+    rank: int = 16
+    seeds: list[int] = field(default_factory=lambda: [0])
+    training: dict[str, Any] = field(default_factory=dict)
+    family: str = "auto"
+    data_root: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise CordaError(f"experiment {self.name!r} has no variants: nothing to train")
+        for name, variant in self.variants.items():
+            method = METHODS.get(self.method_of(name))
+            if method is None:
+                raise UnknownNameError(f"method of variant {name!r}", self.method_of(name), METHODS)
+            if not variant.learning_rates:
+                raise CordaError(f"variant {name!r} has no learning rates")
+            if method.needs_store and self.calibration is None:
+                raise CordaError(
+                    f"variant {name!r} is {method.name}, which takes its directions from data, and the "
+                    "experiment has no `calibration`; say there which data stands for the knowledge to keep"
+                )
+            self.train_options(name, variant.learning_rates[0], 0)
+
+    def method_of(self, variant: str) -> str:
+        return self.variants[variant].method or variant
+
+    def trainings(self) -> Iterator[Training]:
+        """All trainings, seed by seed, so that an early look sees every curve."""
+        for seed in self.seeds:
+            for name, variant in self.variants.items():
+                for rate in variant.learning_rates:
+                    yield Training(name, self.method_of(name), rate, seed)
+
+    def train_options(self, variant: str, learning_rate: float, seed: int) -> TrainOptions:
+        """The options of one training.
+
+        Raises:
+            UnknownNameError: an option that training does not have.
+        """
+        given = {**self.training, **self.variants[variant].training}
+        known = TrainOptions.__dataclass_fields__
+        for name in given:
+            if name not in known or name in ("learning_rate", "seed"):
+                choices = set(known) - {"learning_rate", "seed"}
+                raise UnknownNameError(f"option in the training of {variant!r}", name, choices)
+        return TrainOptions(**given, learning_rate=learning_rate, seed=seed)
+
+
+def load_experiment(
+    path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()
+) -> Experiment:
+    """Read and check an experiment.
+
+    Args:
+        path: as given, or a shipped one, e.g. "configs/demo.yaml".
+        overrides: "key=value" with dots for nested keys, e.g. "training.steps=10"; values are YAML.
+
+    Raises:
+        CordaError: not YAML, an unknown key, or a value of the wrong type; names the file and the key.
+    """
+    path = resolve(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CordaError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise CordaError(f"{path} must be a mapping of the options of an experiment")
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides)
+    for key, value in pairs:
+        _set(content, key, value)
+    return parse_experiment(content, str(path))
+
+
+def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:
+    """An experiment from a mapping; `where` names it in errors."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--experiment", type=Experiment)
+    try:
+        return parser.instantiate(parser.parse_object({"experiment": dict(content)})).experiment
+    except ArgumentError as error:
+        if isinstance(error.__cause__, CordaError):
+            raise error.__cause__ from error
+        lines = (line.strip() for line in str(error).replace("experiment.", "").splitlines())
+        raise CordaError(f"{where}: {' '.join(lines)}") from error
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise CordaError(f"an override is written KEY=VALUE, e.g. training.steps=10; got {text!r}")
+    return key, yaml.safe_load(value)
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = content.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise CordaError(f"{key}: {parent!r} is {inner!r}, which has no keys")
+        content = inner
+    content[last] = value

@@ -1,0 +1,335 @@
+"""One experiment end to end. Each step writes a file, and a second call goes on from what is there.
+
+base scores → covariance.safetensors → <variant>/plan.json → <variant>/<rate>-<seed>/ → scores.jsonl
+→ report.md, report.html, tradeoff.png
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.data import ImageTextData, load_records, make_batches, with_root
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.evaluation import (
+    Cache,
+    Suite,
+    append_rows,
+    done,
+    load_suite,
+    measure,
+    read_rows,
+    score_row,
+    summary_table,
+    write_report,
+)
+from corda_vlm.evaluation.labels import load_class_names, load_templates, match_labels
+from corda_vlm.experiment import Experiment, Training, load_experiment
+from corda_vlm.families import Loaded, load_model
+from corda_vlm.files import resolve, write_json, write_text
+from corda_vlm.methods import METHODS, MethodRequest
+from corda_vlm.sites import find_sites
+from corda_vlm.train import train
+
+SCORES, RESOLVED = "scores.jsonl", "config.yaml"
+
+
+def run(
+    config: str | Path,
+    *,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    fresh: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Run an experiment, or go on with it; returns the folder of its results.
+
+    Args:
+        config: a YAML file, as given or a shipped one, e.g. "configs/demo.yaml".
+        output: the folder; None for runs/<name>.
+        overrides: "key=value" pairs, see `load_experiment`.
+        only: names of the variants to train; None for all.
+        fresh: delete the folder's former results first.
+        device: "cpu", "cuda", …, or "auto".
+
+    Raises:
+        CordaError: a config that cannot be, or a folder that holds another experiment's results.
+        KeyboardInterrupt: after Ctrl-C, once what is in flight is saved; the same command goes on.
+    """
+    experiment = load_experiment(config, overrides)
+    for name in only or ():
+        if name not in experiment.variants:
+            raise UnknownNameError("variant", name, experiment.variants)
+    folder = Path(output) if output is not None else Path("runs") / experiment.name
+    _claim(folder, experiment, fresh)
+    started = time.perf_counter()
+    lab = _Laboratory(experiment, folder, resolve(config), _device(device))
+    lab.describe(f"corda-vlm run {config}" + "".join(f" --set {pair}" for pair in overrides))
+    lab.measure_base()
+    lab.train_all([t for t in experiment.trainings() if only is None or t.variant in only])
+    page = write_report(folder)
+    print(f"\n{summary_table(folder)}\n")
+    print(f"report   {page}\npicture  {folder / 'tradeoff.png'}")
+    print(f"scores   {folder / SCORES}\n{(time.perf_counter() - started) / 60:.1f} minutes")
+    return folder
+
+
+class _Laboratory:
+    """What all trainings of an experiment share: the base model, the data, the covariances."""
+
+    def __init__(
+        self, experiment: Experiment, folder: Path, config: Path, device: torch.device
+    ) -> None:
+        self.experiment, self.folder, self.config = experiment, folder, config
+        print(
+            f"{experiment.title or experiment.name}: {experiment.model} on {device}, into {folder}"
+        )
+        self.suite: Suite = load_suite(experiment.suite)
+        self.loaded: Loaded = load_model(experiment.model, family=experiment.family, device=device)
+        self.cache = Cache()
+        self.task_data = self.load(experiment.task.data)
+        self.classes, self.templates = self._prompts()
+        self.stores: dict[str, CovarianceStore] = {}
+
+    def load(self, spec: str | Mapping[str, Any]) -> ImageTextData:
+        """The records of `spec`, which may be relative to the config or to `data_root`."""
+        root = self.experiment.data_root or self.suite.data_root
+        return load_records(with_root(spec, root), beside=self.config)
+
+    def _prompts(self) -> tuple[Sequence[str] | None, Sequence[str] | None]:
+        """Class names in the order of the task's labels, and templates; None for the training's own."""
+        task, classes = self.experiment.task, None
+        if task.classes is not None:
+            wanted = task.classes
+            if isinstance(wanted, str):
+                wanted = load_class_names(wanted, self.config)
+            labels = match_labels(wanted, self.task_data.class_names, what="the task's data")
+            order = range(len(labels.names)) if labels.remap is None else labels.remap
+            classes = [labels.names[index] for index in order]
+        return classes, task.templates and load_templates(task.templates, self.config)
+
+    def describe(self, command: str) -> None:
+        """What the report tells about how the numbers came about."""
+        experiment = self.experiment
+        write_json(
+            self.folder / "run.json",
+            {
+                "title": experiment.title or experiment.name,
+                "command": command,
+                "model": experiment.model,
+                "learnt from": f"{len(self.task_data):,} records of {experiment.task.data}",
+                "suite": f"{self.suite.name}, version {self.suite.version}",
+                "seeds": experiment.seeds,
+                "machine": _machine(self.loaded.model),
+                "versions": {
+                    name: version(name) for name in ("corda-vlm", "torch", "transformers", "peft")
+                },
+            },
+        )
+
+    # -------------------------------------------------------------- measuring
+
+    def measure_base(self) -> None:
+        print("the model before training")
+        self._measure(self.loaded.model, method="base")
+
+    def _measure(
+        self, model: nn.Module, *, show: bool = True, **labels: Any
+    ) -> list[dict[str, Any]]:
+        """Measure what is not measured yet; rows are written task by task. Returns all rows."""
+        path = self.folder / SCORES
+        identity = {key: labels.get(key) for key in ("method", "learning_rate", "seed")}
+        finished = done(read_rows(path, missing_ok=True), **identity)  # type: ignore[arg-type]
+        remaining = self.suite.remaining(finished)
+        results = measure(
+            model,
+            self.suite,
+            processor=self.loaded.processor,
+            tasks=remaining,
+            data_root=self.experiment.data_root,
+            batch_size=256,
+            cache=self.cache,
+            show_progress=show,
+        )
+        for result in results if remaining else ():
+            rows = [score_row(score, run=self.experiment.name, **labels) for score in result.scores]
+            append_rows(path, rows)
+        wanted = tuple(identity.values())
+        return [
+            row
+            for row in read_rows(path)
+            if (row["method"], row["learning_rate"], row["seed"]) == wanted
+        ]
+
+    def _is_measured(self, training: Training) -> bool:
+        finished = done(
+            read_rows(self.folder / SCORES),
+            method=training.variant,
+            learning_rate=training.learning_rate,
+            seed=training.seed,
+        )
+        return not self.suite.remaining(finished)
+
+    # -------------------------------------------------------------- covariances
+
+    def store(self, of: str) -> CovarianceStore:
+        """The covariances of the "knowledge" to keep or of the new "task", from disk if they are there."""
+        if of not in self.stores:
+            print(f"covariances of the {of}")
+            calibration = self.experiment.calibration
+            assert calibration is not None  # checked by Experiment
+            data = self.task_data if of == "task" else self.load(calibration.data)
+            batches = make_batches(
+                data,
+                self.loaded.processor,
+                batch_size=calibration.batch_size,
+                shuffle=True,
+                limit=calibration.samples,
+                towers=self.experiment.towers,
+            )
+            name = "covariance" if of == "knowledge" else f"covariance-{of}"
+            self.stores[of] = collect_covariance(
+                self.loaded.model,
+                batches,
+                find_sites(self.loaded.model, towers=self.experiment.towers),
+                precision=calibration.precision,
+                path=self.folder / f"{name}.safetensors",
+            )
+        return self.stores[of]
+
+    # -------------------------------------------------------------- training
+
+    def train_all(self, trainings: Sequence[Training]) -> None:
+        left = [training for training in trainings if not self._is_measured(training)]
+        if len(left) < len(trainings):
+            print(
+                f"{len(trainings) - len(left)} of {len(trainings)} trainings are finished already"
+            )
+        started = time.perf_counter()
+        for number, training in enumerate(left, start=1):
+            told = self._train(training)
+            passed = time.perf_counter() - started
+            ahead = passed / number * (len(left) - number) / 60
+            print(
+                f"[{number}/{len(left)}] {training}: {told}; about {ahead:.1f} min left", flush=True
+            )
+
+    def _train(self, training: Training) -> str:
+        experiment = self.experiment
+        variant = experiment.variants[training.variant]
+        method = METHODS[training.method]
+        folder = self.folder / training.folder
+        # a copy: adapters and full fine-tuning change the model in place
+        prepared = method.prepare(
+            copy.deepcopy(self.loaded.model),
+            MethodRequest(
+                rank=variant.rank or experiment.rank,
+                store=self.store("task" if method.name == "corda-ipm" else "knowledge")
+                if method.needs_store
+                else None,
+                towers=experiment.towers,
+                a_norm=variant.a_norm,
+                damping=variant.damping,
+                freeze_a=variant.freeze_a,
+                seed=training.seed,
+                show_progress=False,
+            ),
+        )
+        result = train(
+            prepared.model,
+            self.task_data,
+            self.loaded.processor,
+            options=experiment.train_options(
+                training.variant, training.learning_rate, training.seed
+            ),
+            output_dir=folder,
+            classes=self.classes,
+            templates=self.templates,
+        )
+        rows = self._measure(
+            prepared.model,
+            show=False,
+            method=training.variant,
+            learning_rate=training.learning_rate,
+            seed=training.seed,
+            steps=result.steps,
+            seconds=result.seconds,
+            trainable=prepared.trainable,
+        )
+        first = {(row["task"]): row for row in reversed(rows) if row["role"] != "selection"}
+        told = ", ".join(f"{name} {row['value']:.1%}" for name, row in sorted(first.items()))
+        return f"{told} ({result.seconds:.0f} s, {result.samples_per_second:.0f} images/s)"
+
+
+def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
+    """Write the resolved config, or check that the folder's is the same but for what adds to it."""
+    path = folder / RESOLVED
+    if fresh and path.is_file():
+        shutil.rmtree(folder)
+    if path.is_file():
+        former = yaml.safe_load(path.read_text(encoding="utf-8"))
+        now = yaml.safe_load(_dumped(experiment))
+        # more variants, rates or seeds add to what is there; anything else would mix two experiments
+        changed = [
+            key
+            for key in now
+            if key not in ("variants", "seeds", "title") and former.get(key) != now[key]
+        ]
+        for name in former["variants"].keys() & now["variants"].keys():
+            old, new = (
+                {**v[name], "learning_rates": None} for v in (former["variants"], now["variants"])
+            )
+            changed += [f"variants.{name}.{key}" for key in new if old.get(key) != new[key]]
+        if changed:
+            raise CordaError(
+                f"{folder} holds results of another experiment (it differs in {', '.join(changed)}); "
+                "give another folder with --output, or --fresh to delete them and begin anew"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise CordaError(
+            f"{folder} is not empty and holds no run; give another folder with --output"
+        )
+    write_text(path, _dumped(experiment))
+
+
+def _dumped(experiment: Experiment) -> str:
+    return yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(asked)
+    except RuntimeError as error:
+        raise CordaError(f"unknown device {asked!r}; give auto, cpu, cuda or cuda:N") from error
+
+
+def _machine(model: nn.Module) -> str:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = (
+        [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if cpuinfo.is_file()
+        else []
+    )
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,86 @@
+"""Every shipped config reads, and a wrong one is told what is wrong with it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.evaluation import load_suite
+from corda_vlm.experiment import load_experiment, parse_experiment
+from corda_vlm.files import asset
+
+SHIPPED = sorted(asset("configs").glob("*.yaml"))
+DEMO = yaml.safe_load(asset("configs/demo.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_config_is_an_experiment_with_a_suite(path):
+    experiment = load_experiment(path)
+    assert experiment.name == path.stem
+    roles = {task.role for task in load_suite(experiment.suite).tasks}
+    assert {"gain", "retention"} <= roles
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert f"corda-vlm run configs/{path.name}" in first, "a config begins with its command"
+    assert "xpect" in path.read_text(encoding="utf-8"), "and says what result to expect"
+
+
+def demo(**changes):
+    content = copy.deepcopy(DEMO)
+    for key, value in changes.items():
+        at = content
+        *parents, last = key.split("__")
+        for parent in parents:
+            at = at[parent]
+        at[last] = value
+    return content
+
+
+def test_overrides_reach_nested_keys_and_are_yaml():
+    experiment = load_experiment("configs/demo.yaml", ["training.steps=7", "seeds=[3]", "rank=4"])
+    assert experiment.training["steps"] == 7
+    assert experiment.seeds == [3]
+    assert experiment.rank == 4
+    with pytest.raises(CordaError, match="KEY=VALUE"):
+        load_experiment("configs/demo.yaml", ["seeds"])
+    with pytest.raises(CordaError, match="'name' is 'demo', which has no keys"):
+        load_experiment("configs/demo.yaml", ["name.x=1"])
+
+
+def test_trainings_go_seed_by_seed():
+    trainings = list(load_experiment("configs/demo.yaml").trainings())
+    seeds = [training.seed for training in trainings]
+    assert seeds == sorted(seeds)
+    assert len({training.folder for training in trainings}) == len(trainings) == 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"datta": 1}, CordaError, "does not accept option 'datta'"),
+        ({"seeds": "many"}, CordaError, "seeds"),
+        ({"variants": {}}, CordaError, "no variants"),
+        ({"variants__lora__learning_rate": 1}, CordaError, "learning_rate"),
+        ({"variants__lora__learning_rates": []}, CordaError, "no learning rates"),
+        ({"variants__lora__learning_rates": ["fast"]}, CordaError, "float.*fast"),
+        ({"variants__lora__method": "lroa"}, UnknownNameError, "Did you mean 'lora'"),
+        ({"calibration": None}, CordaError, "corda-kpm.*no `calibration`"),
+        ({"training__step": 3}, UnknownNameError, "option in the training.*Did you mean 'steps'"),
+        ({"training__steps": -3}, CordaError, "steps is -3"),
+        ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
+    ],
+)
+def test_a_wrong_experiment_names_what_is_wrong(changes, error, message):
+    with pytest.raises(error, match=message):
+        parse_experiment(demo(**changes), "demo.yaml")
+
+
+def test_a_file_that_is_no_experiment(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(CordaError, match=r"list\.yaml must be a mapping"):
+        load_experiment(tmp_path / "list.yaml")
+    (tmp_path / "torn.yaml").write_text("a: [1")
+    with pytest.raises(CordaError, match=r"torn\.yaml is not YAML"):
+        load_experiment(tmp_path / "torn.yaml")

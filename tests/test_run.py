@@ -1,0 +1,152 @@
+"""One experiment end to end on the real emoji-clip, small; interrupted, resumed, added to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.evaluation import read_rows
+from corda_vlm.run import run
+
+SUITE = {
+    "name": "small",
+    "version": 1,
+    "tasks": [
+        {"name": "digits", "role": "gain", "kind": "zero_shot", "limit": 60,
+         "data": {"source": "sklearn:digits", "split": "test"}, "classes": {"from": "data"}, "templates": ["{}"]},
+        {"name": "emoji", "role": "retention", "kind": "zero_shot", "limit": 60,
+         "data": {"source": "parquet:model_zoo/emoji-clip/data/twemoji.parquet", "where": {"split": "heldout"},
+                  "label": "group"},
+         "classes": {"from": "data"}, "templates": ["{}"]},
+    ],
+}  # fmt: skip
+
+EXPERIMENT = {
+    "name": "small",
+    "model": "emoji-clip",
+    "suite": "suite.yaml",
+    "towers": ["vision"],
+    "rank": 4,
+    "calibration": {
+        "data": {"source": "parquet:model_zoo/emoji-clip/data/noto.parquet", "split": "train"},
+        "samples": 48,
+        "batch_size": 16,
+    },
+    "task": {
+        "data": {"source": "sklearn:digits", "split": "train", "limit": 64},
+        "templates": ["{}"],
+    },
+    "training": {"steps": 4, "batch_size": 16},
+    "variants": {
+        "corda-kpm": {"a_norm": 10, "learning_rates": [1e-3]},
+        "preview": {"method": "corda-ipm", "learning_rates": [1e-3]},
+        "full": {"learning_rates": [1e-4]},
+    },
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes an experiment, with changes, and returns its path."""
+
+    def write(**changes):
+        (tmp_path / "suite.yaml").write_text(yaml.safe_dump(SUITE))
+        path = tmp_path / "small.yaml"
+        path.write_text(
+            yaml.safe_dump({**EXPERIMENT, "suite": str(tmp_path / "suite.yaml"), **changes})
+        )
+        return path
+
+    return write
+
+
+def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
+    folder = run(config(), output=tmp_path / "out")
+    files = {path.name for path in folder.iterdir()}
+    assert {
+        "config.yaml",
+        "run.json",
+        "scores.jsonl",
+        "report.md",
+        "report.html",
+        "tradeoff.png",
+    } <= files
+    assert {"covariance.safetensors", "covariance-task.safetensors"} <= files, (
+        "both kinds of covariance"
+    )
+    assert (folder / "corda-kpm" / "0.001-0" / "weights" / "adapter_model.safetensors").is_file()
+    rows = read_rows(folder / "scores.jsonl")
+    assert {row["method"] for row in rows} == {"base", "corda-kpm", "preview", "full"}
+    assert all(row["n"] > 0 and 0 <= row["value"] <= 1 for row in rows)
+    printed = capsys.readouterr().out
+    assert "corda-kpm" in printed
+    assert "report.html" in printed
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["command"].startswith("corda-vlm run ")
+
+    before = (folder / "scores.jsonl").read_bytes()
+    run(config(), output=folder)
+    assert (folder / "scores.jsonl").read_bytes() == before, "a second run measures nothing again"
+    assert "3 of 3 trainings are finished already" in capsys.readouterr().out
+
+    run(config(seeds=[0, 1]), output=folder, only=["full"])
+    added = read_rows(folder / "scores.jsonl")[len(rows) :]
+    assert {(row["method"], row["seed"]) for row in added} == {("full", 1)}, "a seed adds to it"
+
+    with pytest.raises(CordaError, match=r"another experiment \(it differs in rank\).*--fresh"):
+        run(config(rank=5), output=folder)
+    with pytest.raises(UnknownNameError, match="variant 'dora'"):
+        run(config(), output=folder, only=["dora"])
+
+
+def test_a_foreign_folder_is_left_alone(config, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(CordaError, match="not empty and holds no run"):
+            run(config(), output=tmp_path / "mine", fresh=fresh)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(config, tmp_path):
+    path = config(variants={"corda-kpm": {"a_norm": 10, "learning_rates": [1e-3, 2e-3]}})
+    command = [sys.executable, "-m", "corda_vlm", "run", str(path), "--output"]
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    victim = subprocess.Popen(
+        [*command, str(torn)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while (
+        not (torn / "corda-kpm" / "0.001-0" / "train.json").exists() and time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (torn / "report.md").exists(), "it was killed on the way"
+    subprocess.run([*command, str(torn)], check=True, capture_output=True)
+
+    def values(folder):
+        return {
+            (row["method"], row["learning_rate"], row["task"], row["metric"]): row["value"]
+            for row in read_rows(folder / "scores.jsonl")
+        }
+
+    assert values(torn) == values(whole)
+
+
+def test_fresh_begins_anew(config, tmp_path):
+    folder = tmp_path / "out"
+    variants = {"full": {"learning_rates": [1e-4]}}
+    run(config(variants=variants), output=folder)
+    run(config(variants=variants, rank=5), output=folder, fresh=True)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["rank"] == 5
+    shutil.rmtree(folder)
