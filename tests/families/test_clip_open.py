@@ -163,6 +163,27 @@ class TestSites:
                 {"q": 2, "k": 2, "v": 2, "o": 2, "up": 2, "down": 2, "proj": 2},
             ),
             (
+                "BertConfig",
+                {
+                    "hidden_size": 32,
+                    "intermediate_size": 40,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                },
+                {"q": 2, "k": 2, "v": 2, "o": 2, "up": 2, "down": 2, "proj": 3},
+            ),
+            (
+                "M2M100Config",
+                {
+                    "d_model": 32,
+                    "encoder_layers": 2,
+                    "encoder_attention_heads": 2,
+                    "encoder_ffn_dim": 40,
+                    "decoder_layers": 1,
+                },
+                {"q": 2, "k": 2, "v": 2, "o": 2, "up": 2, "down": 2, "proj": 2},
+            ),
+            (
                 "MT5Config",
                 {"d_model": 32, "d_kv": 16, "d_ff": 40, "num_layers": 2, "num_heads": 2},
                 {"q": 2, "k": 2, "v": 2, "o": 2, "gate": 2, "up": 2, "down": 2, "proj": 2},
@@ -173,10 +194,11 @@ class TestSites:
         self, make_open_clip, hf_text_folder, batch, kind, options, expected
     ):
         folder = hf_text_folder(kind, vocab_size=100, pad_token_id=0, eos_token_id=99, **options)
+        pooler = "cls_pooler" if kind in ("BertConfig", "M2M100Config") else "mean_pooler"
         text = {
             "hf_model_name": folder,
             "hf_model_pretrained": False,
-            "hf_pooler_type": "mean_pooler",
+            "hf_pooler_type": pooler,
         }
         model = make_open_clip("CustomTextCLIP", text=text)
         assert roles(model, towers="text") == expected
@@ -187,6 +209,32 @@ class TestSites:
             site.name.removeprefix("text.") for site in find_sites(model, towers="text")
         } == linears
         check_every_site_is_a_live_linear(model, batch)
+
+    @pytest.mark.parametrize(
+        ("trunk", "expected"),
+        [
+            ("vit_base_patch16_siglip_224", {"qkv", "kv", "q", "o", "up", "down"}),
+            ("vit_pe_core_tiny_patch16_384", {"qkv", "kv", "q", "o", "up", "down"}),
+            ("eva02_base_patch16_clip_224", {"q", "k", "v", "o", "gate", "up", "down"}),
+            ("eva02_enormous_patch14_clip_224", {"qkv", "o", "up", "down"}),
+            ("vitamin_small_224", {"qkv", "o", "gate", "up", "down"}),
+            ("swin_base_patch4_window7_224", {"qkv", "o", "up", "down"}),
+        ],
+    )
+    def test_the_timm_trunks_that_open_clip_uses(self, trunk, expected):
+        import timm
+
+        model = type("CustomTextCLIP", (nn.Module,), {"__module__": "open_clip.model"})()
+        model.visual = nn.Module()
+        with torch.device("meta"):
+            model.visual.trunk = timm.create_model(trunk, num_classes=0)
+        sites = find_sites(model, towers="vision")
+        linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        missing = {
+            name for name in linears - {site.name for site in sites} if "downsample" not in name
+        }
+        assert not missing
+        assert {site.role for site in sites} == expected
 
     def test_coca_is_refused_with_the_reason(self):
         from open_clip.coca_model import CoCa
