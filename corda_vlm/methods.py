@@ -257,10 +257,6 @@ def _planned(method: str, mode: str = "kpm") -> Callable[[nn.Module, MethodReque
     return attach
 
 
-def _detach(model: nn.Module) -> nn.Module:
-    return restore(model)  # pyright: ignore[reportArgumentType]
-
-
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -286,7 +282,7 @@ METHODS: dict[str, Method] = {
             "LoRA, arXiv 2106.09685",
             False,
             _plain(use_dora=False),
-            _detach,
+            restore,
         ),
         Method(
             "dora",
@@ -294,7 +290,7 @@ METHODS: dict[str, Method] = {
             "DoRA, arXiv 2402.09353",
             False,
             _plain(use_dora=True),
-            _detach,
+            restore,
         ),
         Method(
             "pissa",
@@ -302,7 +298,7 @@ METHODS: dict[str, Method] = {
             "PiSSA, arXiv 2404.02948",
             False,
             _planned("pissa"),
-            _detach,
+            restore,
         ),
         Method(
             "milora",
@@ -310,7 +306,7 @@ METHODS: dict[str, Method] = {
             "MiLoRA, arXiv 2406.09044",
             False,
             _planned("milora"),
-            _detach,
+            restore,
         ),
         Method(
             "olora",
@@ -318,7 +314,7 @@ METHODS: dict[str, Method] = {
             "OLoRA, arXiv 2406.01775",
             False,
             _planned("olora"),
-            _detach,
+            restore,
         ),
         Method(
             "corda-kpm",
@@ -326,7 +322,7 @@ METHODS: dict[str, Method] = {
             "CorDA, knowledge-preserved mode, arXiv 2406.05223",
             True,
             _planned("corda", "kpm"),
-            _detach,
+            restore,
         ),
         Method(
             "corda-ipm",
@@ -334,7 +330,7 @@ METHODS: dict[str, Method] = {
             "CorDA, instruction-previewed mode, arXiv 2406.05223",
             True,
             _planned("corda", "ipm"),
-            _detach,
+            restore,
         ),
     )
 }

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -344,6 +345,33 @@ class TestMerged:
             assert again["preprocess_cfg"]["mean"] == [0.5, 0.5, 0.5]
             assert again["model_cfg"]["vision_cfg"]["layers"] == 2
             restore(attached)
+
+
+def test_a_model_of_the_zoo(tmp_path):
+    """Real weights: through open_clip merged, and through transformers as a LoRA on the converted base."""
+    from transformers import CLIPModel
+
+    loaded = load_model("emoji-clip")
+    family = detect_family(loaded.model)
+    texts, images = loaded.processor.text(["a red apple", "two cats"]), torch.randn(2, 3, 64, 64)
+
+    @torch.no_grad()
+    def run(model: nn.Module) -> torch.Tensor:
+        family = detect_family(model)
+        return torch.cat([family.encode_image(model, images), family.encode_text(model, texts)])
+
+    attached = trained(loaded.model)
+    outputs = run(attached)
+    merged = export_adapter(attached, tmp_path / "merged", format="merged", source="emoji-clip")
+    again = load_model(merged)
+    assert detect_family(again.model) is family
+    assert relative(run(again.model), outputs) < 1e-4
+    assert torch.equal(again.processor.text(["two cats"])["input_ids"], texts["input_ids"][1:])
+    lora = export_adapter(attached, tmp_path / "lora")
+    base = load_model(lora / "base")
+    assert isinstance(base.model, CLIPModel)
+    plain = PeftModel.from_pretrained(base.model, lora)
+    assert relative(run(plain), outputs) < 1e-4
 
 
 class TestOpenClipConfig:

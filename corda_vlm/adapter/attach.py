@@ -176,7 +176,7 @@ def load_adapter(
     return peft_model
 
 
-def restore(peft_model: PeftModel) -> nn.Module:
+def restore(peft_model: nn.Module) -> nn.Module:
     """Take the adapter off: the original bare model, attention packed again; what was trained is dropped.
 
     The weights are the original ones to the bit where the base was left untouched (our "untouched" mode, and
@@ -301,6 +301,13 @@ def check_wrapped(peft_model: PeftModel, ranks: Mapping[str, int], adapter_name:
 @contextmanager
 def wrapping(model: nn.Module) -> Iterator[None]:
     """Unpack, remember what was frozen, and leave the bare model as it was when the block raises."""
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a name that is going away; nobody who attaches an adapter can help it
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        yield from _wrapping(model)
+
+
+def _wrapping(model: nn.Module) -> Iterator[None]:
     if isinstance(model, PeftModel):
         yield  # PEFT takes a further adapter back by itself
         return

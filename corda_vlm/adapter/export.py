@@ -34,7 +34,7 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import convert
 from corda_vlm.families.attention import is_packed, pack
 from corda_vlm.families.open_clip_config import open_clip_config
-from corda_vlm.files import write_json
+from corda_vlm.files import asset, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # site name -> B (out, r), A (r, inp
 
 
 def export_adapter(
-    peft_model: PeftModel,
+    peft_model: nn.Module,
     directory: str | Path,
     *,
     format: str = "lora",
@@ -67,16 +67,16 @@ def export_adapter(
     Args:
         directory: new or empty, or an export of ours, which is replaced.
         rank: of "lora"; None keeps it exact.
-        source: the folder or open_clip name the model was loaded from: its configuration and its tokenizer's and
-            processor's files are copied. Without it the configuration is taken from the model itself.
+        source: what the model was loaded from (a folder, a built-in name, an open_clip name): its configuration and
+            its tokenizer's and processor's files are copied. Without it the configuration is read off the model.
 
     Returns:
         `directory`.
 
     Raises:
         UnknownNameError: unknown format.
-        CordaError: the folder holds something else; a plain LoRA cannot express the sites (take "merged"); a
-            rank that fits no site; not enough space.
+        CordaError: no `PeftModel`; the folder holds something else; a plain LoRA cannot express the sites (take
+            "merged"); a rank that is not positive; not enough space.
     """
     if format not in FORMATS:
         raise UnknownNameError("export format", format, FORMATS)
@@ -87,9 +87,9 @@ def export_adapter(
     active = peft_model.active_adapters
     if len(active) != 1:
         raise CordaError(f"{len(active)} adapters are active ({active}); choose one by set_adapter")
-    directory = Path(directory)
+    directory = Path(directory) if Path(directory).name else Path(directory).resolve()
     with _new_folder(directory) as folder:
-        report = FORMATS[format](peft_model, active[0], folder, directory, rank, source)
+        report = FORMATS[format](peft_model, active[0], folder, directory, rank, _located(source))
         write_json(folder / REPORT, {"format": format, **report})
     return directory
 
@@ -344,6 +344,16 @@ def _save_model(model: nn.Module, folder: Path, source: str | Path | None) -> No
     tensors = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items()}
     save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     _copy_beside(source, folder)
+
+
+def _located(source: str | Path | None) -> str | Path | None:
+    """The folder of a built-in model; anything else as it is."""
+    if source is None or Path(source).is_dir():
+        return source
+    try:
+        return asset(Path("model_zoo") / source)
+    except CordaError:
+        return source
 
 
 def _save_converted(model: nn.Module, folder: Path) -> None:
