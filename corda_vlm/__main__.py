@@ -172,7 +172,7 @@ def init(
     if not dry_run:
         plan.save(output)
         print(
-            f"\nwrote {output}. Next: corda-vlm train {model} --plan {output} --data … --output adapter"
+            f"\nwrote {output}. Next: corda-vlm train {model} DATA --plan {output} --output adapter"
         )
 
 
@@ -244,9 +244,9 @@ def train(
         classes=classes,
         templates=templates,
     )
-    print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.history[-1]['loss']:.3f}")
+    print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.3f}")
     print(
-        f"wrote {result.weights}. Next: corda-vlm evaluate {model} --adapter {result.weights} --suite …"
+        f"wrote {result.weights}. Next: corda-vlm evaluate {model} SUITE --adapter {result.weights}"
     )
 
 

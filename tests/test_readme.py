@@ -1,0 +1,73 @@
+"""Every command and every line of Python in the README works as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from corda_vlm.__main__ import main
+from corda_vlm.experiment import load_experiment
+from corda_vlm.files import asset
+
+README = asset("README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for language, block in BLOCKS
+    if language == "sh"
+    for line in block.splitlines()
+]
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert "trainable params" in printed
+    assert "openmoji" in printed
+    assert (tmp_path / "digits-clip" / "open_clip_model.safetensors").is_file()
+
+
+def test_the_verbs_of_the_readme_run_one_after_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    chain = [words[1:] for words in COMMANDS if words[0] == "corda-vlm" and words[1] != "run"]
+    assert [words[0] for words in chain] == [
+        "sites",
+        "calibrate",
+        "init",
+        "train",
+        "evaluate",
+        "export",
+    ]
+    for words in chain:
+        main(words)
+    assert "digits: top1" in capsys.readouterr().out
+    assert (tmp_path / "digits-clip" / "open_clip_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if "run" in w], ids=" ".join)
+def test_the_experiments_of_the_readme_exist(words):
+    assert load_experiment(words[-1]).variants
+
+
+def test_the_other_commands_are_targets_and_installs():
+    makefile = asset("Makefile").read_text(encoding="utf-8")
+    for words in COMMANDS:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), words
+        else:
+            assert words[0] in ("corda-vlm", "pip", "pytest"), words
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert asset(target).exists()
+
+
+def test_no_number_is_still_missing():
+    assert "<!--" not in README, "a placeholder for a measurement is left"
