@@ -11,12 +11,14 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from corda_vlm.adapter import adapt, attach_adapter, load_adapter, restore, scaled
 from corda_vlm.adapter.attach import anchored, lora_targets
 from corda_vlm.adapter.paired import PairedLinear, paired_layers
+from corda_vlm.adapter.paired import trained as factors_of
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family
@@ -172,6 +174,24 @@ class TestStart:
         assert len(found[0]) > 0
         for name, gradient in found[0].items():
             assert torch.allclose(gradient, found[1][name], rtol=1e-3, atol=1e-4), name
+
+    def test_a_small_change_survives_bfloat16_autocast(self, tiny_clip_hf):
+        """`B A x − B₀A₀ x` as the difference of two products would be mostly rounding."""
+        attached = attach_adapter(tiny_clip_hf, plan_of(tiny_clip_hf, roles="up"))
+        learn(attached, size=1e-4)
+        layer = next(iter(paired_layers(attached).values()))
+        B, A = factors_of(layer, "default")
+        B0, A0 = layer.pair("default")
+        x = torch.randn(64, layer.in_features)
+        exact = x.double() @ (B.double() @ A.double() - B0.double() @ A0.double()).T
+        bare = torch.zeros(64, layer.out_features)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            ours = layer.lora_variant["default"].forward(
+                layer, active_adapter="default", x=x, result=bare
+            )
+            naive = F.linear(F.linear(x, A), B) - F.linear(F.linear(x, A0), B0)
+        assert (ours - exact).norm() < 0.02 * exact.norm()
+        assert (naive - exact).norm() > exact.norm()
 
 
 class TestTargets:
