@@ -11,8 +11,12 @@ second moment about zero is put together again in float64 when it is asked for.
 from __future__ import annotations
 
 import math
+import mmap
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -23,7 +27,7 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.
 AVX512-BF16, TF32 on CUDA) and adds in float32."""
 
 _BLOCK = 256  # rows a panel: smaller ones save more products, larger ones multiply faster
-_CHUNK_BYTES = 32 * 2**20  # of centred activations at a time
+_CHUNK_BYTES = 24 * 2**20  # of centred activations at a time
 
 
 class SecondMoment:
@@ -38,12 +42,19 @@ class SecondMoment:
     """
 
     def __init__(
-        self, size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        scratch: Path | None = None,
     ) -> None:
+        """`scratch`: a folder where the triangle lives in a nameless file instead of in memory (CPU only)."""
         self.size, self.count = size, 0
-        self.packed = torch.zeros(
-            sum(b * w for _, _, b, w in _panels(size)), dtype=dtype, device=device
-        )
+        length = sum(height * width for _, _, height, width in _panels(size))
+        if scratch is not None and torch.device(device).type == "cpu":
+            self.packed = _mapped(length, dtype, scratch)
+        else:
+            self.packed = torch.zeros(length, dtype=dtype, device=device)
         self.shift = torch.zeros(size, dtype=dtype, device=device)
         self.mean = torch.zeros(size, dtype=torch.float64, device=device)
 
@@ -128,10 +139,14 @@ class SecondMoment:
         return both
 
     def to(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        scratch: Path | None = None,
     ) -> SecondMoment:
-        """A copy in another dtype or on another device."""
-        copy = SecondMoment(self.size, dtype or self.dtype, device or self.packed.device)
+        """A copy in another dtype, on another device or on disk."""
+        copy = SecondMoment(self.size, dtype or self.dtype, device or self.packed.device, scratch)
         copy.count = self.count
         for name in ("packed", "shift", "mean"):
             getattr(copy, name).copy_(getattr(self, name))
@@ -168,6 +183,18 @@ def _panels(size: int) -> Iterator[tuple[int, int, int, int]]:
     for i in range(0, size, _BLOCK):
         j = min(i + _BLOCK, size)
         yield i, j, j - i, size - i
+
+
+def _mapped(length: int, dtype: torch.dtype, folder: Path) -> Float[Tensor, " length"]:
+    """Zeros in a file without a name, which the system pages in and out and which goes with the process."""
+    nbytes = length * dtype.itemsize
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # now, as a disk that is full later means SIGBUS
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:
+            file.truncate(nbytes)
+        return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=dtype)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
 from corda_vlm.covariance.sharing import Sharing
-from corda_vlm.covariance.store import CovarianceStore, Empty, Progress, some
+from corda_vlm.covariance.store import CovarianceStore, Empty, Entry, Progress, some
 from corda_vlm.covariance.tokens import Masks, TokenSelector
 from corda_vlm.errors import CalibrationError, UnknownNameError
 from corda_vlm.families.attention import unpacked
@@ -29,6 +30,7 @@ def observe(
     rounds: int = 1,
     precision: str = "float32",
     device: torch.device | str | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[Observer]:
     """Hooks on the inputs of `sites` for the length of the block, exceptions included.
 
@@ -45,6 +47,7 @@ def observe(
         rounds: batches are dealt to this many disjoint rounds, in turn.
         precision: "float32", "float64", or "bf16" (reduced-precision products, float32 sums).
         device: of the accumulators; None for that of the activations.
+        scratch: a folder for accumulators on the CPU that shall live on disk; their files have no names.
 
     Raises:
         UnknownNameError: `precision`.
@@ -77,6 +80,7 @@ class Observer:
         rounds: int = 1,
         precision: str = "float32",
         device: torch.device | str | None = None,
+        scratch: Path | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise UnknownNameError("precision", precision, PRECISIONS)
@@ -87,7 +91,8 @@ class Observer:
                 "no sites to observe; find_sites(model) lists those of the model"
             )
         self.sites = tuple(sites)
-        self.rounds, self.precision, self.device = rounds, precision, device
+        self.rounds, self.precision = rounds, precision
+        self._device, self._scratch = device, scratch
         self.model_fingerprint = model_fingerprint
         self.batches, self.tokens = 0, 0
         self.consistent = True
@@ -96,7 +101,8 @@ class Observer:
             self._streams.setdefault(site.stream, []).append(site)
         self._widths: dict[str, int] = {}
         # stream -> a sum for each round, none before its first rows
-        self._sums: dict[str, list[SecondMoment]] = {stream: [] for stream in self._streams}
+        self._sums: dict[str, list[Entry]] = {stream: [] for stream in self._streams}
+        self._placed: set[str] = set()  # streams whose sums are on their device
         self._handles: list[RemovableHandle] = []
         self._sharing: dict[str, Sharing] = {}
         # of the batch in flight
@@ -202,21 +208,26 @@ class Observer:
         self.consistent = True
 
     def _sum(self, stream: str, rows: Float[Tensor, "n d"]) -> SecondMoment:
-        sums = self._sums[stream]
-        if not sums:
-            device = self.device or (
-                "cpu" if rows.device.type == "mps" else rows.device
-            )  # mps has no float64
+        if stream not in self._placed:  # not before the device of the activations is known
+            # mps has no float64, which the means are kept in
+            here = "cpu" if rows.device.type == "mps" else rows.device
+            device = here if self._device is None else self._device
             dtype = PRECISIONS[self.precision]
-            sums.extend(SecondMoment(rows.shape[1], dtype, device) for _ in range(self.rounds))
-        return sums[self.batches % self.rounds]
+            self._sums[stream] = [
+                entry.read().to(dtype=dtype, device=device, scratch=self._scratch)
+                for entry in self._sums[stream]
+            ] or [
+                SecondMoment(rows.shape[1], dtype, device, self._scratch)
+                for _ in range(self.rounds)
+            ]
+            self._placed.add(stream)
+        return self._sums[stream][self.batches % self.rounds].read()
 
     def _check_finite(self, site: Site, rows: Float[Tensor, "n d"]) -> None:
         low, high = (float(value) for value in torch.aminmax(rows))  # NaN goes through both
         largest = max(-low, high)
-        limit = (
-            torch.finfo(PRECISIONS[self.precision]).max ** 0.5 / 1e3
-        )  # squares have to be summed
+        # the squares have to be summed, too
+        limit = torch.finfo(PRECISIONS[self.precision]).max ** 0.5 / 1e3
         if largest < limit:
             return
         readers = some([member.name for member in self._streams[site.stream]])
@@ -256,13 +267,10 @@ class Observer:
 
     def start_from(self, store: CovarianceStore, *, resume: bool) -> None:
         """Go on from the sums of `store`; with `resume` also from its place in the data."""
-        dtype = PRECISIONS[self.precision]
         for stream in self._streams:
-            moments = store.moments(stream)
-            if any(moment.count for moment in moments):
-                self._sums[stream] = [
-                    moment.to(dtype=dtype, device=self.device) for moment in moments
-                ]
+            entries = store.entries(stream)
+            if any(entry.count for entry in entries):
+                self._sums[stream] = entries
         if resume and store.progress is not None:
             self.batches = store.progress.batches
             self._ahead = {s: n for s, n in store.progress.ahead.items() if s in self._streams}

@@ -125,7 +125,8 @@ class CovarianceStore:
         return _Streams(self)
 
     def __getitem__(self, site: str) -> Covariance:
-        pooled = reduce(SecondMoment.merged, self.moments(self.stream_of(site)))
+        entries = self._entries[self.stream_of(site)]
+        pooled = reduce(SecondMoment.merged, (entry.read() for entry in entries))  # one at a time
         return Covariance(pooled.matrix(), pooled.count)
 
     def rounds(self, site: str) -> list[Covariance]:
@@ -154,6 +155,10 @@ class CovarianceStore:
     def moments(self, stream: str) -> list[SecondMoment]:
         """The packed accumulators of a stream, one for each round: half the memory of `rounds`. Not to be changed."""
         return [entry.read() for entry in self._entries[stream]]
+
+    def entries(self, stream: str) -> list[Entry]:
+        """The rounds of a stream, in memory or in the file; nothing is read."""
+        return list(self._entries[stream])
 
     def summary(self) -> str:
         """A small table, a line for each tower and width."""

@@ -16,6 +16,7 @@ from covariance_toy import (
 )
 from torch import nn
 
+from corda_vlm.covariance.checkpoint import Source
 from corda_vlm.errors import (
     CalibrationError,
     CordaError,
@@ -191,7 +192,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(CalibrationError, match=r"batch 1 \(from 0\) is a list, not a mapping"):
         collect(model, iter([batches[0], [1, 2]]))
     with pytest.raises(CalibrationError, match="give a list of it"):
-        collect(model, batches[0])
+        Source(batches[0])
     with pytest.raises(UnknownNameError, match="bf16, float32, float64"):
         collect(model, batches, precision="float16")
     with pytest.raises(CalibrationError, match="3 rounds need at least 3 batches, and there are 2"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +150,21 @@ def test_on_a_gpu(precision: str) -> None:
             torch.testing.assert_close(
                 found[name].matrix.cpu(), expected[name].matrix, rtol=1e-2, atol=1e-3
             )
+
+
+def test_sums_on_disk_are_the_same_and_take_no_memory(tmp_path: Path) -> None:
+    def anonymous() -> int:
+        """kB of memory that the system cannot page out to a file."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0])
+
+    x = torch.randn(20, 4600)
+    memory, disk = SecondMoment(10), SecondMoment(10, scratch=tmp_path)
+    for moment in (memory, disk):
+        moment.add(x[:, :10])
+    assert torch.equal(disk.matrix(), memory.matrix())
+    if Path("/proc/self/status").exists():
+        before = anonymous()
+        SecondMoment(4600, scratch=tmp_path).add(x)  # 45 MB
+        assert anonymous() - before < 15_000
+    assert list(tmp_path.iterdir()) == []  # without a name: nothing to clean up, ever

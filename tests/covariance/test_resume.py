@@ -238,7 +238,7 @@ def test_ctrl_c_finishes_the_batch_and_saves(tmp_path: Path, capfd: pytest.Captu
         collect(model, batches, forward=interrupted(signal.SIGINT, 1))
 
 
-def test_data_that_fails_because_of_ctrl_c(tmp_path: Path) -> None:
+def test_data_that_fails_because_of_ctrl_c(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Ctrl-C reaches a DataLoader's workers too; the batch they owed is the only one lost."""
     model, batches, path = toy(), toy_batches(5), tmp_path / "c.safetensors"
 

@@ -94,6 +94,13 @@ def test_stores_that_do_not_go_together() -> None:
         collect(model, batches, rounds=2, store=store)
 
 
+def test_rounds_collected_on_disk_are_the_same(tmp_path: Path) -> None:
+    model, batches = toy(), toy_batches(6)
+    store = collect(model, batches, rounds=3, path=tmp_path / "c.safetensors")
+    assert same(store, collect(model, batches, rounds=3))
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+
+
 def test_a_store_reads_like_a_mapping() -> None:
     store = collect(toy(), toy_batches(3), rounds=3)
     assert list(store) == ["a", "b", "c", "head"]
