@@ -14,7 +14,7 @@ from corda_vlm.decompose import Decomposition, damp, decompose, knowledge_energy
 from corda_vlm.errors import CordaError, UnknownNameError
 
 SHAPES = [(24, 24), (40, 16), (16, 40)]
-LARGE_SHAPES = [(300, 300), (420, 280), (280, 420)]  # large enough for the fast route to be taken
+LARGE_SHAPES = [(300, 300), (420, 280), (600, 260), (280, 420)]  # large enough for the fast route to be taken
 
 
 def anisotropic(

@@ -27,6 +27,8 @@ ROUNDS = 12
 POLISH = 2  # of the rounds, in float64: each takes the float32 rounding out of the large directions
 # An eigenvalue of G G^T below this share of the largest has lost too many digits to float64 rounding.
 SQUARED_LIMIT = 1e-10
+# A triangular factor whose diagonal falls below this share of its largest entry is not taken from `W^T W`.
+GRAM_LIMIT = 1e-4
 # Float32 rounding of G may reach this share of the chosen energy. It adds in quadrature: half a percent at most.
 LIGHT_LIMIT = 0.1
 
@@ -56,18 +58,29 @@ def worth_iterating(size: int, rank: int) -> bool:
 
 
 class _Tall:
-    """`W = Q R` for out >= inp, with Q kept as reflectors.
+    """`W = Q R` for out >= inp, without forming Q.
 
     Without it the smallest directions of `G G^T` would be the null space of `W^T`, where `W` has nothing.
     """
 
     def __init__(self, w: Float[Tensor, "out inp"]) -> None:
-        self.reflectors, self.tau = torch.geqrf(w)
+        self.w = w
         self.out, self.inp = w.shape
+        if self.out >= 2 * self.inp:
+            # The Cholesky factor of W^T W is R too, at half the time, where squaring W costs no digits that count.
+            r, failed = torch.linalg.cholesky_ex(w.mT @ w, upper=True)
+            diagonal, self.reflectors = r.diagonal(), None
+            if not failed and float(diagonal.min()) > GRAM_LIMIT * float(diagonal.max()):
+                self.r = r
+                return
+        self.reflectors, self.tau = torch.geqrf(w)
         self.r = self.reflectors[: self.inp].triu()  # (inp, inp)
 
     def lift(self, x: Float[Tensor, "inp r"]) -> Float[Tensor, "out r"]:
         """`Q x`."""
+        if self.reflectors is None:
+            lifted = self.w @ torch.linalg.solve_triangular(self.r, x, upper=True)
+            return torch.linalg.qr(lifted).Q  # rounding of the solve
         padded = x.new_zeros(self.out, x.shape[1])
         padded[: self.inp] = x
         return torch.ormqr(self.reflectors, self.tau, padded)
@@ -97,8 +110,8 @@ def output_fast(
     """The chosen left singular vectors of `G` by block iteration; None where it cannot: a singular `C'`."""
     out, inp = w.shape
     smallest = components == "smallest"
-    tall = _Tall(w) if out > inp or (out == inp and smallest) else None
-    if tall is not None and smallest and root.c is not None and root.factor() is None:
+    tall = _Tall(w) if out >= inp and smallest else None
+    if tall is not None and root.c is not None and root.factor() is None:
         return None
     core = w if tall is None else tall.r  # G = Q core K, core (n, inp)
     light = root.times(core.float())  # core K in float32: enough for the largest, and for the total
@@ -174,18 +187,11 @@ def input_fast(
 ) -> Basis | None:
     """The chosen eigenvectors of `C'` by block iteration; None where it cannot: a singular `C'`."""
     c = root.damped()
-    if components == "smallest":
-        factor = root.factor()
-        if factor is None:
-            return None
-
-        def step(x: Tensor) -> Tensor:  # twice: as much a round as the output side gains
-            return torch.cholesky_solve(torch.cholesky_solve(x, factor), factor)
-    else:
-
-        def step(x: Tensor) -> Tensor:
-            return c @ (c @ x)
-
+    # C'^2 or its inverse: a round gains as much as one on the output side
+    square = Root(c, 1.0, 0.0, c.device)
+    if components == "smallest" and square.factor() is None:
+        return None
+    step = square.solve if components == "smallest" else lambda y: c @ (c @ y)
     x = _iterate(step, _start(c, rank, seed), ROUNDS)
     p, values = _ritz(x, c @ x, rank, components)
     total = float(torch.linalg.norm(root.times(w.float())))

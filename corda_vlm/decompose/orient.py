@@ -82,7 +82,9 @@ class Root:
             self._light = factor.float() if self._light is None else self._light
             factor = self._light
         for _ in range(round(2 * self.power)):
-            y = torch.cholesky_solve(y, factor)
+            # not `cholesky_solve`, which copies the factor at every call
+            y = torch.linalg.solve_triangular(factor, y, upper=False)
+            y = torch.linalg.solve_triangular(factor.mT, y, upper=True)
         return y
 
 
