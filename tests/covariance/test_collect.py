@@ -204,7 +204,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(CalibrationError, match="no sites"):
         collect(model, batches, [])
     with pytest.raises(CalibrationError, match="checkpoint_share"):
-        collect(model, batches, checkpoint_share=0)
+        collect(model, batches, checkpoint_share=0.0)
     with pytest.raises(NoSitesError, match="nowhere"):
         collect(model, batches, [Site("nowhere", "text", None, "q", "s")])
     with pytest.raises(CordaError, match="no family knows"):
