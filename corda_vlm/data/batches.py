@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,7 +47,7 @@ class BatchMaker:
         self._pool = ThreadPoolExecutor(workers) if workers > 0 else None
         self._pixels = self._shared("pixels", lambda: _Pixels(data, processor, cache_mb))
 
-    def batch(self, indices: Iterable[int]) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         """The batch of the records at `indices`; undecodable images leave it smaller, or empty ({})."""
         chosen = [int(index) for index in indices]
         batch: dict[str, Tensor] = {}

@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 
 from corda_vlm.data.images import UNDECODABLE, to_rgb
+from corda_vlm.data.meaning import label_rows, sample, text_rows
 from corda_vlm.data.readers import READERS
-from corda_vlm.data.spec import DataSpec, find_paths, parse_spec
+from corda_vlm.data.spec import DataSpec, parse_spec
 from corda_vlm.data.table import (
     Table,
     cut,
     pick_column,
     select_rows,
-    shuffled_within_classes,
 )
 from corda_vlm.errors import DataError
 
@@ -55,13 +55,13 @@ def load_records(
             )
         where.setdefault("split", spec.split)
     rows = select_rows(table, where, spec)
-    labels, class_names = _labels(table, columns["label"], rows, spec, beside)
+    labels, class_names = label_rows(table, columns["label"], rows, spec, beside)
     if splits and spec.split is not None:
         part = cut(splits, spec.split, labels, len(rows), spec)
         rows, labels = rows[part], _take(labels, part)
-    chosen = _sample(spec, labels, len(rows))
+    chosen = sample(spec, labels, len(rows))
     rows, labels = rows[chosen], _take(labels, chosen)
-    texts = _texts(table, spec.text, columns["text"], rows, labels, class_names)
+    texts = text_rows(table, spec.text, columns["text"], rows, labels, class_names)
     if len(rows) == 0:
         raise DataError(f"{spec}: not one record is left after split, filter and sampling")
     if columns["image"] is None and texts is None:
@@ -72,7 +72,8 @@ def load_records(
     return ImageTextData(table, rows, spec, columns["image"], texts, labels, class_names)
 
 
-class ImageTextData(Sequence[Record]):
+# Not `Sequence[Record]`: beartype would then decode a record at each call that is checked.
+class ImageTextData(Sequence):
     """Records of images, texts and labels, in a fixed order.
 
     `data[i]` decodes record i and raises `DataError` if it cannot; iterating skips such records and counts
@@ -237,139 +238,3 @@ def _content(stored: Any, base: Path | None) -> bytes:
     if isinstance(stored, (Image.Image, np.ndarray)):
         stored = stored.tobytes()
     return hashlib.sha256(bytes(stored or b"")).digest()
-
-
-# ------------------------------------------------------------------ labels, texts, sampling
-
-
-def _labels(
-    table: Table, column: str | None, rows: np.ndarray, spec: DataSpec, beside: str | Path | None
-) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """Class indices of `rows` and the classes' names, from a column of numbers or of strings."""
-    if column is None:
-        if spec.classes is not None:
-            raise DataError(f"{spec}: classes are given, but no label column; name it with label:")
-        return None, None
-    values = [table.columns[column][int(row)] for row in rows]
-    for row, value in zip(rows, values, strict=True):
-        if value is None or isinstance(value, (list, dict)) or value != value:
-            raise DataError(f"{table.place(int(row))}: {column} is {value!r}, which is no label")
-    given = _listed(spec.classes, beside)
-    numbers = all(isinstance(value, (int, np.integer, bool)) for value in values)
-    if numbers:
-        labels = [int(value) for value in values]
-        known = given or table.class_names.get(column)
-        classes = (
-            list(known) if known else [str(number) for number in range(max(labels, default=-1) + 1)]
-        )
-    else:
-        classes = list(given or sorted({str(value) for value in values}))
-        index = {name: number for number, name in enumerate(classes)}
-        labels = [index.get(str(value), -1) for value in values]
-    for row, label, value in zip(rows, labels, values, strict=True):
-        if not 0 <= label < len(classes):
-            raise DataError(
-                f"{table.place(int(row))}: {column} {value!r} is none of the {len(classes)} classes; "
-                "complete classes:, or filter with where:"
-            )
-    return labels, _display_names(classes, spec, beside)
-
-
-def _display_names(
-    classes: list[str], spec: DataSpec, beside: str | Path | None
-) -> tuple[str, ...]:
-    names = spec.names
-    if isinstance(names, Mapping):
-        missing = sorted(set(names) - set(classes))
-        if missing:
-            raise DataError(f"{spec}: names has {missing[0]!r}, which is no class")
-        return tuple(names.get(name, name) for name in classes)
-    listed = _listed(names, beside)
-    if listed is None:
-        return tuple(classes)
-    if len(listed) != len(classes):
-        raise DataError(f"{spec}: {len(listed)} names for {len(classes)} classes")
-    return tuple(listed)
-
-
-def _listed(value: Sequence[str] | str | None, beside: str | Path | None) -> list[str] | None:
-    """A list, or the list in a file (JSON, or one a line)."""
-    if not isinstance(value, str):
-        return None if value is None else [str(item) for item in value]
-    path = find_paths(value, beside)[0]
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not a JSON list of names ({error})") from error
-    if not isinstance(found, list):
-        raise DataError(f"{path}: not a JSON list of names")
-    return [str(item) for item in found]
-
-
-def _texts(
-    table: Table,
-    asked: str | None,
-    column: str | None,
-    rows: np.ndarray,
-    labels: list[int] | None,
-    class_names: tuple[str, ...] | None,
-) -> list[str] | None:
-    if asked is not None and "{" in asked:
-        return [
-            _formatted(table, asked, int(row), i, labels, class_names) for i, row in enumerate(rows)
-        ]
-    if column is None:
-        return None
-    texts = []
-    for row in rows:
-        value = table.columns[column][int(row)]
-        if isinstance(value, (list, tuple)) and value:
-            value = value[
-                0
-            ]  # several captions of one picture: the first; all stay in the record's own column
-        if not isinstance(value, str):
-            raise DataError(f"{table.place(int(row))}: {column} is {value!r}, which is no text")
-        texts.append(value)
-    return texts
-
-
-def _formatted(
-    table: Table,
-    template: str,
-    row: int,
-    index: int,
-    labels: list[int] | None,
-    class_names: tuple[str, ...] | None,
-) -> str:
-    values = {name: column[row] for name, column in table.columns.items()}
-    if labels is not None and class_names is not None:
-        values["class_name"] = class_names[labels[index]]
-    try:
-        return template.format(**values)
-    except (KeyError, IndexError, ValueError) as error:
-        raise DataError(
-            f"text {template!r}: cannot be filled in ({error}); the columns are {', '.join(sorted(values))}"
-        ) from error
-
-
-def _sample(spec: DataSpec, labels: list[int] | None, count: int) -> np.ndarray:
-    """Which of `count` records `per_class` and `limit` leave, as indices."""
-    chosen = np.arange(count)
-    if spec.per_class is not None:
-        if labels is None:
-            raise DataError(f"{spec}: per_class needs labels; name their column with label:")
-        order = shuffled_within_classes(labels, count, spec.seed)
-        seen: dict[int, int] = {}
-        kept = []
-        for index in order:
-            seen[labels[index]] = seen.get(labels[index], 0) + 1
-            if seen[labels[index]] <= spec.per_class:
-                kept.append(index)
-        chosen = np.asarray(kept)
-    if spec.limit is not None and spec.limit < len(chosen):
-        # A prefix of one permutation: limit 100 is a part of limit 200.
-        chosen = chosen[np.random.RandomState(spec.seed).permutation(len(chosen))[: spec.limit]]
-    return chosen

@@ -132,6 +132,16 @@ def find_paths(pattern: str | Path, beside: str | Path | None = None) -> list[Pa
     return sorted({path for one in _braces(written) for path in _matches(one, beside)})
 
 
+def find_one(pattern: str | Path, beside: str | Path | None = None) -> Path:
+    """The only path that `pattern` names. Raises `DataError` for none or several."""
+    paths = find_paths(pattern, beside)
+    if len(paths) != 1:
+        raise DataError(
+            f"{pattern} names {len(paths)} paths, {paths[0]} and others; it must name one"
+        )
+    return paths[0]
+
+
 def _matches(pattern: str, beside: str | Path | None) -> list[Path]:
     """What one pattern without braces names, in the order of `corda_vlm.files.resolve`."""
     parts = Path(pattern).parts

@@ -98,9 +98,9 @@ def test_parquet_of_hugging_face_structs(tmp_path, digits):
 
 
 def test_parquet_row_groups_one_at_a_time(parquet, digits, monkeypatch):
-    from corda_vlm.data import readers
+    from corda_vlm.data import parquet as reader
 
-    monkeypatch.setattr(readers, "_KEEP_IN_MEMORY", 0)
+    monkeypatch.setattr(reader, "_KEEP_IN_MEMORY", 0)
     data = load_records(f"parquet:{parquet}/*.parquet")
     order = np.random.RandomState(0).permutation(60)
     small = load_records({"source": f"parquet:{parquet}/*.parquet", "label": None})

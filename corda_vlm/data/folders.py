@@ -1,0 +1,149 @@
+"""Pictures and texts as plain files: class folders, tar shards, JSON lines."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from corda_vlm.data.images import IMAGE_SUFFIXES
+from corda_vlm.data.spec import DataSpec, find_one, find_paths
+from corda_vlm.data.table import Table, first_line
+from corda_vlm.errors import DataError, UnknownNameError
+
+
+def read_folder(spec: DataSpec, beside: str | Path | None = None) -> Table:
+    """A folder with one folder a class, or with such folders for each split (train/, val/, test/)."""
+    root = find_one(spec.location, beside)
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; folder: reads one folder a class")
+    own_split = spec.split is not None and spec.splits is None
+    if own_split:
+        parts = sorted(path.name for path in root.iterdir() if path.is_dir())
+        if spec.split not in parts:
+            raise UnknownNameError(f"split of {root}", spec.split, parts)
+        root = root / str(spec.split)
+    files, classes = [], []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files += inside
+        classes += [folder.name] * len(inside)
+    if not files:
+        raise DataError(
+            f"{root} holds no pictures in folders; folder: reads one folder a class, "
+            f"with files that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    return Table(
+        size=len(files),
+        columns={"class_name": classes, "path": [str(path.relative_to(root)) for path in files]},
+        images={"image": lambda row: files[row]},
+        place=lambda row: str(files[row]),
+        split=own_split,
+    )
+
+
+def read_webdataset(spec: DataSpec, beside: str | Path | None = None) -> Table:
+    """Tar shards in which files of one name and several endings are one record (000.jpg, 000.txt, 000.cls).
+
+    The archives are indexed once and then read at any place; txt, cls and json members are read at once.
+    """
+    records: OrderedDict[tuple[Path, str], dict[str, tuple[int, int]]] = OrderedDict()
+    for path in find_paths(spec.location, beside):
+        try:
+            # "r:" refuses compressed archives, in which no member can be read on its own.
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, ending = name.partition(".")
+                    if member.isfile() and stem and ending:
+                        key = (path, f"{folder}/{stem}".removeprefix("./"))
+                        records.setdefault(key, {})[ending.lower()] = (
+                            member.offset_data,
+                            member.size,
+                        )
+                _check_tail(path, archive.offset)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(
+                f"{path}: not a readable tar shard ({first_line(error)}); it may be cut short or compressed"
+            ) from error
+    keys, members = list(records), list(records.values())
+    endings = dict.fromkeys(ending for record in members for ending in record)
+
+    def raw(row: int, ending: str) -> bytes | None:
+        if ending not in members[row]:
+            return None
+        offset, size = members[row][ending]
+        with keys[row][0].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def picture(row: int) -> bytes | None:
+        return next((raw(row, e) for e in members[row] if f".{e}" in IMAGE_SUFFIXES), None)
+
+    def text(row: int, ending: str) -> str | None:
+        found = raw(row, ending)
+        return None if found is None else found.decode("utf-8").strip()
+
+    columns: dict[str, list[Any]] = {"__key__": [key for _, key in keys]}
+    try:
+        for ending in ("txt", "text", "caption"):
+            if ending in endings:
+                columns[ending] = [text(row, ending) for row in range(len(keys))]
+        if "cls" in endings:
+            found = [text(row, "cls") for row in range(len(keys))]
+            columns["cls"] = [None if value is None else int(value) for value in found]
+        if "json" in endings:
+            parsed = [json.loads(text(row, "json") or "{}") for row in range(len(keys))]
+            for name in dict.fromkeys(name for record in parsed for name in record):
+                columns.setdefault(name, [record.get(name) for record in parsed])
+    except ValueError as error:
+        raise DataError(
+            f"{spec.location}: a txt, cls or json member cannot be read ({error})"
+        ) from error
+    has_pictures = any(f".{ending}" in IMAGE_SUFFIXES for ending in endings)
+    return Table(
+        size=len(keys),
+        columns=columns,
+        images={"image": picture} if has_pictures else {},
+        place=lambda row: f"{keys[row][0]}, record {keys[row][1]}",
+    )
+
+
+def _check_tail(path: Path, offset: int) -> None:
+    """An archive ends in blocks of zeros or with its last member; `tarfile` lets a torn header pass."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"a torn header at byte {offset}")
+
+
+def read_jsonl(spec: DataSpec, beside: str | Path | None = None) -> Table:
+    """One JSON object a line; pictures are paths, relative to the file."""
+    records: list[dict[str, Any]] = []
+    places: list[str] = []
+    paths = find_paths(spec.location, beside)
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError("not an object")
+                    records.append(record)
+                    places.append(f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not a JSON record ({error})") from error
+    names = dict.fromkeys(name for record in records for name in record)
+    return Table(
+        size=len(records),
+        columns={name: [record.get(name) for record in records] for name in names},
+        images={},
+        place=lambda row: places[row],
+        base=paths[0].parent,
+    )

@@ -1,0 +1,146 @@
+"""Classifiers on image features: prompts of class names, or a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.families.base import Family, Processor
+from corda_vlm.files import atomic_write
+
+Template = str | Callable[[str], str]
+"""A prompt with `{}` where the class name goes, or a function of the name, as in open_clip's lists."""
+
+DEFAULT_TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
+
+_FORMAT = "corda_vlm.head"
+
+
+class Head(nn.Module):
+    """A trained classifier: features -> logits.
+
+    Attributes:
+        kind: "prompt": scaled cosines, without a bias; "linear": W·(√D · f/‖f‖) + b.
+        weight: (classes, D).
+        bias: (classes,), zero and unused for "prompt".
+        logit_scale: (), unused for "linear".
+    """
+
+    def __init__(self, kind: str, weight: Tensor, logit_scale: float = 1.0) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(weight.detach().clone().float())
+        self.bias = nn.Parameter(
+            weight.new_zeros(len(weight)).float(), requires_grad=kind == "linear"
+        )
+        self.logit_scale: Tensor
+        self.register_buffer("logit_scale", torch.tensor(float(logit_scale), device=weight.device))
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
+        """Logits of image features, normalised or not."""
+        if self.kind == "prompt":
+            return prompt_logits(features, self.weight, self.logit_scale)
+        unit = F.normalize(features.float(), dim=-1)
+        # Entries of size about one, so that a rate suits every width.
+        return F.linear(unit * unit.shape[-1] ** 0.5, self.weight, self.bias)
+
+    def save(self, path: str | Path) -> None:
+        """Write the head as safetensors, atomically."""
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+        }
+        with atomic_write(path) as partial:
+            save_file(tensors, partial, metadata={"format": _FORMAT, "kind": self.kind})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Head:
+        """Read a head.
+
+        Raises:
+            ForeignFileError: the file is missing, damaged, or no head.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ForeignFileError(f"{path} is not a readable head ({error})") from error
+        if metadata.get("format") != _FORMAT:
+            raise ForeignFileError(f"{path} is a safetensors file, but no head of this package")
+        head = cls(metadata["kind"], tensors["weight"])
+        head.load_state_dict(tensors)
+        return head
+
+
+def prompt_logits(
+    features: Float[Tensor, "b d"], prompts: Float[Tensor, "classes d"], scale: Float[Tensor, ""]
+) -> Float[Tensor, "b classes"]:
+    """Scaled cosines of image features to class vectors, in float32."""
+    cosines = F.normalize(features.float(), dim=-1) @ F.normalize(prompts.float(), dim=-1).T
+    return scale.float() * cosines
+
+
+class Prompts:
+    """The prompts of all classes, tokenised once.
+
+    Raises:
+        CordaError: no class or no template, or a template without `{}`.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        classes: Sequence[str],
+        templates: Sequence[Template] | None,
+        device: torch.device,
+    ) -> None:
+        templates = DEFAULT_TEMPLATES if templates is None else templates
+        if not classes or not templates:
+            raise CordaError(
+                f"{len(classes)} classes and {len(templates)} templates: both are needed"
+            )
+        self.templates = len(templates)
+        tokens = processor.text([_filled(t, name) for name in classes for t in templates])
+        self.tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
+
+    def features(
+        self, family: Family, model: nn.Module, chunk: int | None = None
+    ) -> Float[Tensor, "classes d"]:
+        """Class vectors: the mean of the unit vectors of a class's prompts, made a unit vector again.
+
+        `chunk` prompts are encoded at a time; None encodes all at once.
+        """
+        count = len(next(iter(self.tokens.values())))
+        step = count if chunk is None else chunk
+        pieces = [
+            family.encode_text(
+                model, {name: tensor[start : start + step] for name, tensor in self.tokens.items()}
+            )
+            for start in range(0, count, step)
+        ]
+        unit = F.normalize(torch.cat(pieces).float(), dim=-1)  # (classes * templates, D)
+        return F.normalize(unit.unflatten(0, (-1, self.templates)).mean(1), dim=-1)
+
+    def trained_with(self, family: Family, model: nn.Module) -> bool:
+        """Do the class vectors change in training? True if a gradient flows from them to the model."""
+        with torch.enable_grad():
+            one = family.encode_text(
+                model, {name: tensor[:1] for name, tensor in self.tokens.items()}
+            )
+        return one.requires_grad
+
+
+def _filled(template: Template, name: str) -> str:
+    if callable(template):
+        return template(name)
+    if "{}" not in template:
+        raise CordaError(f"the template {template!r} has no {{}} for the class name")
+    return template.replace("{}", name)

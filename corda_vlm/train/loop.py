@@ -1,0 +1,306 @@
+"""One training from start, or from where it was interrupted, to its weights on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from corda_vlm.data import BatchMaker, ImageTextData, make_batches
+from corda_vlm.errors import CordaError
+from corda_vlm.families import detect_family
+from corda_vlm.families.base import Processor, unwrap
+from corda_vlm.files import read_json, write_json
+from corda_vlm.train.heads import Template
+from corda_vlm.train.objectives import Objective, make_objective
+from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
+from corda_vlm.train.steps import StepBatches
+from corda_vlm.train.trainer import make_trainer
+from corda_vlm.train.watch import Watch, read_history, stop_on_signal
+from corda_vlm.train.weights import (
+    all_finite,
+    check_signature,
+    load_weights,
+    save_weights,
+    signature,
+)
+
+BEGUN, DONE, HISTORY, WEIGHTS = "train.json", "result.json", "history.jsonl", "weights"
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C: the checkpoint is saved, and the message says how to go on."""
+
+
+def train(
+    model: nn.Module,
+    data: ImageTextData,
+    processor: Processor,
+    *,
+    options: TrainOptions,
+    output_dir: str | Path,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[Template] | None = None,
+    eval_data: ImageTextData | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    extra_loss: Callable[[], Tensor] | None = None,
+    extra_weight: float = 1.0,
+    show_progress: bool = True,
+) -> TrainResult:
+    """Train what requires a gradient in `model`, in place, and write the result into `output_dir`.
+
+    If `output_dir` holds an interrupted training of the same kind, it goes on from its last checkpoint and
+    ends where it would have ended; if it holds a finished one, its weights are loaded into `model`.
+
+    Args:
+        model: any model of a known family, bare or a `PeftModel`, with `requires_grad` set; it stays on its
+            device and in its mode.
+        data: what to learn from; labels for "prompt" and "linear", texts for "contrastive".
+        processor: the model's.
+        options: see `TrainOptions`.
+        output_dir: gets `train.json` (what is trained), `history.jsonl`, `checkpoint-N/` while it runs, and
+            then `weights/` and `result.json`.
+        classes: names for the prompts, in the order of the labels; default `data.class_names`.
+        templates: prompts with `{}` for the name; default "a photo of a {}.".
+        eval_data: evaluated every `options.eval_every` steps and at the end, into the history.
+        callbacks: further callbacks of transformers.
+        extra_loss: a term of the loss that looks at the weights, e.g. a penalty; in the history, unweighted.
+        extra_weight: its weight.
+        show_progress: a progress bar with loss, rate and throughput.
+
+    Raises:
+        CordaError: nothing to train, a loss that is not finite, `output_dir` of another training, disk full.
+        DataError: the data lacks what the loss needs.
+        TrainingInterrupted: Ctrl-C.
+    """
+    output = Path(output_dir)
+    family = detect_family(unwrap(model))
+    objective = make_objective(options, model, family, processor, data, classes, templates)
+    _check_trainable(model, objective)
+    plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
+    _begin(output, plan, model)
+    if (output / DONE).is_file():
+        return _finished(output, model, objective)
+
+    maker = BatchMaker(
+        data, processor, towers=objective.towers, cache_mb=options.cache_mb, workers=options.workers
+    )
+    count = len(data)
+    per_epoch = -(-count // options.batch_size)
+    steps = options.steps or max(
+        1, round((options.epochs or 0) * per_epoch / options.gradient_accumulation)
+    )
+    batches = StepBatches(
+        maker,
+        batch_size=options.batch_size,
+        steps=steps * options.gradient_accumulation,
+        seed=options.seed,
+        augment=options.augment,
+    )
+    evaluated = eval_data and make_batches(
+        eval_data,
+        processor,
+        batch_size=max(options.batch_size, 64),
+        towers=objective.towers,
+        cache_mb=options.cache_mb,
+        workers=options.workers,
+    )
+    watch = Watch(
+        options,
+        output / HISTORY,
+        (lambda: trainer.measure(evaluated)) if evaluated else None,
+        show_progress,
+    )
+    trainer = make_trainer(
+        model,
+        objective=objective,
+        batches=batches,
+        options=options,
+        output_dir=output,
+        callbacks=[watch, *callbacks],
+    )
+    trainer.extra_loss, trainer.extra_weight = extra_loss, extra_weight
+    watch.trainer = trainer
+    checkpoint = last_checkpoint(output)
+    with _as_it_was(model), stop_on_signal(watch):
+        try:
+            trainer.seconds = _seconds(checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            watch.close()
+    done = trainer.state.global_step
+    if watch.stopped is not None and done < steps:
+        if watch.stopped is SIGTERM:
+            raise SystemExit(128 + SIGTERM)
+        raise TrainingInterrupted(
+            f"stopped at step {done} of {steps}; checkpoint in {output}. "
+            "Run the same command again to go on from there."
+        )
+    if not all_finite(model, objective.head):
+        raise CordaError(trainer._not_finite("the weights are NaN or Inf"))
+    return _finish(
+        output, model, objective, watch, done, None if checkpoint is None else _step(checkpoint)
+    )
+
+
+# ------------------------------------------------------------------ the folder
+
+
+def _plan(
+    model: nn.Module,
+    data: ImageTextData,
+    options: TrainOptions,
+    classes: Sequence[str] | None,
+    templates: Sequence[Template] | None,
+    extra_weight: float | None,
+) -> dict[str, Any]:
+    """What a training is, as JSON: two trainings with equal plans end in equal weights."""
+    kept = {name: value for name, value in asdict(options).items() if name not in HARMLESS}
+    plan = {
+        "options": kept,
+        "data": data.fingerprint,
+        "classes": None if classes is None else list(classes),
+        "templates": None
+        if templates is None
+        else [t if isinstance(t, str) else t("{}") for t in templates],
+        "extra_weight": extra_weight,
+        "model": signature(model),
+    }
+    return json.loads(json.dumps(plan))
+
+
+def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
+    """Write the plan, or check that the one that is there is the same."""
+    path = output / BEGUN
+    if not path.is_file():
+        if last_checkpoint(output) is not None or (output / DONE).is_file():
+            raise CordaError(
+                f"{output} holds a training without its {BEGUN}; choose another folder"
+            )
+        write_json(path, plan)
+        return
+    saved = read_json(path, "training plan")
+    if not isinstance(saved, dict) or set(saved) != set(plan):
+        raise CordaError(
+            f"{path} is not a training plan of this version; delete {output} or choose another"
+        )
+    changed = [
+        f"{name}: {saved['options'].get(name)} there, {value} now"
+        for name, value in plan["options"].items()
+        if saved["options"].get(name) != value
+    ]
+    changed += [
+        name
+        for name in ("data", "classes", "templates", "extra_weight")
+        if saved[name] != plan[name]
+    ]
+    if changed:
+        raise CordaError(
+            f"{output} holds another training ({'; '.join(changed)}); delete it to begin anew, "
+            "or give another output folder"
+        )
+    check_signature(saved["model"], model, output)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint in `output`; one that a kill cut short is passed over.
+
+    Completeness shows in the Trainer's state, which it writes last.
+    """
+    for folder in sorted(output.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if state.get("global_step") == _step(folder):
+            return folder
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _seconds(checkpoint: Path | None) -> float:
+    path = None if checkpoint is None else checkpoint / "seconds.txt"
+    return float(path.read_text()) if path is not None and path.is_file() else 0.0
+
+
+def _finish(
+    output: Path,
+    model: nn.Module,
+    objective: Objective,
+    watch: Watch,
+    steps: int,
+    resumed: int | None,
+) -> TrainResult:
+    result = {
+        "steps": steps,
+        "seconds": round(watch.seconds, 3),
+        "samples_per_second": round(watch.samples_per_second, 2),
+    }
+    try:
+        save_weights(model, objective.head, output / WEIGHTS)
+    except OSError as error:
+        raise CordaError(
+            f"could not write {output / WEIGHTS}: {error}; free some space and run again"
+        ) from error
+    write_json(output / DONE, result)  # last: from here on the training is finished
+    for folder in output.glob("checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return TrainResult(
+        history=watch.history,
+        weights=output / WEIGHTS,
+        head=objective.head,
+        resumed_from=resumed,
+        **result,
+    )
+
+
+def _finished(output: Path, model: nn.Module, objective: Objective) -> TrainResult:
+    load_weights(model, objective.head, output / WEIGHTS)
+    result = read_json(output / DONE, "training result")
+    return TrainResult(
+        history=read_history(output / HISTORY),
+        weights=output / WEIGHTS,
+        head=objective.head,
+        resumed_from=result["steps"],
+        **result,
+    )
+
+
+# ------------------------------------------------------------------ the model
+
+
+def _check_trainable(model: nn.Module, objective: Objective) -> None:
+    if objective.head is None and not any(p.requires_grad for p in model.parameters()):
+        raise CordaError(
+            f"nothing to train: no parameter of {type(unwrap(model)).__name__} requires a gradient. Prepare it "
+            "with a method (lora, corda-kpm, full, ...), or train a head (train_head, or loss: linear)."
+        )
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """The Trainer leaves the model in training mode and writes `use_cache` into its configuration."""
+    modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    former = dict(vars(config)) if config is not None else {}
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        if config is not None and "use_cache" not in former:
+            vars(config).pop("use_cache", None)
+        elif config is not None:
+            config.use_cache = former["use_cache"]

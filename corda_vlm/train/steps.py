@@ -1,0 +1,93 @@
+"""The batch of step n, as a function of n and the seed alone: what makes a resumed training the same one."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from corda_vlm.data import BatchMaker
+from corda_vlm.errors import DataError
+
+
+class StepBatches(Dataset[dict[str, Tensor]]):
+    """Item n is the batch of step n.
+
+    Every epoch goes through the records in an order of its own; its last batch may be smaller. With workers
+    the next batches are made while the model trains on this one.
+    """
+
+    def __init__(
+        self, maker: BatchMaker, *, batch_size: int, steps: int, seed: int, augment: str = "none"
+    ) -> None:
+        self.maker, self.batch_size, self.steps = maker, batch_size, steps
+        self.seed, self.augment = seed, augment
+        self.per_epoch = math.ceil(len(maker.data) / batch_size)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._ahead = ThreadPoolExecutor(1) if maker.workers > 0 else None
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        if self._ahead is None:
+            return self._make(step)
+        for later in range(step, min(step + 3, self.steps)):
+            if later not in self._coming:
+                self._coming[later] = self._ahead.submit(self._make, later)
+        return self._coming.pop(step).result()
+
+    def indices(self, step: int) -> np.ndarray:
+        """The records of step `step`."""
+        epoch, place = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            stream = np.random.RandomState([self.seed % 2**32, epoch])
+            self._order = (epoch, stream.permutation(len(self.maker.data)))
+        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _make(self, step: int) -> dict[str, Tensor]:
+        batch = self.maker.batch(self.indices(step))
+        if not batch:  # every image of it is undecodable: the next ones, so that a step is a step
+            for later in range(step + 1, step + 1 + self.per_epoch):
+                if batch := self.maker.batch(self.indices(later)):
+                    break
+            else:
+                raise DataError(f"{self.maker.data.spec}: not one image decodes")
+        if self.augment == "light" and "pixel_values" in batch:
+            stream = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+            batch["pixel_values"] = jitter(batch["pixel_values"], stream)
+        return batch
+
+
+def jitter(
+    images: Float[Tensor, "b 3 h w"],
+    generator: torch.Generator,
+    *,
+    degrees: float = 10.0,
+    shift: float = 0.08,
+    zoom: float = 0.15,
+) -> Float[Tensor, "b 3 h w"]:
+    """Each image turned by up to `degrees`, shifted by up to `shift` of its size and zoomed by up to `zoom`.
+
+    No mirror images: digits and letters have none. What comes in at an edge repeats the edge.
+    """
+    count = len(images)
+    draw = torch.rand(count, 4, generator=generator) * 2 - 1  # (B, 4) in [-1, 1)
+    angle = draw[:, 0] * math.radians(degrees)
+    size = 1 + draw[:, 1] * zoom
+    turned = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(
+        count, 2, 2
+    )
+    moved = draw[:, 2:, None] * 2 * shift  # affine_grid's image spans 2 units
+    where = torch.cat([turned * size.view(-1, 1, 1), moved], dim=2).to(images.dtype)  # (B, 2, 3)
+    grid = F.affine_grid(where, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

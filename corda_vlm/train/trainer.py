@@ -1,0 +1,261 @@
+"""transformers' Trainer with our losses: the model it trains is the caller's own, PEFT wrapper and all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from corda_vlm.errors import CordaError
+from corda_vlm.families.base import unwrap
+from corda_vlm.train.objectives import Objective, evaluating
+from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.steps import StepBatches
+from corda_vlm.train.weights import all_finite, load_weights, save_weights
+
+Penalty = Callable[[], Tensor]
+"""A term of the loss that looks at the weights and at no batch: () -> scalar."""
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class ExtraLossMixin:
+    """Adds `extra_weight * extra_loss()` to whatever loss the Trainer beside it computes.
+
+    For any `transformers.Trainer`: `class Mine(ExtraLossMixin, Trainer)`, then set `mine.extra_loss`.
+
+    Attributes:
+        extra_loss: the penalty, or None.
+        extra_weight: its weight.
+        extra_seen: the unweighted penalties since someone last emptied the list, for logs.
+    """
+
+    extra_loss: Penalty | None = None
+    extra_weight: float = 1.0
+    extra_seen: list[Tensor]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any
+    ) -> Any:
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **rest)  # type: ignore[misc]
+        if self.extra_loss is None or not model.training:
+            return found
+        penalty = self.extra_loss()
+        self.__dict__.setdefault("extra_seen", []).append(penalty.detach())
+        if return_outputs:
+            return found[0] + self.extra_weight * penalty, found[1]
+        return found + self.extra_weight * penalty
+
+
+class _BatchLoss(Trainer):
+    """The Trainer whose loss is an `Objective` over our batches."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        objective: Objective,
+        batches: StepBatches,
+        options: TrainOptions,
+        **rest: Any,
+    ) -> None:
+        super().__init__(model=net, **rest)
+        self.net = net  # as `self.model`, which transformers types as optional
+        self.objective, self.batches, self.options = objective, batches, options
+        self.loss_seen: list[Tensor] = []
+        self.seconds = 0.0
+        # The loss is a mean over the batch, which the Trainer then divides by the accumulated batches.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        # A frozen batch norm would still move its running statistics in training mode.
+        self._frozen_norms = [
+            module
+            for module in self.net.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and not any(parameter.requires_grad for parameter in module.parameters())
+        ]
+
+    def get_train_dataloader(self) -> DataLoader:
+        # One item is one ready batch. A plain loader, since skipping to step n must load nothing before it.
+        return DataLoader(self.batches, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with attention(self.options, self.args.device):
+            loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise CordaError(self._not_finite(f"the loss is {float(loss)}"))
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        for norm in self._frozen_norms:
+            norm.eval()
+        with self.autocast():
+            loss, right = self.objective(unwrap(model), inputs)
+        if model.training:
+            self.loss_seen.append(loss.detach())
+        return (loss, right) if return_outputs else loss
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 autocast of our own: accelerate's would wrap `forward`, which the losses do not call."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.options.bf16)
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            options, head = self.options, self.objective.head
+            named = [(p, options.learning_rate) for p in self.net.parameters() if p.requires_grad]
+            if head is not None:
+                rate = options.head_learning_rate or options.learning_rate
+                named += [(p, rate) for p in head.parameters() if p.requires_grad]
+            groups: dict[tuple[float, float], list[Tensor]] = {}
+            for parameter, rate in named:
+                decay = options.weight_decay if parameter.ndim >= 2 else 0.0
+                groups.setdefault((rate, decay), []).append(parameter)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": found, "lr": r, "weight_decay": d} for (r, d), found in groups.items()],
+                lr=options.learning_rate,
+                betas=options.betas,
+                fused=self.args.device.type in ("cpu", "cuda"),
+            )
+            if head is not None:
+                # The Trainer clips and clears the gradients of its model, and the head is no part of that.
+                self.optimizer.register_step_pre_hook(lambda *_: self._clip(head))
+                self.optimizer.register_step_post_hook(lambda *_: head.zero_grad())
+        return self.optimizer
+
+    def _clip(self, head: nn.Module) -> None:
+        if self.options.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(head.parameters(), self.options.max_grad_norm)
+
+    @torch.no_grad()
+    def measure(self, batches: Any) -> dict[str, float]:
+        """Mean loss and accuracy of the objective over evaluation batches."""
+        loss_sum, right, count = 0.0, 0, 0
+        with evaluating(self.net), attention(self.options, self.args.device):
+            for batch in batches:
+                with self.autocast():
+                    loss, correct = self.objective(unwrap(self.net), self._prepare_inputs(batch))
+                count += len(correct)
+                loss_sum += float(loss) * len(correct)
+                right += int(correct.sum())
+        return {"eval_loss": loss_sum / count, "eval_accuracy": right / count}
+
+    # -------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if not all_finite(self.net, self.objective.head):
+            raise CordaError(self._not_finite("the weights are NaN or Inf"))
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # torch.save raises RuntimeError on a full disk
+            raise CordaError(
+                f"could not write {folder}: {error}. Earlier checkpoints are untouched: free some space and "
+                "run the same command again to resume from the last."
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Not the Trainer's own, which pickles its arguments and renames a full model's weights.
+        assert output_dir is not None
+        save_weights(self.net, self.objective.head, output_dir)
+        (Path(output_dir) / SECONDS).write_text(f"{self.seconds}\n", encoding="utf-8")
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        load_weights(self.net, self.objective.head, resume_from_checkpoint)
+
+    def _not_finite(self, what: str) -> str:
+        seen = [float(loss) for loss in self.loss_seen if torch.isfinite(loss)]
+        return (
+            f"{what} at step {self.state.global_step + 1} of {self.state.max_steps} "
+            f"(learning rate {self._get_learning_rate():.3g}"
+            + (f"; the loss before was {seen[-1]:.4g}" if seen else "")
+            + f"). Lower the peak learning rate ({self.options.learning_rate:g}), lengthen the warm-up, or clip "
+            f"gradients harder (max_grad_norm {self.options.max_grad_norm:g})."
+        )
+
+
+class CordaTrainer(ExtraLossMixin, _BatchLoss):
+    """`_BatchLoss` with the extra term."""
+
+
+SECONDS = "seconds.txt"
+
+
+def make_trainer(
+    model: nn.Module,
+    *,
+    objective: Objective,
+    batches: StepBatches,
+    options: TrainOptions,
+    output_dir: Path,
+    callbacks: list[TrainerCallback],
+) -> CordaTrainer:
+    """A trainer on the device where the model is."""
+    from transformers import PrinterCallback
+
+    device = next(model.parameters()).device
+    steps = math.ceil(len(batches) / options.gradient_accumulation)
+    args = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        warmup_steps=round(options.warmup_ratio * steps),
+        max_grad_norm=options.max_grad_norm,
+        logging_steps=options.log_every,
+        logging_nan_inf_filter=False,  # it would hide the NaN that we report
+        save_strategy="no",  # our callback says when
+        save_total_limit=1,
+        seed=options.seed,
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    if args.world_size > 1:
+        raise CordaError(
+            f"started in {args.world_size} processes; training runs in one process, on one device. "
+            "Start it without torchrun or accelerate launch."
+        )
+    # With several GPUs in sight the Trainer would replicate the model over them.
+    args._n_gpu = min(args.n_gpu, 1)
+    trainer = CordaTrainer(
+        model,
+        objective,
+        batches,
+        options,
+        args=args,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextlib.contextmanager
+def attention(options: TrainOptions, device: torch.device) -> Iterator[None]:
+    """The attention back-end that `options.attention` names."""
+    if options.attention == "math" or (options.attention == "auto" and device.type == "cpu"):
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
+
+
+def _only(items: list[Any]) -> Any:
+    return items[0]

@@ -1,0 +1,212 @@
+"""What looks on while the Trainer runs: progress, history, evaluation, checkpoints, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.files import write_text
+from corda_vlm.train.options import TrainOptions
+
+SAVE_SECONDS = 120.0
+"""Time between checkpoints when `save_every` is not given: what a kill may cost."""
+
+
+class Watch(TrainerCallback):
+    """Keeps the history and decides when to evaluate, to save and to stop.
+
+    Attributes:
+        history: entries so far, those of resumed runs included; also lines of `path`.
+        stopped: a signal asked to stop.
+    """
+
+    trainer: Any
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        path: Path,
+        measure: Callable[[], dict[str, float]] | None,
+        show_progress: bool,
+    ) -> None:
+        self.options, self.path, self.measure = options, path, measure
+        self.show_progress = show_progress
+        self.history: list[dict[str, Any]] = []
+        self.stopped: signal.Signals | None = None
+        self._bar: tqdm | None = None
+
+    @property
+    def seconds(self) -> float:
+        """In training so far, earlier runs included."""
+        return self._before + time.perf_counter() - self._began
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of this run, evaluation and checkpoints not counted."""
+        return self._samples / self._busy if self._busy > 0 else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._before, self._began = self.trainer.seconds, time.perf_counter()
+        self._saved = self._began
+        self._busy, self._samples = 0.0, 0
+        self.history = [
+            entry for entry in read_history(self.path) if entry["step"] <= state.global_step
+        ]
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.history))
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            disable=not self.show_progress,
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        now, step, options = time.perf_counter(), state.global_step, self.options
+        self._busy += now - self._step_began
+        micro = range(
+            (step - 1) * options.gradient_accumulation, step * options.gradient_accumulation
+        )
+        batches = self.trainer.batches
+        self._samples += sum(len(batches.indices(n)) for n in micro if n < len(batches))
+        if self._bar is not None:
+            self._bar.update()
+        last = step >= state.max_steps
+        control.should_log |= last  # a training shorter than `log_every` has a history too
+        if self.measure and (last or (options.eval_every and step % options.eval_every == 0)):
+            found = {name: round(value, 6) for name, value in self.measure().items()}
+            self._note(
+                {
+                    "step": step,
+                    "epoch": self._epoch(step),
+                    "seconds": round(self.seconds, 3),
+                    **found,
+                }
+            )
+        due = (
+            now - self._saved > SAVE_SECONDS
+            if options.save_every is None
+            else step % options.save_every == 0
+        )
+        if self.stopped is not None:
+            control.should_training_stop = True
+            due = True
+        if due and not last:  # the last step's weights are written as the result
+            control.should_save = True
+            self.trainer.seconds = self.seconds
+            self._saved = now
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        trainer = self.trainer
+        entry = {
+            "step": state.global_step,
+            "epoch": self._epoch(state.global_step),
+            "seconds": round(self.seconds, 3),
+            "loss": float(torch.stack(trainer.loss_seen).mean()),
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "samples_per_second": round(self.samples_per_second, 2),
+        }
+        extra = trainer.__dict__.get("extra_seen", [])
+        if extra:
+            entry["extra_loss"] = float(torch.stack(extra).mean())
+            extra.clear()
+        trainer.loss_seen.clear()
+        self._note(entry)
+        if self._bar is not None:
+            self._bar.set_postfix(
+                loss=f"{entry['loss']:.3f}",
+                lr=f"{entry['learning_rate']:.1e}",
+                samples=f"{entry['samples_per_second']:.0f}/s",
+                refresh=False,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _epoch(self, step: int) -> float:
+        batches = self.trainer.batches
+        return round(step * self.options.gradient_accumulation / batches.per_epoch, 3)
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        self.history.append(entry)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise CordaError(
+                f"could not write {self.path}: {error}. The checkpoints are untouched: free some space and "
+                "run the same command again."
+            ) from error
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The entries of a `history.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+        ForeignFileError: another line is no entry.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            entry["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ForeignFileError(
+                f"{path}, line {number}: no entry of a training's history"
+            ) from error
+        entries.append(entry)
+    return entries
+
+
+@contextmanager
+def stop_on_signal(watch: Watch) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint after the running step; the second one acts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may have handlers
+        return
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    former = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def ask(number: int, frame: Any) -> None:
+        watch.stopped = signal.Signals(number)
+        for kind in kinds:
+            signal.signal(kind, former[kind])
+        print("\nstopping after this step; press again to stop at once", file=sys.stderr)
+
+    try:
+        for kind in kinds:
+            signal.signal(kind, ask)
+        yield
+    finally:
+        for kind in kinds:
+            signal.signal(kind, former[kind])

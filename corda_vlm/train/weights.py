@@ -1,0 +1,126 @@
+"""Trained weights on disk: safetensors, nothing that was not trained, and no pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.files import atomic_write
+from corda_vlm.train.heads import Head
+
+ADAPTER = "adapter_model.safetensors"
+TRAINED = "trained.safetensors"
+HEAD = "head.safetensors"
+
+
+def save_weights(model: nn.Module, head: Head | None, folder: str | Path) -> None:
+    """Write what was trained into `folder`.
+
+    A `PeftModel` writes its adapter as PEFT does (`adapter_model.safetensors`, `adapter_config.json`). Any
+    other model writes `trained.safetensors`: trained parameters and buffers under the model's own names.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        # "auto" would ask the hub whether the vocabulary has grown, at every checkpoint.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        state = {name: value.detach().cpu().contiguous() for name, value in _trained(model).items()}
+        with atomic_write(folder / TRAINED) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
+    if head is not None:
+        head.save(folder / HEAD)
+
+
+def load_weights(model: nn.Module, head: Head | None, folder: str | Path) -> None:
+    """Put what `save_weights` wrote back into the same model, or one made the same way.
+
+    Raises:
+        ForeignFileError: no such files, damaged ones, or those of another model or adapter.
+    """
+    folder = Path(folder)
+    path = folder / (ADAPTER if isinstance(model, PeftModel) else TRAINED)
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ForeignFileError(
+            f"{path}: not readable ({error}); delete {folder} to do without it"
+        ) from error
+    if isinstance(model, PeftModel):
+        _load_adapter(model, state, path)
+    else:
+        _load_trained(model, state, path)
+    if head is not None:
+        saved = Head.load(folder / HEAD)
+        if saved.kind != head.kind or saved.weight.shape != head.weight.shape:
+            raise ForeignFileError(f"{folder / HEAD}: a head of another task")
+        head.load_state_dict(saved.state_dict())
+
+
+def _load_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        found = set_peft_model_state_dict(model, state, adapter_name=str(model.active_adapter))
+    except (RuntimeError, KeyError) as error:
+        raise ForeignFileError(f"{path}: an adapter of another model or rank ({error})") from error
+    name = f".{model.active_adapter}"
+    missing = [key for key in found.missing_keys if "lora_" in key and name in key]
+    if found.unexpected_keys or missing:
+        strange = [*found.unexpected_keys, *missing][0]
+        raise ForeignFileError(f"{path}: an adapter of another model or method, at {strange}")
+
+
+def _load_trained(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = _trained(model)
+    different = sorted(set(own) ^ set(state)) or [n for n in own if own[n].shape != state[n].shape]
+    if different:
+        raise ForeignFileError(f"{path}: weights of another model, at {different[0]}")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(state[name])
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters, and the buffers of modules that have some (batch norm's statistics); tied ones once."""
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{name}".lstrip(".")] = buffer
+    return found
+
+
+def all_finite(model: nn.Module, head: Head | None) -> bool:
+    """Is every trained number finite?"""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained += [] if head is None else list(head.parameters())
+    return all(bool(torch.isfinite(p).all()) for p in trained)
+
+
+def signature(model: nn.Module) -> dict[str, Any]:
+    """What a resumption checks the model by: its trained parameters' shapes, and how large some frozen ones are."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    sampled = frozen[:: max(1, len(frozen) // 8)]
+    return {
+        "trained": {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad},
+        "frozen": [float(p.detach().float().abs().mean()) for p in sampled],
+    }
+
+
+def check_signature(saved: dict[str, Any], model: nn.Module, where: Path) -> None:
+    """Raises `CordaError` if `model` is not the one whose `signature` was saved."""
+    own = signature(model)
+    if saved["trained"] != own["trained"]:
+        names = set(saved["trained"]) ^ set(own["trained"])
+        at = sorted(names)[0] if names else "the same names, but other shapes"
+        raise CordaError(f"{where} holds the training of another model or method ({at})")
+    before, now = torch.tensor(saved["frozen"]), torch.tensor(own["frozen"])
+    if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-2, atol=1e-6):
+        raise CordaError(f"{where} holds the training of a model with other frozen weights")
