@@ -344,7 +344,7 @@ def write_style(icon_set: IconSet, emoji: list[Emoji], names: list[str], out: Pa
 def draw_picture(data_dir: Path, out: Path) -> None:
     """A few emoji in all styles, one column a style, from the finished files."""
     styles = (*TRAINED_STYLES, UNSEEN_STYLE)
-    step, top, left = IMAGE_SIZE + 8, 52, 130
+    step, top, left = IMAGE_SIZE + 8, 62, 130
     size = (left + step * len(styles), top + step * len(PICTURE))
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)

@@ -1,4 +1,4 @@
-"""Train emoji-clip from scratch: a CLIP of 14 M parameters, on one CPU thread in about an hour and a half.
+"""Train emoji-clip from scratch: a CLIP of 14 M parameters, in little over an hour on a CPU thread.
 
 ::
 
@@ -498,7 +498,10 @@ def train(options: Options, data_dir: Path, out: Path, *, compiled: bool, thread
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98), fused=True)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     step, seconds = load_checkpoint(out, model, average, optimizer)
-    settings = asdict(options) | {"machine": platform.platform(), "threads": threads}
+    settings = asdict(options) | {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": threads,
+    }
     (out / "options.json").write_text(json.dumps(settings, indent=2) + "\n")
     log = (out / "log.jsonl").open("a")
 
