@@ -37,9 +37,9 @@ class TrainOptions:
         mask_duplicates: with "contrastive": a text that occurs twice in a batch is not its own negative.
         augment: "none" or "light" (small rotations, shifts and zooms of the preprocessed batch).
         bf16: run the model under bfloat16 autocast; losses and weights stay in float32.
-        attention: "auto", "math" or "default". On a CPU under bfloat16, PyTorch's MATH attention trains 1.8
-            times faster than its default (a ViT of 64 px, patch 16), and as fast in float32: "auto" takes it
-            on a CPU, and PyTorch's own choice elsewhere.
+        attention: "auto", "math" or "default". PyTorch's MATH attention trains a ViT of 64 px and patch 16 under
+            bfloat16 on a CPU 1.8 times faster than its default: "auto" takes it there for up to 128 tokens, and
+            PyTorch's own choice elsewhere (`corda_vlm.train.trainer.takes_math` has the timings).
         gradient_accumulation: batches a step.
         eval_every: steps between two evaluations on `eval_data`; None only at the end.
         save_every: steps between checkpoints; None saves every two minutes.

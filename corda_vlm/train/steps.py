@@ -49,10 +49,13 @@ class StepBatches(Dataset[dict[str, Tensor]]):
     def indices(self, step: int) -> np.ndarray:
         """The records of step `step`."""
         epoch, place = divmod(step, self.per_epoch)
-        if self._order[0] != epoch:
-            stream = np.random.RandomState([self.seed % 2**32, epoch])
-            self._order = (epoch, stream.permutation(len(self.maker.data)))
-        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        kept, order = self._order  # read once: the thread that works ahead may be in the next epoch
+        if kept != epoch:
+            order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(
+                len(self.maker.data)
+            )
+            self._order = (epoch, order)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def _make(self, step: int) -> dict[str, Tensor]:
         batch = self.maker.batch(self.indices(step))

@@ -70,6 +70,8 @@ class Watch(TrainerCallback):
             initial=state.global_step,
             desc="training",
             unit="step",
+            mininterval=0.5,
+            dynamic_ncols=True,
             disable=not self.show_progress,
         )
 
@@ -195,7 +197,7 @@ def stop_on_signal(watch: Watch) -> Iterator[None]:
         yield  # only the main thread may have handlers
         return
     kinds = (signal.SIGINT, signal.SIGTERM)
-    former = {kind: signal.getsignal(kind) for kind in kinds}
+    former = {kind: signal.getsignal(kind) or signal.SIG_DFL for kind in kinds}
 
     def ask(number: int, frame: Any) -> None:
         watch.stopped = signal.Signals(number)

@@ -12,6 +12,7 @@ from corda_vlm.data import make_batches
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.families import detect_family
 from corda_vlm.train import Head, TrainOptions, train
+from corda_vlm.train.trainer import takes_math
 
 FAST = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
 
@@ -91,7 +92,7 @@ def test_odd_batch_sizes(lora, size, loss, tiny_open_clip, digits, processor, tm
 
 def test_contrastive_training_of_both_towers(tiny_open_clip, digits, processor, held_out, tmp_path):
     options = TrainOptions(
-        loss="contrastive", epochs=4, batch_size=30, learning_rate=3e-3, log_every=3
+        loss="contrastive", epochs=4.0, batch_size=30, learning_rate=3e-3, log_every=3
     )
     result = train(
         tiny_open_clip,
@@ -170,7 +171,7 @@ def test_heads_are_trained_saved_and_loaded(loss, tiny_open_clip, digits, proces
     options = TrainOptions(
         loss=loss,
         train_head=loss == "prompt",
-        epochs=10,
+        epochs=10.0,
         batch_size=30,
         learning_rate=0.05,
         bf16=False,
@@ -253,3 +254,14 @@ def test_frozen_batch_norms_keep_their_statistics(
     )
     assert norm.num_batches_tracked == 0
     assert torch.equal(norm.running_mean, torch.zeros(3))
+
+
+def test_math_attention_where_it_is_the_faster_one(tiny_open_clip):
+    def taken(side, **options):
+        return takes_math(TrainOptions(steps=1, **options), tiny_open_clip, (side, side))
+
+    assert taken(32)  # 16 patches of 8 pixels
+    assert not taken(224)  # 784 patches
+    assert not taken(32, bf16=False)
+    assert taken(224, attention="math")
+    assert not taken(32, attention="default")
