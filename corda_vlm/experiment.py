@@ -154,6 +154,8 @@ class Experiment:
             UnknownNameError: an option that training does not have.
         """
         given = {**self.training, **self.variants[variant].training}
+        if self.method_of(variant) == "linear-probe":
+            given["loss"] = "linear"  # there is nothing else to train
         known = TrainOptions.__dataclass_fields__
         for name in given:
             if name not in known or name in ("learning_rate", "seed"):

@@ -79,7 +79,7 @@ class Method:
         name: key in `METHODS`.
         description: one line.
         source: the paper.
-        needs_store: does it take its directions from data?
+        covariances: of what the directions are taken: "knowledge" (to keep), "task" (to learn), or None for no data.
         attach: (bare model, request) -> the model to train.
         detach: the model that was trained -> the original bare model.
     """
@@ -87,9 +87,13 @@ class Method:
     name: str
     description: str
     source: str
-    needs_store: bool
+    covariances: str | None
     attach: Callable[[nn.Module, MethodRequest], nn.Module]
     detach: Callable[[nn.Module], nn.Module]
+
+    @property
+    def needs_store(self) -> bool:
+        return self.covariances is not None
 
     def prepare(self, model: nn.Module, request: MethodRequest) -> Prepared:
         """Make `model` ready to train.
@@ -99,7 +103,8 @@ class Method:
         """
         if self.needs_store and request.store is None:
             raise CordaError(
-                f"method {self.name!r} takes its directions from data: pass store=, from collect_covariance"
+                f"method {self.name!r} takes its directions from data: pass store=, from collect_covariance of the "
+                f"{self.covariances}"
             )
         ready = self.attach(model, request)
         trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)
@@ -264,7 +269,7 @@ METHODS: dict[str, Method] = {
             "full",
             "every parameter of the chosen towers is trained",
             "the usual baseline",
-            False,
+            None,
             _full,
             _cannot_detach,
         ),
@@ -272,7 +277,7 @@ METHODS: dict[str, Method] = {
             "linear-probe",
             "the model is frozen, only a classification head on its embeddings is trained",
             "CLIP, arXiv 2103.00020",
-            False,
+            None,
             _freeze,
             _unfreeze,
         ),
@@ -280,7 +285,7 @@ METHODS: dict[str, Method] = {
             "lora",
             "low-rank adapter, A random and B zero",
             "LoRA, arXiv 2106.09685",
-            False,
+            None,
             _plain(use_dora=False),
             restore,
         ),
@@ -288,7 +293,7 @@ METHODS: dict[str, Method] = {
             "dora",
             "LoRA, with magnitude and direction of the weights apart",
             "DoRA, arXiv 2402.09353",
-            False,
+            None,
             _plain(use_dora=True),
             restore,
         ),
@@ -296,7 +301,7 @@ METHODS: dict[str, Method] = {
             "pissa",
             "adapts the largest components of W",
             "PiSSA, arXiv 2404.02948",
-            False,
+            None,
             _planned("pissa"),
             restore,
         ),
@@ -304,7 +309,7 @@ METHODS: dict[str, Method] = {
             "milora",
             "adapts the smallest components of W",
             "MiLoRA, arXiv 2406.09044",
-            False,
+            None,
             _planned("milora"),
             restore,
         ),
@@ -312,7 +317,7 @@ METHODS: dict[str, Method] = {
             "olora",
             "adapts the first orthonormal directions of W = Q R",
             "OLoRA, arXiv 2406.01775",
-            False,
+            None,
             _planned("olora"),
             restore,
         ),
@@ -320,7 +325,7 @@ METHODS: dict[str, Method] = {
             "corda-kpm",
             "adapts what the knowledge's covariance uses least, to keep it",
             "CorDA, knowledge-preserved mode, arXiv 2406.05223",
-            True,
+            "knowledge",
             _planned("corda", "kpm"),
             restore,
         ),
@@ -328,7 +333,7 @@ METHODS: dict[str, Method] = {
             "corda-ipm",
             "adapts what the new task's covariance uses most, to learn it fast",
             "CorDA, instruction-previewed mode, arXiv 2406.05223",
-            True,
+            "task",
             _planned("corda", "ipm"),
             restore,
         ),

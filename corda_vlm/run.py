@@ -41,7 +41,7 @@ from corda_vlm.families import Loaded, load_model
 from corda_vlm.files import resolve, write_json, write_text
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.sites import find_sites
-from corda_vlm.train import train
+from corda_vlm.train import Head, train
 
 SCORES, RESOLVED = "scores.jsonl", "config.yaml"
 
@@ -147,7 +147,12 @@ class _Laboratory:
         self._measure(self.loaded.model, method="base")
 
     def _measure(
-        self, model: nn.Module, *, show: bool = True, **labels: Any
+        self,
+        model: nn.Module,
+        *,
+        head: Head | None = None,
+        show: bool = True,
+        **labels: Any,
     ) -> list[dict[str, Any]]:
         """Measure what is not measured yet; rows are written task by task. Returns all rows."""
         path = self.folder / SCORES
@@ -162,6 +167,7 @@ class _Laboratory:
             data_root=self.experiment.data_root,
             batch_size=256,
             cache=self.cache,
+            head=head,
             show_progress=show,
         )
         for result in results if remaining else ():
@@ -237,9 +243,7 @@ class _Laboratory:
             copy.deepcopy(self.loaded.model),
             MethodRequest(
                 rank=variant.rank or experiment.rank,
-                store=self.store("task" if method.name == "corda-ipm" else "knowledge")
-                if method.needs_store
-                else None,
+                store=self.store(method.covariances) if method.covariances else None,
                 towers=experiment.towers,
                 a_norm=variant.a_norm,
                 damping=variant.damping,
@@ -261,6 +265,7 @@ class _Laboratory:
         )
         rows = self._measure(
             prepared.model,
+            head=result.head and result.head.cpu(),
             show=False,
             method=training.variant,
             learning_rate=training.learning_rate,

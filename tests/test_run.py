@@ -49,6 +49,7 @@ EXPERIMENT = {
         "corda-kpm": {"a_norm": 10, "learning_rates": [1e-3]},
         "preview": {"method": "corda-ipm", "learning_rates": [1e-3]},
         "full": {"learning_rates": [1e-4]},
+        "linear-probe": {"learning_rates": [1e-1], "training": {"steps": 40}},
     },
 }
 
@@ -84,8 +85,11 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
     )
     assert (folder / "corda-kpm" / "0.001-0" / "weights" / "adapter_model.safetensors").is_file()
     rows = read_rows(folder / "scores.jsonl")
-    assert {row["method"] for row in rows} == {"base", "corda-kpm", "preview", "full"}
+    assert {row["method"] for row in rows} == {"base", "corda-kpm", "preview", "full", "linear-probe"}
     assert all(row["n"] > 0 and 0 <= row["value"] <= 1 for row in rows)
+    score = {(row["method"], row["task"]): row["value"] for row in rows}
+    assert score["linear-probe", "emoji"] == score["base", "emoji"], "a probe changes nothing it knew"
+    assert score["linear-probe", "digits"] > score["base", "digits"] + 0.2, "its head is what is judged"
     printed = capsys.readouterr().out
     assert "corda-kpm" in printed
     assert "report.html" in printed
@@ -95,7 +99,7 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
     before = (folder / "scores.jsonl").read_bytes()
     run(config(), output=folder)
     assert (folder / "scores.jsonl").read_bytes() == before, "a second run measures nothing again"
-    assert "3 of 3 trainings are finished already" in capsys.readouterr().out
+    assert "4 of 4 trainings are finished already" in capsys.readouterr().out
 
     run(config(seeds=[0, 1]), output=folder, only=["full"])
     added = read_rows(folder / "scores.jsonl")[len(rows) :]

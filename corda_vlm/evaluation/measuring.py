@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.evaluation.encoder import Cache, Encoder
@@ -69,6 +69,7 @@ def measure(
     resamples: int = RESAMPLES,
     workers: int = 0,
     cache: Cache | None = None,
+    head: Callable[[Tensor], Tensor] | None = None,
     show_progress: bool = False,
 ) -> Iterator[TaskResult]:
     """Measure a model on a suite, task by task, so that each can be written down before the next begins.
@@ -84,6 +85,8 @@ def measure(
         resamples: of the bootstrap.
         workers: threads that decode images; 0 uses the caller's.
         cache: shared between the evaluations of a study, so that images are decoded once.
+        head: a classifier trained on the new task, image embeddings -> logits; in place of the prompts it judges the
+            zero-shot tasks that do not measure retention.
 
     Raises:
         UnknownNameError: no such suite or task.
@@ -117,7 +120,10 @@ def measure(
                 raise DataError(f"task {task.name} of suite {suite.name}: {error}") from error
             logger.warning("task %s is left out: %s", task.name, error)
             continue
-        outcomes = tuple(_evaluator(task, data, suite, root, encoder.cache).outcomes(encoder))
+        evaluator = _evaluator(task, data, suite, root, encoder.cache)
+        if head is not None and isinstance(evaluator, ZeroShot) and task.role != "retention":
+            evaluator = replace(evaluator, head=head)
+        outcomes = tuple(evaluator.outcomes(encoder))
         scores = tuple(o.score(task.name, task.role, resamples=resamples) for o in outcomes)
         if data.skipped:
             logger.warning(

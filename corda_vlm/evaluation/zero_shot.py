@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ METRICS = ("top1", "top5", "mean_per_class")
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Classification without a trained head.
+    """Classification by prompts of the class names, or by a trained head.
 
     Attributes:
         data: images with labels.
@@ -34,6 +34,7 @@ class ZeroShot:
         templates: prompts with one `{}` each.
         remap: for each label of the data its index in `class_names`, where the two are not the same.
         metrics: any of `METRICS`. mean_per_class is the mean over classes of each class's top-1 recall.
+        head: image embeddings (b, d) -> logits (b, classes) in the order of the data's labels, in place of the prompts.
     """
 
     data: ImageTextData
@@ -41,6 +42,7 @@ class ZeroShot:
     templates: Sequence[str]
     metrics: Sequence[str] = ("top1",)
     remap: Sequence[int] | None = None
+    head: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -76,25 +78,29 @@ class ZeroShot:
 
         vectors = encoder.images(pixels())  # (n, d)
         truth = torch.cat(labels)  # (n,)
-        if self.remap is not None:
+        if self.remap is not None and self.head is None:
             truth = torch.tensor(self.remap)[truth]
         if int(truth.max()) >= len(self.class_names):
             raise DataError(
                 f"{self.data.spec}: has a label {int(truth.max())}, but there are {len(self.class_names)} class "
                 "names; name every class of the data"
             )
-        weights = encoder.classifier(self.class_names, self.templates)  # (d, classes)
-        rank = _ranks(vectors, weights, truth, chunk=max(encoder.batch_size, 256)).numpy()
+        classify = self.head or self._prompts(encoder)
+        rank = _ranks(vectors, classify, truth, chunk=max(encoder.batch_size, 256)).numpy()
         classes = len(self.class_names)
         for metric in self.metrics:
             k = min(5, classes) if metric == "top5" else 1
             groups = truth.numpy() if metric == "mean_per_class" else None
             yield Outcome(metric, (rank < k).astype(np.float64), groups, chance=k / classes)
 
+    def _prompts(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
+        weights = encoder.classifier(self.class_names, self.templates)  # (d, classes)
+        return lambda vectors: vectors @ weights
+
 
 def _ranks(
     vectors: Float[Tensor, "n d"],
-    weights: Float[Tensor, "d classes"],
+    classify: Callable[[Tensor], Tensor],
     truth: Int[Tensor, " n"],
     chunk: int,
 ) -> Int[Tensor, " n"]:
@@ -106,7 +112,7 @@ def _ranks(
     found = []
     broken = 0
     for at in range(0, len(vectors), chunk):
-        logits = vectors[at : at + chunk] @ weights  # (B, classes)
+        logits = classify(vectors[at : at + chunk])  # (B, classes)
         label = truth[at : at + chunk, None]
         own = logits.gather(1, label)
         earlier = torch.arange(logits.shape[1]) < label

@@ -81,14 +81,14 @@ def test_ranks_by_hand() -> None:
     vectors = torch.eye(3)
     vectors[2, 2] = float("nan")
     weights = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.3, 0.4, 0.1]])
-    ranks = _ranks(vectors, weights, torch.tensor([1, 1, 0]), chunk=2)
+    ranks = _ranks(vectors, lambda v: v @ weights, torch.tensor([1, 1, 0]), chunk=2)
     # Second of three; among equals the lower index first, so second too; NaN is wrong at any k.
     assert ranks.tolist() == [1, 1, 3]
 
 
 def test_a_collapsed_model_is_at_chance() -> None:
     labels = torch.arange(10).repeat(20)
-    ranks = _ranks(torch.ones(200, 4), torch.ones(4, 10), labels, chunk=64)
+    ranks = _ranks(torch.ones(200, 4), lambda v: v @ torch.ones(4, 10), labels, chunk=64)
     assert (ranks == 0).float().mean().item() == pytest.approx(0.1)
     assert (ranks < 5).float().mean().item() == pytest.approx(0.5)
 
@@ -103,6 +103,19 @@ def test_a_diverged_model_scores_zero(
         "top1": 0.0
     }
     assert "NaN or Inf on 12 of 12 images" in caplog.text
+
+
+def test_a_trained_head_judges_in_place_of_the_prompts(
+    tiny_open_clip, tiny_processor, colour_folder: Path
+) -> None:
+    data = load_records(f"folder:{colour_folder}")
+
+    def always_the_second(vectors: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.0, 1.0, 0.0]).expand(len(vectors), 3)
+
+    judged = ZeroShot(data, NAMES, ["{}"], head=always_the_second)
+    share = sum(label == 1 for label in data.labels) / len(data)
+    assert dict(judged.run(encoder_of(tiny_open_clip, tiny_processor))) == {"top1": share}
 
 
 def test_too_few_class_names(tiny_open_clip, tiny_processor, colour_folder: Path) -> None:
