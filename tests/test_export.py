@@ -217,7 +217,7 @@ def test_bfloat16(tiny_open_clip, base, tmp_path):
 
 class TestLora:
     def test_one_rank_and_alpha_everywhere_though_the_plan_varies(self, tiny_clip_hf, tmp_path):
-        store = collect_covariance(tiny_clip_hf, [make_batch(48)], show_progress=False)
+        store = collect_covariance(tiny_clip_hf, [make_batch(80)], show_progress=False)
         plan = plan_adapter(tiny_clip_hf, store, rank=5, dynamic_rank=True, show_progress=False)
         attached = attach_adapter(tiny_clip_hf, plan)
         assert len({s.rank for s in plan.sites}) > 1

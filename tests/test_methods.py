@@ -46,7 +46,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def store_of(model: nn.Module):
-    return collect_covariance(model, [make_batch(64)], show_progress=False)
+    return collect_covariance(model, [make_batch(80)], show_progress=False)
 
 
 def prepare(name: str, model: nn.Module, store=None, **options) -> nn.Module:
