@@ -298,7 +298,7 @@ def evaluate(
     )
     for result in results:
         if output is not None:
-            method = "base" if adapter is None else Path(adapter).name
+            method = "base" if adapter is None else _name_of(Path(adapter))
             rows = [
                 score_row(score, run=Path(output).stem, method=method) for score in result.scores
             ]
@@ -339,6 +339,12 @@ def report(folder: str) -> None:
 
     page = write_report(folder)
     print(f"{summary_table(folder)}\n\nwrote {page}")
+
+
+def _name_of(adapter: Path) -> str:
+    """What scores call an adapter: its folder, and of a training's own `weights/` the training's folder."""
+    adapter = adapter.resolve()
+    return adapter.parent.name if adapter.name == "weights" else adapter.name
 
 
 VERBS = {

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from corda_vlm.errors import CordaError, ForeignFileError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -66,9 +68,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own error
         raise CordaError(
-            f"could not write {path}: {error.strerror or error}. The former file, if any, is untouched; "
+            f"could not write {path}: {getattr(error, 'strerror', None) or error}. The former file, if any, is untouched; "
             "free some space or choose another folder, then run the same command again."
         ) from error
     finally:

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.files import asset, atomic_write, read_json, resolve, write_json
@@ -49,6 +50,13 @@ def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path):
     with full, atomic_write(target):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert read_json(target) == {"a": 1}
+
+
+def test_safetensors_own_error_of_a_full_disk_is_named_too(tmp_path):
+    full = pytest.raises(CordaError, match=r"could not write .*a\.safetensors: .*os error 28")
+    with full, atomic_write(tmp_path / "a.safetensors"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):

@@ -69,7 +69,7 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     scores = ["evaluate", "emoji-clip", "emoji-digits", "--tasks=[digits]", "--limit=40"]
     main([*scores, "--adapter=adapter/weights", "--output=scores.jsonl"])
     row = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[0])
-    assert (row["task"], row["n"]) == ("digits", 40)
+    assert (row["method"], row["task"], row["n"]) == ("adapter", "digits", 40)
 
     main(["export", "emoji-clip", "adapter/weights", "merged"])
     plain = (

@@ -13,6 +13,8 @@ from corda_vlm.data.spec import DataSpec, find_one, find_paths
 from corda_vlm.data.table import Table, first_line
 from corda_vlm.errors import DataError, UnknownNameError
 
+_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
 
 def read_folder(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """A folder with one folder a class, or with such folders for each split (train/, val/, test/)."""
@@ -25,6 +27,11 @@ def read_folder(spec: DataSpec, beside: str | Path | None = None) -> Table:
         if spec.split not in parts:
             raise UnknownNameError(f"split of {root}", spec.split, parts)
         root = root / str(spec.split)
+    inner = [path for path in root.iterdir() if path.is_dir()]
+    # The name of a part as a class gives plausible numbers.
+    if not own_split and inner and all(path.name.lower() in _PARTS for path in inner):
+        parts = sorted(path.name for path in inner)
+        raise DataError(f"{root} holds parts, not classes; say which split: {', '.join(parts)}")
     files, classes = [], []
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)

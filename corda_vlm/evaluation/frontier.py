@@ -5,7 +5,8 @@ a model that forgot everything. So methods are compared along the curve over the
 how much they keep where they have learnt the task equally well.
 
 `task` is the mean over the gain tasks of each one's first metric; `kept` is the mean over the retention
-tasks of (score − chance) / (base − chance): 1 is the base model, 0 is guessing.
+tasks of (score − chance) / (base − chance): 1 is the base model, 0 is guessing. Retention tasks on which the
+base model itself does no better than chance have nothing to keep and do not count.
 """
 
 from __future__ import annotations
@@ -108,16 +109,17 @@ class Results:
         known = self.base[task] - self.chance[task]
         return (score - self.chance[task]) / known if known > 0 else float("nan")
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The retention tasks on which the base model does better than chance: on others nothing can be kept."""
+        return tuple(t for t in self.retention if self.base.get(t, 0.0) > self.chance[t])
+
     def point(self, scores: Mapping[str, float]) -> Point | None:
         """Where a model lies, or None while some task is not yet measured."""
-        if (
-            not self.gain
-            or not self.retention
-            or any(t not in scores for t in self.gain + self.retention)
-        ):
+        if not self.gain or not self.known or any(t not in scores for t in self.gain + self.known):
             return None
         task = float(np.mean([scores[t] for t in self.gain]))
-        return Point(task, float(np.mean([self.kept_share(t, scores[t]) for t in self.retention])))
+        return Point(task, float(np.mean([self.kept_share(t, scores[t]) for t in self.known])))
 
     def points(self, method: str) -> dict[Setting, dict[int | None, Point]]:
         """Setting -> seed -> point, settings in the order of scale and learning rate."""

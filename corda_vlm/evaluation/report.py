@@ -135,8 +135,8 @@ def _report(
         sections.append(
             Section("Every method at every learning rate", tables=[_trained_table(results)])
         )
-        if len(results.retention) > 1 and comparisons:
-            alone = [replace(results, retention=(task,)) for task in results.retention]
+        if len(results.known) > 1 and comparisons:
+            alone = [replace(results, retention=(task,)) for task in results.known]
             tables = [
                 replace(
                     _equal_table(compare(one)), caption=f"The same on {one.retention[0]} alone."
@@ -167,6 +167,11 @@ def _state(results: Results) -> str:
         return "Only the model before training has been measured so far."
     if not results.gain or not results.retention:
         return "A trade-off needs at least one task of each role, gain and retention."
+    if not results.known:
+        return (
+            f"The base model does no better than chance on {_listed(results.retention)}, so there is no knowledge "
+            "to keep and nothing to compare."
+        )
     return f"Nothing was trained with `{REFERENCE}`, so there is no task accuracy to compare the methods at."
 
 
@@ -271,12 +276,18 @@ def _trained_table(results: Results, brief: bool = False, scaled: bool = False) 
             placed = [p.kept for s in seeds.values() if (p := results.point(s))]
             rows.append([*row, _spread(placed, brief)])
     seeds = len(results.seeds)
+    unknown = [task for task in results.retention if task not in results.known]
+    left_out = (
+        f" The base model does no better than chance on {_listed(unknown)}, so it does not count there."
+        if unknown
+        else ""
+    )
     means = (
         f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
     )
     return Table(
         f"{means}Gain: {_listed(results.gain)}. Retention: {_listed(results.retention)}. Kept share: 100% is "
-        "the base model, 0% is chance, the mean over the retention tasks.",
+        f"the base model, 0% is chance, the mean over the retention tasks.{left_out}",
         headings, rows,
     )  # fmt: skip
 

@@ -128,6 +128,8 @@ def test_folder(folder, digits):
     with pytest.raises(UnknownNameError, match="choose one of: test, train"):
         load_records({"source": f"folder:{folder}", "split": "val"})
     assert len(load_records(f"folder:{folder / 'train'}")) == 40
+    with pytest.raises(DataError, match=r"holds parts, not classes; say which split: test, train"):
+        load_records(f"folder:{folder}")
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures in folders"):
         load_records(f"folder:{folder / 'empty'}")

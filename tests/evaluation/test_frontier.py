@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corda_vlm.errors import DataError
+from corda_vlm.evaluation import write_report
 from corda_vlm.evaluation.frontier import Point, Results, Setting, area, compare, kept_at
 
 
@@ -33,6 +34,23 @@ def test_kept_share_subtracts_chance(invented: Any) -> None:
     assert results.kept_share("old", 0.04) == 0.0
     assert results.kept_share("old", 0.24) == pytest.approx(0.5)
     assert np.isnan(results.kept_share("new", 0.9)), "the base model was at chance on it"
+
+
+def test_what_the_base_model_never_knew_does_not_count(invented: Any, tmp_path: Any) -> None:
+    rows = invented.study({"lora": invented.DEMO["lora"], "corda-kpm": invented.DEMO["corda-kpm"]})
+    plain = Results.of(rows)
+    rows = [{**row, "value": 0.04} if row["task"] == "old" else row for row in rows]
+    results = Results.of(rows)
+    assert (plain.known, results.known) == (("old", "older"), ("older",))
+    kept = results.points("lora")[Setting(1e-3)][0].kept
+    assert kept == pytest.approx(plain.points("lora")[Setting(1e-3)][0].kept)
+    write_report(invented.write_run(tmp_path / "one", rows))
+    told = (tmp_path / "one" / "report.md").read_text()
+    assert "no better than chance on old, so it does not count" in told
+
+    rows = [{**row, "value": 0.0} if row["task"] == "older" else row for row in rows]
+    write_report(invented.write_run(tmp_path / "none", rows))
+    assert "there is no knowledge to keep" in (tmp_path / "none" / "report.md").read_text()
 
 
 def test_the_first_metric_of_a_task_is_the_one_compared_and_the_last_row_counts(
