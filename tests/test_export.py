@@ -260,7 +260,7 @@ class TestLora:
         for name, layer in paired_layers(attached).items():
             A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
             assert A.shape[0] == 2
-            full = layer.get_delta_weight("default")
+            full = layer.get_delta_weight("default").detach()
             lost += float((full - B @ A).square().sum())
             whole += float(full.square().sum())
             best = torch.linalg.svdvals(full)[2:].square().sum()
@@ -453,6 +453,20 @@ class TestFolder:
             export_adapter(attached, tmp_path / "out")
         assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_a_process_killed_while_replacing_loses_nothing(self, tiny_clip_hf, tmp_path):
+        attached = trained(tiny_clip_hf)
+        export_adapter(attached, tmp_path / "out").rename(tmp_path / ".out.replaced")
+        with pytest.raises(CordaError, match="rank 0"):
+            export_adapter(attached, tmp_path / "out", rank=0)
+        assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    def test_nothing_of_the_working_folder_is_copied(self, tiny_clip_hf, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "vocab.json").write_text("{}")
+        folder = export_adapter(trained(tiny_clip_hf), "out", format="merged")
+        assert not (folder / "vocab.json").exists()
 
     def test_requests_that_make_no_sense(self, tiny_clip_hf, tmp_path):
         with pytest.raises(CordaError, match="CLIPModel"):

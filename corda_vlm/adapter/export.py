@@ -14,9 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from corda_vlm.adapter.attach import anchored
+from corda_vlm.adapter.folder import (
+    REPORT,
+    is_transformers,
+    located,
+    new_folder,
+    save_converted,
+    save_model,
+)
 from corda_vlm.adapter.paired import PairedLinear, base_of, base_weight, trained
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import convert
 from corda_vlm.families.attention import is_packed, pack
-from corda_vlm.families.open_clip_config import open_clip_config
-from corda_vlm.files import asset, write_json
+from corda_vlm.files import write_json
 
 logger = logging.getLogger(__name__)
-
-REPORT = "corda_export.json"  # marks a folder as ours, so that a later export may replace it
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # site name -> B (out, r), A (r, inp)
 
@@ -88,8 +91,8 @@ def export_adapter(
     if len(active) != 1:
         raise CordaError(f"{len(active)} adapters are active ({active}); choose one by set_adapter")
     directory = Path(directory) if Path(directory).name else Path(directory).resolve()
-    with _new_folder(directory) as folder:
-        report = FORMATS[format](peft_model, active[0], folder, directory, rank, _located(source))
+    with new_folder(directory) as folder:
+        report = FORMATS[format](peft_model, active[0], folder, directory, rank, located(source))
         write_json(folder / REPORT, {"format": format, **report})
     return directory
 
@@ -105,7 +108,7 @@ def _lora(
     original = _twin(model, _original)
     renamed = _renamed(original, factors, "lora")
     if renamed:
-        _save_converted(original, folder / "base")
+        save_converted(original, folder / "base")
         factors = {renamed[site]: pair for site, pair in factors.items()}
     base_name = str(final / "base") if renamed else model.active_peft_config.base_model_name_or_path
     width = _save_lora(factors, folder, base_name, original, converted=bool(renamed))
@@ -131,10 +134,10 @@ def _residual(
     base = _twin(model, _less_pair)
     renamed = _renamed(base, factors, "residual")
     if renamed:
-        _save_converted(base, folder / "base")
+        save_converted(base, folder / "base")
         factors = {renamed[site]: pair for site, pair in factors.items()}
     else:
-        _save_model(base, folder / "base", source)
+        save_model(base, folder / "base", source)
     width = _save_lora(factors, folder, str(final / "base"), base, converted=bool(renamed))
     return {"rank": width, "load": _how_to_load(True)}
 
@@ -143,10 +146,10 @@ def _merged(
     model: PeftModel, name: str, folder: Path, final: Path, rank: int | None, source: Any
 ) -> dict[str, Any]:
     merged = _twin(model, _with_change)
-    _save_model(merged, folder, source)
+    save_model(merged, folder, source)
     loader = (
         f"transformers.{type(merged).__name__}.from_pretrained(HERE)"
-        if _is_transformers(merged)
+        if is_transformers(merged)
         else "open_clip.create_model('local-dir:HERE')"
     )
     return {"load": loader}
@@ -328,100 +331,3 @@ def _less_pair(layer: LoraLayer) -> None:
         B0, A0 = layer.pair(name)
         weight = base_weight(layer)
         weight.data.copy_(weight.double() - B0.double() @ A0.double())
-
-
-def _is_transformers(model: nn.Module) -> bool:
-    return hasattr(model, "save_pretrained") and hasattr(model, "config")
-
-
-def _save_model(model: nn.Module, folder: Path, source: str | Path | None) -> None:
-    folder.mkdir(exist_ok=True)
-    if _is_transformers(model):
-        model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-        _copy_beside(source or getattr(model, "name_or_path", None), folder)
-        return
-    write_json(folder / "open_clip_config.json", open_clip_config(model, source))
-    tensors = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    _copy_beside(source, folder)
-
-
-def _located(source: str | Path | None) -> str | Path | None:
-    """The folder of a built-in model; anything else as it is."""
-    if source is None or Path(source).is_dir():
-        return source
-    try:
-        return asset(Path("model_zoo") / source)
-    except CordaError:
-        return source
-
-
-def _save_converted(model: nn.Module, folder: Path) -> None:
-    """As transformers' `CLIPModel`; with a tokenizer if the model uses open_clip's own vocabulary."""
-    try:
-        convert.save_hf(model, folder)
-    except CordaError:
-        convert.save_hf(model, folder, tokenizer=False)
-
-
-def _copy_beside(source: str | Path | None, folder: Path) -> None:
-    """Copy the tokenizer's and image processor's files that lie in `source`, if that is a folder."""
-    if source is None or not Path(source).is_dir():
-        return
-    for name in (
-        "preprocessor_config.json",
-        "processor_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-        "tokenizer.model",
-        "added_tokens.json",
-    ):
-        if (Path(source) / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(Path(source) / name, folder / name)
-
-
-# ------------------------------------------------------------------ the folder
-
-
-@contextmanager
-def _new_folder(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside `directory` that takes its place when the block ends well, and else is removed.
-
-    Raises:
-        CordaError: `directory` holds something that is no export of ours, or writing failed.
-    """
-    if directory.is_file():
-        raise CordaError(f"{directory} is a file; name a folder")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / REPORT).is_file():
-        beside = ", ".join(sorted(p.name for p in directory.iterdir())[:4])
-        raise CordaError(
-            f"{directory} is not empty and no export of corda_vlm (it has {beside}); name a new folder"
-        )
-    partial = directory.with_name(f".{directory.name}.partial")
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            directory.rename(replaced)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(directory)
-            raise
-    except OSError as error:
-        raise CordaError(
-            f"could not write {directory}: {error.strerror or error}. What was there is untouched; free some "
-            "space or name another folder, then export again."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

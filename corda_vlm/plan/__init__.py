@@ -1,0 +1,23 @@
+"""What will be adapted and how: for each site its covariance, rank, components, spectrum and predicted damage.
+
+A plan is a JSON file a person can read, and beside it, under the same name with `.safetensors`, the factors, so that
+attaching does not decompose again. The JSON holds the hash of the factors and the fingerprints of the
+model and the calibration data; a plan of another model or mode is refused, naming both.
+"""
+
+from __future__ import annotations
+
+from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis, Route
+from corda_vlm.plan.make import check_rank, plan_adapter
+from corda_vlm.plan.plan import AdapterPlan, SitePlan
+
+__all__ = [
+    "MODES",
+    "PLAN_METHODS",
+    "AdapterPlan",
+    "Basis",
+    "Route",
+    "SitePlan",
+    "check_rank",
+    "plan_adapter",
+]

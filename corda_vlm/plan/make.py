@@ -1,0 +1,260 @@
+"""Make a plan: choose covariances and ranks, decompose, predict the damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from corda_vlm import ranks
+from corda_vlm.covariance import CovarianceStore
+from corda_vlm.decompose import Decomposition, damp, decompose, knowledge_energy
+from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.families import detect_family
+from corda_vlm.families.attention import unpacked
+from corda_vlm.plan.bases import MODES, PLAN_METHODS, Route
+from corda_vlm.plan.plan import AdapterPlan, SitePlan
+from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
+
+
+def plan_adapter(
+    model: nn.Module,
+    store: CovarianceStore | None,
+    *,
+    mode: str = "kpm",
+    rank: int = 16,
+    method: str = "corda",
+    dynamic_rank: bool = False,
+    dynamic_covariance: bool = False,
+    damping: float = 1e-4,
+    a_norm: float | None = None,
+    towers: Sequence[str] | str | None = None,
+    roles: Sequence[str] | str | None = None,
+    route: Route = "auto",
+    seed: int = 0,
+    show_progress: bool = True,
+) -> AdapterPlan:
+    """Decide, and decompose: which directions of which weight matrices are adapted. The model is not changed.
+
+    Args:
+        model: bare; packed attention is unpacked meanwhile.
+        store: covariances of the knowledge to keep ("kpm") or of the new task ("ipm"). May be None for
+            "pissa", "milora" and "olora"; if given, it predicts their damage.
+        mode: "kpm" takes the smallest components, "ipm" the largest. Only "corda" has modes.
+        rank: of every site, or with `dynamic_rank` their budget: as many parameters as that rank everywhere.
+        method: key of `PLAN_METHODS`.
+        dynamic_rank: CorDA++: ranks by compactness, see `ranks.allocate_ranks`. Takes the exact route.
+        dynamic_covariance: CorDA++: each site takes one calibration round, see `ranks.select_covariance`.
+        damping: δ, see `AdapterPlan`.
+        a_norm: norm of each row of A at the start; B takes the inverse. It decides how far training strays from
+            the planned directions (learning rates scale along). None: the paper's split.
+        towers, roles: only these, names as in `find_sites`.
+        route: "auto", "exact" or "fast", see `decompose`.
+        seed: of the fast route's starting block.
+
+    Raises:
+        UnknownNameError: unknown method, mode, tower or role.
+        NoSitesError: towers and roles leave no site.
+        ForeignFileError: the store was made from another model.
+        CordaError: a rank outside 1 to min(out, inp), a site the store did not calibrate, an option the method lacks.
+    """
+    if method not in PLAN_METHODS:
+        raise UnknownNameError("plan method", method, PLAN_METHODS)
+    basis = PLAN_METHODS[method]
+    if basis.components is None and mode not in MODES:
+        raise UnknownNameError("mode", mode, MODES)
+    components = basis.components or MODES[mode]
+    if store is None and basis.needs_store:
+        raise CordaError(
+            f"method {method!r} takes its directions from data: pass the store of collect_covariance. "
+            f"Without data: {', '.join(sorted(m for m, b in PLAN_METHODS.items() if not b.needs_store))}."
+        )
+    if (dynamic_rank or dynamic_covariance) and not basis.needs_store:
+        raise CordaError(
+            f"dynamic_rank and dynamic_covariance weigh covariances, which method {method!r} does not use; "
+            "take method='corda' or leave them off"
+        )
+    if a_norm is not None and not (math.isfinite(a_norm) and a_norm > 0):
+        raise CordaError(
+            f"a_norm is the norm of each row of A at the start, so positive; got {a_norm!r}"
+        )
+    fingerprint = model_fingerprint(model)
+    if store is not None and store.model_fingerprint != fingerprint:
+        raise ForeignFileError(
+            f"the covariances were collected from the model {store.model_fingerprint}, and this one is "
+            f"{fingerprint}: collect them from this model, or load that one"
+        )
+    with unpacked(model):
+        sites = find_sites(model, towers=towers, roles=roles)
+        weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
+        shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+        check_rank(shapes, rank)
+        chosen = _covariances(sites, weights, store, damping, dynamic_covariance)
+        ranks_of = dict.fromkeys(weights, rank)
+        if dynamic_rank:
+            ranks_of = _dynamic_ranks(weights, chosen, mode, rank, damping, show_progress)
+            route = "exact"
+        planned, factors = [], {}
+        for site in tqdm(sites, "plan", unit="site", disable=not show_progress, leave=False):
+            weight, (covariance, round_) = weights[site.name], chosen[site.name]
+            if method == "olora":
+                factor = _olora(weight, ranks_of[site.name], a_norm)
+            else:
+                factor = decompose(
+                    weight,
+                    covariance if basis.needs_store else None,
+                    rank=ranks_of[site.name],
+                    components=components,
+                    power=basis.power,
+                    side=basis.side,
+                    damping=damping,
+                    a_norm=a_norm,
+                    route=route,
+                    seed=seed,
+                )
+            factors[site.name] = _on_cpu(factor)
+            planned.append(
+                SitePlan(
+                    site=site,
+                    shape=shapes[site.name],
+                    rank=ranks_of[site.name],
+                    round=round_,
+                    components=components,
+                    side=basis.side,
+                    power=basis.power,
+                    spectrum=tuple(factor.singular_values.tolist()),
+                    predicted_damage=_damage(weight, factor, covariance, damping, basis.power),
+                    floored=factor.floored,
+                    chosen_energy=factor.chosen_energy,
+                    total_energy=factor.total_energy,
+                    route=factor.route,
+                )
+            )
+    return AdapterPlan(
+        method=method,
+        mode=mode if basis.components is None else None,
+        rank=rank,
+        damping=float(damping),
+        a_norm=None if a_norm is None else float(a_norm),
+        model_fingerprint=fingerprint,
+        data_fingerprint=store.data_fingerprint if store is not None else None,
+        family=detect_family(model).name,
+        sites=tuple(planned),
+        factors=factors,
+    )
+
+
+def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+    """Raise a `CordaError` that names the first site whose (out, inp) weight cannot have this rank."""
+    for name, (out, inp) in shapes.items():
+        if not 1 <= rank <= min(out, inp):
+            raise CordaError(
+                f"site {name!r}: rank {rank} is outside 1 to {min(out, inp)}, the full rank of its {out}×{inp} weight; "
+                "choose a rank within, or leave the site out with towers= or roles="
+            )
+
+
+def _covariances(
+    sites: Sequence[Site],
+    weights: Mapping[str, Tensor],
+    store: CovarianceStore | None,
+    damping: float,
+    dynamic: bool,
+) -> dict[str, tuple[Tensor | None, int | None]]:
+    """Site name -> (covariance or None, its round or None)."""
+    chosen: dict[str, tuple[Tensor | None, int | None]] = {}
+    for site in sites:
+        if store is None:
+            chosen[site.name] = (None, None)
+            continue
+        if site.name not in store.site_streams:
+            known = ", ".join(sorted(store.site_streams)[:4])
+            raise CordaError(
+                f"site {site.name!r} was not calibrated (the store has {len(store.site_streams)} sites: {known}, …); "
+                "collect covariances for it too, or leave it out with towers= or roles="
+            )
+        if dynamic:
+            rounds = store.rounds(site.name)
+            index, _ = ranks.select_covariance(
+                [c.matrix for c in rounds], weights[site.name], damping=damping
+            )
+            chosen[site.name] = (rounds[index].matrix, index)
+        else:
+            chosen[site.name] = (store[site.name].matrix, None)
+    return chosen
+
+
+def _dynamic_ranks(
+    weights: Mapping[str, Tensor],
+    chosen: Mapping[str, tuple[Tensor | None, int | None]],
+    mode: str,
+    rank: int,
+    damping: float,
+    show_progress: bool,
+) -> dict[str, int]:
+    spectra, compactness = {}, {}
+    for name, weight in tqdm(weights.items(), "spectra", disable=not show_progress, leave=False):
+        covariance = chosen[name][0]
+        assert covariance is not None
+        # a first pass for the values alone: holding every site's whole basis would take the model's size
+        factor = decompose(
+            weight, covariance, rank=1, components="largest", damping=damping, route="exact"
+        )
+        assert factor.spectrum is not None
+        spectra[name] = factor.spectrum
+        compactness[name] = ranks.compactness(covariance, weight.shape[0], damping=damping)
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+    return ranks.allocate_ranks(spectra, compactness, shapes, mode=mode, uniform_rank=rank)
+
+
+def _damage(
+    weight: Float[Tensor, "out inp"],
+    factor: Decomposition,
+    covariance: Float[Tensor, "inp inp"] | None,
+    damping: float,
+    power: float,
+) -> float | None:
+    """`‖B A C'‖² / ‖W C'‖²`."""
+    if covariance is None:
+        return None
+    if power == 1:  # the decomposition has both
+        return factor.energy_share
+    damped = damp(covariance.to(weight.device), damping)
+    whole = float((weight.to(damped.dtype) @ damped).norm()) ** 2
+    part = knowledge_energy((factor.B, factor.A), damped) ** 2
+    return part / whole if whole > 0 else 0.0
+
+
+def _olora(weight: Float[Tensor, "out inp"], rank: int, a_norm: float | None) -> Decomposition:
+    """OLoRA: `W = Q R`, `B = Q[:, :r]`, `A = R[:r]`. Its values are the norms of A's rows."""
+    Q, R = torch.linalg.qr(weight.double())
+    B, A = Q[:, :rank], R[:rank]
+    norms = A.norm(dim=1)
+    if a_norm is not None:
+        scale = a_norm / norms.clamp_min(torch.finfo(torch.float32).tiny)
+        B, A = B / scale, A * scale[:, None]
+    return Decomposition(
+        B=B,
+        A=A,
+        singular_values=norms,
+        spectrum=None,
+        total_energy=float(R.norm()),
+        chosen_energy=float(norms.norm()),
+        floored=0,
+        side="output",
+        route="exact",
+    )
+
+
+def _on_cpu(factor: Decomposition) -> Decomposition:
+    moved = {
+        f.name: getattr(factor, f.name).detach().to("cpu", torch.float32).contiguous()
+        for f in dataclasses.fields(factor)
+        if isinstance(getattr(factor, f.name), Tensor)
+    }
+    return dataclasses.replace(factor, **moved)
