@@ -125,6 +125,10 @@ class Experiment:
         if not self.variants:
             raise CordaError(f"experiment {self.name!r} has no variants: nothing to train")
         for name, variant in self.variants.items():
+            if name in ("base", "", ".", "..") or "/" in name or "\\" in name:
+                raise CordaError(
+                    f"a variant cannot be called {name!r}: it names a folder, and 'base' is the model before training"
+                )
             method = METHODS.get(self.method_of(name))
             if method is None:
                 raise UnknownNameError(f"method of variant {name!r}", self.method_of(name), METHODS)
@@ -161,7 +165,19 @@ class Experiment:
             if name not in known or name in ("learning_rate", "seed"):
                 choices = set(known) - {"learning_rate", "seed"}
                 raise UnknownNameError(f"option in the training of {variant!r}", name, choices)
+            if not _fits(value := given[name], known[name].default):
+                raise CordaError(f"the training of {variant!r}: {name} cannot be {value!r}")
         return TrainOptions(**given, learning_rate=learning_rate, seed=seed)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Is `value` of the kind of an option with this default? Those without a default are numbers."""
+    if isinstance(default, (bool, str)):
+        return isinstance(value, type(default))
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and len(value) == len(default)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number or (value is None and default is None)
 
 
 def load_experiment(

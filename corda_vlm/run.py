@@ -7,6 +7,8 @@ base scores → covariance.safetensors → <variant>/plan.json → <variant>/<ra
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import platform
 import shutil
 import time
@@ -38,12 +40,12 @@ from corda_vlm.evaluation import (
 from corda_vlm.evaluation.labels import load_class_names, load_templates, match_labels
 from corda_vlm.experiment import Experiment, Training, load_experiment
 from corda_vlm.families import Loaded, load_model
-from corda_vlm.files import resolve, write_json, write_text
+from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.methods import METHODS, MethodRequest
-from corda_vlm.sites import find_sites
+from corda_vlm.sites import find_sites, model_fingerprint
 from corda_vlm.train import Head, train
 
-SCORES, RESOLVED = "scores.jsonl", "config.yaml"
+SCORES, RESOLVED, MADE_FROM = "scores.jsonl", "config.yaml", "made-from.json"
 
 
 def run(
@@ -103,6 +105,27 @@ class _Laboratory:
         self.task_data = self.load(experiment.task.data)
         self.classes, self.templates = self._prompts()
         self.stores: dict[str, CovarianceStore] = {}
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        """Refuse to add to scores of another model, other training data or other tasks under the same names."""
+        now = {
+            "the model": model_fingerprint(self.loaded.model),
+            "the task's data": self.task_data.fingerprint,
+            **{
+                f"the suite's task {task.name!r}": _digest({**asdict(task), "source": None})
+                for task in self.suite.tasks
+            },
+        }
+        path = self.folder / MADE_FROM
+        former = read_json(path, "list of sources") if path.is_file() else {}
+        # a task that is new to the suite is measured on all models, finished ones included
+        if changed := [name for name, digest in former.items() if now.get(name) != digest]:
+            raise CordaError(
+                f"{self.folder} holds results of {', '.join(changed)} as it was before; it has changed since. Give "
+                "another folder with --output, or --fresh to delete them and begin anew"
+            )
+        write_json(path, now)
 
     def load(self, spec: str | Mapping[str, Any]) -> ImageTextData:
         """The records of `spec`, which may be relative to the config or to `data_root`."""
@@ -282,11 +305,11 @@ class _Laboratory:
 def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
     """Write the resolved config, or check that the folder's is the same but for what adds to it."""
     path = folder / RESOLVED
+    now = yaml.safe_load(_dumped(experiment))
     if fresh and path.is_file():
         shutil.rmtree(folder)
     if path.is_file():
         former = yaml.safe_load(path.read_text(encoding="utf-8"))
-        now = yaml.safe_load(_dumped(experiment))
         # more variants, rates or seeds add to what is there; anything else would mix two experiments
         changed = [
             key
@@ -303,15 +326,21 @@ def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
                 f"{folder} holds results of another experiment (it differs in {', '.join(changed)}); "
                 "give another folder with --output, or --fresh to delete them and begin anew"
             )
+        # variants that were left out this time keep their results, so they may not come back changed
+        now["variants"] = {**former["variants"], **now["variants"]}
     elif folder.is_dir() and any(folder.iterdir()):
         raise CordaError(
             f"{folder} is not empty and holds no run; give another folder with --output"
         )
-    write_text(path, _dumped(experiment))
+    write_text(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
 
 
 def _dumped(experiment: Experiment) -> str:
     return yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _device(asked: str) -> torch.device:

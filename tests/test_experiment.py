@@ -69,6 +69,13 @@ def test_trainings_go_seed_by_seed():
         ({"calibration": None}, CordaError, "corda-kpm.*no `calibration`"),
         ({"training__step": 3}, UnknownNameError, "option in the training.*Did you mean 'steps'"),
         ({"training__steps": -3}, CordaError, "steps is -3"),
+        ({"training__steps": "ten"}, CordaError, "steps cannot be 'ten'"),
+        ({"training__bf16": "maybe"}, CordaError, "bf16 cannot be 'maybe'"),
+        (
+            {"variants__base": {"method": "lora", "learning_rates": [1]}},
+            CordaError,
+            "called 'base'",
+        ),
         ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
     ],
 )

@@ -85,11 +85,21 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
     )
     assert (folder / "corda-kpm" / "0.001-0" / "weights" / "adapter_model.safetensors").is_file()
     rows = read_rows(folder / "scores.jsonl")
-    assert {row["method"] for row in rows} == {"base", "corda-kpm", "preview", "full", "linear-probe"}
+    assert {row["method"] for row in rows} == {
+        "base",
+        "corda-kpm",
+        "preview",
+        "full",
+        "linear-probe",
+    }
     assert all(row["n"] > 0 and 0 <= row["value"] <= 1 for row in rows)
     score = {(row["method"], row["task"]): row["value"] for row in rows}
-    assert score["linear-probe", "emoji"] == score["base", "emoji"], "a probe changes nothing it knew"
-    assert score["linear-probe", "digits"] > score["base", "digits"] + 0.2, "its head is what is judged"
+    assert score["linear-probe", "emoji"] == score["base", "emoji"], (
+        "a probe changes nothing it knew"
+    )
+    assert score["linear-probe", "digits"] > score["base", "digits"] + 0.2, (
+        "its head is what is judged"
+    )
     printed = capsys.readouterr().out
     assert "corda-kpm" in printed
     assert "report.html" in printed
@@ -145,6 +155,21 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_happened(config, tmp
         }
 
     assert values(torn) == values(whole)
+
+
+def test_a_folder_takes_no_results_of_what_has_changed_since(config, tmp_path):
+    full, probe = ({name: EXPERIMENT["variants"][name]} for name in ("full", "linear-probe"))
+    folder = run(config(variants=full), output=tmp_path / "out")
+    run(config(variants=probe), output=folder)
+    assert set(yaml.safe_load((folder / "config.yaml").read_text())["variants"]) == {*full, *probe}
+    with pytest.raises(CordaError, match=r"differs in variants\.full\.rank"):
+        run(config(variants={"full": {"learning_rates": [1e-4], "rank": 3}}), output=folder)
+
+    path = config(variants=full)
+    other = {**SUITE, "tasks": [SUITE["tasks"][0], {**SUITE["tasks"][1], "limit": 50}]}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(CordaError, match=r"results of the suite's task 'emoji'.*--fresh"):
+        run(path, output=folder)
 
 
 def test_fresh_begins_anew(config, tmp_path):
