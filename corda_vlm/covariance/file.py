@@ -85,6 +85,10 @@ class CovarianceFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise ForeignFileError(
+                f"{path} is a folder, and covariances are one file; name a file, e.g. {self.path / 'covariance.safetensors'}"
+            )
         if not self.path.is_file():
             raise ForeignFileError(
                 f"no covariance file at {path}; collect_covariance(..., path=...) writes one"

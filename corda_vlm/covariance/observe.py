@@ -286,7 +286,7 @@ class Observer:
             ]
             why = (
                 f"the batches hold no inputs for the {' and '.join(whole)} tower: add them, or give "
-                f"sites=find_sites(model, towers=...) without it"
+                f"sites=find_sites(model, towers=...) without it (--towers on the command line)"
                 if whole
                 else "the model does not call them with these batches: leave them out of `sites`"
             )

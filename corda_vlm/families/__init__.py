@@ -93,12 +93,14 @@ def load_model(
     Args:
         source: "emoji-clip" or another built-in name (add "-hf" for the same weights as a transformers
             `CLIPModel`), a folder, or an id on a hub.
+        device: "auto" is the first GPU, if there is one, else the CPU.
         family: which family's format to expect where a folder holds more than one.
 
     Raises:
         UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
-        CordaError: the folder is in no known format, or a hub cannot be reached.
+        CordaError: the folder is in no known format, a hub cannot be reached, or there is no such device.
     """
+    device = _usable(device)
     text = str(source).removeprefix("local-dir:")
     path = Path(text).expanduser()
     zoo = _zoo()
@@ -116,6 +118,19 @@ def load_model(
         raise UnknownNameError("model", text, [*zoo, *(f"{name}-hf" for name in zoo)], _FORMS)
     model, processor, found = loaded
     return Loaded(model.to(device=device, dtype=dtype).eval(), processor, found, str(source))
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """`device`, once a number could be put there: better told before a model is read than after."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CordaError(
+            f"device {str(device)!r} cannot be used ({reason}); give auto, cpu, or cuda or cuda:N where there is such a GPU"
+        ) from error
 
 
 _Parts = tuple[nn.Module, Processor, Family]

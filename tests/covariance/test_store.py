@@ -245,3 +245,8 @@ def test_damaged_values_are_found_when_read(tmp_path: Path) -> None:
     with pytest.raises(ForeignFileError, match=r"c\.safetensors.*not those that were written"):
         for name in store:
             _ = store[name]
+
+
+def test_a_folder_in_place_of_a_covariance_file(tmp_path):
+    with pytest.raises(ForeignFileError, match="is a folder, and covariances are one file"):
+        CovarianceStore.load(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from torch import nn
 
 import corda_vlm.families as families
@@ -136,3 +137,13 @@ class TestNames:
     def test_an_unknown_family(self, tmp_path):
         with pytest.raises(UnknownNameError, match="unknown family 'llava'"):
             load_model(tmp_path, family="llava")
+
+    @pytest.mark.parametrize("device", ["graphics", "cuda:99"])
+    def test_a_device_that_is_not_there(self, device):
+        with pytest.raises(CordaError, match=f"device '{device}' cannot be used .*give auto, cpu"):
+            load_model("emoji-clip", device=device)
+
+    def test_the_device_may_be_left_to_us(self):
+        there = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model("emoji-clip", device="auto").model
+        assert {p.device.type for p in model.parameters()} == {there}
