@@ -14,7 +14,12 @@ from corda_vlm.decompose import Decomposition, damp, decompose, knowledge_energy
 from corda_vlm.errors import CordaError, UnknownNameError
 
 SHAPES = [(24, 24), (40, 16), (16, 40)]
-LARGE_SHAPES = [(300, 300), (420, 280), (600, 260), (280, 420)]  # large enough for the fast route to be taken
+LARGE_SHAPES = [
+    (300, 300),
+    (420, 280),
+    (600, 260),
+    (280, 420),
+]  # large enough for the fast route to be taken
 
 
 def anisotropic(
@@ -265,10 +270,13 @@ def test_rank_deficient_weight(shape, route, a_norm):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("side", ["output", "input"])
-def test_zero_weight_starts_like_lora(shape, side):
+@pytest.mark.parametrize("route", ["exact", "fast"])
+def test_zero_weight_starts_like_lora(shape, side, route):
     _, covariance = anisotropic(*shape)
     for components in ("smallest", "largest"):
-        d = decompose(torch.zeros(shape), covariance, rank=4, components=components, side=side)
+        d = decompose(
+            torch.zeros(shape), covariance, rank=4, components=components, side=side, route=route
+        )
         assert d.floored == 4
         assert d.energy_share == 0
         assert torch.equal(d.B, torch.zeros_like(d.B))

@@ -8,6 +8,7 @@ chosen components; its rounds need not be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -21,10 +22,10 @@ from corda_vlm.decompose.orient import Root
 Components = Literal["smallest", "largest"]
 
 EXTRA = 16  # vectors iterated beside the r wanted: they decide the rate of convergence
-# With 16 extra vectors the energy is within 0.02 % of the optimum on a CLIP's layers, and within 0.2 % on the
-# flat spectra of random matrices, where iteration is slowest.
-ROUNDS = 12
-POLISH = 2  # of the rounds, in float64: each takes the float32 rounding out of the large directions
+# Iteration ends when a round gains less than this share of the squared energy; what is left is of that size. The
+# layers of a CLIP take 3 to 15 rounds; flat spectra, as of random matrices, are the slowest.
+TOLERANCE = 5e-4
+ROUNDS = 30  # at most
 # An eigenvalue of G G^T below this share of the largest has lost too many digits to float64 rounding.
 SQUARED_LIMIT = 1e-10
 # A triangular factor whose diagonal falls below this share of its largest entry is not taken from `W^T W`.
@@ -66,12 +67,12 @@ class _Tall:
     def __init__(self, w: Float[Tensor, "out inp"]) -> None:
         self.w = w
         self.out, self.inp = w.shape
+        self.reflectors = None
         if self.out >= 2 * self.inp:
             # The Cholesky factor of W^T W is R too, at half the time, where squaring W costs no digits that count.
-            r, failed = torch.linalg.cholesky_ex(w.mT @ w, upper=True)
-            diagonal, self.reflectors = r.diagonal(), None
+            self.r, failed = torch.linalg.cholesky_ex(w.mT @ w, upper=True)
+            diagonal = self.r.diagonal()
             if not failed and float(diagonal.min()) > GRAM_LIMIT * float(diagonal.max()):
-                self.r = r
                 return
         self.reflectors, self.tau = torch.geqrf(w)
         self.r = self.reflectors[: self.inp].triu()  # (inp, inp)
@@ -80,7 +81,7 @@ class _Tall:
         """`Q x`."""
         if self.reflectors is None:
             lifted = self.w @ torch.linalg.solve_triangular(self.r, x, upper=True)
-            return torch.linalg.qr(lifted).Q  # rounding of the solve
+            return torch.linalg.qr(lifted).Q  # against the rounding of the solve
         padded = x.new_zeros(self.out, x.shape[1])
         padded[: self.inp] = x
         return torch.ormqr(self.reflectors, self.tau, padded)
@@ -110,9 +111,9 @@ def output_fast(
     """The chosen left singular vectors of `G` by block iteration; None where it cannot: a singular `C'`."""
     out, inp = w.shape
     smallest = components == "smallest"
-    tall = _Tall(w) if out >= inp and smallest else None
-    if tall is not None and root.c is not None and root.factor() is None:
+    if smallest and out >= inp and root.c is not None and root.factor() is None:
         return None
+    tall = _Tall(w) if out > inp and smallest else None
     core = w if tall is None else tall.r  # G = Q core K, core (n, inp)
     light = root.times(core.float())  # core K in float32: enough for the largest, and for the total
     total = float(torch.linalg.norm(light))
@@ -124,32 +125,41 @@ def output_fast(
         return Basis(_fix_signs(u if tall is None else tall.lift(u)), values, None, total)
 
     if not smallest:
-        return ritz(_iterate(lambda x: light @ (light.mT @ x), start.float(), ROUNDS))
-    if tall is not None:
-        # Square and tall: the factors of W and of C' apart, so their condition numbers do not multiply.
-        step, step_light = (_solve_apart(core, root, dtype) for dtype in (core.dtype, light.dtype))
-        x = _iterate(step_light, start.float(), ROUNDS - POLISH)
-        return ritz(_iterate(step, x.to(core), POLISH))
+        return ritz(_iterate(lambda x: light @ (light.mT @ x), start.float(), rank, components))
+    if out >= inp:
+        # The factors of W and of C' apart, so that their condition numbers do not multiply.
+        del light
+        return ritz(_iterate(_solve_apart(core, root, tall is None), start, rank, components))
     # Wide: the triangular factor of G^T. QR of G rather than Cholesky of G G^T: no squares.
-    basis = ritz(_iterate(_solve_joint(light), start.float(), ROUNDS))
-    rounding = torch.finfo(light.dtype).eps * (rank / out) ** 0.5 * _norm(root, inp)
+    basis = ritz(_iterate(_solve_joint(light), start.float(), rank, components))
+    rounding = torch.finfo(light.dtype).eps * (rank / out) ** 0.5 * (root.norm or inp**0.5)
     if rounding <= LIGHT_LIMIT * float(torch.linalg.norm(basis.values)):
         return basis
     del light
-    return ritz(_iterate(_solve_joint(root.times(core)), start, ROUNDS))
+    return ritz(_iterate(_solve_joint(root.times(core)), start, rank, components))
 
 
 def _solve_apart(
-    r: Float[Tensor, "n n"], root: Root, dtype: torch.dtype
+    core: Float[Tensor, "n n"], root: Root, square: bool
 ) -> Callable[[Tensor], Tensor]:
-    """x -> `(G G^T)^-1 x = R^-T (K K^T)^-1 R^-1 x` for `G = R K`."""
-    r = _no_zero_pivots(r.to(dtype, copy=True))
+    """x -> `(G G^T)^-1 x = core^-T (K K^T)^-1 core^-1 x` for `G = core K`; core is triangular if not `square`."""
+    if square:
+        factors, pivots, _ = torch.linalg.lu_factor_ex(core)  # half the work of a QR
+        _no_zero_pivots(factors)
 
-    def step(x: Tensor) -> Tensor:
+        def step(x: Tensor) -> Tensor:
+            y = root.solve(torch.linalg.lu_solve(factors, pivots, x))
+            return torch.linalg.lu_solve(factors, pivots, y, adjoint=True)
+
+        return step
+
+    r = _no_zero_pivots(core.clone())
+
+    def step_triangular(x: Tensor) -> Tensor:
         y = root.solve(torch.linalg.solve_triangular(r, x, upper=True))
         return torch.linalg.solve_triangular(r.mT, y, upper=False)
 
-    return step
+    return step_triangular
 
 
 def _solve_joint(g: Float[Tensor, "out inp"]) -> Callable[[Tensor], Tensor]:
@@ -161,11 +171,6 @@ def _solve_joint(g: Float[Tensor, "out inp"]) -> Callable[[Tensor], Tensor]:
         return torch.linalg.solve_triangular(r, y, upper=True)
 
     return step
-
-
-def _norm(root: Root, inp: int) -> float:
-    """`‖K‖_F`, for `K K^T` of mean diagonal 1 or for `K = C' / v`."""
-    return float(torch.linalg.norm(root.c)) / root.unit if root.power == 1 else inp**0.5
 
 
 # ---- the input side ------------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ def input_fast(
     if components == "smallest" and square.factor() is None:
         return None
     step = square.solve if components == "smallest" else lambda y: c @ (c @ y)
-    x = _iterate(step, _start(c, rank, seed), ROUNDS)
+    x = _iterate(step, _start(c, rank, seed), rank, components)
     p, values = _ritz(x, c @ x, rank, components)
     total = float(torch.linalg.norm(root.times(w.float())))
     return Basis(_fix_signs(p), values**root.power, None, total)
@@ -210,11 +215,21 @@ def _start(like: Float[Tensor, "n m"], rank: int, seed: int) -> Float[Tensor, "n
 
 
 def _iterate(
-    step: Callable[[Tensor], Tensor], x: Float[Tensor, "n k"], rounds: int
+    step: Callable[[Tensor], Tensor], x: Float[Tensor, "n k"], rank: int, components: Components
 ) -> Float[Tensor, "n k"]:
-    """Orthonormal block, turned towards the dominant invariant subspace of `step`."""
-    for _ in range(rounds):
-        x = torch.linalg.qr(step(x)).Q
+    """Orthonormal block, turned to the dominant invariant subspace of `step`.
+
+    `step` is `G G^T` for the largest components and its inverse for the smallest: the singular values of
+    the block it returns tell the energy reached so far.
+    """
+    last = math.inf
+    for _ in range(ROUNDS):
+        x, r = torch.linalg.qr(step(x))
+        values = torch.linalg.svdvals(r)[:rank].double()
+        energy = float((values if components == "largest" else 1 / values).sum())
+        if abs(energy - last) <= TOLERANCE * energy:
+            break
+        last = energy
     return x
 
 
@@ -233,8 +248,8 @@ def _no_zero_pivots(r: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     The change is of the size of the factorisation's own rounding. Inverse iteration wants exactly the
     directions that such a solve blows up.
     """
-    diagonal, info = r.diagonal(), torch.finfo(r.dtype)
-    least = info.eps * diagonal.abs().max().clamp_min(info.tiny / info.eps)
+    diagonal, eps = r.diagonal(), torch.finfo(r.dtype).eps
+    least = eps * diagonal.abs().max().clamp_min(eps)  # ‖W‖ is 1, or 0
     diagonal.copy_(torch.where(diagonal.abs() < least, least, diagonal))
     return r
 

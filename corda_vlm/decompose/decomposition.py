@@ -103,9 +103,9 @@ def decompose(
     _check(weight, covariance, rank, components, power, side, damping, a_norm, route)
     # float64 needs a device that has it
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
-    w = weight.detach().to(device, torch.float64)
+    w = weight.detach().to(device, torch.float64, copy=True)
     norm = float(torch.linalg.norm(w)) or 1.0
-    w = w / norm
+    w.div_(norm)
     root = Root(covariance, power, damping, device)
     scale = norm * root.scale
 

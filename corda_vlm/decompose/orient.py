@@ -20,6 +20,7 @@ class Root:
         power: 0, 0.5 or 1; 0 where c is None.
         unit: v.
         scale: `v^power`: what `C'^power` has more than `K`.
+        norm: `‖K‖_F` (at power 1 without the damping); None for the identity, whose size is not known here.
         resolution: what rounding alone gives `K` in a direction in which C has nothing.
     """
 
@@ -31,8 +32,8 @@ class Root:
         device: torch.device,
     ) -> None:
         self.c, self.power, self.scale, self.resolution = None, 0.0, 1.0, 0.0
+        self.norm: float | None = None
         self._factor: Tensor | None = None
-        self._light: Tensor | None = None
         if covariance is None or power == 0:
             return
         c = covariance.detach().to(device)
@@ -42,8 +43,9 @@ class Root:
         self._damping = damping / (1 + damping) if mean > 0 else 0.0  # of C' / v
         self.unit = mean * (1 + damping) or 1.0
         self.scale = self.unit**power
-        # Rounding each entry to the dtype it came in perturbs the eigenvalues by about this much.
         norm = float(torch.linalg.norm(self.c)) / self.unit
+        self.norm = norm if power == 1 else len(c) ** 0.5
+        # Rounding each entry to the dtype it came in perturbs the eigenvalues by about this much.
         self.resolution = (torch.finfo(covariance.dtype).eps * norm / len(c) ** 0.5) ** power
 
     def damped(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "inp inp"]:
@@ -73,14 +75,10 @@ class Root:
         return _product(x, factor)
 
     def solve(self, y: Float[Tensor, "inp k"]) -> Float[Tensor, "inp k"]:
-        """`(K K^T)^-1 y`, in the dtype of y, for a `C'` that is not singular."""
+        """`(K K^T)^-1 y`, y float64, for a `C'` that is not singular."""
         factor = self.factor()
         if factor is None:
             return y
-        if y.dtype == torch.float32:
-            # rounded from float64: a float32 Cholesky of a badly conditioned C' would fail
-            self._light = factor.float() if self._light is None else self._light
-            factor = self._light
         for _ in range(round(2 * self.power)):
             # not `cholesky_solve`, which copies the factor at every call
             y = torch.linalg.solve_triangular(factor, y, upper=False)

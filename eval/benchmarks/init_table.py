@@ -58,12 +58,15 @@ def _row(part: str, what: str, mode: str, tool: str, runs: list[dict[str, Any]])
     }
     row |= {"flops": runs[0]["flops"]} if "flops" in runs[0] else {}
     sites = next((r["sites"] for r in runs if r.get("sites")), [])
-    if sites:
-        modes = {s["name"] for s in sites} if mode == "both" else {mode}
-        row["energy"] = {
-            m: _energies([s for s in sites if mode != "both" or s["name"] == m])
-            for m in sorted(modes)
-        }
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for site in sites:
+        if tool == "ours":
+            group = f"{mode}, δ = {site['damping']:g}"
+        else:
+            group = site["name"] if mode == "both" else mode
+        groups.setdefault(group, []).append(site)
+    if groups:
+        row["energy"] = {group: _energies(judged) for group, judged in groups.items()}
     return row
 
 
@@ -118,13 +121,13 @@ def _markdown(results: dict[str, Any]) -> Iterator[str]:
             yield f"**{title}**\n"
             yield from _times(part, rows)
             yield ""
-    energies = [(row, mode) for row in results["rows"] for mode in row.get("energy", {})]
+    energies = [(row, group) for row in results["rows"] for group in row.get("energy", {})]
     if energies:
         yield (
             "**Knowledge energy** `‖B A C'‖_F`: over the optimum of a float64 SVD, median layer (lowest to "
             "highest). KPM is to be low, IPM high; 1 is best. Undamped: `‖B A C‖_F / ‖W C‖_F`, median layer.\n"
         )
-        yield from _table(ENERGY_HEAD, [_energy_cells(row, mode) for row, mode in energies])
+        yield from _table(ENERGY_HEAD, [_energy_cells(row, group) for row, group in energies])
         yield ""
 
 
@@ -152,14 +155,14 @@ def _times(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     yield from _table(head, cells)
 
 
-def _energy_cells(row: dict[str, Any], mode: str) -> list[str]:
-    e = row["energy"][mode]
+def _energy_cells(row: dict[str, Any], group: str) -> list[str]:
+    e = row["energy"][group]
     if row["part"] == "layers":
-        who = f"{row['what']} {mode}"
+        who = f"{row['what']} {group}"
     elif row["tool"] == "peft":
-        who = f"{mode}, both on PEFT's covariance"
+        who = f"{group}, both on PEFT's covariance"
     else:
-        who = f"{mode}, collected in {row['what']}, judged in float64"
+        who = f"{row['mode']}, collected in {row['what']}, judged in float64"
     cells = [who, ", ".join(f"{d:g}" for d in e["dampings"])]
     for tool in ("peft", "ours"):
         s = e.get(tool)
