@@ -76,7 +76,7 @@ def calibrate(
     rounds: int = 1,
     precision: Literal["float32", "float64", "bf16"] = "float32",
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Collect the second moments of the layers' inputs over data; resumes when interrupted.
 
@@ -91,7 +91,7 @@ def calibrate(
         rounds: disjoint calibration rounds, for CorDA++ to choose from.
         precision: of the sums; bf16 is the fastest.
         seed: of the draw.
-        device: cpu or cuda.
+        device: cpu, cuda, or auto.
     """
     from corda_vlm.covariance import collect_covariance
     from corda_vlm.data import load_records, make_batches
@@ -192,7 +192,10 @@ def train(
     bf16: bool = True,
     seed: int = 0,
     freeze_a: bool = False,
-    device: str = "cpu",
+    augment: Literal["none", "light"] = "none",
+    label_smoothing: float = 0.0,
+    train_head: bool = False,
+    device: str = "auto",
 ) -> None:
     """Attach a plan and train it on data; resumes when interrupted.
 
@@ -212,7 +215,10 @@ def train(
         bf16: train under bfloat16 autocast.
         seed: of the data order.
         freeze_a: train B only.
-        device: cpu or cuda.
+        augment: none, or light (small rotations, shifts and zooms).
+        label_smoothing: of the cross-entropy.
+        train_head: train the class vectors too, from the prompts on.
+        device: cpu, cuda, or auto.
     """
     from corda_vlm.adapter import attach_adapter
     from corda_vlm.data import load_records
@@ -230,6 +236,9 @@ def train(
         weight_decay=weight_decay,
         bf16=bf16,
         seed=seed,
+        augment=augment,
+        label_smoothing=label_smoothing,
+        train_head=train_head,
     )
     loaded = load_model(model, device=device)
     adapter = attach_adapter(
@@ -261,7 +270,7 @@ def evaluate(
     missing: Literal["error", "skip"] = "error",
     batch_size: int = 64,
     bf16: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Measure a model, with an adapter or without, on a suite of tasks.
 
@@ -276,14 +285,17 @@ def evaluate(
         missing: whether a task without its data is an error or is skipped.
         batch_size: examples a forward pass.
         bf16: run under bfloat16 autocast.
-        device: cpu or cuda.
+        device: cpu, cuda, or auto.
     """
     from corda_vlm.adapter import load_adapter
     from corda_vlm.evaluation import append_rows, measure, score_row
     from corda_vlm.families import load_model
+    from corda_vlm.train import Head
 
     loaded = load_model(model, device=device)
     network = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
+    trained_head = None if adapter is None else Path(adapter) / "head.safetensors"
+    head = Head.load(trained_head) if trained_head is not None and trained_head.is_file() else None
     results = measure(
         network,
         suite,
@@ -294,6 +306,7 @@ def evaluate(
         missing=missing,
         batch_size=batch_size,
         bf16=bf16,
+        head=head,
         show_progress=True,
     )
     for result in results:
@@ -325,7 +338,8 @@ def export(
     from corda_vlm.families import load_model
 
     loaded = load_model(model)
-    written = export_adapter(load_adapter(loaded.model, adapter), output, format=format, rank=rank)
+    trained = load_adapter(loaded.model, adapter)
+    written = export_adapter(trained, output, format=format, rank=rank, source=model)
     print(f"wrote {written}")
 
 

@@ -26,7 +26,7 @@ from corda_vlm.adapter.attach import (
 from corda_vlm.adapter.paired import keep_a_frozen, trained
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.plan import Route, check_rank, plan_adapter
+from corda_vlm.plan import AdapterPlan, Route, check_rank, plan_adapter
 from corda_vlm.sites import find_sites, site_shape
 
 
@@ -41,6 +41,7 @@ class MethodRequest:
         a_norm: norm of each row of A at the start, see `plan_adapter`; None: the method's own.
         damping, route, base, freeze_a: as in `plan_adapter` and `attach_adapter`.
         seed: of what is random (LoRA's A, the fast route's starting block).
+        plan: the plan that `Method.plan` made for an equal request, so that it is not made again.
     """
 
     rank: int = 16
@@ -54,6 +55,7 @@ class MethodRequest:
     base: str = "untouched"
     freeze_a: bool = False
     show_progress: bool = True
+    plan: AdapterPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Method:
         covariances: of what the directions are taken: "knowledge" (to keep), "task" (to learn), or None for no data.
         attach: (bare model, request) -> the model to train.
         detach: the model that was trained -> the original bare model.
+        plan: (bare model, request) -> the plan that `attach` would make; None for a method without plans.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Method:
     covariances: str | None
     attach: Callable[[nn.Module, MethodRequest], nn.Module]
     detach: Callable[[nn.Module], nn.Module]
+    plan: Callable[[nn.Module, MethodRequest], AdapterPlan] | None = None
 
     @property
     def needs_store(self) -> bool:
@@ -178,14 +182,17 @@ def _full(model: nn.Module, request: MethodRequest) -> nn.Module:
 
 
 def _tower_prefixes(model: nn.Module, request: MethodRequest) -> list[str]:
-    """Dotted prefixes of the chosen towers' parameters; the empty one, which is all, if none was chosen.
+    """Dotted prefixes of the chosen towers' parameters; the empty one, which is all, if none or all were chosen.
 
-    A tower is all below the shortest prefix of its sites that no other tower's site shares.
+    A tower is all below the shortest prefix of its sites that no other tower's site shares: what lies beside the towers
+    (the embeddings and projection of open_clip's text tower, the logit scale) is trained only with all of them.
     """
     if request.towers is None:
         return [""]
     chosen = {site.name for site in find_sites(model, towers=request.towers)}
     others = [site.name for site in find_sites(model) if site.name not in chosen]
+    if not others:
+        return [""]
     prefixes = set()
     for name in chosen:
         parts = name.split(".")
@@ -241,9 +248,16 @@ def _plain(use_dora: bool) -> Callable[[nn.Module, MethodRequest], nn.Module]:
 # ------------------------------------------------------------------ from a plan
 
 
-def _planned(method: str, mode: str = "kpm") -> Callable[[nn.Module, MethodRequest], nn.Module]:
-    def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
-        plan = plan_adapter(
+def _planned(
+    name: str,
+    description: str,
+    source: str,
+    covariances: str | None,
+    method: str,
+    mode: str = "kpm",
+) -> Method:
+    def make(model: nn.Module, request: MethodRequest) -> AdapterPlan:
+        return plan_adapter(
             model,
             request.store,
             mode=mode,
@@ -257,9 +271,12 @@ def _planned(method: str, mode: str = "kpm") -> Callable[[nn.Module, MethodReque
             seed=request.seed,
             show_progress=request.show_progress,
         )
+
+    def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
+        plan = request.plan or make(model, request)
         return attach_adapter(model, plan, freeze_a=request.freeze_a, base=request.base)
 
-    return attach
+    return Method(name, description, source, covariances, attach, restore, make)
 
 
 METHODS: dict[str, Method] = {
@@ -297,45 +314,42 @@ METHODS: dict[str, Method] = {
             _plain(use_dora=True),
             restore,
         ),
-        Method(
+        _planned(
             "pissa",
             "adapts the largest components of W",
             "PiSSA, arXiv 2404.02948",
             None,
-            _planned("pissa"),
-            restore,
+            "pissa",
         ),
-        Method(
+        _planned(
             "milora",
             "adapts the smallest components of W",
             "MiLoRA, arXiv 2406.09044",
             None,
-            _planned("milora"),
-            restore,
+            "milora",
         ),
-        Method(
+        _planned(
             "olora",
             "adapts the first orthonormal directions of W = Q R",
             "OLoRA, arXiv 2406.01775",
             None,
-            _planned("olora"),
-            restore,
+            "olora",
         ),
-        Method(
+        _planned(
             "corda-kpm",
             "adapts what the knowledge's covariance uses least, to keep it",
             "CorDA, knowledge-preserved mode, arXiv 2406.05223",
             "knowledge",
-            _planned("corda", "kpm"),
-            restore,
+            "corda",
+            "kpm",
         ),
-        Method(
+        _planned(
             "corda-ipm",
             "adapts what the new task's covariance uses most, to learn it fast",
             "CorDA, instruction-previewed mode, arXiv 2406.05223",
             "task",
-            _planned("corda", "ipm"),
-            restore,
+            "corda",
+            "ipm",
         ),
     )
 }

@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import nn
 
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.data import ImageTextData, load_records, make_batches, with_root
-from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.evaluation import (
     Cache,
     Suite,
@@ -42,6 +42,7 @@ from corda_vlm.experiment import Experiment, Training, load_experiment
 from corda_vlm.families import Loaded, load_model
 from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.methods import METHODS, MethodRequest
+from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import find_sites, model_fingerprint
 from corda_vlm.train import Head, train
 
@@ -78,7 +79,7 @@ def run(
     folder = Path(output) if output is not None else Path("runs") / experiment.name
     _claim(folder, experiment, fresh)
     started = time.perf_counter()
-    lab = _Laboratory(experiment, folder, resolve(config), _device(device))
+    lab = _Laboratory(experiment, folder, resolve(config), device)
     lab.describe(f"corda-vlm run {config}" + "".join(f" --set {pair}" for pair in overrides))
     lab.measure_base()
     lab.train_all([t for t in experiment.trainings() if only is None or t.variant in only])
@@ -92,9 +93,7 @@ def run(
 class _Laboratory:
     """What all trainings of an experiment share: the base model, the data, the covariances."""
 
-    def __init__(
-        self, experiment: Experiment, folder: Path, config: Path, device: torch.device
-    ) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, config: Path, device: str) -> None:
         self.experiment, self.folder, self.config = experiment, folder, config
         print(
             f"{experiment.title or experiment.name}: {experiment.model} on {device}, into {folder}"
@@ -105,6 +104,7 @@ class _Laboratory:
         self.task_data = self.load(experiment.task.data)
         self.classes, self.templates = self._prompts()
         self.stores: dict[str, CovarianceStore] = {}
+        self.plans: dict[str, AdapterPlan] = {}
         self._check_sources()
 
     def _check_sources(self) -> None:
@@ -241,6 +241,37 @@ class _Laboratory:
 
     # -------------------------------------------------------------- training
 
+    def _request(self, name: str) -> MethodRequest:
+        """What a variant asks of its method, with the variant's plan, which is made once and kept as a file."""
+        variant, method = self.experiment.variants[name], METHODS[self.experiment.method_of(name)]
+        request = MethodRequest(
+            rank=variant.rank or self.experiment.rank,
+            store=self.store(method.covariances) if method.covariances else None,
+            towers=self.experiment.towers,
+            a_norm=variant.a_norm,
+            damping=variant.damping,
+            freeze_a=variant.freeze_a,
+            show_progress=False,
+        )
+        if method.plan is None:
+            return request
+        if name not in self.plans:
+            path = self.folder / name / "plan.json"
+            if path.is_file():
+                plan = AdapterPlan.load(path, model=self.loaded.model)
+                if (
+                    request.store is not None
+                    and plan.data_fingerprint != request.store.data_fingerprint
+                ):
+                    raise ForeignFileError(
+                        f"{path} was made from other covariances than this experiment's; delete it, or run with --fresh"
+                    )
+            else:
+                plan = method.plan(self.loaded.model, request)
+                plan.save(path)
+            self.plans[name] = plan
+        return replace(request, plan=self.plans[name])
+
     def train_all(self, trainings: Sequence[Training]) -> None:
         left = [training for training in trainings if not self._is_measured(training)]
         if len(left) < len(trainings):
@@ -258,23 +289,11 @@ class _Laboratory:
 
     def _train(self, training: Training) -> str:
         experiment = self.experiment
-        variant = experiment.variants[training.variant]
         method = METHODS[training.method]
         folder = self.folder / training.folder
+        request = replace(self._request(training.variant), seed=training.seed)
         # a copy: adapters and full fine-tuning change the model in place
-        prepared = method.prepare(
-            copy.deepcopy(self.loaded.model),
-            MethodRequest(
-                rank=variant.rank or experiment.rank,
-                store=self.store(method.covariances) if method.covariances else None,
-                towers=experiment.towers,
-                a_norm=variant.a_norm,
-                damping=variant.damping,
-                freeze_a=variant.freeze_a,
-                seed=training.seed,
-                show_progress=False,
-            ),
-        )
+        prepared = method.prepare(copy.deepcopy(self.loaded.model), request)
         result = train(
             prepared.model,
             self.task_data,
@@ -341,15 +360,6 @@ def _dumped(experiment: Experiment) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(asked)
-    except RuntimeError as error:
-        raise CordaError(f"unknown device {asked!r}; give auto, cpu, cuda or cuda:N") from error
 
 
 def _machine(model: nn.Module) -> str:

@@ -286,6 +286,15 @@ class TestFiles:
         with pytest.raises(CordaError, match=r"plan\.json"):
             plan_of(*clip).save(tmp_path / "plan.safetensors")
 
+    def test_covariances_of_the_same_name_are_not_written_over(self, clip, tmp_path):
+        clip[1].save(tmp_path / "covariance.safetensors")
+        before = (tmp_path / "covariance.safetensors").read_bytes()
+        with pytest.raises(
+            CordaError, match=r"covariance\.safetensors, which holds something else"
+        ):
+            plan_of(*clip).save(tmp_path / "covariance.json")
+        assert (tmp_path / "covariance.safetensors").read_bytes() == before
+
 
 def test_planning_is_silent(clip):
     with warnings.catch_warnings():

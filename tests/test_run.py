@@ -84,6 +84,8 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
         "both kinds of covariance"
     )
     assert (folder / "corda-kpm" / "0.001-0" / "weights" / "adapter_model.safetensors").is_file()
+    assert json.loads((folder / "corda-kpm" / "plan.json").read_text())["mode"] == "kpm"
+    assert json.loads((folder / "preview" / "plan.json").read_text())["mode"] == "ipm"
     rows = read_rows(folder / "scores.jsonl")
     assert {row["method"] for row in rows} == {
         "base",

@@ -98,6 +98,9 @@ def attach_adapter(
             "family": plan.family,
             "model_fingerprint": plan.model_fingerprint,
             "data_fingerprint": plan.data_fingerprint,
+            "rank": plan.rank,
+            "damping": plan.damping,
+            "a_norm": plan.a_norm,
         },
     )
     with wrapping(model):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -109,9 +110,9 @@ def new_folder(directory: Path) -> Iterator[Path]:
             if replaced.exists():
                 replaced.rename(directory)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CordaError(
-            f"could not write {directory}: {error.strerror or error}. What was there is untouched; free some "
+            f"could not write {directory}: {getattr(error, 'strerror', None) or error}. What was there is untouched; free some "
             "space or name another folder, then export again."
         ) from error
     finally:

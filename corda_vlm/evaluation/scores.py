@@ -206,9 +206,9 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         )
     except (TypeError, ValueError) as error:
         raise CordaError(f"a score for {path} cannot be written as JSON: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _cut_torn_line(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
         # One write to a descriptor in append mode: concurrent runs do not interleave within a line.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

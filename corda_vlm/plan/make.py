@@ -19,7 +19,7 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.attention import unpacked
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, Route
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
-from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
+from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
 
 def plan_adapter(
@@ -94,14 +94,14 @@ def plan_adapter(
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
         check_rank(shapes, rank)
-        chosen = _covariances(sites, weights, store, damping, dynamic_covariance)
+        covariances = _choose(weights, store, damping, dynamic_covariance)
         ranks_of = dict.fromkeys(weights, rank)
         if dynamic_rank:
-            ranks_of = _dynamic_ranks(weights, chosen, mode, rank, damping, show_progress)
+            ranks_of = _dynamic_ranks(weights, covariances, mode, rank, damping, show_progress)
             route = "exact"
         planned, factors = [], {}
         for site in tqdm(sites, "plan", unit="site", disable=not show_progress, leave=False):
-            weight, (covariance, round_) = weights[site.name], chosen[site.name]
+            weight, covariance = weights[site.name], covariances[site.name]
             if method == "olora":
                 factor = _olora(weight, ranks_of[site.name], a_norm)
             else:
@@ -123,7 +123,7 @@ def plan_adapter(
                     site=site,
                     shape=shapes[site.name],
                     rank=ranks_of[site.name],
-                    round=round_,
+                    round=covariances.rounds[site.name],
                     components=components,
                     side=basis.side,
                     power=basis.power,
@@ -159,39 +159,59 @@ def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
             )
 
 
-def _covariances(
-    sites: Sequence[Site],
-    weights: Mapping[str, Tensor],
-    store: CovarianceStore | None,
-    damping: float,
-    dynamic: bool,
-) -> dict[str, tuple[Tensor | None, int | None]]:
-    """Site name -> (covariance or None, its round or None)."""
-    chosen: dict[str, tuple[Tensor | None, int | None]] = {}
-    for site in sites:
-        if store is None:
-            chosen[site.name] = (None, None)
-            continue
-        if site.name not in store.site_streams:
+class _Covariances:
+    """The covariance that each site takes, made dense when it is asked for.
+
+    All of them at once would take several times the memory of the model.
+
+    Attributes:
+        rounds: site name -> its calibration round; None: all rounds pooled, or no data.
+    """
+
+    def __init__(self, store: CovarianceStore | None, rounds: Mapping[str, int | None]) -> None:
+        self.rounds, self._store = rounds, store
+        self._last: tuple[tuple[str, int | None], Tensor] | None = None
+
+    def __getitem__(self, site: str) -> Float[Tensor, "inp inp"] | None:
+        if self._store is None:
+            return None
+        key = (self._store.stream_of(site), self.rounds[site])
+        if self._last is None or self._last[0] != key:
+            stream, index = key
+            self._last = None  # freed before the next is made
+            if index is None:
+                matrix = self._store[site].matrix
+            else:
+                matrix = self._store.moments(stream)[index].matrix()
+            self._last = (key, matrix)  # q, k and v follow one another and share it
+        return self._last[1]
+
+
+def _choose(
+    weights: Mapping[str, Tensor], store: CovarianceStore | None, damping: float, dynamic: bool
+) -> _Covariances:
+    rounds: dict[str, int | None] = dict.fromkeys(weights)
+    if store is None:
+        return _Covariances(None, rounds)
+    for site, weight in weights.items():
+        if site not in store.site_streams:
             known = ", ".join(sorted(store.site_streams)[:4])
             raise CordaError(
-                f"site {site.name!r} was not calibrated (the store has {len(store.site_streams)} sites: {known}, …); "
+                f"site {site!r} was not calibrated (the store has {len(store.site_streams)} sites: {known}, …); "
                 "collect covariances for it too, or leave it out with towers= or roles="
             )
         if dynamic:
-            rounds = store.rounds(site.name)
-            index, _ = ranks.select_covariance(
-                [c.matrix for c in rounds], weights[site.name], damping=damping
-            )
-            chosen[site.name] = (rounds[index].matrix, index)
-        else:
-            chosen[site.name] = (store[site.name].matrix, None)
-    return chosen
+            candidates = [c.matrix for c in store.rounds(site)]
+            try:
+                rounds[site], _ = ranks.select_covariance(candidates, weight, damping=damping)
+            except CordaError as error:
+                raise CordaError(f"site {site!r}: {error}") from error
+    return _Covariances(store, rounds)
 
 
 def _dynamic_ranks(
     weights: Mapping[str, Tensor],
-    chosen: Mapping[str, tuple[Tensor | None, int | None]],
+    covariances: _Covariances,
     mode: str,
     rank: int,
     damping: float,
@@ -199,7 +219,7 @@ def _dynamic_ranks(
 ) -> dict[str, int]:
     spectra, compactness = {}, {}
     for name, weight in tqdm(weights.items(), "spectra", disable=not show_progress, leave=False):
-        covariance = chosen[name][0]
+        covariance = covariances[name]
         assert covariance is not None
         # a first pass for the values alone: holding every site's whole basis would take the model's size
         factor = decompose(

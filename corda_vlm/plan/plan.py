@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -165,6 +165,10 @@ class AdapterPlan:
             raise CordaError(
                 f"a plan is a JSON file; name it {path.with_suffix('.json')}, not {path}"
             )
+        if tensors.exists() and not _is_plan(tensors):
+            raise CordaError(
+                f"the factors would go to {tensors}, which holds something else, e.g. covariances; choose another name"
+            )
         missing = [s.site.name for s in self.sites if s.site.name not in self.factors]
         if missing:
             raise CordaError(
@@ -176,7 +180,8 @@ class AdapterPlan:
             if factor.spectrum is not None:
                 packed[f"{name}.spectrum"] = factor.spectrum
         with atomic_write(tensors) as partial:
-            save_file({k: v.float().contiguous() for k, v in packed.items()}, partial)
+            factors = {k: v.float().contiguous() for k, v in packed.items()}
+            save_file(factors, partial, metadata={"format": FORMAT})
             digest = _sha256(partial)
         described = {
             "format": FORMAT,
@@ -238,6 +243,14 @@ class AdapterPlan:
 
 def _tensors_path(path: Path) -> Path:
     return path.with_suffix(".safetensors")
+
+
+def _is_plan(tensors: Path) -> bool:
+    try:
+        with safe_open(str(tensors), "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 def _sha256(path: Path) -> str:

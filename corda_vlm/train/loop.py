@@ -11,6 +11,7 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -250,7 +251,7 @@ def _finish(
     }
     try:
         save_weights(model, objective.head, output / WEIGHTS)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CordaError(
             f"could not write {output / WEIGHTS}: {error}; free some space and run again"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,22 @@ def all_finite(model: nn.Module, head: Head | None) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in trained)
 
 
+_DECIDES = ("peft_type", "base", "freeze_a", "use_dora", "origin")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
 def signature(model: nn.Module) -> dict[str, Any]:
-    """What a resumption checks the model by: its trained parameters' shapes, and how large some frozen ones are."""
+    """What a resumption checks the model by: its adapter, its trained parameters' shapes, and how large some frozen
+    ones are. Not the adapter's numbers: directions of equal size may turn with the number of threads."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     sampled = frozen[:: max(1, len(frozen) // 8)]
+    adapter = model.peft_config[str(model.active_adapter)] if isinstance(model, PeftModel) else None
     return {
+        "adapter": {key: _plain(getattr(adapter, key, None)) for key in _DECIDES},
         "trained": {n: list(p.shape) for n, p in model.named_parameters() if p.requires_grad},
         "frozen": [float(p.detach().float().abs().mean()) for p in sampled],
     }
@@ -117,6 +129,12 @@ def signature(model: nn.Module) -> dict[str, Any]:
 def check_signature(saved: dict[str, Any], model: nn.Module, where: Path) -> None:
     """Raises `CordaError` if `model` is not the one whose `signature` was saved."""
     own = signature(model)
+    for key, value in own["adapter"].items():
+        if (before := saved.get("adapter", {}).get(key)) != value:
+            raise CordaError(
+                f"{where} holds the training of another adapter ({key}: {before} there, {value} now); delete it to begin "
+                "anew, or give another output folder"
+            )
     if saved["trained"] != own["trained"]:
         names = set(saved["trained"]) ^ set(own["trained"])
         at = sorted(names)[0] if names else "the same names, but other shapes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from corda_vlm.adapter import attach_adapter
 from corda_vlm.data import load_records
 from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
 from corda_vlm.train import TrainingInterrupted, TrainOptions, TrainResult, train
 
@@ -268,3 +270,20 @@ def killed_training(processor, output_dir) -> TrainResult:
     return train(
         model, data, processor, options=options, output_dir=output_dir, show_progress=False
     )
+
+
+def test_the_weights_of_another_plan_are_not_taken_for_this_ones(
+    tiny_open_clip, processor, digits, tmp_path
+):
+    """Equal shapes and options, other directions: the finished training must not be served again."""
+    first = prepare_method("pissa", copy.deepcopy(tiny_open_clip), rank=2, towers="vision")
+    options = TrainOptions(steps=1, batch_size=8)
+    train(first, digits, processor, options=options, output_dir=tmp_path, show_progress=False)
+    for method, changes in (("milora", {}), ("pissa", {"a_norm": 3.0}), ("lora", {})):
+        other = prepare_method(
+            method, copy.deepcopy(tiny_open_clip), rank=2, towers="vision", **changes
+        )
+        with pytest.raises(CordaError, match="training of another adapter"):
+            train(
+                other, digits, processor, options=options, output_dir=tmp_path, show_progress=False
+            )
