@@ -386,6 +386,11 @@ def _as_jsonargparse(args: Sequence[str]) -> list[str]:
     return written
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as a person reads it, without the line of source that raised it."""
+    print(f"corda-vlm: warning: {message}", file=sys.stderr)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The console script. Wrong input ends with its message and status 2, Ctrl-C with status 130."""
     from jsonargparse import auto_cli
@@ -394,6 +399,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _show_warning
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         auto_cli(

@@ -679,3 +679,12 @@ def test_plain_peft_is_left_alone(tiny_clip_hf):
     peft_model = get_peft_model(tiny_clip_hf, LoraConfig(target_modules=["q_proj"]))
     assert not paired_layers(peft_model)
     assert torch.equal(embed(peft_model), before)
+
+
+def test_a_second_adapter_needs_a_name_of_its_own(tiny_clip_hf):
+    plan = plan_adapter(tiny_clip_hf, None, method="milora", rank=2, show_progress=False)
+    model = attach_adapter(tiny_clip_hf, plan)
+    with pytest.raises(
+        CordaError, match=r"adapter named 'default' already; restore\(model\) first"
+    ):
+        attach_adapter(model, plan)  # pyright: ignore[reportArgumentType]

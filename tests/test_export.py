@@ -275,6 +275,10 @@ class TestLora:
         assert torch.equal(small["a"][0] @ small["a"][1], torch.zeros(6, 5))
         with pytest.raises(CordaError, match="rank 0"):
             recompress({}, 0)
+        with pytest.raises(
+            CordaError, match="rank 9 is outside 1 to 4, the rank of what was learned"
+        ):
+            recompress({"a": (torch.zeros(6, 4), torch.randn(4, 5))}, 9)
 
     def test_our_own_lora_and_not_dora(self, tiny_clip_hf, tmp_path):
         attached = prepare_method("lora", tiny_clip_hf, rank=4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from corda_vlm.__main__ import VERBS, main
+from corda_vlm.__main__ import VERBS, _show_warning, main
 
 DRAWINGS = "parquet:model_zoo/emoji-clip/data/noto.parquet"
 
@@ -125,3 +125,8 @@ def test_help_answers_quickly_and_names_every_verb():
     assert all(verb in printed.stdout for verb in VERBS)
     assert "import time" in printed.stderr
     assert "| torch\n" not in printed.stderr, "help must not wait for torch"
+
+
+def test_a_warning_shows_no_source_code(capsys):
+    _show_warning(UserWarning("too few tokens"), UserWarning, "collect.py", 111)
+    assert capsys.readouterr().err == "corda-vlm: warning: too few tokens\n"

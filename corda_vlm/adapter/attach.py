@@ -105,6 +105,11 @@ def attach_adapter(
     )
     with wrapping(model):
         if isinstance(model, PeftModel):
+            if adapter_name in model.peft_config:
+                raise CordaError(
+                    f"the model carries an adapter named {adapter_name!r} already; restore(model) first, or give this one "
+                    "another adapter_name"
+                )
             model.add_adapter(adapter_name, config)
             peft_model = model
         else:

@@ -201,10 +201,13 @@ def recompress(factors: Factors, rank: int) -> tuple[Factors, float]:
         the factors, `B = U Σ^½`, `A = Σ^½ Vᵀ`, and the relative error over all sites (Frobenius).
 
     Raises:
-        CordaError: `rank` is not positive.
+        CordaError: `rank` is not positive, or more than any site's change has.
     """
-    if rank < 1:
-        raise CordaError(f"rank {rank} is not positive")
+    most = max((A.shape[0] for _, A in factors.values()), default=1)
+    if not 1 <= rank <= most:
+        raise CordaError(
+            f"rank {rank} is outside 1 to {most}, the rank of what was learned; leave rank out to keep all of it"
+        )
     small, lost, whole = {}, 0.0, 0.0
     for site, (B, A) in factors.items():
         Q_b, R_b = torch.linalg.qr(B.double())  # (out, k), (k, r)

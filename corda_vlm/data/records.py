@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from corda_vlm.data.images import UNDECODABLE, to_rgb
 from corda_vlm.data.meaning import label_rows, sample, text_rows
@@ -162,7 +162,10 @@ class ImageTextData(Sequence):
         try:
             record["image"] = self.image(index)
         except UNDECODABLE as error:
-            self.bad[index] = f"no image that can be decoded ({type(error).__name__}: {error})"
+            reason = str(error)
+            if isinstance(error, UnidentifiedImageError):  # it names an address in memory
+                reason = "of no known format"
+            self.bad[index] = f"no image that can be decoded ({type(error).__name__}: {reason})"
             self._check_share()
             return None
         record["text"] = None if self.texts is None else self.texts[index]

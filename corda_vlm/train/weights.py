@@ -32,6 +32,8 @@ def save_weights(model: nn.Module, head: Head | None, folder: str | Path) -> Non
     if isinstance(model, PeftModel):
         # "auto" would ask the hub whether the vocabulary has grown, at every checkpoint.
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        # safetensors makes files that only their owner may read
+        (folder / ADAPTER).chmod((folder / "adapter_config.json").stat().st_mode)
     else:
         state = {name: value.detach().cpu().contiguous() for name, value in _trained(model).items()}
         with atomic_write(folder / TRAINED) as partial:
