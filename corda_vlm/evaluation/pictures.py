@@ -87,27 +87,44 @@ def tradeoff(results: Results, path: Path) -> bool:
         if unscaled:
             curves[method] = unscaled
             ink[method].append(np.array([(p.task, p.kept) for p in unscaled.values()]))
-    axes.plot(base.task, 1.0, marker="*", markersize=17, color=_INK, linestyle="", zorder=4)
-    axes.axhline(0.0, color=_FAINT, linewidth=1, linestyle=":")
-    axes.annotate(
-        "chance", (1, 0.0), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-        textcoords="offset points", ha="right", color=_FAINT, fontsize=9,
-    )  # fmt: skip
+    found = np.array(
+        [(p.task, p.kept) for of in points.values() for by in of.values() for p in by.values()]
+    )
+    (left, bottom), (right, _) = found.min(0), found.max(0)
+    # curves far from the base model, or from chance, would be a knot in a corner: look closer
+    base_is_far = left - base.task > 1.5 * (right - left)
+    chance_is_far = bottom > 0.3
+    if base_is_far:
+        axes.axhline(1.0, color=_INK, linewidth=1, linestyle="--", zorder=1)
+        axes.annotate(
+            f"base model, {base.task:.0%} on the new task", (0, 1.0), xycoords=("axes fraction", "data"),
+            xytext=(6, 4), textcoords="offset points", color=_INK, fontsize=10,
+        )  # fmt: skip
+    else:
+        axes.plot(base.task, 1.0, marker="*", markersize=17, color=_INK, linestyle="", zorder=4)
+    if not chance_is_far:
+        axes.axhline(0.0, color=_FAINT, linewidth=1, linestyle=":")
+        axes.annotate(
+            "chance", (1, 0.0), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+            textcoords="offset points", ha="right", color=_FAINT, fontsize=9,
+        )  # fmt: skip
     best = results.best_setting(REFERENCE)
     if best is not None:
         aim = mean_point(points[REFERENCE][best].values()).task
-        ink["aim"].append(np.array([[aim, 0.0], [aim, 1.0]]))
+        ink["aim"].append(np.array([[aim, bottom if chance_is_far else 0.0], [aim, 1.0]]))
         axes.axvline(aim, color=look[REFERENCE][0], linewidth=1, linestyle=":", alpha=0.8, zorder=1)
         axes.annotate(
-            f"{REFERENCE}'s best", (aim, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
-            textcoords="offset points", rotation=90, ha="right", va="top",
+            f"{REFERENCE}'s best", (aim, 0), xycoords=("data", "axes fraction"), xytext=(-4, 4),
+            textcoords="offset points", rotation=90, ha="right", va="bottom",
             color=look[REFERENCE][0], fontsize=8.5,
         )  # fmt: skip
     _frame(axes)
     axes.xaxis.set_major_formatter(_percent())
     axes.yaxis.set_major_formatter(_percent())
     axes.margins(x=0.08, y=0.08)
-    axes.set_ylim(top=max(1.08, axes.get_ylim()[1]), bottom=min(-0.03, axes.get_ylim()[0]))
+    floor = bottom - 0.12 * (1.0 - bottom) if chance_is_far else min(-0.03, axes.get_ylim()[0])
+    ceiling = 1.0 + 0.12 * (1.0 - floor) if chance_is_far else 1.08
+    axes.set_ylim(top=max(ceiling, found[:, 1].max() + 0.02), bottom=floor)
     axes.set_xlabel(f"accuracy on the new task ({', '.join(results.gain)})")
     axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
     several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
@@ -116,9 +133,11 @@ def tradeoff(results: Results, path: Path) -> bool:
     told += "; faint marks: single seeds" if several else ""
     told += "; dashed: scaled after training" if len(results.curves()) > len(points) else ""
     axes.set_title(told, fontsize=9.5, color=_FAINT, loc="left")
-    ink["base"].append(np.array([[base.task, 1.0]]))
+    if not base_is_far:
+        ink["base"].append(np.array([[base.task, 1.0]]))
     words = Words(axes, ink)
-    words.add("base model", [(base.task, 1.0)], 10.0, "base", color=_INK)
+    if not base_is_far:
+        words.add("base model", [(base.task, 1.0)], 10.0, "base", color=_INK)
     for method, curve in curves.items():
         along = [(p.task, p.kept) for p in sorted(curve.values(), key=lambda p: -p.kept)]
         middle = len(along) // 2

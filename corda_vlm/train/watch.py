@@ -70,6 +70,7 @@ class Watch(TrainerCallback):
             initial=state.global_step,
             desc="training",
             unit="step",
+            leave=False,  # an experiment trains many times, and says in a line how each went
             mininterval=0.5,
             dynamic_ncols=True,
             disable=not self.show_progress,
