@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from corda_vlm.covariance.store import CovarianceStore, some
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
 from corda_vlm.families import Batch, detect_family
+from corda_vlm.families.base import evaluating
 from corda_vlm.sites import Site, find_sites, model_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def collect_covariance(
     scratch = Path(path).absolute().parent if path is not None and rounds > 1 else None
     with (
         Interrupts(active=path is not None) as interrupts,
-        _evaluating(model),
+        evaluating(model),
         observe(
             model, sites, rounds=rounds, precision=precision, device=device, scratch=scratch
         ) as observer,
@@ -187,18 +188,6 @@ def _run(
             )
             bar.update()
             checkpoint.after_batch()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of the block; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

@@ -190,6 +190,7 @@ def _check(
 def _check_finite(name: str, matrix: Tensor) -> None:
     if not matrix.is_floating_point():
         raise CordaError(f"the {name} is of {matrix.dtype}; a floating dtype is needed")
-    # one NaN or Inf makes the sum NaN or Inf: no mask of the matrix's size
-    if not math.isfinite(float(matrix.sum(dtype=torch.float64))):
-        raise CordaError(f"the {name} holds NaN or Inf")
+    # One NaN or Inf makes the norm NaN or Inf: no mask of the matrix's size.
+    dtype = torch.float32 if matrix.dtype in (torch.float16, torch.bfloat16) else None
+    if not math.isfinite(float(torch.linalg.vector_norm(matrix, dtype=dtype))):
+        raise CordaError(f"the {name} holds NaN or Inf, or values too large to square")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corda_vlm.families.base import Family, Processor
+from corda_vlm.families.base import Family, Processor, evaluating
 
 _ClassifierKey = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -136,15 +136,3 @@ class _OpenClipFace:
     def encode_text(self, tokens: _Tokens, normalize: bool = False) -> Tensor:
         assert normalize, "open_clip's builder averages unit vectors"
         return self.encoder._text_batch(tokens)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and the like off; every module's own mode is put back, after an exception too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

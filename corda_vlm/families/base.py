@@ -6,7 +6,8 @@ sees only these types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,15 @@ def run_towers(
 def no_tower(model: nn.Module, tower: str) -> CordaError:
     """The error for a model that is asked to run a tower it does not have."""
     return CordaError(f"{type(model).__name__} has no {tower} tower")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and the like off; every module's own mode is put back, after an exception too."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

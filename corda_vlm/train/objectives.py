@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from corda_vlm.data import ImageTextData
 from corda_vlm.errors import CordaError, DataError
-from corda_vlm.families.base import Batch, Family, Processor, unwrap
+from corda_vlm.families.base import Batch, Family, Processor, evaluating, unwrap
 from corda_vlm.train.heads import Head, Prompts, Template, prompt_logits
 from corda_vlm.train.losses import capped, contrastive_logits, contrastive_loss
 from corda_vlm.train.options import TrainOptions
@@ -156,18 +155,6 @@ def make_objective(
             Head("prompt", start, float(family.logit_scale(bare))) if options.train_head else None
         )
         return PromptObjective(family, prompts, start, head, smoothing)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and the like off; each module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _class_names(data: ImageTextData, classes: Sequence[str] | None, loss: str) -> Sequence[str]:

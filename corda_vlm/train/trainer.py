@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from corda_vlm.errors import CordaError
-from corda_vlm.families.base import unwrap
-from corda_vlm.train.objectives import Objective, evaluating
+from corda_vlm.families.base import evaluating, unwrap
+from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
 from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.weights import all_finite, load_weights, save_weights
