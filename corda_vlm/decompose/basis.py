@@ -26,6 +26,7 @@ EXTRA = 16  # vectors iterated beside the r wanted: they decide the rate of conv
 # layers of a CLIP take 3 to 15 rounds; flat spectra, as of random matrices, are the slowest.
 TOLERANCE = 5e-4
 ROUNDS = 30  # at most
+LIGHT_ROUNDS = 15  # at most in float32, before float64 takes over
 # An eigenvalue of G G^T below this share of the largest has lost too many digits to float64 rounding.
 SQUARED_LIMIT = 1e-10
 # A triangular factor whose diagonal falls below this share of its largest entry is not taken from `W^T W`.
@@ -129,7 +130,10 @@ def output_fast(
     if out >= inp:
         # The factors of W and of C' apart, so that their condition numbers do not multiply.
         del light
-        return ritz(_iterate(_solve_apart(core, root, tall is None), start, rank, components))
+        step = _Apart(core, root, triangular=tall is not None)
+        x = _iterate(step, start.float(), rank, components, LIGHT_ROUNDS)
+        # float32 rounding leaves a trace of the largest directions in x, which the first of these takes out
+        return ritz(_iterate(step, x.to(core), rank, components))
     # Wide: the triangular factor of G^T. QR of G rather than Cholesky of G G^T: no squares.
     basis = ritz(_iterate(_solve_joint(light), start.float(), rank, components))
     rounding = torch.finfo(light.dtype).eps * (rank / out) ** 0.5 * (root.norm or inp**0.5)
@@ -139,27 +143,27 @@ def output_fast(
     return ritz(_iterate(_solve_joint(root.times(core)), start, rank, components))
 
 
-def _solve_apart(
-    core: Float[Tensor, "n n"], root: Root, square: bool
-) -> Callable[[Tensor], Tensor]:
-    """x -> `(G G^T)^-1 x = core^-T (K K^T)^-1 core^-1 x` for `G = core K`; core is triangular if not `square`."""
-    if square:
-        factors, pivots, _ = torch.linalg.lu_factor_ex(core)  # half the work of a QR
-        _no_zero_pivots(factors)
+class _Apart:
+    """x -> `(G G^T)^-1 x = core^-T (K K^T)^-1 core^-1 x` for `G = core K`, in the precision of x.
 
-        def step(x: Tensor) -> Tensor:
-            y = root.solve(torch.linalg.lu_solve(factors, pivots, x))
-            return torch.linalg.lu_solve(factors, pivots, y, adjoint=True)
+    The factors are of float64, also those that are then rounded to float32.
+    """
 
-        return step
+    def __init__(self, core: Float[Tensor, "n n"], root: Root, *, triangular: bool) -> None:
+        self.root, self.pivots = root, None
+        if triangular:
+            factors = core.clone()
+        else:
+            factors, self.pivots, _ = torch.linalg.lu_factor_ex(core)  # half the work of a QR
+        self.factors = {d: _no_zero_pivots(factors.to(d)) for d in (core.dtype, torch.float32)}
 
-    r = _no_zero_pivots(core.clone())
-
-    def step_triangular(x: Tensor) -> Tensor:
-        y = root.solve(torch.linalg.solve_triangular(r, x, upper=True))
-        return torch.linalg.solve_triangular(r.mT, y, upper=False)
-
-    return step_triangular
+    def __call__(self, x: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        factors = self.factors[x.dtype]
+        if self.pivots is None:
+            y = self.root.solve(torch.linalg.solve_triangular(factors, x, upper=True))
+            return torch.linalg.solve_triangular(factors.mT, y, upper=False)
+        y = self.root.solve(torch.linalg.lu_solve(factors, self.pivots, x))
+        return torch.linalg.lu_solve(factors, self.pivots, y, adjoint=True)
 
 
 def _solve_joint(g: Float[Tensor, "out inp"]) -> Callable[[Tensor], Tensor]:
@@ -215,7 +219,11 @@ def _start(like: Float[Tensor, "n m"], rank: int, seed: int) -> Float[Tensor, "n
 
 
 def _iterate(
-    step: Callable[[Tensor], Tensor], x: Float[Tensor, "n k"], rank: int, components: Components
+    step: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "n k"],
+    rank: int,
+    components: Components,
+    rounds: int = ROUNDS,
 ) -> Float[Tensor, "n k"]:
     """Orthonormal block, turned to the dominant invariant subspace of `step`.
 
@@ -223,7 +231,7 @@ def _iterate(
     the block it returns tell the energy reached so far.
     """
     last = math.inf
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         x, r = torch.linalg.qr(step(x))
         values = torch.linalg.svdvals(r)[:rank].double()
         energy = float((values if components == "largest" else 1 / values).sum())

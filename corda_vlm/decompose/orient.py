@@ -34,6 +34,7 @@ class Root:
         self.c, self.power, self.scale, self.resolution = None, 0.0, 1.0, 0.0
         self.norm: float | None = None
         self._factor: Tensor | None = None
+        self._light: Tensor | None = None
         if covariance is None or power == 0:
             return
         c = covariance.detach().to(device)
@@ -75,10 +76,14 @@ class Root:
         return _product(x, factor)
 
     def solve(self, y: Float[Tensor, "inp k"]) -> Float[Tensor, "inp k"]:
-        """`(K K^T)^-1 y`, y float64, for a `C'` that is not singular."""
+        """`(K K^T)^-1 y`, in the dtype of y, for a `C'` that is not singular."""
         factor = self.factor()
         if factor is None:
             return y
+        if y.dtype != factor.dtype:
+            # rounded from float64: a float32 Cholesky of a badly conditioned C' would fail
+            self._light = factor.to(y.dtype) if self._light is None else self._light
+            factor = self._light
         for _ in range(round(2 * self.power)):
             # not `cholesky_solve`, which copies the factor at every call
             y = torch.linalg.solve_triangular(factor, y, upper=False)
