@@ -42,6 +42,11 @@ def plan_of(model: torch.nn.Module, store: CovarianceStore | None, **options) ->
     return plan_adapter(model, store, **{"rank": 4, "show_progress": False, **options})
 
 
+def task_of(method: str, store: CovarianceStore) -> dict:
+    """The further store that a method takes; here the same data."""
+    return {"task_store": store} if PLAN_METHODS[method].contrast else {}
+
+
 def weight_of(model: torch.nn.Module, name: str) -> torch.Tensor:
     with unpacked(model):
         return get_linear(model, name).weight.detach().clone()
@@ -122,7 +127,7 @@ def test_a_norm_sets_every_row_of_a_and_not_the_product(clip):
     model, store = clip
     plain = plan_of(model, store)
     for method in PLAN_METHODS:
-        plan = plan_of(model, store, a_norm=10.0, method=method)
+        plan = plan_of(model, store, a_norm=10.0, method=method, **task_of(method, store))
         for name, factor in plan.factors.items():
             norms = factor.A.norm(dim=1)
             assert torch.allclose(norms, torch.full_like(norms, 10.0), rtol=1e-4), name

@@ -16,6 +16,7 @@ so the adapter is `W` seen through r directions of its output, and only the left
     power 1    CorDA: IPM (largest), KPM (smallest)    `W C'^2 W^T`
     side="input"  LoRA-Null, KORE (smallest)           `B A = W P P^T`, P eigenvectors of `C'`; at
                   power 0 P are the right singular vectors of `W`, and the sides agree
+    two covariances    SC-LoRA (largest)               `W [(1-b) C_task - b C_keep] W^T`
 
 The smallest components are what KPM trains, and they are easily lost: `G G^T` squares the condition
 number, and a float32 inverse and SVD of `G` return a subspace that holds several times the least energy.
@@ -24,7 +25,17 @@ number, and a float32 inverse and SVD of `G` return a subspace that holds severa
 
 from __future__ import annotations
 
-from corda_vlm.decompose.decomposition import Decomposition, decompose
+from corda_vlm.decompose.contrast import check_beta, decompose_contrast
+from corda_vlm.decompose.decomposition import Decomposition, check_scale, decompose
 from corda_vlm.decompose.energy import damp, knowledge_energy, relative_damage
 
-__all__ = ["Decomposition", "damp", "decompose", "knowledge_energy", "relative_damage"]
+__all__ = [
+    "Decomposition",
+    "check_beta",
+    "check_scale",
+    "damp",
+    "decompose",
+    "decompose_contrast",
+    "knowledge_energy",
+    "relative_damage",
+]

@@ -103,7 +103,7 @@ def output_exact(
         # same left singular vectors and is square.
         vectors, values, _ = torch.linalg.svd(torch.linalg.qr(g.mT, mode="r").R.mT)
     u = vectors[:, chosen] if tall is None else tall.lift(vectors[:, chosen])
-    return Basis(_fix_signs(u), values[chosen], values, float(torch.linalg.norm(values)))
+    return Basis(fix_signs(u), values[chosen], values, float(torch.linalg.norm(values)))
 
 
 def output_fast(
@@ -123,7 +123,7 @@ def output_fast(
     def ritz(x: Tensor) -> Basis:
         x = torch.linalg.qr(x.to(core)).Q
         u, values = _ritz(x, root.times(x.mT @ core).mT, rank, components)
-        return Basis(_fix_signs(u if tall is None else tall.lift(u)), values, None, total)
+        return Basis(fix_signs(u if tall is None else tall.lift(u)), values, None, total)
 
     if not smallest:
         return ritz(_iterate(lambda x: light @ (light.mT @ x), start.float(), rank, components))
@@ -188,7 +188,7 @@ def input_exact(
     values, vectors = values.flip(0).clamp_min(0) ** root.power, vectors.flip(1)  # descending
     chosen = _select(values, rank, components)
     total = float(torch.linalg.norm(root.times(w.float())))
-    return Basis(_fix_signs(vectors[:, chosen]), values[chosen], values, total)
+    return Basis(fix_signs(vectors[:, chosen]), values[chosen], values, total)
 
 
 def input_fast(
@@ -204,7 +204,7 @@ def input_fast(
     x = _iterate(step, _start(c, rank, seed), rank, components)
     p, values = _ritz(x, c @ x, rank, components)
     total = float(torch.linalg.norm(root.times(w.float())))
-    return Basis(_fix_signs(p), values**root.power, None, total)
+    return Basis(fix_signs(p), values**root.power, None, total)
 
 
 # ---- block iteration -----------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def _select(values: Tensor, rank: int, components: Components) -> slice:
     return slice(0, rank) if components == "largest" else slice(len(values) - rank, len(values))
 
 
-def _fix_signs(vectors: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
+def fix_signs(vectors: Float[Tensor, "d r"]) -> Float[Tensor, "d r"]:
     """Each column with its largest entry positive."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, r)
     return vectors * torch.where(largest < 0, -1.0, 1.0)

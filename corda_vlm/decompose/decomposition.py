@@ -157,6 +157,14 @@ def _check(
     ):
         if name not in choices:
             raise UnknownNameError(kind, name, map(str, choices))
+    check_weight(weight, rank, damping, a_norm)
+    if covariance is not None:
+        check_covariance("covariance", covariance, weight)
+    elif power > 0:
+        raise CordaError(f"power {power} needs a covariance; without data take power=0")
+
+
+def check_weight(weight: Tensor, rank: int, damping: float, a_norm: float | None) -> None:
     if weight.ndim != 2 or 0 in weight.shape:
         raise CordaError(
             f"the weight has shape {tuple(weight.shape)}; a matrix (out, inp) is needed"
@@ -167,24 +175,29 @@ def _check(
             f"rank {rank} is not between 1 and {min(out, inp)}, the smaller side of a {out}x{inp} weight; "
             "choose a smaller rank or leave this layer out"
         )
+    check_scale(damping, a_norm)
+    _check_finite("weight", weight)
+
+
+def check_scale(damping: float, a_norm: float | None) -> None:
     if not (math.isfinite(damping) and damping >= 0):
         raise CordaError(f"damping {damping} must be a finite number, 0 or more (default 1e-4)")
     if a_norm is not None and not (math.isfinite(a_norm) and a_norm > 0):
         raise CordaError(
-            f"a_norm {a_norm} must be a finite number above 0, or None for the paper's split"
+            f"a_norm {a_norm}, the norm of each row of A at the start, must be a finite number above 0, or None for "
+            "the paper's split"
         )
-    _check_finite("weight", weight)
-    if covariance is None:
-        if power > 0:
-            raise CordaError(f"power {power} needs a covariance; without data take power=0")
-        return
+
+
+def check_covariance(name: str, covariance: Tensor, weight: Tensor) -> None:
+    out, inp = weight.shape
     if covariance.shape != (inp, inp):
         raise CordaError(
-            f"the covariance has shape {tuple(covariance.shape)}; a weight of {out}x{inp} needs ({inp}, {inp})"
+            f"the {name} has shape {tuple(covariance.shape)}; a weight of {out}x{inp} needs ({inp}, {inp})"
         )
-    _check_finite("covariance", covariance)
+    _check_finite(name, covariance)
     if float(covariance.diagonal().min()) < 0:
-        raise CordaError("the covariance has a negative diagonal entry: it is not a second moment")
+        raise CordaError(f"the {name} has a negative diagonal entry: it is not a second moment")
 
 
 def _check_finite(name: str, matrix: Tensor) -> None:

@@ -65,6 +65,26 @@ def split_input(
     return b, a_norms[:, None] * (z @ basis.vectors.mT), int(dead.sum())
 
 
+def split_projection(
+    w: Float[Tensor, "out inp"], vectors: Float[Tensor, "out r"], a_norm: float | None
+) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"], int]:
+    """`B A = Q Q^T W`: `B = Q`, `A = Q^T W` as SC-LoRA does (arXiv 2505.23724), or rows of A at `a_norm`.
+
+    Returns:
+        B, A, and the number of directions in which W has nothing; with `a_norm` their columns of B are zero.
+    """
+    seen = vectors.mT @ w  # (r, inp)
+    norms = torch.linalg.vector_norm(seen, dim=1)  # (r,)
+    dead = norms <= _NOTHING * torch.linalg.norm(w)
+    if a_norm is None:
+        return vectors, seen, int(dead.sum())
+    b = vectors * torch.where(dead, 0.0, norms / a_norm)
+    a = seen * torch.where(dead, 0.0, a_norm / norms)[:, None]
+    if dead.any():
+        a = _complete_rows(a, dead, a_norm)
+    return b, a, int(dead.sum())
+
+
 def _complete_rows(
     a: Float[Tensor, "r inp"], dead: Bool[Tensor, " r"], a_norm: float | None
 ) -> Float[Tensor, "r inp"]:

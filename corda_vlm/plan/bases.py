@@ -14,30 +14,47 @@ MODES: dict[str, Components] = {
     "ipm": "largest",  # instruction-previewed: adapt what the new task uses most
 }
 
+# None: "auto", the input side where a layer has more inputs than outputs. An output-side basis reaches `out`
+# directions of the inputs at most, so not their null space there.
+SIDES: dict[str, Side | None] = {"output": "output", "input": "input", "auto": None}
+
 
 @dataclass(frozen=True)
 class Basis:
-    """A row of method.md's table: `B A = Q Qᵀ W` with Q from the eigenvectors of `W C^2p Wᵀ`.
+    """`B A = Q Qᵀ W` with Q from the eigenvectors of `W C^2p Wᵀ`, or `W P Pᵀ` with P from those of C.
 
     Attributes:
         power: p, of the covariance in `W C^p`.
         components: "smallest" or "largest"; None: the mode decides.
         side: "output" or "input".
         source: the paper.
+        free_side: whether `side=` of `plan_adapter` may move it to the other side.
+        contrast: takes the covariances of the new task too, and `beta=` weighs them against the knowledge's.
     """
 
     power: float
     components: Components | None
     side: Side
     source: str
+    free_side: bool = False
+    contrast: bool = False
 
     @property
     def needs_store(self) -> bool:
         return self.power != 0
 
+    def side_of(self, shape: tuple[int, int], wanted: str | None) -> Side:
+        """The side at a site of this (out, inp) shape, `wanted` being one of `SIDES` or None for the method's own."""
+        if wanted is None:
+            return self.side
+        out, inp = shape
+        return SIDES[wanted] or ("input" if inp > out else "output")
+
 
 PLAN_METHODS: dict[str, Basis] = {
-    "corda": Basis(1.0, None, "output", "CorDA, arXiv 2406.05223"),
+    "corda": Basis(1.0, None, "output", "CorDA, arXiv 2406.05223", free_side=True),
+    "lora-null": Basis(1.0, "smallest", "input", "LoRA-Null, arXiv 2503.02659"),
+    "sc-lora": Basis(0.5, "largest", "output", "SC-LoRA, arXiv 2505.23724", contrast=True),
     "pissa": Basis(0.0, "largest", "output", "PiSSA, arXiv 2404.02948"),
     "milora": Basis(0.0, "smallest", "output", "MiLoRA, arXiv 2406.09044"),
     "olora": Basis(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,11 +11,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from corda_vlm.covariance import CovarianceStore
-from corda_vlm.decompose import Decomposition, damp, decompose, knowledge_energy
+from corda_vlm.decompose import (
+    Decomposition,
+    check_beta,
+    check_scale,
+    damp,
+    decompose,
+    decompose_contrast,
+    knowledge_energy,
+)
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family
 from corda_vlm.families.attention import unpacked
-from corda_vlm.plan.bases import MODES, PLAN_METHODS, Route
+from corda_vlm.plan.bases import MODES, PLAN_METHODS, SIDES, Basis, Route
 from corda_vlm.plan.choose import choose_covariances, choose_ranks
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
@@ -29,10 +36,13 @@ def plan_adapter(
     mode: str = "kpm",
     rank: int = 16,
     method: str = "corda",
+    task_store: CovarianceStore | None = None,
     dynamic_rank: bool = False,
     dynamic_covariance: bool = False,
     damping: float = 1e-4,
     a_norm: float | None = None,
+    side: str | None = None,
+    beta: float | None = None,
     towers: Sequence[str] | str | None = None,
     roles: Sequence[str] | str | None = None,
     route: Route = "auto",
@@ -43,25 +53,30 @@ def plan_adapter(
 
     Args:
         model: bare; packed attention is unpacked meanwhile.
-        store: covariances of the knowledge to keep ("kpm") or of the new task ("ipm"). May be None for
+        store: covariances of the knowledge to keep, or of the new task for mode "ipm". May be None for
             "pissa", "milora" and "olora"; if given, it predicts their damage.
         mode: "kpm" takes the smallest components, "ipm" the largest. Only "corda" has modes.
         rank: of every site, or with `dynamic_rank` their budget: as many parameters as that rank everywhere.
         method: key of `PLAN_METHODS`.
+        task_store: covariances of the new task beside those of the knowledge; for "sc-lora" only.
         dynamic_rank: CorDA++: ranks by compactness, see `ranks.allocate_ranks`. Takes the exact route.
         dynamic_covariance: CorDA++: each site takes one calibration round, see `ranks.select_covariance`.
         damping: δ, see `AdapterPlan`.
         a_norm: norm of each row of A at the start; B takes the inverse. It decides how far training strays from
             the planned directions (learning rates scale along). None: the paper's split.
+        side: of "corda": "output" (the paper's), "input" (the smallest or largest eigenvectors of C itself) or "auto",
+            the input side where a layer has more inputs than outputs. None: the method's own.
+        beta: of "sc-lora": from 0 (only the task counts) to 1 (only the knowledge). None: 0.5.
         towers, roles: only these, names as in `find_sites`.
         route: "auto", "exact" or "fast", see `decompose`.
         seed: of the fast route's starting block.
 
     Raises:
-        UnknownNameError: unknown method, mode, tower or role.
+        UnknownNameError: unknown method, mode, side, tower or role.
         NoSitesError: towers and roles leave no site.
-        ForeignFileError: the store was made from another model.
-        CordaError: a rank outside 1 to min(out, inp), a site the store did not calibrate, an option the method lacks.
+        ForeignFileError: a store was made from another model.
+        CordaError: a rank outside 1 to min(out, inp), a damping, a_norm or beta out of range, a site that a store did
+            not calibrate, a store that is missing, an option or a store that the method does not take.
     """
     if method not in PLAN_METHODS:
         raise UnknownNameError("plan method", method, PLAN_METHODS)
@@ -69,41 +84,43 @@ def plan_adapter(
     if basis.components is None and mode not in MODES:
         raise UnknownNameError("mode", mode, MODES)
     components = basis.components or MODES[mode]
-    if store is None and basis.needs_store:
-        raise CordaError(
-            f"method {method!r} takes its directions from data: pass the store of collect_covariance. "
-            f"Without data: {', '.join(sorted(m for m, b in PLAN_METHODS.items() if not b.needs_store))}."
-        )
-    if (dynamic_rank or dynamic_covariance) and not basis.needs_store:
-        raise CordaError(
-            f"dynamic_rank and dynamic_covariance weigh covariances, which method {method!r} does not use; "
-            "take method='corda' or leave them off"
-        )
-    if a_norm is not None and not (math.isfinite(a_norm) and a_norm > 0):
-        raise CordaError(
-            f"a_norm is the norm of each row of A at the start, so positive; got {a_norm!r}"
-        )
+    check_scale(damping, a_norm)
+    _check_options(method, basis, store, task_store, side, beta, dynamic_rank or dynamic_covariance)
+    beta = (0.5 if beta is None else float(beta)) if basis.contrast else None
     fingerprint = model_fingerprint(model)
-    if store is not None and store.model_fingerprint != fingerprint:
-        raise ForeignFileError(
-            f"the covariances were collected from the model {store.model_fingerprint}, and this one is "
-            f"{fingerprint}: collect them from this model, or load that one"
-        )
+    for given, of in ((store, "covariances"), (task_store, "task's covariances")):
+        if given is not None and given.model_fingerprint != fingerprint:
+            raise ForeignFileError(
+                f"the {of} were collected from the model {given.model_fingerprint}, and this one is "
+                f"{fingerprint}: collect them from this model, or load that one"
+            )
     with unpacked(model):
         sites = find_sites(model, towers=towers, roles=roles)
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
         check_rank(shapes, rank)
         covariances = choose_covariances(weights, store, damping, dynamic_covariance)
+        tasks = choose_covariances(weights, task_store, damping, False)
         ranks_of = dict.fromkeys(weights, rank)
         if dynamic_rank:
-            ranks_of = choose_ranks(weights, covariances, mode, rank, damping, show_progress)
+            adapted = "kpm" if components == "smallest" else "ipm"
+            ranks_of = choose_ranks(weights, covariances, adapted, rank, damping, show_progress)
             route = "exact"
         planned, factors = [], {}
         for site in tqdm(sites, "plan", unit="site", disable=not show_progress, leave=False):
             weight, covariance = weights[site.name], covariances[site.name]
             if method == "olora":
                 factor = _olora(weight, ranks_of[site.name], a_norm)
+            elif beta is not None:
+                factor = decompose_contrast(
+                    weight,
+                    _there(covariance),
+                    _there(tasks[site.name]),
+                    rank=ranks_of[site.name],
+                    beta=beta,
+                    damping=damping,
+                    a_norm=a_norm,
+                )
             else:
                 factor = decompose(
                     weight,
@@ -111,7 +128,7 @@ def plan_adapter(
                     rank=ranks_of[site.name],
                     components=components,
                     power=basis.power,
-                    side=basis.side,
+                    side=basis.side_of(shapes[site.name], side),
                     damping=damping,
                     a_norm=a_norm,
                     route=route,
@@ -125,7 +142,7 @@ def plan_adapter(
                     rank=ranks_of[site.name],
                     round=covariances.rounds[site.name],
                     components=components,
-                    side=basis.side,
+                    side=factor.side,
                     power=basis.power,
                     spectrum=tuple(factor.singular_values.tolist()),
                     predicted_damage=_damage(weight, factor, covariance, damping, basis.power),
@@ -141,12 +158,61 @@ def plan_adapter(
         rank=rank,
         damping=float(damping),
         a_norm=None if a_norm is None else float(a_norm),
+        beta=beta,
         model_fingerprint=fingerprint,
         data_fingerprint=store.data_fingerprint if store is not None else None,
+        task_fingerprint=task_store.data_fingerprint if task_store is not None else None,
         family=detect_family(model).name,
         sites=tuple(planned),
         factors=factors,
     )
+
+
+def _check_options(
+    method: str,
+    basis: Basis,
+    store: CovarianceStore | None,
+    task_store: CovarianceStore | None,
+    side: str | None,
+    beta: float | None,
+    dynamic: bool,
+) -> None:
+    """Raise a `CordaError` for what the method needs and is not given, or is given and does not take."""
+    if store is None and basis.needs_store:
+        raise CordaError(
+            f"method {method!r} takes its directions from data: pass the store of collect_covariance. "
+            f"Without data: {', '.join(sorted(m for m, b in PLAN_METHODS.items() if not b.needs_store))}."
+        )
+    if basis.contrast and task_store is None:
+        raise CordaError(
+            f"method {method!r} weighs the new task against the knowledge: pass the covariances of the new task as "
+            "task_store=, beside those of the knowledge in store"
+        )
+    if not basis.contrast and task_store is not None:
+        raise CordaError(
+            f"method {method!r} takes one store of covariances; leave task_store= out"
+            + (", and for mode='ipm' pass the task's as store" if basis.components is None else "")
+        )
+    if side is not None:
+        if side not in SIDES:
+            raise UnknownNameError("side", side, SIDES)
+        if not basis.free_side:
+            raise CordaError(
+                f"method {method!r} has its directions on the {basis.side} side and no choice; leave side= out, or take "
+                f"one of {', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.free_side))}"
+            )
+    if beta is not None:
+        if not basis.contrast:
+            raise CordaError(
+                f"beta weighs two covariances, and method {method!r} does not; leave it out, or take one of "
+                f"{', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.contrast))}"
+            )
+        check_beta(beta)
+    if dynamic and (basis.contrast or not basis.needs_store):
+        raise CordaError(
+            f"dynamic_rank and dynamic_covariance weigh covariances one by one, which method {method!r} does not use so; "
+            "take method='corda' or leave them off"
+        )
 
 
 def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
@@ -157,6 +223,11 @@ def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
                 f"site {name!r}: rank {rank} is outside 1 to {min(out, inp)}, the full rank of its {out}×{inp} weight; "
                 "choose a rank within, or leave the site out with towers= or roles="
             )
+
+
+def _there(covariance: Tensor | None) -> Tensor:
+    assert covariance is not None  # checked by `_check_options`
+    return covariance
 
 
 def _damage(

@@ -68,7 +68,9 @@ class AdapterPlan:
         rank: as asked for; sites may differ under `dynamic_rank`.
         damping: δ of `C' = C + δ·mean(diag C)·I`.
         a_norm: norm of each row of A at the start; None: the paper's split `B = U Σ^½`.
+        beta: of "sc-lora", see `plan_adapter`; None for the others.
         model_fingerprint, data_fingerprint: what it was made from; no data: None.
+        task_fingerprint: of the data of the new task, for a method that takes both; else None.
         family: key of `FAMILIES`.
         sites: in the model's order.
         factors: site name -> decomposition, float32 on the CPU.
@@ -79,8 +81,10 @@ class AdapterPlan:
     rank: int
     damping: float
     a_norm: float | None
+    beta: float | None
     model_fingerprint: str
     data_fingerprint: str | None
+    task_fingerprint: str | None
     family: str
     sites: tuple[SitePlan, ...]
     factors: Mapping[str, Decomposition] = field(default_factory=dict, repr=False, compare=False)
