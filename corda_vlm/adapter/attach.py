@@ -246,27 +246,6 @@ def adapt(
     return attach_adapter(model, plan, **attaching)
 
 
-@contextmanager
-def scaled(peft_model: nn.Module, scale: float) -> Iterator[None]:
-    """Within the block the model is the original (0) to the trained one (1), or in between (WiSE-FT), or beyond.
-
-    Every adapted weight is `W + scale · ΔW`, in both base modes and for PEFT's LoRA. The active adapters only.
-    """
-    layers = [m for m in peft_model.modules() if isinstance(m, LoraLayer)]
-    before = [dict(layer.scaling) for layer in layers]
-    if any(layer.merged for layer in layers):
-        raise CordaError("the adapter is merged into the base; call `unmerge_adapter()` first")
-    try:
-        for layer in layers:
-            for name in layer.active_adapters:
-                if name in layer.scaling:
-                    layer.scaling[name] *= scale
-        yield
-    finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling.update(scaling)
-
-
 def anchored(names: Iterable[str]) -> str:
     """A regular expression that matches exactly these dotted names.
 
