@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
 from corda_vlm.families import Family, family_of, unwrap
 from corda_vlm.families.attention import is_packed, packed_parts
+from corda_vlm.families.conv1d import is_conv1d, linear_weight
 
 TOWERS = ("vision", "text", "projector", "language")
 ROLES = ("q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up")
@@ -108,6 +109,10 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
         if child is None:
             raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
         module = _base(child)
+    if is_conv1d(module):
+        raise NoSitesError(
+            f"{name} is a Conv1D, which is no nn.Linear yet; work under corda_vlm.families.attention.unpacked(model)"
+        )
     if not isinstance(module, nn.Linear):
         raise NoSitesError(f"{name} is a {type(module).__name__}, not an nn.Linear")
     return module
@@ -209,6 +214,8 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             yield f"{prefix}.{part}", weight
     elif isinstance(module, nn.Linear):
         yield prefix, module.weight.detach()
+    elif is_conv1d(module):
+        yield prefix, linear_weight(module)
     else:
         for key, child in module.named_children():
             yield from _walk(child, f"{prefix}.{key}" if prefix else key, seen)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda_vlm.errors import CordaError
+from corda_vlm.families.conv1d import pack_conv1d, unpack_conv1d
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -292,7 +293,8 @@ def _trainable(packed: Any, part: str) -> tuple[bool, bool]:
 def unpack(model: nn.Module) -> list[str]:
     """Replace every packed attention layer of `model`, in place; return the dotted names of those replaced.
 
-    Also makes timm's BEiT and EVA attention call their fused `qkv` layer, which they otherwise bypass.
+    Also makes timm's BEiT and EVA attention call their fused `qkv` layer, which they otherwise bypass, and shows
+    GPT-2's `Conv1D` layers as `nn.Linear` (see `conv1d`).
     Layers already unpacked stay as they are. A layer used in two places stays one layer in two places.
 
     Raises:
@@ -326,7 +328,7 @@ def unpack(model: nn.Module) -> list[str]:
         if _is_bypassed_qkv(module):
             vars(module).update(qkv_bias_separate=True, _corda_bypassed_qkv=True)
             names.append(name)
-    return names
+    return names + unpack_conv1d(model)
 
 
 def pack(model: nn.Module) -> list[str]:
@@ -373,6 +375,7 @@ def _pack(model: nn.Module, only: Sequence[str] | None) -> list[str]:
             packed.add(id(layer))  # the adapter's now
             continue
         names.append(name)
+    linears = pack_conv1d(model, only)
     for parent, key, name, layer in found:
         if name not in names:
             continue
@@ -384,7 +387,7 @@ def _pack(model: nn.Module, only: Sequence[str] | None) -> list[str]:
         if (only is None or name in only) and vars(module).pop("_corda_bypassed_qkv", False):
             vars(module)["qkv_bias_separate"] = False
             names.append(name)
-    return names
+    return names + linears
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, str]]:

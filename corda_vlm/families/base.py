@@ -6,7 +6,8 @@ sees only these types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from corda_vlm.errors import CordaError, DataError
+from corda_vlm.errors import CordaError, DataError, UnknownNameError
 
 Batch = Mapping[str, Any]
-"""A batch as the models take it: `pixel_values` (B, 3, H, W), `input_ids` (B, L), `attention_mask` (B, L), …"""
+"""A batch as the models take it: `pixel_values` (B, 3, H, W), `input_ids` (B, L), `attention_mask` (B, L), …
+
+Models that generate text take the images of all records one after another, as their transformers processor gives
+them, with what belongs to them (`image_sizes`, `image_grid_thw`, …), and `labels` (B, L), -100 outside the responses.
+"""
+
+Masking = Callable[[Batch], Mapping[str, Bool[Tensor, "b l"]]]
+"""batch -> tower -> (B, L) True on tokens that count, or no entry where every token counts."""
+
+TOKENS = ("all", "prompt", "response", "image", "text")
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,9 @@ class Family:
             one layer differently (transformers 4 and 5; a tower alone or in the whole model) maps it here.
         towers: model -> the towers it has; each must have a site, or be left out by name. Empty: those that have sites.
         refuses: model -> why its layers cannot be adapted although the class matches, or None.
+        choose_tokens: (model, tokens) -> the function that gives the masks, for families whose masks depend on the
+            model or that can choose which tokens count (`TOKENS`); None where `masks` is all there is.
+        model_types: the `model_type`s of the configurations on a hub that the family's `load` takes.
     """
 
     name: str
@@ -96,6 +109,8 @@ class Family:
     canonical: Callable[[nn.Module, str], str] = lambda model, name: name
     towers: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     refuses: Callable[[nn.Module], str | None] = lambda model: None
+    choose_tokens: Callable[[nn.Module, str], Masking] | None = None
+    model_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,45 @@ class Loaded:
 
 
 # ------------------------------------------------------------------ shared by the families
+
+
+def block_rules(path: str, tower: str, layers: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
+    """The rules of the blocks `<path>.<n>` of a tower.
+
+    Args:
+        path: regular expression of the dotted path of the list of blocks, e.g. `r"model\\.layers"`.
+        layers: for each weight matrix of a block its path in it ("self_attn.q_proj"), its role ("q"), and its stream
+            within the block ("attn.in").
+    """
+    block = rf"(?P<prefix>{path}\.(?P<block>\d+))"
+    return tuple(
+        Rule(rf"{block}\.{re.escape(layer)}", tower, role, f"{{prefix}}.{stream}")
+        for layer, role, stream in layers
+    )
+
+
+def token_masks(family: Family, model: nn.Module, tokens: str = "all") -> Masking:
+    """Which tokens feed a covariance: a function from a batch to the masks of its towers. Padding never does.
+
+    Args:
+        tokens: of language models "all", "prompt" (before and between the responses), "response" (what `labels`
+            names), "image" (the places of image features) or "text" (all others). Vision towers and projectors
+            see all patches in each case. Families without a language model know "all" only.
+
+    Raises:
+        UnknownNameError: no such choice.
+        CordaError: the family has no choice.
+    """
+    if tokens not in TOKENS:
+        raise UnknownNameError("choice of tokens", tokens, TOKENS)
+    if family.choose_tokens is not None:
+        return family.choose_tokens(model, tokens)
+    if tokens != "all":
+        raise CordaError(
+            f"tokens={tokens!r} is for models that generate text; {type(model).__name__} ({family.name}) has no prompt, "
+            "response or image tokens. Leave it out."
+        )
+    return family.masks
 
 
 def unwrap(model: nn.Module) -> Any:
