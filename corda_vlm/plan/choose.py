@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,8 +11,11 @@ from tqdm.auto import tqdm
 
 from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore
-from corda_vlm.decompose import decompose
 from corda_vlm.errors import CordaError
+
+WIDEST = 1024  # inputs whose compactness is computed without being asked for: a tenth of a second a stream
+
+Key = tuple[str, int | None]  # stream, and its round or None for all pooled
 
 
 class ChosenCovariances:
@@ -21,33 +25,87 @@ class ChosenCovariances:
 
     Attributes:
         rounds: site name -> its calibration round; None: all rounds pooled, or no data.
+        selections: site name -> how its round was chosen, under `dynamic_covariance`.
     """
 
-    def __init__(self, store: CovarianceStore | None, rounds: Mapping[str, int | None]) -> None:
-        self.rounds, self._store = rounds, store
-        self._last: tuple[tuple[str, int | None], Tensor] | None = None
+    def __init__(
+        self,
+        store: CovarianceStore | None,
+        rounds: Mapping[str, int | None],
+        selections: Mapping[str, ranks.Selection],
+        damping: float,
+    ) -> None:
+        self.rounds, self.selections = rounds, selections
+        self._store, self._damping = store, damping
+        self._last: tuple[Key, Tensor] | None = None
+        self._compactness: dict[Key, float] = {}  # of a weight of one row
 
     def __getitem__(self, site: str) -> Float[Tensor, "inp inp"] | None:
         if self._store is None:
             return None
-        key = (self._store.stream_of(site), self.rounds[site])
+        key = self._key(site)
         if self._last is None or self._last[0] != key:
             stream, index = key
             self._last = None  # freed before the next is made
             if index is None:
                 matrix = self._store[site].matrix
             else:
-                matrix = self._store.moments(stream)[index].matrix()
+                matrix = self._store.entries(stream)[index].read().matrix()
             self._last = (key, matrix)  # q, k and v follow one another and share it
         return self._last[1]
 
+    def scores(self, site: str) -> tuple[float, ...] | None:
+        """`ranks.selection_score` of every candidate round; None where there was no choice."""
+        return self.selections[site].scores if site in self.selections else None
+
+    def compactness(self, site: str, out: int, *, thorough: bool) -> float | None:
+        """π of the site's covariance, see `SitePlan.compactness`; all eigenvalues of C', once for each stream.
+
+        Args:
+            out: rows of the site's weight.
+            thorough: also where the inputs are wide.
+        """
+        if self._store is None:
+            return None
+        if site in self.selections:
+            return self.selections[site].compactness
+        key = self._key(site)
+        if key not in self._compactness:
+            if self._store.entries(key[0])[0].size > WIDEST and not thorough:
+                return None
+            covariance = self[site]
+            assert covariance is not None
+            try:
+                self._compactness[key] = ranks.compactness(covariance, 1, damping=self._damping)
+            except CordaError as error:
+                if thorough:
+                    raise CordaError(f"site {site!r}: {error}") from error
+                return None  # singular without damping: nothing that was asked for needs it
+        return self._compactness[key] * math.sqrt(out)
+
+    def _key(self, site: str) -> Key:
+        assert self._store is not None
+        return self._store.stream_of(site), self.rounds[site]
+
 
 def choose_covariances(
-    weights: Mapping[str, Tensor], store: CovarianceStore | None, damping: float, dynamic: bool
+    weights: Mapping[str, Tensor],
+    store: CovarianceStore | None,
+    damping: float,
+    dynamic: bool,
+    show_progress: bool = False,
 ) -> ChosenCovariances:
+    """The store's covariances for the sites of `weights`: pooled, or with `dynamic` each site's best round.
+
+    One round of one stream is dense at a time.
+
+    Raises:
+        CordaError: a site that was not calibrated, or nothing to choose from.
+    """
     rounds: dict[str, int | None] = dict.fromkeys(weights)
     if store is None:
-        return ChosenCovariances(None, rounds)
+        return ChosenCovariances(None, rounds, {}, damping)
+    streams: dict[str, dict[str, Tensor]] = {}
     for site, weight in weights.items():
         if site not in store.site_streams:
             known = ", ".join(sorted(store.site_streams)[:4])
@@ -55,33 +113,87 @@ def choose_covariances(
                 f"site {site!r} was not calibrated (the store has {len(store.site_streams)} sites: {known}, …); "
                 "collect covariances for it too, or leave it out with towers= or roles="
             )
-        if dynamic:
-            candidates = [c.matrix for c in store.rounds(site)]
+        streams.setdefault(store.stream_of(site), {})[site] = weight
+    selections: dict[str, ranks.Selection] = {}
+    if dynamic:
+        if store.round_count == 1:
+            raise CordaError(
+                "dynamic_covariance chooses among calibration rounds, and these covariances hold one; collect them "
+                "with rounds=4 (calibrate --rounds 4), or leave dynamic_covariance off"
+            )
+        progress = tqdm(streams.items(), "rounds", disable=not show_progress, leave=False)
+        for stream, members in progress:
             try:
-                rounds[site], _ = ranks.select_covariance(candidates, weight, damping=damping)
+                selections |= ranks.select_covariance(
+                    _candidates(store, stream), members, damping=damping
+                )
             except CordaError as error:
-                raise CordaError(f"site {site!r}: {error}") from error
-    return ChosenCovariances(store, rounds)
+                raise CordaError(f"site {next(iter(members))!r}: {error}") from error
+        rounds = {site: selections[site].index for site in weights}
+    return ChosenCovariances(store, rounds, selections, damping)
+
+
+def _candidates(store: CovarianceStore, stream: str) -> Iterator[Float[Tensor, "inp inp"]]:
+    for entry in store.entries(stream):
+        yield entry.read().matrix()
+
+
+def rank_budget(
+    shapes: Mapping[str, ranks.Shape],
+    rank: int,
+    *,
+    dynamic_rank: bool,
+    budget: int | None,
+    min_rank: ranks.Bound,
+    max_rank: ranks.Bound | None,
+) -> int | None:
+    """The parameters that `dynamic_rank` may share out, None without it; options that do not fit are refused.
+
+    Raises:
+        UnknownNameError: a floor or ceiling for a site that is not adapted.
+        CordaError: a budget, floor or ceiling that cannot be kept, or given without `dynamic_rank`.
+    """
+    if dynamic_rank:
+        allowed = ranks.uniform_budget(shapes, rank) if budget is None else budget
+        ranks.check_budget(shapes, allowed, min_rank=min_rank, max_rank=max_rank)
+        return allowed
+    given = {"budget": budget, "min_rank": None if min_rank == 1 else min_rank, "max_rank": max_rank}
+    if stray := [f"{name}={value}" for name, value in given.items() if value is not None]:
+        raise CordaError(
+            f"{', '.join(stray)} given without dynamic_rank: every site then takes rank {rank}. Add "
+            "dynamic_rank=True (--dynamic-rank), or give rank= alone"
+        )
+    return None
 
 
 def choose_ranks(
     weights: Mapping[str, Tensor],
     covariances: ChosenCovariances,
+    *,
     mode: str,
-    rank: int,
+    budget: int,
+    min_rank: ranks.Bound = 1,
+    max_rank: ranks.Bound | None = None,
     damping: float,
-    show_progress: bool,
+    show_progress: bool = False,
 ) -> dict[str, int]:
+    """Site -> rank: the budget shared out by compactness, see `ranks.allocate_ranks`."""
     spectra, compactness = {}, {}
     for name, weight in tqdm(weights.items(), "spectra", disable=not show_progress, leave=False):
-        covariance = covariances[name]
-        assert covariance is not None
-        # a first pass for the values alone: holding every site's whole basis would take the model's size
-        factor = decompose(
-            weight, covariance, rank=1, components="largest", damping=damping, route="exact"
-        )
-        assert factor.spectrum is not None
-        spectra[name] = factor.spectrum
-        compactness[name] = ranks.compactness(covariance, weight.shape[0], damping=damping)
-    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
-    return ranks.allocate_ranks(spectra, compactness, shapes, mode=mode, uniform_rank=rank)
+        if name in covariances.selections:
+            spectra[name] = covariances.selections[name].spectrum
+        else:
+            # a first pass for the values alone: holding every site's whole basis would take the model's size
+            covariance = covariances[name]
+            assert covariance is not None
+            spectra[name] = ranks.spectrum(weight, covariance, damping=damping)
+        compactness[name] = covariances.compactness(name, weight.shape[0], thorough=True)
+    return ranks.allocate_ranks(
+        spectra,
+        compactness,
+        {name: (w.shape[0], w.shape[1]) for name, w in weights.items()},
+        mode=mode,
+        budget=budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
+    )

@@ -24,8 +24,9 @@ from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family
 from corda_vlm.families.attention import unpacked
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, SIDES, Basis, Route
-from corda_vlm.plan.choose import choose_covariances, choose_ranks
+from corda_vlm.plan.choose import choose_covariances, choose_ranks, rank_budget
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
+from corda_vlm.ranks import Bound
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
 
@@ -41,6 +42,9 @@ def plan_adapter(
     dynamic_covariance: bool = False,
     damping: float = 1e-4,
     a_norm: float | None = None,
+    budget: int | None = None,
+    min_rank: Bound = 1,
+    max_rank: Bound | None = None,
     side: str | None = None,
     beta: float | None = None,
     towers: Sequence[str] | str | None = None,
@@ -64,6 +68,8 @@ def plan_adapter(
         damping: δ, see `AdapterPlan`.
         a_norm: norm of each row of A at the start; B takes the inverse. It decides how far training strays from
             the planned directions (learning rates scale along). None: the paper's split.
+        budget: with `dynamic_rank`, trainable parameters `Σ (out + inp) · rank` in place of as many as `rank` has.
+        min_rank, max_rank: with `dynamic_rank`, floor and ceiling of every site's rank, or of some by name.
         side: of "corda": "output" (the paper's), "input" (the smallest or largest eigenvectors of C itself) or "auto",
             the input side where a layer has more inputs than outputs. None: the method's own.
         beta: of "sc-lora": from 0 (only the task counts) to 1 (only the knowledge). None: 0.5.
@@ -75,8 +81,9 @@ def plan_adapter(
         UnknownNameError: unknown method, mode, side, tower or role.
         NoSitesError: towers and roles leave no site.
         ForeignFileError: a store was made from another model.
-        CordaError: a rank outside 1 to min(out, inp), a damping, a_norm or beta out of range, a site that a store did
-            not calibrate, a store that is missing, an option or a store that the method does not take.
+        CordaError: a rank outside 1 to min(out, inp), a budget that no ranks meet, a damping, a_norm or beta out of
+            range, a site that a store did not calibrate, a store that is missing, an option or a store that the
+            method does not take.
     """
     if method not in PLAN_METHODS:
         raise UnknownNameError("plan method", method, PLAN_METHODS)
@@ -89,22 +96,36 @@ def plan_adapter(
     beta = (0.5 if beta is None else float(beta)) if basis.contrast else None
     fingerprint = model_fingerprint(model)
     for given, of in ((store, "covariances"), (task_store, "task's covariances")):
-        if given is not None and given.model_fingerprint != fingerprint:
-            raise ForeignFileError(
-                f"the {of} were collected from the model {given.model_fingerprint}, and this one is "
-                f"{fingerprint}: collect them from this model, or load that one"
-            )
+        if given is not None:
+            check_made_from(fingerprint, given, of)
     with unpacked(model):
         sites = find_sites(model, towers=towers, roles=roles)
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
-        check_rank(shapes, rank)
-        covariances = choose_covariances(weights, store, damping, dynamic_covariance)
+        if budget is None:
+            check_rank(shapes, rank)
+        allowed = rank_budget(
+            shapes,
+            rank,
+            dynamic_rank=dynamic_rank,
+            budget=budget,
+            min_rank=min_rank,
+            max_rank=max_rank,
+        )
+        covariances = choose_covariances(weights, store, damping, dynamic_covariance, show_progress)
         tasks = choose_covariances(weights, task_store, damping, False)
         ranks_of = dict.fromkeys(weights, rank)
-        if dynamic_rank:
-            adapted = "kpm" if components == "smallest" else "ipm"
-            ranks_of = choose_ranks(weights, covariances, adapted, rank, damping, show_progress)
+        if allowed is not None:
+            ranks_of = choose_ranks(
+                weights,
+                covariances,
+                mode="kpm" if components == "smallest" else "ipm",
+                budget=allowed,
+                min_rank=min_rank,
+                max_rank=max_rank,
+                damping=damping,
+                show_progress=show_progress,
+            )
             route = "exact"
         planned, factors = [], {}
         for site in tqdm(sites, "plan", unit="site", disable=not show_progress, leave=False):
@@ -150,12 +171,19 @@ def plan_adapter(
                     chosen_energy=factor.chosen_energy,
                     total_energy=factor.total_energy,
                     route=factor.route,
+                    compactness=covariances.compactness(
+                        site.name,
+                        shapes[site.name][0],
+                        thorough=route == "exact" or dynamic_covariance,
+                    ),
+                    scores=covariances.scores(site.name),
                 )
             )
     return AdapterPlan(
         method=method,
         mode=mode if basis.components is None else None,
         rank=rank,
+        budget=allowed,
         damping=float(damping),
         a_norm=None if a_norm is None else float(a_norm),
         beta=beta,
@@ -212,6 +240,15 @@ def _check_options(
         raise CordaError(
             f"dynamic_rank and dynamic_covariance weigh covariances one by one, which method {method!r} does not use so; "
             "take method='corda' or leave them off"
+        )
+
+
+def check_made_from(fingerprint: str, store: CovarianceStore, of: str) -> None:
+    """Raise a `ForeignFileError` unless the store was collected from the model with this fingerprint."""
+    if store.model_fingerprint != fingerprint:
+        raise ForeignFileError(
+            f"the {of} were collected from the model {store.model_fingerprint}, and this one is "
+            f"{fingerprint}: collect them from this model, or load that one"
         )
 
 

@@ -22,7 +22,7 @@ from corda_vlm.files import atomic_write, read_json, write_json
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.sites import Site, model_fingerprint
 
-FORMAT, VERSION = "corda_vlm.plan", 1
+FORMAT, VERSION = "corda_vlm.plan", 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class SitePlan:
         floored: how many of the chosen components lie at the precision's floor and were completed.
         chosen_energy, total_energy: `‖B A C'^p‖` and `‖W C'^p‖` (Frobenius).
         route: "exact" or "fast"; "fast" knows the chosen values only, not the rest of the spectrum.
+        compactness: `π(C') = √(out · σ_max) / σ_min` of the damped covariance at mean diagonal 1. None without data,
+            and for inputs wider than 1,024 unless a dynamic option or route="exact" was asked for: it takes all
+            eigenvalues of C', which for wide inputs costs more than the fast route's whole decomposition.
+        scores: of each calibration round, under `dynamic_covariance`; `round` is the one of the lowest.
     """
 
     site: Site
@@ -56,6 +60,8 @@ class SitePlan:
     chosen_energy: float
     total_energy: float
     route: Literal["exact", "fast"]
+    compactness: float | None
+    scores: tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ class AdapterPlan:
     Attributes:
         method: key of `PLAN_METHODS`.
         mode: "kpm" or "ipm"; None for a method that has no modes.
-        rank: as asked for; sites may differ under `dynamic_rank`.
+        rank: as asked for; under `dynamic_rank` sites differ.
+        budget: parameters that `dynamic_rank` was allowed; None without it. A `budget=` replaces `rank`.
         damping: δ of `C' = C + δ·mean(diag C)·I`.
         a_norm: norm of each row of A at the start; None: the paper's split `B = U Σ^½`.
         beta: of "sc-lora", see `plan_adapter`; None for the others.
@@ -79,6 +86,7 @@ class AdapterPlan:
     method: str
     mode: str | None
     rank: int
+    budget: int | None
     damping: float
     a_norm: float | None
     beta: float | None
@@ -290,6 +298,7 @@ def _site_plan(entry: dict[str, Any]) -> SitePlan:
             "site": Site(**entry["site"]),
             "shape": tuple(entry["shape"]),
             "spectrum": tuple(entry["spectrum"]),
+            "scores": None if entry["scores"] is None else tuple(entry["scores"]),
         }
     )
 
