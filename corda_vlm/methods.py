@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,10 +24,12 @@ from corda_vlm.adapter.attach import (
     restore,
     wrapping,
 )
+from corda_vlm.adapter.eva import attach_eva
 from corda_vlm.adapter.paired import keep_a_frozen, trained
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.plan import AdapterPlan, Route, check_rank, plan_adapter
+from corda_vlm.ranks import Bound
 from corda_vlm.sites import find_sites, site_shape
 
 
@@ -36,9 +39,12 @@ class MethodRequest:
 
     Attributes:
         rank: of the adapters; alpha is the same, so scaling is 1.
-        store: covariances; corda-kpm wants those of the knowledge, corda-ipm those of the task.
+        store: covariances, of what comes first in `Method.covariances`.
+        task_store: those of the task, for a method that has both in `Method.covariances`.
         towers, roles: which sites, as in `find_sites`; None: all.
         a_norm: norm of each row of A at the start, see `plan_adapter`; None: the method's own.
+        dynamic_rank, dynamic_covariance, budget, min_rank, max_rank, side, beta: as in `plan_adapter`.
+        rho: of eva, see `attach_eva`.
         damping, route, base, freeze_a: as in `plan_adapter` and `attach_adapter`.
         seed: of what is random (LoRA's A, the fast route's starting block).
         plan: the plan that `Method.plan` made for an equal request, so that it is not made again.
@@ -46,9 +52,18 @@ class MethodRequest:
 
     rank: int = 16
     store: CovarianceStore | None = None
+    task_store: CovarianceStore | None = None
     towers: Sequence[str] | str | None = None
     roles: Sequence[str] | str | None = None
     a_norm: float | None = None
+    dynamic_rank: bool = False
+    dynamic_covariance: bool = False
+    budget: int | None = None
+    min_rank: Bound = 1
+    max_rank: Bound | None = None
+    side: str | None = None
+    beta: float | None = None
+    rho: float | None = None
     damping: float = 1e-4
     seed: int = 0
     route: Route = "auto"
@@ -56,6 +71,17 @@ class MethodRequest:
     freeze_a: bool = False
     show_progress: bool = True
     plan: AdapterPlan | None = None
+
+
+_OF_PLANS = (
+    "dynamic_rank",
+    "dynamic_covariance",
+    "budget",
+    "min_rank",
+    "max_rank",
+    "side",
+    "beta",
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +107,8 @@ class Method:
         name: key in `METHODS`.
         description: one line.
         source: the paper.
-        covariances: of what the directions are taken: "knowledge" (to keep), "task" (to learn), or None for no data.
+        covariances: of what it needs covariances: "knowledge" (to keep), "task" (to learn), both, or nothing. The first
+            is the request's `store`, the second its `task_store`.
         attach: (bare model, request) -> the model to train.
         detach: the model that was trained -> the original bare model.
         plan: (bare model, request) -> the plan that `attach` would make; None for a method without plans.
@@ -90,29 +117,41 @@ class Method:
     name: str
     description: str
     source: str
-    covariances: str | None
+    covariances: tuple[str, ...]
     attach: Callable[[nn.Module, MethodRequest], nn.Module]
     detach: Callable[[nn.Module], nn.Module]
     plan: Callable[[nn.Module, MethodRequest], AdapterPlan] | None = None
 
     @property
     def needs_store(self) -> bool:
-        return self.covariances is not None
+        return bool(self.covariances)
 
     def prepare(self, model: nn.Module, request: MethodRequest) -> Prepared:
         """Make `model` ready to train.
 
         Raises:
-            CordaError: the method needs a store, or what `plan_adapter` raises.
+            CordaError: a store is missing, an option the method does not have, or what `plan_adapter` raises.
         """
-        if self.needs_store and request.store is None:
-            raise CordaError(
-                f"method {self.name!r} takes its directions from data: pass store=, from collect_covariance of the "
-                f"{self.covariances}"
-            )
+        for of, argument in zip(self.covariances, ("store", "task_store"), strict=False):
+            if getattr(request, argument) is None:
+                raise CordaError(
+                    f"method {self.name!r} takes its directions from data: pass {argument}=, from collect_covariance "
+                    f"of the {of}"
+                )
+        self._refuse_options(request)
         ready = self.attach(model, request)
         trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)
         return Prepared(self.name, ready, trainable, sum(p.numel() for p in ready.parameters()))
+
+    def _refuse_options(self, request: MethodRequest) -> None:
+        options = () if self.plan else _OF_PLANS  # a plan refuses what its method does not take
+        options = options if self.name == "eva" else (*options, "rho")
+        for option in options:
+            value = getattr(request, option)
+            if value != getattr(MethodRequest, option):
+                raise CordaError(
+                    f"method {self.name!r} has no {option}= (got {value!r}); leave it out"
+                )
 
 
 def prepare_method(
@@ -121,9 +160,18 @@ def prepare_method(
     *,
     rank: int = 16,
     store: CovarianceStore | None = None,
+    task_store: CovarianceStore | None = None,
     towers: Sequence[str] | str | None = None,
     roles: Sequence[str] | str | None = None,
     a_norm: float | None = None,
+    dynamic_rank: bool = False,
+    dynamic_covariance: bool = False,
+    budget: int | None = None,
+    min_rank: Bound = 1,
+    max_rank: Bound | None = None,
+    side: str | None = None,
+    beta: float | None = None,
+    rho: float | None = None,
     damping: float = 1e-4,
     seed: int = 0,
     route: Route = "auto",
@@ -140,9 +188,18 @@ def prepare_method(
     request = MethodRequest(
         rank=rank,
         store=store,
+        task_store=task_store,
         towers=towers,
         roles=roles,
         a_norm=a_norm,
+        dynamic_rank=dynamic_rank,
+        dynamic_covariance=dynamic_covariance,
+        budget=budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        side=side,
+        beta=beta,
+        rho=rho,
         damping=damping,
         seed=seed,
         route=route,
@@ -221,28 +278,53 @@ def _unfreeze(model: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------ PEFT's own
 
 
-def _plain(use_dora: bool) -> Callable[[nn.Module, MethodRequest], nn.Module]:
+def _plain(
+    *, use_dora: bool = False, init: Literal["mica"] | bool = True
+) -> Callable[[nn.Module, MethodRequest], nn.Module]:
     def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
+        if init == "mica" and (request.freeze_a or request.a_norm is not None):
+            raise CordaError(
+                "mica trains A alone, from zero: freeze_a=True leaves nothing to train, and a_norm= nothing to scale; "
+                "leave both out"
+            )
         sites = find_sites(model, towers=request.towers, roles=request.roles)
         check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
         ranks = {site.name: request.rank for site in sites}
-        config = LoraConfig(**lora_targets(ranks), use_dora=use_dora)
+        config = LoraConfig(**lora_targets(ranks), use_dora=use_dora, init_lora_weights=init)
         # unpacked first: PEFT's LoRA on nn.MultiheadAttention applies the delta of out_proj twice
         with wrapping(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed)
             peft_model = get_peft_model(model, config)
             assert isinstance(peft_model, PeftModel)
             check_wrapped(peft_model, ranks, "default")
-        for layer in peft_model.modules():
-            if isinstance(layer, LoraLayer):
-                if request.a_norm is not None:
-                    _, A = trained(layer, "default")  # (r, inp)
-                    A.data.mul_(request.a_norm / A.data.norm(dim=1, keepdim=True))
-                if request.freeze_a:
-                    keep_a_frozen(layer, "default")
-        return peft_model
+        return _finished(peft_model, request)
 
     return attach
+
+
+def _eva(model: nn.Module, request: MethodRequest) -> nn.Module:
+    assert request.store is not None  # checked by `prepare`
+    peft_model = attach_eva(
+        model,
+        request.store,
+        rank=request.rank,
+        rho=request.rho,
+        towers=request.towers,
+        roles=request.roles,
+    )
+    return _finished(peft_model, request)
+
+
+def _finished(peft_model: PeftModel, request: MethodRequest) -> PeftModel:
+    """With A's rows at the norm asked for, and frozen if asked for; B is zero."""
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            if request.a_norm is not None:
+                _, A = trained(layer, "default")  # (r, inp)
+                A.data.mul_(request.a_norm / A.data.norm(dim=1, keepdim=True))
+            if request.freeze_a:
+                keep_a_frozen(layer, "default")
+    return peft_model
 
 
 # ------------------------------------------------------------------ from a plan
@@ -252,9 +334,10 @@ def _planned(
     name: str,
     description: str,
     source: str,
-    covariances: str | None,
+    covariances: tuple[str, ...],
     method: str,
     mode: str = "kpm",
+    freeze_a: bool = False,
 ) -> Method:
     def make(model: nn.Module, request: MethodRequest) -> AdapterPlan:
         return plan_adapter(
@@ -263,8 +346,16 @@ def _planned(
             mode=mode,
             rank=request.rank,
             method=method,
+            task_store=request.task_store if len(covariances) == 2 else None,
+            dynamic_rank=request.dynamic_rank,
+            dynamic_covariance=request.dynamic_covariance,
             damping=request.damping,
             a_norm=request.a_norm,
+            budget=request.budget,
+            min_rank=request.min_rank,
+            max_rank=request.max_rank,
+            side=request.side,
+            beta=request.beta,
             towers=request.towers,
             roles=request.roles,
             route=request.route,
@@ -274,7 +365,7 @@ def _planned(
 
     def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
         plan = request.plan or make(model, request)
-        return attach_adapter(model, plan, freeze_a=request.freeze_a, base=request.base)
+        return attach_adapter(model, plan, freeze_a=freeze_a or request.freeze_a, base=request.base)
 
     return Method(name, description, source, covariances, attach, restore, make)
 
@@ -286,7 +377,7 @@ METHODS: dict[str, Method] = {
             "full",
             "every parameter of the chosen towers is trained",
             "the usual baseline",
-            None,
+            (),
             _full,
             _cannot_detach,
         ),
@@ -294,7 +385,7 @@ METHODS: dict[str, Method] = {
             "linear-probe",
             "the model is frozen, only a classification head on its embeddings is trained",
             "CLIP, arXiv 2103.00020",
-            None,
+            (),
             _freeze,
             _unfreeze,
         ),
@@ -302,44 +393,60 @@ METHODS: dict[str, Method] = {
             "lora",
             "low-rank adapter, A random and B zero",
             "LoRA, arXiv 2106.09685",
-            None,
-            _plain(use_dora=False),
+            (),
+            _plain(),
             restore,
         ),
         Method(
             "dora",
             "LoRA, with magnitude and direction of the weights apart",
             "DoRA, arXiv 2402.09353",
-            None,
+            (),
             _plain(use_dora=True),
+            restore,
+        ),
+        Method(
+            "eva",
+            "LoRA, A the directions in which the new task's activations vary most, ranks by their share of variance",
+            "EVA, arXiv 2410.07170",
+            ("task",),
+            _eva,
+            restore,
+        ),
+        Method(
+            "mica",
+            "LoRA, B the smallest output directions of W and frozen, A zero",
+            "MiCA, arXiv 2604.01694",
+            (),
+            _plain(init="mica"),
             restore,
         ),
         _planned(
             "pissa",
             "adapts the largest components of W",
             "PiSSA, arXiv 2404.02948",
-            None,
+            (),
             "pissa",
         ),
         _planned(
             "milora",
             "adapts the smallest components of W",
             "MiLoRA, arXiv 2406.09044",
-            None,
+            (),
             "milora",
         ),
         _planned(
             "olora",
             "adapts the first orthonormal directions of W = Q R",
             "OLoRA, arXiv 2406.01775",
-            None,
+            (),
             "olora",
         ),
         _planned(
             "corda-kpm",
             "adapts what the knowledge's covariance uses least, to keep it",
             "CorDA, knowledge-preserved mode, arXiv 2406.05223",
-            "knowledge",
+            ("knowledge",),
             "corda",
             "kpm",
         ),
@@ -347,9 +454,31 @@ METHODS: dict[str, Method] = {
             "corda-ipm",
             "adapts what the new task's covariance uses most, to learn it fast",
             "CorDA, instruction-previewed mode, arXiv 2406.05223",
-            "task",
+            ("task",),
             "corda",
             "ipm",
+        ),
+        _planned(
+            "lora-null",
+            "adapts W within the null space of the knowledge's activations",
+            "LoRA-Null, arXiv 2503.02659",
+            ("knowledge",),
+            "lora-null",
+        ),
+        _planned(
+            "lora-null-frozen",
+            "lora-null with A frozen, which keeps every update in that null space",
+            "LoRA-Null, the variant with frozen down-projections, arXiv 2503.02659",
+            ("knowledge",),
+            "lora-null",
+            freeze_a=True,
+        ),
+        _planned(
+            "sc-lora",
+            "adapts the output directions that the new task uses and the knowledge does not",
+            "SC-LoRA, arXiv 2505.23724",
+            ("knowledge", "task"),
+            "sc-lora",
         ),
     )
 }

@@ -13,9 +13,12 @@ from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
 from corda_vlm.families import detect_family
 from corda_vlm.families.attention import is_packed
 from corda_vlm.methods import METHODS, MethodRequest, prepare_method, restore_method
+from corda_vlm.sites import find_sites
 
 MODELS = ("tiny_clip_hf", "tiny_open_clip", "tiny_siglip")
 ADAPTERS = tuple(name for name in METHODS if name not in ("full", "linear-probe"))
+PLANNED = tuple(name for name, method in METHODS.items() if method.plan)
+TWO_STORES = tuple(name for name, method in METHODS.items() if len(method.covariances) == 2)
 
 
 def make_batch(size: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -45,27 +48,38 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def store_of(model: nn.Module):
-    return collect_covariance(model, [make_batch(80)], show_progress=False)
+def store_of(model: nn.Module, seed: int = 1):
+    return collect_covariance(model, [make_batch(80, seed)], show_progress=False)
+
+
+def stores_of(name: str, model: nn.Module) -> dict:
+    """The stores that a method needs, of two kinds of data."""
+    stores = zip(METHODS[name].covariances, ("store", "task_store"), strict=False)
+    return {argument: store_of(model, seed=7 if of == "task" else 1) for of, argument in stores}
 
 
 def prepare(name: str, model: nn.Module, store=None, **options) -> nn.Module:
-    if store is None and METHODS[name].needs_store:
-        store = store_of(model)
-    return prepare_method(
-        name, model, **{"rank": 4, "show_progress": False, **options}, store=store
-    )
+    stores = stores_of(name, model) if store is None else {"store": store}
+    return prepare_method(name, model, **{"rank": 4, "show_progress": False, **stores, **options})
 
 
 def test_the_choices_are_described_with_their_source():
     assert set(METHODS) == {
-        "full", "linear-probe", "lora", "dora", "pissa", "milora", "olora", "corda-kpm", "corda-ipm",
+        "full", "linear-probe", "lora", "dora", "eva", "mica", "pissa", "milora", "olora", "corda-kpm", "corda-ipm",
+        "lora-null", "lora-null-frozen", "sc-lora",
     }  # fmt: skip
     for name, method in METHODS.items():
         assert method.name == name
         assert method.description
         assert method.source
-    assert {n for n, m in METHODS.items() if m.needs_store} == {"corda-kpm", "corda-ipm"}
+    assert {n: m.covariances for n, m in METHODS.items() if m.needs_store} == {
+        "eva": ("task",),
+        "corda-kpm": ("knowledge",),
+        "corda-ipm": ("task",),
+        "lora-null": ("knowledge",),
+        "lora-null-frozen": ("knowledge",),
+        "sc-lora": ("knowledge", "task"),
+    }
 
 
 @pytest.mark.parametrize("fixture", MODELS)
@@ -74,8 +88,8 @@ def test_start_step_and_way_back(fixture, name, request):
     model = request.getfixturevalue(fixture)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     outputs = embed(model)
-    store = store_of(model) if METHODS[name].needs_store else None
-    prepared = METHODS[name].prepare(model, MethodRequest(rank=4, store=store, show_progress=False))
+    asked = MethodRequest(rank=4, show_progress=False, **stores_of(name, model))
+    prepared = METHODS[name].prepare(model, asked)
     assert relative(embed(prepared.model), outputs) < 1e-4
     parameters = [p for p in prepared.model.parameters() if p.requires_grad]
     assert prepared.trainable == sum(p.numel() for p in parameters)
@@ -112,17 +126,18 @@ def test_bfloat16_trains_float32_adapters(name, tiny_open_clip):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_towers_and_ranks(name, tiny_open_clip):
+    sites = find_sites(tiny_open_clip, towers="text")
     prepared = prepare(name, tiny_open_clip, towers="text", rank=3)
     trained = [n for n, p in prepared.named_parameters() if p.requires_grad]
     assert trained
     assert not any("visual" in n for n in trained)
-    for n, p in prepared.named_parameters():
-        if "lora_A" in n:
-            assert p.shape[0] == 3
+    ranks = [p.shape[0] for n, p in prepared.named_parameters() if "lora_A" in n]
+    assert sum(ranks) == 3 * len(sites)
+    assert set(ranks) == {3} or name == "eva"
     assert not any(is_packed(m) for m in prepared.modules())
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if n != "mica"])
 def test_frozen_a(name, tiny_clip_hf):
     prepared = prepare(name, tiny_clip_hf, roles="up", freeze_a=True)
     trained = {n for n, p in prepared.named_parameters() if p.requires_grad}
@@ -161,7 +176,7 @@ def test_lora_takes_the_seed_and_leaves_the_generator_alone(tiny_clip_hf):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", [n for n in ADAPTERS if n != "dora"])
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if n not in ("dora", "mica")])
 def test_a_norm(name, tiny_clip_hf):
     outputs = embed(tiny_clip_hf)
     prepared = prepare(name, tiny_clip_hf, a_norm=10.0)

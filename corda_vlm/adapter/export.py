@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -179,7 +180,10 @@ def _changes(model: PeftModel, name: str) -> Factors:
     for site, layer in _layers(model, name).items():
         if isinstance(layer, PairedLinear):
             B, A = layer.change(name)
-        elif name in layer.lora_variant:
+        elif name in layer.lora_variant and not isinstance(
+            layer.lora_variant[name],
+            MiCALinearVariant,  # a plain LoRA whose B is not trained
+        ):
             raise CordaError(
                 f"{type(layer.lora_variant[name]).__name__} is no plain LoRA; take format 'merged', or "
                 "save_pretrained, which plain peft loads"

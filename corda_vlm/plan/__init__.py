@@ -8,7 +8,7 @@ model and the calibration data; a plan of another model or mode is refused, nami
 from __future__ import annotations
 
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis, Route
-from corda_vlm.plan.make import check_rank, plan_adapter
+from corda_vlm.plan.make import check_made_from, check_rank, plan_adapter
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Basis",
     "Route",
     "SitePlan",
+    "check_made_from",
     "check_rank",
     "plan_adapter",
 ]
