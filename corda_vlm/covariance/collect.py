@@ -65,7 +65,7 @@ def collect_covariance(
         forward: runs one batch, as in PEFT's EVA; None for the family's own.
         masks: batch -> tower -> (B, L), True on tokens that count; None for the family's own.
         rounds: deal the batches, in turn, to this many covariances a stream. With a `path` those on the CPU are in
-            mapped files beside it meanwhile, not in memory.
+            mapped files beside it meanwhile, and in memory one triangle at a time.
         precision: "float32", "float64", or "bf16" (products in bfloat16 on a CPU and TF32 on CUDA, float32 sums).
         store: add to this one; it is left as it is.
         path: file for checkpoints and for the result, which then stays on disk until asked for.
@@ -106,7 +106,7 @@ def collect_covariance(
         if saved.progress.complete:
             _log.info("%s is finished already", path)
             return saved
-    # One round of several is at work at a time: let the system keep the others on the disk.
+    # One round of several is at work at a time: the others are on the disk.
     scratch = Path(path).absolute().parent if path is not None and rounds > 1 else None
     with (
         Interrupts(active=path is not None) as interrupts,

@@ -7,6 +7,7 @@ a whole, in memory or elsewhere, and damage to its values is noticed when it is 
 from __future__ import annotations
 
 import json
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,9 +95,15 @@ class CovarianceFile:
                 f"no covariance file at {path}; collect_covariance(..., path=...) writes one"
             )
         try:
-            self._handle = safe_open(str(path), framework="pt")
-            metadata = self._handle.metadata() or {}
-            self._names = set(self._handle.keys())
+            # Plain reads: pages of a mapping would count as this process's memory until somebody else wants them.
+            self._bytes = self.path.open("rb")
+            weakref.finalize(self, self._bytes.close)
+            with safe_open(str(path), framework="pt"):  # checks the header against the length
+                pass
+            length = int.from_bytes(self._bytes.read(8), "little")
+            self._tensors: dict[str, Any] = json.loads(self._bytes.read(length))
+            self._start = 8 + length
+            metadata = self._tensors.pop("__metadata__", {})
         except (SafetensorError, OSError, ValueError) as error:
             raise self.damaged(str(error)) from error
         if metadata.get("format") != FORMAT:
@@ -118,23 +125,27 @@ class CovarianceFile:
 
     def dtype_and_shape(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """What the header says of a tensor; `ValueError` if the file lacks it."""
-        if name not in self._names or name not in self._checksums:
+        if name not in self._tensors or name not in self._checksums:
             raise ValueError(f"no tensor {name}")
-        tensor = self._handle.get_slice(name)
+        tensor = self._tensors[name]
         dtypes = {text: dtype for dtype, text in _DTYPES.items()}
-        if tensor.get_dtype() not in dtypes:
-            raise ValueError(f"{name} is of type {tensor.get_dtype()}")
-        return dtypes[tensor.get_dtype()], tuple(tensor.get_shape())
+        if tensor["dtype"] not in dtypes:
+            raise ValueError(f"{name} is of type {tensor['dtype']}")
+        return dtypes[tensor["dtype"]], tuple(tensor["shape"])
 
     def pieces(self, name: str, lengths: Sequence[int]) -> Iterator[Tensor]:
         """The tensor, `lengths` rows at a time; damage is found when the last piece has been taken."""
-        tensor = self._handle.get_slice(name)
-        start, checksum = 0, 0
+        dtype, (_, *row) = self.dtype_and_shape(name)
+        start, checksum = self._start + self._tensors[name]["data_offsets"][0], 0
         for length in lengths:
-            piece = tensor[start : start + length].contiguous()
-            checksum = zlib.crc32(_bytes(piece), checksum)
-            start += length
-            yield piece
+            shape = torch.Size((length, *row))
+            data = bytearray(shape.numel() * dtype.itemsize)
+            self._bytes.seek(start)
+            if self._bytes.readinto(data) != len(data):
+                raise self.damaged(f"it ends within {name}")
+            checksum = zlib.crc32(data, checksum)
+            start += len(data)
+            yield torch.frombuffer(data, dtype=dtype).view(shape)
         if f"{checksum:08x}" != self._checksums[name]:
             raise self.damaged(f"the values of {name} are not those that were written")
 

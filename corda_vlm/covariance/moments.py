@@ -51,8 +51,10 @@ class SecondMoment:
         """`scratch`: a folder where the triangle lives in a nameless file instead of in memory (CPU only)."""
         self.size, self.count = size, 0
         length = sum(height * width for _, _, height, width in _panels(size))
+        self._file: mmap.mmap | None = None
         if scratch is not None and torch.device(device).type == "cpu":
-            self.packed = _mapped(length, dtype, scratch)
+            self._file = _mapped(length * dtype.itemsize, scratch)
+            self.packed = torch.frombuffer(self._file, dtype=dtype)
         else:
             self.packed = torch.zeros(length, dtype=dtype, device=device)
         self.shift = torch.zeros(size, dtype=dtype, device=device)
@@ -65,6 +67,14 @@ class SecondMoment:
     def read(self) -> SecondMoment:
         """Itself; the counterpart in a file has to be read."""
         return self
+
+    def release(self) -> None:
+        """Give the memory of a triangle that lives in a file back to the system; nothing is lost.
+
+        Its pages stay where the system caches files, and are read again when they are touched.
+        """
+        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._file.madvise(mmap.MADV_DONTNEED)
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "n d"], precision: str = "float32") -> None:
@@ -185,16 +195,15 @@ def _panels(size: int) -> Iterator[tuple[int, int, int, int]]:
         yield i, j, j - i, size - i
 
 
-def _mapped(length: int, dtype: torch.dtype, folder: Path) -> Float[Tensor, " length"]:
+def _mapped(nbytes: int, folder: Path) -> mmap.mmap:
     """Zeros in a file without a name, which the system pages in and out and which goes with the process."""
-    nbytes = length * dtype.itemsize
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):  # now, as a disk that is full later means SIGBUS
             os.posix_fallocate(file.fileno(), 0, nbytes)
         else:
             file.truncate(nbytes)
-        return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=dtype)
+        return mmap.mmap(file.fileno(), nbytes)
 
 
 @contextmanager

@@ -55,7 +55,12 @@ def observe(
     """
     with ExitStack() as stack:
         observer = Observer(
-            sites, model_fingerprint(model), rounds=rounds, precision=precision, device=device
+            sites,
+            model_fingerprint(model),
+            rounds=rounds,
+            precision=precision,
+            device=device,
+            scratch=scratch,
         )
         stack.enter_context(unpacked(model))
         stack.callback(observer.detach)
@@ -203,7 +208,9 @@ class Observer:
         if len(rows):
             self._check_finite(site, rows)
         self.consistent = False
-        self._sum(stream, rows).add(rows, self.precision)
+        moment = self._sum(stream, rows)
+        moment.add(rows, self.precision)
+        moment.release()  # its next turn is as many batches away as there are rounds
         self._ahead[stream] = self._calls[stream]
         self.consistent = True
 
@@ -214,8 +221,7 @@ class Observer:
             device = here if self._device is None else self._device
             dtype = PRECISIONS[self.precision]
             self._sums[stream] = [
-                entry.read().to(dtype=dtype, device=device, scratch=self._scratch)
-                for entry in self._sums[stream]
+                _placed(entry, dtype, device, self._scratch) for entry in self._sums[stream]
             ] or [
                 SecondMoment(rows.shape[1], dtype, device, self._scratch)
                 for _ in range(self.rounds)
@@ -307,6 +313,14 @@ class Observer:
             stream: min(sums, key=lambda s: s.count) for stream, sums in self._sums.items() if sums
         }
         return {stream: (s.count, s.size) for stream, s in least.items() if s.count < s.size}
+
+
+def _placed(
+    entry: Entry, dtype: torch.dtype, device: torch.device | str, scratch: Path | None
+) -> SecondMoment:
+    moment = entry.read().to(dtype=dtype, device=device, scratch=scratch)
+    moment.release()
+    return moment
 
 
 def _inside_backward() -> bool:

@@ -367,7 +367,9 @@ def _means(entry: Entry) -> Iterator[Tensor]:
 
 
 def _triangle(entry: Entry) -> Iterator[Tensor]:
-    yield from entry.read().triangle()
+    moment = entry.read()
+    yield from moment.triangle()
+    moment.release()
 
 
 def check_same(a: CovarianceStore, b: CovarianceStore) -> None:

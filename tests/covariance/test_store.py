@@ -11,6 +11,7 @@ import pytest
 import torch
 from covariance_toy import (
     TOY_SITES,
+    Toy,
     clip_batches,
     collect,
     same,
@@ -52,6 +53,45 @@ def test_rounds_are_disjoint_and_dealt_in_turn() -> None:
 
     with pytest.raises(CalibrationError, match="no token reached a in round 1 of 2"):
         collect(model, batches[:2], [TOY_SITES[0], TOY_SITES[2]], rounds=2, forward=alternate)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for its memory")
+def test_rounds_at_rest_are_on_the_disk_and_not_in_memory(tmp_path: Path) -> None:
+    def resident() -> float:
+        """MB, files that are mapped included."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1e3
+
+    torch.manual_seed(0)
+    model, path, seen = Toy(width=768).eval(), tmp_path / "c.safetensors", []
+
+    def forward(model: nn.Module, batch: dict) -> None:
+        model(batch["input_ids"])
+        seen.append(resident())
+
+    batches = toy_batches(9)
+    options: dict = {"rounds": 8, "forward": forward}
+    store = collect(model, batches, path=path, **options)
+    assert path.stat().st_size > 50e6
+    assert max(seen) - seen[0] < 20  # a round has 7 MB
+    before, total = resident(), 0.0
+    for stream in sorted(set(store.site_streams.values())):
+        for entry in store.entries(stream):
+            total += float(entry.read().matrix().trace())
+            assert resident() - before < 40  # 5 in the triangle, 19 in the matrix
+    in_memory = collect(model, batches, rounds=8)
+    assert same(store, in_memory)
+
+
+def test_more_rounds_than_batches_are_refused_before_the_model_runs(tmp_path: Path) -> None:
+    def forward(model: nn.Module, batch: dict) -> None:
+        raise AssertionError("the model ran")
+
+    with pytest.raises(
+        CalibrationError, match=r"4 rounds need at least 4 batches, and there are 3; take fewer"
+    ):
+        collect(toy(), toy_batches(3), rounds=4, forward=forward, path=tmp_path / "c.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_adding_stores_and_adding_to_a_store(tmp_path: Path) -> None:
