@@ -8,8 +8,9 @@ training, so every method is compared with itself scaled.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -93,7 +94,7 @@ def scaled(peft_model: nn.Module, scale: float) -> Iterator[None]:
             for name in layer.active_adapters:
                 variant = layer.lora_variant.get(name)
                 if variant is not None and not isinstance(layer, PairedLinear):
-                    layer.lora_variant[name] = _Partly(variant, scale)
+                    layer.lora_variant[name] = _Partly(variant, scale)  # pyright: ignore[reportArgumentType]
                 elif name in layer.scaling:
                     layer.scaling[name] *= scale
         yield
@@ -159,7 +160,7 @@ def _between(
     return torch.lerp(start.to(precise), end.to(precise), scale)
 
 
-class _Partly(LoraVariant):
+class _Partly:
     """A variant's layer with only a share of its change: `W + scale · (W_variant − W)`.
 
     A layer is linear in its weight, so its outputs are mixed. The variant runs at its trained scaling, as a DoRA's
@@ -170,28 +171,31 @@ class _Partly(LoraVariant):
         self.variant, self.scale = variant, scale
 
     def forward(
-        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **rest: object
-    ) -> Tensor:
+        self,
+        module: LoraLayer,
+        active_adapter: str,
+        x: Float[Tensor, "*b inp"],
+        result: Float[Tensor, "*b out"],
+        **rest: Any,
+    ) -> Float[Tensor, "*b out"]:
         if self.scale == 0.0:
             return result
-        full = self.variant.forward(
-            module, active_adapter=active_adapter, x=x, result=result, **rest
-        )  # pyright: ignore[reportArgumentType]
+        full = self.variant.forward(module, active_adapter, x, result, **rest)
         return result + self.scale * (full - result)
 
-    def merge_safe(self, *args: object, **kwargs: object) -> Tensor:
+    def refuse_merging(self, *_: Any, **__: Any) -> Tensor:
         raise CordaError(
             "leave the scaled() block before merging this adapter: its variant merges whole or not at all"
         )
 
-    merge_unsafe = unmerge = merge_safe
+    merge_safe = merge_unsafe = unmerge = refuse_merging
 
 
 def _has_adapter(model: nn.Module) -> bool:
     return any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
-def _check_scalable(model: nn.Module, layers: list[LoraLayer]) -> None:
+def _check_scalable(model: nn.Module, layers: Sequence[LoraLayer]) -> None:
     if not layers:
         raise CordaError(
             f"this {type(model).__name__} has no LoRA adapter to scale. For a full fine-tune use at_scale(model, "

@@ -16,6 +16,7 @@ from corda_vlm.evaluation.scores import (
     score_row,
 )
 from corda_vlm.evaluation.suite import Suite, Task, load_suite
+from corda_vlm.evaluation.trained import Trained, check_scales, load_trained
 
 __all__ = [
     "Cache",
@@ -26,12 +27,15 @@ __all__ = [
     "Suite",
     "Task",
     "TaskResult",
+    "Trained",
     "append_rows",
     "bootstrap",
+    "check_scales",
     "compare",
     "done",
     "evaluate",
     "load_suite",
+    "load_trained",
     "measure",
     "paired_difference",
     "read_rows",

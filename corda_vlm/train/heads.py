@@ -32,6 +32,8 @@ class Head(nn.Module):
         weight: (classes, D).
         bias: (classes,), zero and unused for "prompt".
         logit_scale: (), unused for "linear".
+        start: (classes, D) the class vectors before training, which are the zero-shot classifier; None for "linear",
+            which starts from zero, and for heads of files that do not hold them.
     """
 
     def __init__(self, kind: str, weight: Tensor, logit_scale: float = 1.0) -> None:
@@ -43,6 +45,9 @@ class Head(nn.Module):
         )
         self.logit_scale: Tensor
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale), device=weight.device))
+        self.start: Tensor | None
+        start = weight.detach().clone().float() if kind == "prompt" else None
+        self.register_buffer("start", start, persistent=False)  # no part of what is trained
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
         """Logits of image features, normalised or not."""
@@ -52,11 +57,30 @@ class Head(nn.Module):
         # Entries of size about one, so that a rate suits every width.
         return F.linear(unit * unit.shape[-1] ** 0.5, self.weight, self.bias)
 
+    def at_scale(self, scale: float) -> Head:
+        """A head whose class vectors are `start + scale · (trained − start)`: 0 is zero-shot, 1 this head.
+
+        Raises:
+            CordaError: no class vectors from before training, so that no zero-shot head is at the other end.
+        """
+        if scale == 1.0:
+            return self
+        if self.start is None:
+            raise CordaError(
+                f"a {self.kind} head cannot be scaled: it has no counterpart in the model before training. Use "
+                "--scales with prompts, or with class vectors that start there (train_head)"
+                if self.kind == "linear"
+                else "this head was saved without its class vectors from before training; train it again to scale it"
+            )
+        head = Head(self.kind, self.start, float(self.logit_scale))
+        with torch.no_grad():
+            head.weight.lerp_(self.weight, scale)
+        return head
+
     def save(self, path: str | Path) -> None:
         """Write the head as safetensors, atomically."""
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
-        }
+        tensors = self.state_dict() | ({} if self.start is None else {"start": self.start})
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with atomic_write(path) as partial:
             save_file(tensors, partial, metadata={"format": _FORMAT, "kind": self.kind})
 
@@ -75,8 +99,10 @@ class Head(nn.Module):
             raise ForeignFileError(f"{path} is not a readable head ({error})") from error
         if metadata.get("format") != _FORMAT:
             raise ForeignFileError(f"{path} is a safetensors file, but no head of this package")
+        start = tensors.pop("start", None)
         head = cls(metadata["kind"], tensors["weight"])
         head.load_state_dict(tensors)
+        head.start = start
         return head
 
 
