@@ -1,12 +1,14 @@
 """Data: read records from many kinds of sources, and make batches of them.
 
-`load_records` gives the records (PIL images, texts, labels), `make_batches` the tensors a model takes.
+`load_records` gives the records (PIL images, texts, labels, conversations), `make_batches` the tensors a model takes.
 """
 
 from corda_vlm.data.batches import BatchLoader, BatchMaker, make_batches
 from corda_vlm.data.images import to_rgb
+from corda_vlm.data.instruction import InstructionData
+from corda_vlm.data.load import load_records
 from corda_vlm.data.readers import READERS
-from corda_vlm.data.records import ImageTextData, Record, load_records
+from corda_vlm.data.records import ImageTextData, Record
 from corda_vlm.data.spec import DataSpec, parse_spec, with_root
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "BatchMaker",
     "DataSpec",
     "ImageTextData",
+    "InstructionData",
     "Record",
     "load_records",
     "make_batches",

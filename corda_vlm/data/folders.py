@@ -1,4 +1,4 @@
-"""Pictures and texts as plain files: class folders, tar shards, JSON lines."""
+"""Pictures and texts as plain files: class folders and tar shards."""
 
 from __future__ import annotations
 
@@ -125,32 +125,3 @@ def _check_tail(path: Path, offset: int) -> None:
         block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
         raise tarfile.ReadError(f"a torn header at byte {offset}")
-
-
-def read_jsonl(spec: DataSpec, beside: str | Path | None = None) -> Table:
-    """One JSON object a line; pictures are paths, relative to the file."""
-    records: list[dict[str, Any]] = []
-    places: list[str] = []
-    paths = find_paths(spec.location, beside)
-    for path in paths:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    record = json.loads(line)
-                    if not isinstance(record, dict):
-                        raise ValueError("not an object")
-                    records.append(record)
-                    places.append(f"{path}, line {number}")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error})") from error
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not a JSON record ({error})") from error
-    names = dict.fromkeys(name for record in records for name in record)
-    return Table(
-        size=len(records),
-        columns={name: [record.get(name) for record in records] for name in names},
-        images={},
-        place=lambda row: places[row],
-        base=paths[0].parent,
-    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from corda_vlm.data.folders import read_folder, read_jsonl, read_webdataset
+from corda_vlm.data.folders import read_folder, read_webdataset
 from corda_vlm.data.libraries import read_hf, read_sklearn, read_torchvision
+from corda_vlm.data.lines import read_json, read_jsonl, read_text
 from corda_vlm.data.parquet import read_parquet
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
@@ -21,4 +22,6 @@ READERS: dict[str, Reader] = {
     "hf": read_hf,
     "torchvision": read_torchvision,
     "jsonl": read_jsonl,
+    "json": read_json,
+    "text": read_text,
 }

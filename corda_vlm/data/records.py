@@ -1,4 +1,4 @@
-"""Records: what a source's rows mean, which of them are taken, and a cheap fingerprint of the choice."""
+"""Records of images and texts: decoded when they are looked at, with a cheap fingerprint of what they say."""
 
 from __future__ import annotations
 
@@ -12,64 +12,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from corda_vlm.data.images import UNDECODABLE, to_rgb
-from corda_vlm.data.meaning import label_rows, sample, text_rows
-from corda_vlm.data.readers import READERS
-from corda_vlm.data.spec import DataSpec, parse_spec
-from corda_vlm.data.table import (
-    Table,
-    cut,
-    pick_column,
-    select_rows,
-)
+from corda_vlm.data.spec import DataSpec
+from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError
 
 Record = dict[str, Any]
 """`image` (RGB PIL image or None), `text` (str or None), `label` (int or None), and the source's other columns."""
-
-
-def load_records(
-    spec: str | Mapping[str, Any] | DataSpec, *, beside: str | Path | None = None
-) -> ImageTextData:
-    """Read a source's records; pictures are decoded only when a record is looked at.
-
-    Args:
-        spec: "kind:where", or a mapping of `DataSpec`'s fields, or a `DataSpec`.
-        beside: the file that names the data; relative paths may be relative to it.
-
-    Raises:
-        UnknownNameError: an unknown kind, option, column, split or class.
-        DataError: nothing there, unreadable, empty, or a record without its label.
-    """
-    spec = parse_spec(spec)
-    table = READERS[spec.kind](spec, beside)
-    if table.size == 0:
-        raise DataError(f"{spec}: holds no record")
-    columns = {kind: pick_column(table, kind, asked, spec) for kind, asked in _asked(spec).items()}
-    where = dict(spec.where)
-    splits = spec.splits or (None if "split" in table.columns or table.split else table.splits)
-    if spec.split is not None and not splits and not table.split:
-        if "split" not in table.columns:
-            raise DataError(
-                f"{spec}: has no split of its own; give splits, e.g. {{train: 0.8, test: 0.2}}, "
-                "or where, a filter on a column"
-            )
-        where.setdefault("split", spec.split)
-    rows = select_rows(table, where, spec)
-    labels, class_names = label_rows(table, columns["label"], rows, spec, beside)
-    if splits and spec.split is not None:
-        part = cut(splits, spec.split, labels, len(rows), spec)
-        rows, labels = rows[part], _take(labels, part)
-    chosen = sample(spec, labels, len(rows))
-    rows, labels = rows[chosen], _take(labels, chosen)
-    texts = text_rows(table, spec.text, columns["text"], rows, labels, class_names)
-    if len(rows) == 0:
-        raise DataError(f"{spec}: not one record is left after split, filter and sampling")
-    if columns["image"] is None and texts is None:
-        raise DataError(
-            f"{spec}: neither pictures nor texts were found; its columns are {', '.join(table.names)}: "
-            "name them with image: and text:"
-        )
-    return ImageTextData(table, rows, spec, columns["image"], texts, labels, class_names)
 
 
 # Not `Sequence[Record]`: beartype would then decode a record at each call that is checked.
@@ -111,7 +59,7 @@ class ImageTextData(Sequence):
         parts = [f"{len(self)} records of {self.spec}"]
         if self.class_names is not None:
             parts.append(f"{len(self.class_names)} classes")
-        return f"ImageTextData({', '.join(parts)})"
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def has_images(self) -> bool:
@@ -119,7 +67,7 @@ class ImageTextData(Sequence):
 
     @property
     def skipped(self) -> int:
-        """How many records did not decode, of those looked at so far."""
+        """How many records are of no use, of those looked at so far."""
         return len(self.bad)
 
     def place(self, index: int) -> str:
@@ -162,30 +110,36 @@ class ImageTextData(Sequence):
         try:
             record["image"] = self.image(index)
         except UNDECODABLE as error:
-            reason = str(error)
-            if isinstance(error, UnidentifiedImageError):  # it names an address in memory
-                reason = "of no known format"
-            self.bad[index] = f"no image that can be decoded ({type(error).__name__}: {reason})"
-            self._check_share()
-            return None
+            return self.reject(index, undecodable(error))
         record["text"] = None if self.texts is None else self.texts[index]
         record["label"] = None if self.labels is None else self.labels[index]
         return record
 
+    def reject(self, index: int, why: str) -> None:
+        """Count record `index` among those that are of no use; from now on it is skipped.
+
+        Raises:
+            DataError: they are more than `max_bad_share` of all; lists the first of them.
+        """
+        self.bad[index] = why
+        self.check()
+
     def image(self, index: int) -> Image.Image | None:
         """The picture of record `index` in RGB, None if the data has none. Raises as `to_rgb` does."""
-        return None if self._image_column is None else to_rgb(self._stored(index), self._table.base)
+        return (
+            None if self._image_column is None else to_rgb(self._stored(index)[0], self._table.base)
+        )
 
     def select(self, indices: Sequence[int] | range | np.ndarray) -> ImageTextData:
         """The records at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return ImageTextData(
+        return type(self)(
             self._table,
             self._rows[chosen],
             self.spec,
             self._image_column,
-            _take(self.texts, chosen),
-            _take(self.labels, chosen),
+            take(self.texts, chosen),
+            take(self.labels, chosen),
             self.class_names,
         )
 
@@ -198,37 +152,47 @@ class ImageTextData(Sequence):
         if self._fingerprint is None:
             digest = hashlib.sha256()
             # Length-prefixed by JSON, so that no two lists give one byte string.
-            head = [len(self), self.labels, self.texts, self.class_names, self.has_images]
-            digest.update(json.dumps(head).encode())
+            digest.update(json.dumps(self._said()).encode())
             if self.has_images:
                 for index in np.unique(np.linspace(0, len(self) - 1, num=16).round().astype(int)):
-                    digest.update(_content(self._stored(int(index)), self._table.base))
+                    for stored in self._stored(int(index)):
+                        digest.update(_content(stored, self._table.base))
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    def _stored(self, index: int) -> Any:
+    def _said(self) -> list[Any]:
+        """What the records say, as JSON, but for their pictures."""
+        return [len(self), self.labels, self.texts, self.class_names, self.has_images]
+
+    def _stored(self, index: int) -> list[Any]:
+        """The stored pictures of a record."""
         row, column = int(self._rows[index]), str(self._image_column)
         get = self._table.images.get(column)
-        return get(row) if get is not None else self._table.columns[column][row]
+        return [get(row) if get is not None else self._table.columns[column][row]]
 
-    def _check_share(self) -> None:
+    _trouble = "images do not decode"
+
+    def check(self) -> None:
+        """Raises `DataError` if more than `max_bad_share` of the records are of no use; lists the first of them."""
         allowed = self.spec.max_bad_share
         if len(self.bad) <= allowed * len(self):
             return
         listed = [f"  {self.place(index)}: {why}" for index, why in list(self.bad.items())[:10]]
         raise DataError(
-            f"{self.spec}: {len(self.bad)} of {len(self)} images do not decode, more than the {allowed:.3g} "
+            f"{self.spec}: {len(self.bad)} of {len(self)} {self._trouble}, more than the {allowed:.3g} "
             "that max_bad_share allows:\n" + "\n".join(listed)
         )
 
 
-def _asked(spec: DataSpec) -> dict[str, str | None]:
-    """The columns asked for; a text that is a format string is no column."""
-    text = None if spec.text is not None and "{" in spec.text else spec.text
-    return {"image": spec.image, "text": text, "label": spec.label}
+def undecodable(error: BaseException) -> str:
+    """Why a picture does not decode, for people."""
+    # PIL's own words for an unknown format name an address in memory.
+    reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return f"no image that can be decoded ({type(error).__name__}: {reason})"
 
 
-def _take(values: list[Any] | None, indices: np.ndarray) -> list[Any] | None:
+def take(values: list[Any] | None, indices: np.ndarray) -> list[Any] | None:
+    """The values at `indices`."""
     return None if values is None else [values[int(index)] for index in indices]
 
 

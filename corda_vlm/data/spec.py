@@ -11,8 +11,11 @@ from typing import Any
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.files import asset, resolve
 
-KINDS = ("sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl")
+KINDS = ("sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "text")
 """The kinds of sources; `corda_vlm.data.readers.READERS` has a reader for each."""
+
+FORMATS = ("llava", "chat", "qa", "text")
+"""What rows mean for a model that generates text; `corda_vlm.data.formats.FORMATS` has a function for each."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class DataSpec:
 
     Attributes:
         source: `"kind:where"`: "sklearn:digits", "parquet:PATH_OR_GLOB", "folder:PATH" (one folder a class),
-            "webdataset:PATTERN" (tar shards), "hf:NAME_OR_FOLDER", "torchvision:CIFAR10", "jsonl:PATH".
+            "webdataset:PATTERN" (tar shards), "hf:NAME_OR_FOLDER", "torchvision:CIFAR10", "jsonl:PATH",
+            "json:PATH" (a list of objects), "text:PATTERN" (one document a file).
             Paths may be relative to the file that names them or to what ships with the package, and may hold
             `~` and environment variables.
         split: the part to read: the source's own split, a value of a column named `split`, or a key of `splits`.
@@ -38,8 +42,16 @@ class DataSpec:
         seed: of `limit` and `per_class`.
         max_bad_share: the share of undecodable images that is skipped and counted; beyond it, an error.
         config: the configuration of a Hugging Face data set.
-        root: the folder of a torchvision data set.
+        root: the folder of a torchvision data set; of records with paths of pictures, the folder that these are
+            relative to (else that of the file).
         download: let torchvision fetch what is not in `root`.
+        format: what a row means for a model that generates text: "llava" (`conversations` with `<image>`), "chat"
+            (`messages` of role and content), "qa" (question and answers), "text" (a document). None: images with
+            texts or labels.
+        question, answer: with "qa": columns, or format strings over the columns; "auto" finds the usual names.
+        expand: with "qa": the column in which one row holds several questions, as a list or as JSON; "auto" takes
+            `qa_json` where there is one, None none.
+        chunk: with "text": a record is so many words of a document, and its last one fewer; None: all of it.
     """
 
     source: str
@@ -58,6 +70,11 @@ class DataSpec:
     config: str | None = None
     root: str | None = None
     download: bool = False
+    format: str | None = None
+    question: str = "auto"
+    answer: str | None = "auto"
+    expand: str | None = "auto"
+    chunk: int | None = None
 
     @property
     def kind(self) -> str:
@@ -98,7 +115,9 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
             KINDS,
             "A source is written kind:where, e.g. folder:photos.",
         )
-    for name in ("limit", "per_class"):
+    if found.format is not None and found.format not in FORMATS:
+        raise UnknownNameError("data format", found.format, FORMATS)
+    for name in ("limit", "per_class", "chunk"):
         value = getattr(found, name)
         if value is not None and value < 1:
             raise DataError(f"{found}: {name} is {value}; it must be at least 1")

@@ -26,6 +26,10 @@ class Table:
         base: the folder that picture paths are relative to.
         splits: how the source is cut when it has no split of its own and the user names one.
         split: the source's own split was applied already.
+        parents: for each row what it was made of, where several rows were made of one (the questions about one
+            picture, the chunks of one document): cutting into splits keeps them together.
+        pictures: row -> its stored pictures, for records with any number of them.
+        faults: row -> why it is no usable record.
     """
 
     size: int
@@ -36,6 +40,9 @@ class Table:
     base: Path | None = None
     splits: Mapping[str, float | int] | None = None
     split: bool = False
+    parents: Sequence[int] | None = None
+    pictures: Callable[[int], list[Any]] | None = None
+    faults: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -44,13 +51,14 @@ class Table:
 
 _USUAL = {
     "image": ("image", "img", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filepath"),
+    "images": ("images", "image", "img", "jpg", "jpeg", "png", "webp", "image_path", "image_paths"),
     "text": ("text", "caption", "txt", "captions", "sentence"),
     "label": ("class_name", "label", "labels", "cls", "class", "target", "fine_label"),
 }
 
 
 def pick_column(table: Table, kind: str, asked: str | None, source: object) -> str | None:
-    """The column that holds `kind` ("image", "text" or "label"); None if it is left out or there is none.
+    """The column that holds `kind` ("image", "images", "text" or "label"); None if it is left out or there is none.
 
     Raises:
         UnknownNameError: the column that was asked for does not exist.
@@ -59,7 +67,7 @@ def pick_column(table: Table, kind: str, asked: str | None, source: object) -> s
         return None
     candidates = {*table.columns, *table.images}
     if asked == "auto":
-        if kind == "image" and len(table.images) == 1:
+        if kind in ("image", "images") and len(table.images) == 1:
             return next(iter(table.images))
         return next((name for name in _USUAL[kind] if name in candidates), None)
     if asked not in candidates:

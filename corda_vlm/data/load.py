@@ -1,0 +1,105 @@
+"""From a spec to records: what a source's rows mean, and which of them are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corda_vlm.data.formats import conversations
+from corda_vlm.data.instruction import InstructionData
+from corda_vlm.data.meaning import label_rows, sample, text_rows
+from corda_vlm.data.readers import READERS
+from corda_vlm.data.records import ImageTextData, take
+from corda_vlm.data.spec import DataSpec, parse_spec
+from corda_vlm.data.table import Table, cut, pick_column, select_rows
+from corda_vlm.errors import DataError
+
+
+def load_records(
+    spec: str | Mapping[str, Any] | DataSpec, *, beside: str | Path | None = None
+) -> ImageTextData:
+    """Read a source's records; pictures are decoded only when a record is looked at.
+
+    Args:
+        spec: "kind:where", or a mapping of `DataSpec`'s fields, or a `DataSpec`.
+        beside: the file that names the data; relative paths may be relative to it.
+
+    Returns:
+        `InstructionData` where the spec names a `format`, else `ImageTextData`.
+
+    Raises:
+        UnknownNameError: an unknown kind, option, column, split or class.
+        DataError: nothing there, unreadable, empty, a record without its label, or more records of no use than
+            `max_bad_share` allows.
+    """
+    spec = parse_spec(spec)
+    table = READERS[spec.kind](spec, beside)
+    if table.size == 0:
+        raise DataError(f"{spec}: holds no record")
+    if spec.format is not None:
+        table = conversations(table, spec, beside)
+    columns = {kind: pick_column(table, kind, asked, spec) for kind, asked in _asked(spec).items()}
+    where = dict(spec.where)
+    splits = spec.splits or (None if "split" in table.columns or table.split else table.splits)
+    if spec.split is not None and not splits and not table.split:
+        if "split" not in table.columns:
+            raise DataError(
+                f"{spec}: has no split of its own; give splits, e.g. {{train: 0.8, test: 0.2}}, "
+                "or where, a filter on a column"
+            )
+        where.setdefault("split", spec.split)
+    rows = select_rows(table, where, spec)
+    labels, class_names = label_rows(table, columns["label"], rows, spec, beside)
+    if splits and spec.split is not None:
+        part = _part(table, rows, splits, spec.split, labels, spec)
+        rows, labels = rows[part], take(labels, part)
+    chosen = sample(spec, labels, len(rows))
+    rows, labels = rows[chosen], take(labels, chosen)
+    if spec.format is not None:
+        documents = (
+            [table.columns["text"][int(row)] for row in rows] if spec.format == "text" else None
+        )
+        if len(rows) == 0:
+            raise DataError(f"{spec}: not one record is left after split, filter and sampling")
+        found = InstructionData(table, rows, spec, columns["image"], documents, labels, class_names)
+        found.check()
+        return found
+    texts = text_rows(table, spec.text, columns["text"], rows, labels, class_names)
+    if len(rows) == 0:
+        raise DataError(f"{spec}: not one record is left after split, filter and sampling")
+    if columns["image"] is None and texts is None:
+        raise DataError(
+            f"{spec}: neither pictures nor texts were found; its columns are {', '.join(table.names)}: "
+            "name them with image: and text:, or say which format: of conversations or questions it has"
+        )
+    return ImageTextData(table, rows, spec, columns["image"], texts, labels, class_names)
+
+
+def _part(
+    table: Table,
+    rows: np.ndarray,
+    splits: Mapping[str, float | int],
+    split: str,
+    labels: list[int] | None,
+    spec: DataSpec,
+) -> np.ndarray:
+    """Which of `rows` belong to a part; rows made of one thing are in one part, so numbers count these things."""
+    if table.parents is None:
+        return cut(splits, split, labels, len(rows), spec)
+    parents = np.asarray(table.parents)[rows]
+    distinct, member = np.unique(parents, return_inverse=True)
+    chosen = cut(splits, split, None, len(distinct), spec)
+    return np.flatnonzero(np.isin(member, chosen))
+
+
+def _asked(spec: DataSpec) -> dict[str, str | None]:
+    """The columns asked for; a text that is a format string is no column."""
+    if (
+        spec.format is not None
+    ):  # the format finds texts and pictures; a label is only what the user names
+        return {"image": None, "text": None, "label": None if spec.label == "auto" else spec.label}
+    text = None if spec.text is not None and "{" in spec.text else spec.text
+    return {"image": spec.image, "text": text, "label": spec.label}
