@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 
+from corda_vlm.adapter import export_adapter, scaled
 from corda_vlm.adapter.paired import paired_layers
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
@@ -146,6 +149,39 @@ def test_frozen_a(name, tiny_clip_hf):
     assert isinstance(prepared, PeftModel)
     prepared.set_adapter("default")
     assert {n for n, p in prepared.named_parameters() if p.requires_grad} == trained
+
+
+def stir(model: nn.Module) -> None:
+    """As if trained: every trainable parameter is moved."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                step = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.05 * step.to(parameter))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_scaled_and_exported(name, tiny_clip_hf, tmp_path):
+    outputs = embed(tiny_clip_hf)
+    original = copy.deepcopy(tiny_clip_hf)
+    prepared = prepare(name, tiny_clip_hf)
+    stir(prepared)
+    changed = embed(prepared)
+    assert relative(changed, outputs) > 1e-3
+    with scaled(prepared, 0.0):
+        assert relative(embed(prepared), outputs) < 1e-4
+    with scaled(prepared, 0.5):
+        half = embed(prepared)
+        assert relative(half, outputs) > 1e-4
+        assert relative(half, changed) > 1e-4
+    assert torch.equal(embed(prepared), changed)
+    if name == "dora":  # no plain LoRA
+        folder = export_adapter(prepared, tmp_path / "out", format="merged")
+        assert relative(embed(type(original).from_pretrained(folder)), changed) < 1e-4
+        return
+    folder = export_adapter(prepared, tmp_path / "out", format="lora")
+    assert relative(embed(PeftModel.from_pretrained(original, str(folder))), changed) < 1e-4
 
 
 def test_full_trains_the_chosen_towers(tiny_open_clip, tiny_clip_hf):
