@@ -141,7 +141,7 @@ class PairedLinear(Linear):
         (B, A), (B0, A0) = trained(self, adapter_name), self.pair(adapter_name)
         if self.a_is_frozen(adapter_name):
             return B - B0, A
-        return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0], dim=0)
+        return difference(B, A, B0, A0)
 
     def get_delta_weight(self, adapter: str) -> Float[Tensor, "out inp"]:
         """What merging adds to the base weight, in float32 or better; PEFT's name for it."""
@@ -271,6 +271,16 @@ def trained(
     assert isinstance(B, nn.Linear)
     assert isinstance(A, nn.Linear)
     return B.weight, A.weight
+
+
+def difference(
+    B: Float[Tensor, "*n out r"],
+    A: Float[Tensor, "*n r inp"],
+    B0: Float[Tensor, "*n out r"],
+    A0: Float[Tensor, "*n r inp"],
+) -> tuple[Float[Tensor, "*n out k"], Float[Tensor, "*n k inp"]]:
+    """Factors `P Q = B A − B₀A₀` as in `PairedLinear.change`, of one layer or of many equal ones."""
+    return torch.cat([B - B0, B0], dim=-1), torch.cat([A, A - A0], dim=-2)
 
 
 def base_weight(layer: LoraLayer) -> Float[Tensor, "out inp"]:
