@@ -40,6 +40,7 @@ from corda_vlm.adapter.paired import PairedLinear, base_of, base_weight, trained
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import convert
 from corda_vlm.families.attention import is_packed, pack
+from corda_vlm.families.conv1d import is_conv1d
 from corda_vlm.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -244,6 +245,10 @@ def _save_lora(
         target_modules=sorted(factors) if converted else _targets(factors, base),
         lora_dropout=0.0,
         bias="none",
+        # GPT-2's layers keep their weights transposed; peft warns, and only then sets it by itself
+        fan_in_fan_out=any(
+            is_conv1d(base.get_submodule(site)) for site in factors if not converted
+        ),
         init_lora_weights=True,
         inference_mode=True,
         base_model_name_or_path=base_name,

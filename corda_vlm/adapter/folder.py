@@ -63,6 +63,9 @@ def _copy_beside(source: str | Path | None, folder: Path) -> None:
     for name in (
         "preprocessor_config.json",
         "processor_config.json",
+        "video_preprocessor_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",

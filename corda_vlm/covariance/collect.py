@@ -25,7 +25,7 @@ from corda_vlm.covariance.observe import Observer, observe
 from corda_vlm.covariance.store import CovarianceStore, some
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
-from corda_vlm.families import Batch, detect_family
+from corda_vlm.families import Batch, detect_family, token_masks
 from corda_vlm.families.base import evaluating
 from corda_vlm.sites import Site, find_sites, model_fingerprint
 
@@ -39,6 +39,7 @@ def collect_covariance(
     *,
     forward: Callable[[nn.Module, Batch], object] | None = None,
     masks: Callable[[Batch], Masks] | None = None,
+    tokens: str = "all",
     rounds: int = 1,
     precision: str = "float32",
     store: CovarianceStore | None = None,
@@ -64,6 +65,8 @@ def collect_covariance(
         sites: of `find_sites`; None for all.
         forward: runs one batch, as in PEFT's EVA; None for the family's own.
         masks: batch -> tower -> (B, L), True on tokens that count; None for the family's own.
+        tokens: of a language model's sequence "all", "prompt", "response", "image" or "text", see
+            `families.token_masks`; a part of what identifies the data.
         rounds: deal the batches, in turn, to this many covariances a stream. With a `path` those on the CPU are in
             mapped files beside it meanwhile, and in memory one triangle at a time.
         precision: "float32", "float64", or "bf16" (products in bfloat16 on a CPU and TF32 on CUDA, float32 sums).
@@ -88,11 +91,17 @@ def collect_covariance(
         raise CalibrationError(
             f"checkpoint_share is {checkpoint_share}; it must be over 0 and at most 1"
         )
+    if masks is not None and tokens != "all":
+        raise CalibrationError(
+            f"give masks= or tokens={tokens!r}, not both: either says what counts"
+        )
     family = detect_family(model) if forward is None or masks is None else None
     forward = forward or family.forward  # type: ignore[union-attr]
-    masks = masks or family.masks  # type: ignore[union-attr]
+    masks = masks or token_masks(family, model, tokens)  # type: ignore[arg-type]
     sites = list(find_sites(model) if sites is None else sites)
     source = Source(batches)
+    if tokens != "all":
+        source.fingerprint += f"-{tokens}"
     if source.total is not None and rounds > source.total:
         raise _too_many_rounds(rounds, source.total)
     if store is not None:

@@ -7,7 +7,7 @@ rules are written with the prefix; `canonical` adds it where it is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from corda_vlm.families.base import (
     token_mask,
     unwrap,
 )
-from corda_vlm.files import read_json
+from corda_vlm.families.hub import Missing, image_size, or_missing, reads, tokenizer_of
 
 _CLIP = (
     "CLIPModel",
@@ -252,39 +252,11 @@ def processor(source: str | Path, model: nn.Module) -> Processor:
     # PIL resizes as images were resized when these models were trained; tensors come out a little different.
     old = int(transformers.__version__.split(".")[0]) < 5
     backend: dict[str, Any] = {"use_fast": False} if old else {"backend": "pil"}
-    images = _or_missing(lambda: transformers.AutoImageProcessor.from_pretrained(source, **backend))
-    words = _or_missing(lambda: _tokenizer(source, transformers))
+    images = or_missing(lambda: transformers.AutoImageProcessor.from_pretrained(source, **backend))
+    words = or_missing(lambda: tokenizer_of(source, transformers))
     return make_processor(
         model, images if _has(model, "vision") else None, words if _has(model, "text") else None
     )
-
-
-def _tokenizer(source: str | Path, transformers: Any) -> Any:
-    words = transformers.AutoTokenizer.from_pretrained(source)
-    if len(words) <= len(words.all_special_tokens):
-        # transformers 5 makes a tokenizer of special tokens alone where there are no files: every text is unknown
-        raise ValueError(f"{source} has no vocabulary")
-    return words
-
-
-class _Missing:
-    """Stands for a processor that could not be loaded: calling it says so."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def __call__(self, *args: object, **kwargs: object) -> Any:
-        raise CordaError(
-            "the model came without the files that this needs (preprocessor_config.json for images; tokenizer.json, "
-            "or vocab.json and merges.txt, for texts). Put them beside its weights."
-        ) from self.error
-
-
-def _or_missing(load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        return _Missing(error)
 
 
 def make_processor(model: nn.Module, images: Any, words: Any) -> Processor:
@@ -292,13 +264,13 @@ def make_processor(model: nn.Module, images: Any, words: Any) -> Processor:
     bare = unwrap(model)
     config = bare.config
     length = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
-    size = _image_size(getattr(config, "vision_config", config))
+    size = image_size(getattr(config, "vision_config", config))
 
     def image(picture: Any) -> Float[Tensor, "3 h w"]:
         if images is None:
             raise no_tower(bare, "vision")
         picture = picture.convert("RGB")
-        if _takes_patches(bare) and not isinstance(images, _Missing):
+        if _takes_patches(bare) and not isinstance(images, Missing):
             return _fixed_size(picture, size, images)
         return torch.as_tensor(images(images=picture, return_tensors="pt")["pixel_values"][0])
 
@@ -326,33 +298,6 @@ def _fixed_size(picture: Any, size: tuple[int, int], images: Any) -> Float[Tenso
     return ((pixels / 255 - mean) / std).permute(2, 0, 1)
 
 
-def _image_size(vision: Any) -> tuple[int, int]:
-    """(height, width) of the tower's input."""
-    if (patches := getattr(vision, "num_patches", None)) is not None and not hasattr(
-        vision, "image_size"
-    ):
-        side = int(patches**0.5) * vision.patch_size  # SigLIP 2
-        return side, side
-    side = getattr(vision, "image_size", None)
-    if side is None:  # a text tower alone
-        return 0, 0
-    return (side, side) if isinstance(side, int) else (side[0], side[1])
-
-
-def _reads(*types: str) -> Callable[[Path], bool]:
-    def reads(folder: Path) -> bool:
-        config = folder / "config.json"
-        # Hub folders may hold open_clip's files too; without weights of transformers they are open_clip's.
-        weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
-        return (
-            config.is_file()
-            and bool(weights)
-            and read_json(config, "model configuration").get("model_type") in types
-        )
-
-    return reads
-
-
 CLIP_HF = Family(
     name="clip_hf",
     matches=lambda model: bool(class_of(model, "transformers") & set(_CLIP)),
@@ -363,7 +308,7 @@ CLIP_HF = Family(
     encode_text=encode_text,
     logit_scale=logit_scale,
     load=_load,
-    reads=_reads("clip", "clip_vision_model", "clip_text_model"),
+    reads=reads("clip", "clip_vision_model", "clip_text_model"),
     classes=_CLIP,
     canonical=canonical,
     towers=_towers,
@@ -379,7 +324,7 @@ SIGLIP_HF = Family(
     encode_text=_encode_text_siglip,
     logit_scale=logit_scale,
     load=_load,
-    reads=_reads(
+    reads=reads(
         *(
             f"{name}{part}"
             for name in ("siglip", "siglip2")

@@ -45,7 +45,7 @@ def test_keys_are_the_names():
     assert {name: family.name for name, family in FAMILIES.items()} == {
         name: name for name in FAMILIES
     }
-    assert set(FAMILIES) == {"clip_hf", "siglip_hf", "clip_open"}
+    assert set(FAMILIES) == {"clip_hf", "siglip_hf", "clip_open", "llava", "llm"}
 
 
 def test_detection(tiny_clip_hf, tiny_siglip, tiny_open_clip):
@@ -135,8 +135,8 @@ class TestNames:
             load_model(tmp_path)
 
     def test_an_unknown_family(self, tmp_path):
-        with pytest.raises(UnknownNameError, match="unknown family 'llava'"):
-            load_model(tmp_path, family="llava")
+        with pytest.raises(UnknownNameError, match="unknown family 'lava'"):
+            load_model(tmp_path, family="lava")
 
     @pytest.mark.parametrize("device", ["graphics", "cuda:99"])
     def test_a_device_that_is_not_there(self, device):

@@ -1,0 +1,214 @@
+"""What language models and vision-language models share: running, which tokens count, loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from corda_vlm.errors import CordaError, DataError
+from corda_vlm.families.base import Batch, Masking, unwrap
+from corda_vlm.families.hub import or_missing, tokenizer_of
+from corda_vlm.families.language import (
+    IGNORED,
+    LanguageProcessor,
+    image_token_id,
+    language_processor,
+)
+
+# ------------------------------------------------------------------ running
+
+
+def forward(model: nn.Module, batch: Batch) -> object:
+    """Run every block once, without a cache and without logits: the output layer over a vocabulary of 128,000
+    tokens would cost more than many blocks, and no covariance needs it.
+    """
+    bare = unwrap(model)
+    if batch.get("input_ids") is None:
+        raise DataError(
+            f"{type(bare).__name__} takes 'input_ids'; the batch has: {', '.join(batch) or 'nothing'}"
+        )
+    inputs = {
+        key: value
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and key not in ("labels", "use_cache")
+    }
+    inner = getattr(bare, bare.base_model_prefix, bare)
+    return inner(**inputs, use_cache=False)
+
+
+def no_embedding(model: nn.Module, *inputs: object) -> Tensor:
+    """In place of `encode_image`, `encode_text` and `logit_scale`."""
+    raise CordaError(
+        f"{type(unwrap(model)).__name__} generates text and has no embeddings to compare; zero-shot classification "
+        "and retrieval are for CLIP models, questions, likelihood and perplexity for this one"
+    )
+
+
+# ------------------------------------------------------------------ which tokens count
+
+
+def masks(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
+    """All tokens that are no padding."""
+    mask = _kept(batch)
+    return {} if mask is None else {"language": mask}
+
+
+def choose_tokens(model: nn.Module, tokens: str) -> Masking:
+    """See `base.token_masks`. Vision towers and projectors see whole images; where a model pads those (Idefics3,
+    SmolVLM) the padded patches of the tower are left out. Models that pack the patches of all images into one
+    sequence (Qwen2-VL) have no padding there.
+
+    Raises:
+        CordaError: image tokens of a model without images; later, response tokens of a batch without `labels`.
+    """
+    config = unwrap(model).config
+    image = image_token_id(config)
+    if tokens == "image" and image is None:
+        raise CordaError(f"{type(unwrap(model)).__name__} reads text alone: no token is an image's")
+    patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
+
+    def chosen(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
+        found = {}
+        kept = _kept(batch)
+        if kept is not None:
+            found["language"] = kept & _chosen(batch, tokens, image)
+        if (padded := batch.get("pixel_attention_mask")) is not None and isinstance(patch, int):
+            found["vision"] = _patch_mask(batch["pixel_values"], padded, patch)
+        return found
+
+    return chosen
+
+
+def _kept(batch: Batch) -> Bool[Tensor, "b l"] | None:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None:
+        return None
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _chosen(batch: Batch, tokens: str, image: int | None) -> Bool[Tensor, "b l"]:
+    ids = batch["input_ids"]
+    if tokens in ("prompt", "response"):
+        labels = batch.get("labels")
+        if labels is None:
+            raise CordaError(
+                f"tokens={tokens!r} needs labels, which say what the response is; the batch has: {', '.join(batch)}. "
+                "Calibrate on data with responses, or with tokens='all'"
+            )
+        return (labels != IGNORED) == (tokens == "response")
+    if tokens in ("image", "text") and image is not None:
+        return (ids == image) == (tokens == "image")
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
+def _patch_mask(
+    pixels: Float[Tensor, "b n 3 h w"], mask: Tensor, size: int
+) -> Bool[Tensor, "images patches"]:
+    """Which patches the tower sees of the images that are there: as Idefics3 does, images of zeros are none."""
+    real = pixels.flatten(0, 1).flatten(1).ne(0).any(1)  # (B·N,)
+    seen = mask.flatten(0, 1)[real].bool()  # (images, H, W)
+    rows, columns = seen.shape[1] // size, seen.shape[2] // size
+    cut = seen[:, : rows * size, : columns * size]
+    cut = cut.unflatten(1, (rows, size)).unflatten(3, (columns, size))  # (images, R, P, C, P)
+    return cut.any(4).any(2).flatten(1)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def quantised(model: Any) -> str | None:
+    """Why a quantised model cannot be adapted, or None."""
+    kinds = sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if isinstance(module, nn.Linear) and not _is_plain(module.weight)
+        }
+    )
+    method = _method(getattr(model.config, "quantization_config", None))
+    if not kinds and method is None:
+        return None
+    named = ", ".join(kinds) or "quantised layers"
+    return f"its base is quantised ({method or named}), {_QUANTISED}"
+
+
+_QUANTISED = (
+    "so its weights are codes and no matrices that can be decomposed. Load the original weights instead, e.g. "
+    'load_model(NAME, dtype=torch.bfloat16, device_map="auto"), calibrate, plan and train on those; the merged export '
+    "can be quantised afterwards"
+)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _method(quantization: Any) -> str | None:
+    """What a configuration says of quantisation, e.g. "bitsandbytes 4-bit"; None where it says nothing."""
+    if not quantization:
+        return None
+    value = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = str(
+        getattr(value.get("quant_method"), "value", value.get("quant_method") or "unknown")
+    )
+    for bits in ("4", "8"):
+        if value.get(f"load_in_{bits}bit") or value.get(f"_load_in_{bits}bit"):
+            return f"{method} {bits}-bit"
+    return method
+
+
+# ------------------------------------------------------------------ loading
+
+
+def loader(auto: str) -> Callable[..., tuple[nn.Module, LanguageProcessor]]:
+    """The `load` of a family whose models transformers' class `auto` makes, e.g. "AutoModelForCausalLM"."""
+
+    def load(
+        source: str | Path, dtype: torch.dtype, device_map: Any = None
+    ) -> tuple[nn.Module, LanguageProcessor]:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(source)
+        if (method := _method(getattr(config, "quantization_config", None))) is not None:
+            raise CordaError(f"{source} is quantised ({method}), {_QUANTISED}")
+        model, report = getattr(transformers, auto).from_pretrained(
+            source, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise CordaError(
+                f"{source} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]!r}; its files are "
+                "incomplete, or of another model"
+            )
+        return model.eval(), processor(source, model)
+
+    return load
+
+
+def processor(source: str | Path, model: nn.Module) -> LanguageProcessor:
+    """The tokenizer, and the image processor of a vision-language model, that lie beside the weights.
+
+    What is not there is an error only when it is used: a model can be adapted without them.
+    """
+    import transformers
+
+    if getattr(unwrap(model).config, "vision_config", None) is None:
+        return language_processor(model, or_missing(lambda: tokenizer_of(source, transformers)))
+    whole = or_missing(lambda: transformers.AutoProcessor.from_pretrained(source))
+    tokenizer = getattr(whole, "tokenizer", None)
+    if tokenizer is None:  # a folder without an image processor still reads text
+        tokenizer = or_missing(lambda: tokenizer_of(source, transformers))
+    return language_processor(model, tokenizer, whole)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder, empty where there is none that can be read."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

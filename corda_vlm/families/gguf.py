@@ -1,0 +1,97 @@
+"""A GGUF file (llama.cpp's format) as a folder that transformers loads at once.
+
+Reading one takes a while and unpacks its quantised blocks, so it is done once: the weights are kept in bfloat16,
+which is finer than any quantisation, in the folder that `CORDA_VLM_CACHE` names (else `~/.cache/corda_vlm`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from corda_vlm.errors import CordaError
+
+_SAMPLE = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    named = os.environ.get("CORDA_VLM_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "corda_vlm"
+
+
+def converted(path: Path) -> Path:
+    """The folder with the model of a GGUF file, its configuration and tokenizer; made if it is not there.
+
+    It appears whole or not at all.
+
+    Raises:
+        CordaError: the package gguf is not installed, the file is of another format or architecture, or writing failed.
+    """
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_identity(path)}"
+    if (folder / "config.json").is_file():
+        return folder
+    _check(path)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _convert(path, partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # another process was quicker
+                raise
+    except CordaError:
+        raise
+    except OSError as error:
+        raise CordaError(
+            f"could not keep the converted {path.name} in {folder.parent}: {error.strerror or error}. Free some space, or "
+            "name another folder by the environment variable CORDA_VLM_CACHE"
+        ) from error
+    except Exception as error:  # transformers' and gguf's own errors are of every kind
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CordaError(
+            f"{path} does not load as a language model ({type(error).__name__}: {reason}); it may be truncated, or of an "
+            "architecture that transformers does not read from GGUF"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _check(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CordaError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    try:
+        import gguf  # pyright: ignore[reportMissingImports] # noqa: F401
+    except ImportError as error:
+        raise CordaError(
+            f"reading {path.name} needs the package gguf: pip install 'corda-vlm[gguf]', or pip install gguf"
+        ) from error
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(folder)
+
+
+def _identity(path: Path) -> str:
+    """Tells files of one name apart: their size, beginning and end."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_SAMPLE))
+        file.seek(max(0, size - _SAMPLE))
+        digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:12]

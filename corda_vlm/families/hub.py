@@ -1,0 +1,73 @@
+"""Folders and hub models in the format of transformers: what they hold, and what is missing from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from corda_vlm.errors import CordaError
+from corda_vlm.files import read_json
+
+
+def reads(*types: str) -> Callable[[Path], bool]:
+    """Does a folder hold the configuration of one of these model types, and weights?"""
+
+    def found(folder: Path) -> bool:
+        config = folder / "config.json"
+        # Hub folders may hold open_clip's files too; without weights of transformers they are open_clip's.
+        weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+        return (
+            config.is_file()
+            and bool(weights)
+            and read_json(config, "model configuration").get("model_type") in types
+        )
+
+    return found
+
+
+def tokenizer_of(source: str | Path, transformers: Any) -> Any:
+    """The tokenizer that lies beside the weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    words = transformers.AutoTokenizer.from_pretrained(source)
+    if len(words) <= len(words.all_special_tokens):
+        # transformers 5 makes a tokenizer of special tokens alone where there are no files: every text is unknown
+        raise ValueError(f"{source} has no vocabulary")
+    return words
+
+
+class Missing:
+    """Stands for a processor that could not be loaded: using it says so."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        raise CordaError(
+            "the model came without the files that this needs (preprocessor_config.json for images; tokenizer.json, "
+            "or vocab.json and merges.txt, for texts). Put them beside its weights."
+        ) from self.error
+
+
+def or_missing(load: Callable[[], Any]) -> Any:
+    """What `load` gives, or its stand-in: a model can be adapted without it."""
+    try:
+        return load()
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        return Missing(error)
+
+
+def image_size(vision: Any) -> tuple[int, int]:
+    """(height, width) of a vision tower's input, from its configuration; zeros where it has none."""
+    if (patches := getattr(vision, "num_patches", None)) is not None and not hasattr(
+        vision, "image_size"
+    ):
+        side = int(patches**0.5) * vision.patch_size  # SigLIP 2
+        return side, side
+    side = getattr(vision, "image_size", None)
+    if side is None:  # a text tower alone
+        return 0, 0
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
