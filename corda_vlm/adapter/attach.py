@@ -364,6 +364,6 @@ def _warn_blind_basis(plan: AdapterPlan) -> None:
             f"freeze_a bounds the damage by how little A sees of the knowledge, but the output-side basis of "
             f"{plan.method!r} cannot reach the inputs' null space where a layer has more inputs than outputs: "
             f"{len(wide)} sites, first {wide[0].site.name!r} ({wide[0].shape[0]}×{wide[0].shape[1]}). Leave them out "
-            "with roles=, or take an input-side method there.",
+            "with roles=, or take the input side there: side='auto' with corda, or lora-null.",
             stacklevel=3,
         )

@@ -1,0 +1,134 @@
+"""What a method is, and what it can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from corda_vlm.covariance import CovarianceStore
+from corda_vlm.errors import CordaError
+from corda_vlm.plan import AdapterPlan, Route
+from corda_vlm.ranks import Bound
+
+
+@dataclass(frozen=True)
+class MethodRequest:
+    """What `prepare_method` was asked for; each method takes what it knows.
+
+    Attributes:
+        rank: of the adapters; alpha is the same, so scaling is 1.
+        store: covariances, of what comes first in `Method.covariances`.
+        task_store: those of the task, for a method that has both in `Method.covariances`.
+        towers, roles: which sites, as in `find_sites`; None: all.
+        a_norm: norm of each row of A at the start, see `plan_adapter`; None: the method's own.
+        dynamic_rank, dynamic_covariance, budget, min_rank, max_rank, side, beta: as in `plan_adapter`.
+        rho: of eva, see `attach_eva`.
+        damping, route, base, freeze_a: as in `plan_adapter` and `attach_adapter`.
+        seed: of what is random (LoRA's A, the fast route's starting block).
+        plan: the plan that `Method.plan` made for an equal request, so that it is not made again.
+    """
+
+    rank: int = 16
+    store: CovarianceStore | None = None
+    task_store: CovarianceStore | None = None
+    towers: Sequence[str] | str | None = None
+    roles: Sequence[str] | str | None = None
+    a_norm: float | None = None
+    dynamic_rank: bool = False
+    dynamic_covariance: bool = False
+    budget: int | None = None
+    min_rank: Bound = 1
+    max_rank: Bound | None = None
+    side: str | None = None
+    beta: float | None = None
+    rho: float | None = None
+    damping: float = 1e-4
+    seed: int = 0
+    route: Route = "auto"
+    base: str = "untouched"
+    freeze_a: bool = False
+    show_progress: bool = True
+    plan: AdapterPlan | None = None
+
+
+_OF_PLANS = (
+    "dynamic_rank",
+    "dynamic_covariance",
+    "budget",
+    "min_rank",
+    "max_rank",
+    "side",
+    "beta",
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to train.
+
+    Attributes:
+        model: with `requires_grad` set; a `PeftModel` for the adapters, else the model itself.
+        trainable, total: numbers of parameters.
+    """
+
+    method: str
+    model: nn.Module
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        name: key in `METHODS`.
+        description: one line.
+        source: the paper.
+        covariances: of what it needs covariances: "knowledge" (to keep), "task" (to learn), both, or nothing. The first
+            is the request's `store`, the second its `task_store`.
+        attach: (bare model, request) -> the model to train.
+        detach: the model that was trained -> the original bare model.
+        plan: (bare model, request) -> the plan that `attach` would make; None for a method without plans.
+    """
+
+    name: str
+    description: str
+    source: str
+    covariances: tuple[str, ...]
+    attach: Callable[[nn.Module, MethodRequest], nn.Module]
+    detach: Callable[[nn.Module], nn.Module]
+    plan: Callable[[nn.Module, MethodRequest], AdapterPlan] | None = None
+
+    @property
+    def needs_store(self) -> bool:
+        return bool(self.covariances)
+
+    def prepare(self, model: nn.Module, request: MethodRequest) -> Prepared:
+        """Make `model` ready to train.
+
+        Raises:
+            CordaError: a store is missing, an option the method does not have, or what `plan_adapter` raises.
+        """
+        for of, argument in zip(self.covariances, ("store", "task_store"), strict=False):
+            if getattr(request, argument) is None:
+                raise CordaError(
+                    f"method {self.name!r} takes its directions from data: pass {argument}=, from collect_covariance "
+                    f"of the {of}"
+                )
+        self._refuse_options(request)
+        ready = self.attach(model, request)
+        trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)
+        return Prepared(self.name, ready, trainable, sum(p.numel() for p in ready.parameters()))
+
+    def _refuse_options(self, request: MethodRequest) -> None:
+        options = () if self.plan else _OF_PLANS  # a plan refuses what its method does not take
+        options = options if self.name == "eva" else (*options, "rho")
+        for option in options:
+            value = getattr(request, option)
+            if value != getattr(MethodRequest, option):
+                raise CordaError(
+                    f"method {self.name!r} has no {option}= (got {value!r}); leave it out"
+                )

@@ -1,0 +1,70 @@
+"""PEFT's own methods, on our sites: a plain LoRA whose B or A starts at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from corda_vlm.adapter.attach import check_wrapped, lora_targets, wrapping
+from corda_vlm.adapter.eva import attach_eva
+from corda_vlm.adapter.paired import keep_a_frozen, trained
+from corda_vlm.errors import CordaError
+from corda_vlm.methods.method import MethodRequest
+from corda_vlm.plan import check_rank
+from corda_vlm.sites import find_sites, site_shape
+
+
+def plain(
+    *, use_dora: bool = False, init: Literal["mica"] | bool = True
+) -> Callable[[nn.Module, MethodRequest], nn.Module]:
+    """PEFT's LoRA on every site, with alpha equal to the rank."""
+
+    def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
+        if init == "mica" and (request.freeze_a or request.a_norm is not None):
+            raise CordaError(
+                "mica trains A alone, from zero: freeze_a=True leaves nothing to train, and a_norm= nothing to scale; "
+                "leave both out"
+            )
+        sites = find_sites(model, towers=request.towers, roles=request.roles)
+        check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
+        ranks = {site.name: request.rank for site in sites}
+        config = LoraConfig(**lora_targets(ranks), use_dora=use_dora, init_lora_weights=init)
+        # unpacked first: PEFT's LoRA on nn.MultiheadAttention applies the delta of out_proj twice
+        with wrapping(model), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(request.seed)
+            peft_model = get_peft_model(model, config)
+            assert isinstance(peft_model, PeftModel)
+            check_wrapped(peft_model, ranks, "default")
+        return _finished(peft_model, request)
+
+    return attach
+
+
+def eva(model: nn.Module, request: MethodRequest) -> nn.Module:
+    assert request.store is not None  # checked by `prepare`
+    peft_model = attach_eva(
+        model,
+        request.store,
+        rank=request.rank,
+        rho=request.rho,
+        towers=request.towers,
+        roles=request.roles,
+    )
+    return _finished(peft_model, request)
+
+
+def _finished(peft_model: PeftModel, request: MethodRequest) -> PeftModel:
+    """With A's rows at the norm asked for, and frozen if asked for; B is zero."""
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            if request.a_norm is not None:
+                _, A = trained(layer, "default")  # (r, inp)
+                A.data.mul_(request.a_norm / A.data.norm(dim=1, keepdim=True))
+            if request.freeze_a:
+                keep_a_frozen(layer, "default")
+    return peft_model

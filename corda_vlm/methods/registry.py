@@ -1,0 +1,245 @@
+"""All methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from corda_vlm.adapter.attach import attach_adapter, restore
+from corda_vlm.covariance import CovarianceStore
+from corda_vlm.errors import UnknownNameError
+from corda_vlm.methods.bare import cannot_detach, freeze, full, unfreeze
+from corda_vlm.methods.method import Method, MethodRequest
+from corda_vlm.methods.plain import eva, plain
+from corda_vlm.plan import AdapterPlan, Route, plan_adapter
+from corda_vlm.ranks import Bound
+
+
+def prepare_method(
+    name: str,
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    store: CovarianceStore | None = None,
+    task_store: CovarianceStore | None = None,
+    towers: Sequence[str] | str | None = None,
+    roles: Sequence[str] | str | None = None,
+    a_norm: float | None = None,
+    dynamic_rank: bool = False,
+    dynamic_covariance: bool = False,
+    budget: int | None = None,
+    min_rank: Bound = 1,
+    max_rank: Bound | None = None,
+    side: str | None = None,
+    beta: float | None = None,
+    rho: float | None = None,
+    damping: float = 1e-4,
+    seed: int = 0,
+    route: Route = "auto",
+    base: str = "untouched",
+    freeze_a: bool = False,
+    show_progress: bool = True,
+) -> nn.Module:
+    """The model ready to train by method `name`, `requires_grad` set; arguments as in `MethodRequest`.
+
+    Raises:
+        UnknownNameError: unknown method.
+        CordaError: as `Method.prepare`.
+    """
+    request = MethodRequest(
+        rank=rank,
+        store=store,
+        task_store=task_store,
+        towers=towers,
+        roles=roles,
+        a_norm=a_norm,
+        dynamic_rank=dynamic_rank,
+        dynamic_covariance=dynamic_covariance,
+        budget=budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        side=side,
+        beta=beta,
+        rho=rho,
+        damping=damping,
+        seed=seed,
+        route=route,
+        base=base,
+        freeze_a=freeze_a,
+        show_progress=show_progress,
+    )
+    return get_method(name).prepare(model, request).model
+
+
+def restore_method(name: str, model: nn.Module) -> nn.Module:
+    """Undo `prepare_method`: the original bare model, what was trained dropped.
+
+    Raises:
+        UnknownNameError: unknown method.
+        CordaError: full fine-tuning keeps nothing of the original; load it again.
+    """
+    return get_method(name).detach(model)
+
+
+def get_method(name: str) -> Method:
+    """`METHODS[name]`, or `UnknownNameError` with the choices."""
+    if name not in METHODS:
+        raise UnknownNameError("method", name, METHODS)
+    return METHODS[name]
+
+
+def _planned(
+    name: str,
+    description: str,
+    source: str,
+    covariances: tuple[str, ...],
+    method: str,
+    mode: str = "kpm",
+    freeze_a: bool = False,
+) -> Method:
+    """A method whose adapter is attached from a plan."""
+
+    def make(model: nn.Module, request: MethodRequest) -> AdapterPlan:
+        return plan_adapter(
+            model,
+            request.store,
+            mode=mode,
+            rank=request.rank,
+            method=method,
+            task_store=request.task_store if len(covariances) == 2 else None,
+            dynamic_rank=request.dynamic_rank,
+            dynamic_covariance=request.dynamic_covariance,
+            damping=request.damping,
+            a_norm=request.a_norm,
+            budget=request.budget,
+            min_rank=request.min_rank,
+            max_rank=request.max_rank,
+            side=request.side,
+            beta=request.beta,
+            towers=request.towers,
+            roles=request.roles,
+            route=request.route,
+            seed=request.seed,
+            show_progress=request.show_progress,
+        )
+
+    def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
+        plan = request.plan or make(model, request)
+        return attach_adapter(model, plan, freeze_a=freeze_a or request.freeze_a, base=request.base)
+
+    return Method(name, description, source, covariances, attach, restore, make)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "full",
+            "every parameter of the chosen towers is trained",
+            "the usual baseline",
+            (),
+            full,
+            cannot_detach,
+        ),
+        Method(
+            "linear-probe",
+            "the model is frozen, only a classification head on its embeddings is trained",
+            "CLIP, arXiv 2103.00020",
+            (),
+            freeze,
+            unfreeze,
+        ),
+        Method(
+            "lora",
+            "low-rank adapter, A random and B zero",
+            "LoRA, arXiv 2106.09685",
+            (),
+            plain(),
+            restore,
+        ),
+        Method(
+            "dora",
+            "LoRA, with magnitude and direction of the weights apart",
+            "DoRA, arXiv 2402.09353",
+            (),
+            plain(use_dora=True),
+            restore,
+        ),
+        Method(
+            "eva",
+            "LoRA, A the directions in which the new task's activations vary most, ranks by their share of variance",
+            "EVA, arXiv 2410.07170",
+            ("task",),
+            eva,
+            restore,
+        ),
+        Method(
+            "mica",
+            "LoRA, B the smallest output directions of W and frozen, A zero",
+            "MiCA, arXiv 2604.01694",
+            (),
+            plain(init="mica"),
+            restore,
+        ),
+        _planned(
+            "pissa",
+            "adapts the largest components of W",
+            "PiSSA, arXiv 2404.02948",
+            (),
+            "pissa",
+        ),
+        _planned(
+            "milora",
+            "adapts the smallest components of W",
+            "MiLoRA, arXiv 2406.09044",
+            (),
+            "milora",
+        ),
+        _planned(
+            "olora",
+            "adapts the first orthonormal directions of W = Q R",
+            "OLoRA, arXiv 2406.01775",
+            (),
+            "olora",
+        ),
+        _planned(
+            "corda-kpm",
+            "adapts what the knowledge's covariance uses least, to keep it",
+            "CorDA, knowledge-preserved mode, arXiv 2406.05223",
+            ("knowledge",),
+            "corda",
+            "kpm",
+        ),
+        _planned(
+            "corda-ipm",
+            "adapts what the new task's covariance uses most, to learn it fast",
+            "CorDA, instruction-previewed mode, arXiv 2406.05223",
+            ("task",),
+            "corda",
+            "ipm",
+        ),
+        _planned(
+            "lora-null",
+            "adapts W within the null space of the knowledge's activations",
+            "LoRA-Null, arXiv 2503.02659",
+            ("knowledge",),
+            "lora-null",
+        ),
+        _planned(
+            "lora-null-frozen",
+            "lora-null with A frozen, which keeps every update in that null space",
+            "LoRA-Null, the variant with frozen down-projections, arXiv 2503.02659",
+            ("knowledge",),
+            "lora-null",
+            freeze_a=True,
+        ),
+        _planned(
+            "sc-lora",
+            "adapts the output directions that the new task uses and the knowledge does not",
+            "SC-LoRA, arXiv 2505.23724",
+            ("knowledge", "task"),
+            "sc-lora",
+        ),
+    )
+}
