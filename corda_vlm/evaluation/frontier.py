@@ -6,20 +6,27 @@ how much they keep where they have learnt the task equally well.
 
 `task` is the mean over the gain tasks of each one's first metric; `kept` is the mean over the retention
 tasks of (score − chance) / (base − chance): 1 is the base model, 0 is guessing. Retention tasks on which the
-base model itself does no better than chance have nothing to keep and do not count.
+base model itself is not above chance with 95 % confidence have nothing to keep and do not count.
+
+Which settings count for what: a curve is drawn through every setting that was measured, and at a task accuracy it
+stands for the most that any of them, or a straight line between neighbours, keeps there. Curves of one run have equal
+chances of a lucky maximum as far as they have equally many settings. The accuracy at which curves are compared is the
+reference's at the learning rate chosen on the selection tasks, and where a single model is claimed (`choose`), its
+learning rate and scale are chosen there, never on the gain or retention tasks.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from corda_vlm.errors import DataError
-from corda_vlm.evaluation.scores import CONFIDENCE, RESAMPLES, Interval
 
 BASE = "base"
 REFERENCE = "lora"
@@ -52,6 +59,7 @@ class Results:
         base: score of each task before training.
         trained: method -> setting -> seed -> task -> score, in the order they were measured.
         base_rows: the base model's rows as they are, with intervals.
+        forecasts: (method, learning rate, seed) -> the anchor's value at the end of training, where it was noted.
     """
 
     gain: tuple[str, ...]
@@ -62,6 +70,7 @@ class Results:
     base: Mapping[str, float]
     trained: Mapping[str, Mapping[Setting, Mapping[int | None, Mapping[str, float]]]]
     base_rows: Sequence[Mapping[str, Any]]
+    forecasts: Mapping[tuple[str, float | None, int | None], float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> Results:
@@ -76,6 +85,7 @@ class Results:
         base: dict[str, float] = {}
         base_rows: dict[tuple[str, str], Mapping[str, Any]] = {}
         trained: dict[str, dict[Setting, dict[int | None, dict[str, float]]]] = {}
+        forecasts: dict[tuple[str, float | None, int | None], float] = {}
         for row in rows:
             task, metric = row["task"], row["metric"]
             if primary.setdefault(task, metric) == metric:
@@ -93,6 +103,9 @@ class Results:
                 setting = Setting(row.get("learning_rate"), float(row.get("scale", 1.0)))
                 seeds = trained.setdefault(row["method"], {}).setdefault(setting, {})
                 seeds.setdefault(row.get("seed"), {})[task] = float(row["value"])
+                if row.get("forecast") is not None:
+                    key = (row["method"], setting.learning_rate, row.get("seed"))
+                    forecasts[key] = float(row["forecast"])
         absent = [task for task in primary if task not in base]
         if trained and absent:
             raise DataError(
@@ -101,7 +114,7 @@ class Results:
             )
         return cls(
             tuple(roles["gain"]), tuple(roles["retention"]), tuple(roles["selection"]),
-            primary, chance, base, trained, tuple(base_rows.values()),
+            primary, chance, base, trained, tuple(base_rows.values()), forecasts,
         )  # fmt: skip
 
     def kept_share(self, task: str, score: float) -> float:
@@ -109,10 +122,16 @@ class Results:
         known = self.base[task] - self.chance[task]
         return (score - self.chance[task]) / known if known > 0 else float("nan")
 
-    @property
+    @cached_property
     def known(self) -> tuple[str, ...]:
-        """The retention tasks on which the base model does better than chance: on others nothing can be kept."""
-        return tuple(t for t in self.retention if self.base.get(t, 0.0) > self.chance[t])
+        """The retention tasks on which the base model is above chance, also at the lower end of its interval: on others
+        nothing can be kept, or a hair above chance would be divided by."""
+        low = dict(self.base)
+        for row in self.base_rows:
+            task = row["task"]
+            if self.primary[task] == row["metric"] and row.get("low") is not None:
+                low[task] = min(low[task], float(row["low"]))
+        return tuple(t for t in self.retention if low.get(t, 0.0) > self.chance[t])
 
     def point(self, scores: Mapping[str, float]) -> Point | None:
         """Where a model lies, or None while some task is not yet measured."""
@@ -121,19 +140,34 @@ class Results:
         task = float(np.mean([scores[t] for t in self.gain]))
         return Point(task, float(np.mean([self.kept_share(t, scores[t]) for t in self.known])))
 
-    def points(self, method: str) -> dict[Setting, dict[int | None, Point]]:
+    def points(self, method: str) -> Mapping[Setting, Mapping[int | None, Point]]:
         """Setting -> seed -> point, settings in the order of scale and learning rate."""
-        found = {}
-        for setting in sorted(
-            self.trained[method], key=lambda s: (s.scale, s.learning_rate or 0.0)
-        ):
-            seeds = self.trained[method][setting]
-            placed = {
-                seed: point for seed, scores in seeds.items() if (point := self.point(scores))
-            }
-            if placed:
-                found[setting] = placed
+        return self._points[method]
+
+    @cached_property
+    def _points(self) -> dict[str, dict[Setting, dict[int | None, Point]]]:
+        found: dict[str, dict[Setting, dict[int | None, Point]]] = {}
+        for method, settings in self.trained.items():
+            found[method] = {}
+            for setting in sorted(settings, key=lambda s: (s.scale, s.learning_rate or 0.0)):
+                placed = {
+                    seed: point
+                    for seed, scores in settings[setting].items()
+                    if (point := self.point(scores))
+                }
+                if placed:
+                    found[method][setting] = placed
         return found
+
+    def forecast(self, method: str, setting: Setting) -> float | None:
+        """The forgetting that the anchor foretold, the mean over seeds: the relative change of the layers' outputs on
+        the knowledge. A scale s shrinks the change of every weight to s and this, being squared, to s²."""
+        values = [
+            self.forecasts[key]
+            for seed in self.trained[method][setting]
+            if (key := (method, setting.learning_rate, seed)) in self.forecasts
+        ]
+        return setting.scale**2 * float(np.mean(values)) if values else None
 
     @property
     def base_point(self) -> Point | None:
@@ -146,19 +180,21 @@ class Results:
         found = {seed for of in self.trained.values() for by in of.values() for seed in by}
         return sorted(found, key=lambda seed: -1 if seed is None else seed)
 
+    def judged(self, method: str) -> dict[Setting, float]:
+        """Setting -> how well it learns, by which settings are chosen: the mean over the selection tasks, or over the
+        gain tasks themselves where there are none."""
+        tasks, found = self.selection or self.gain, {}
+        for setting, seeds in self.trained.get(method, {}).items():
+            values = [
+                np.mean([s[t] for t in tasks]) for s in seeds.values() if s.keys() >= {*tasks}
+            ]
+            if values and setting in self.points(method):
+                found[setting] = float(np.mean(values))
+        return found
+
     def best_setting(self, method: str) -> Setting | None:
         """The unscaled setting that learns the task best: on the selection tasks where there are any."""
-        judged = self.selection or self.gain
-        means = {}
-        for setting, seeds in self.trained.get(method, {}).items():
-            if setting.scale == 1.0:
-                values = [
-                    np.mean([s[t] for t in judged])
-                    for s in seeds.values()
-                    if all(t in s for t in judged)
-                ]
-                if values and setting in self.points(method):
-                    means[setting] = float(np.mean(values))
+        means = {s: value for s, value in self.judged(method).items() if s.scale == 1.0}
         return max(means, key=lambda s: means[s]) if means else None
 
     def curves(self) -> dict[str, tuple[str, bool]]:
@@ -178,22 +214,39 @@ def mean_point(points: Iterable[Point]) -> Point:
     return Point(float(np.mean([p.task for p in points])), float(np.mean([p.kept for p in points])))
 
 
+class Curve:
+    """What one method keeps, over the task accuracies that its settings reach.
+
+    Between settings next to each other (in learning rate, or in scale) the curve is a straight line; scale 0 is the base
+    model, so with `base` a curve over scales starts there. At each task accuracy the highest line counts.
+    """
+
+    def __init__(self, points: Mapping[Setting, Point], base: Point | None = None) -> None:
+        ends = [*points.values(), *([base] if base is not None else [])]
+        self._ends = np.array([(p.task, p.kept) for p in ends]).reshape(-1, 2)
+        lines = [sorted(pair, key=lambda p: p.task) for pair in _neighbours(points, base)]
+        lines = [(a.task, a.kept, b.task, b.kept) for a, b in lines if a.task < b.task]
+        self._lines = np.array(lines).reshape(-1, 4)
+
+    def at(self, tasks: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The most that is kept at task accuracies of at least `tasks`; NaN where the curve does not reach."""
+        wanted = np.asarray(tasks, dtype=float)[:, None]
+        task, kept = self._ends.T
+        found = np.where(task >= wanted, kept, -np.inf).max(1, initial=-np.inf)
+        left, from_, right, to = self._lines.T
+        with np.errstate(invalid="ignore"):
+            between = from_ + (wanted - left) / (right - left) * (to - from_)
+        inside = (left < wanted) & (wanted < right)
+        found = np.maximum(found, np.where(inside, between, -np.inf).max(1, initial=-np.inf))
+        return np.where(np.isfinite(found), found, np.nan)
+
+
 def kept_at(
     points: Mapping[Setting, Point], task: float, base: Point | None = None
 ) -> float | None:
-    """The most that is kept at a task accuracy of at least `task`, or None where it is never reached.
-
-    Between settings next to each other (in learning rate, or in scale) the curve is a straight line;
-    scale 0 is the base model, so a curve over scales starts there.
-    """
-    ends = [*points.values(), *([base] if base is not None else [])]
-    best = [p.kept for p in ends if p.task >= task]
-    for left, right in _neighbours(points, base):
-        low, high = sorted((left, right), key=lambda p: p.task)
-        if low.task < task < high.task:
-            share = (task - low.task) / (high.task - low.task)
-            best.append(low.kept + share * (high.kept - low.kept))
-    return max(best) if best else None
+    """The most that is kept at a task accuracy of at least `task`, or None where it is never reached; see `Curve`."""
+    found = float(Curve(points, base).at(np.array([task]))[0])
+    return None if np.isnan(found) else found
 
 
 def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tuple[Point, Point]]:
@@ -203,11 +256,12 @@ def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tup
         lines.setdefault(("rate", setting.learning_rate), []).append((setting.scale, point))
     found = []
     for (kind, _), line in lines.items():
+        # a learning rate that was not scaled (yet) has no line to the base model
         if (
             kind == "rate"
             and base is not None
             and len(line) > 1
-            and all(scale > 0 for scale, _ in line)
+            and min(scale for scale, _ in line) > 0
         ):
             line.append((0.0, base))
         ordered = [point for _, point in sorted(line, key=lambda entry: entry[0])]
@@ -219,123 +273,14 @@ def area(
     points: Mapping[Setting, Point], start: float, stop: float, base: Point | None = None
 ) -> float:
     """Mean kept share along the frontier between two task accuracies; 0 where the method does not reach."""
-    grid = np.linspace(start, stop, 101)
-    heights = np.array([kept_at(points, float(task), base) or 0.0 for task in grid])
+    return mean_height(heights(Curve(points, base), start, stop))
+
+
+def heights(curve: Curve, start: float, stop: float) -> Float[np.ndarray, 101]:
+    """What is kept on a grid of task accuracies; 0 where the curve does not reach."""
+    return np.nan_to_num(curve.at(np.linspace(start, stop, 101)), nan=0.0)
+
+
+def mean_height(heights: Float[np.ndarray, " n"]) -> float:
+    """The mean of a polygonal line with these heights at equal distances."""
     return float((heights[1:] + heights[:-1]).mean() / 2)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One curve where it has learnt as much as the reference, with 95 % intervals from a bootstrap over seeds.
-
-    Attributes:
-        curve: the method, or "method, scaled".
-        share: task accuracy as a share of the reference's best; None for the area under the frontier.
-        task: that task accuracy.
-        kept: what is kept there; None where the curve does not reach it (in the means over seeds).
-        ratio: kept over what the reference keeps; None where either is missing or the reference kept nothing.
-        reached: share of the resamples in which the curve reaches the accuracy.
-    """
-
-    curve: str
-    share: float | None
-    task: float
-    kept: Interval | None
-    ratio: Interval | None
-    reached: float
-
-
-_Means = Mapping[str, Mapping[Setting, Point]]  # curve -> setting -> mean over some seeds
-
-
-class SeedBootstrap:
-    """The curves of a run, and the same curves over resampled seeds.
-
-    The seeds are resampled together for all methods, so that luck which they share cancels; few seeds have few
-    distinct resamples, each of which is computed once.
-    """
-
-    def __init__(self, results: Results, resamples: int = RESAMPLES, seed: int = 0) -> None:
-        self._points = {method: results.points(method) for method in results.trained}
-        self._curves = results.curves()
-        seeds = results.seeds
-        generator = np.random.default_rng(seed)
-        draws = np.sort(generator.integers(0, len(seeds), size=(resamples, len(seeds))), axis=1)
-        distinct, counts = np.unique(draws, axis=0, return_counts=True)
-        self.means = self._over(seeds)
-        self._resampled = [self._over([seeds[i] for i in draw]) for draw in distinct]
-        self._counts = counts
-
-    def _over(self, drawn: Sequence[int | None]) -> _Means:
-        found: dict[str, dict[Setting, Point]] = {}
-        for label, (method, scaled) in self._curves.items():
-            found[label] = {}
-            for setting, by_seed in self._points[method].items():
-                if scaled or setting.scale == 1.0:
-                    # A method that lacks the drawn seeds (still running) is judged by those it has.
-                    chosen = [by_seed[s] for s in drawn if s in by_seed] or list(by_seed.values())
-                    found[label][setting] = mean_point(chosen)
-        return found
-
-    def interval(
-        self, statistic: Callable[[_Means], float | None]
-    ) -> tuple[Interval | None, float]:
-        """`statistic` of the means with its interval, and the share of resamples in which it exists."""
-        value = statistic(self.means)
-        drawn = [
-            (statistic(means), int(n))
-            for means, n in zip(self._resampled, self._counts, strict=True)
-        ]
-        usable = [(v, n) for v, n in drawn if v is not None]
-        reached = sum(n for _, n in usable) / int(self._counts.sum())
-        if value is None or not usable:
-            return None, reached
-        tail = 50.0 * (1.0 - CONFIDENCE)
-        spread = np.repeat([v for v, _ in usable], [n for _, n in usable])
-        low, high = np.percentile(spread, [tail, 100.0 - tail])
-        return Interval(value, float(low), float(high)), reached
-
-
-def compare(
-    results: Results,
-    shares: Sequence[float] = (1.0, 0.95),
-    reference: str = REFERENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[Comparison]:
-    """Every curve at the task accuracy of the reference's best learning rate and at shares of it, and the
-    area under it from five points above the base model's task accuracy to the reference's best.
-
-    The accuracy aimed at is the reference's in the same resample: its own luck is part of the interval.
-    Empty if the reference was not trained.
-    """
-    best, base = results.best_setting(reference), results.base_point
-    if best is None or base is None:
-        return []
-    seeds = SeedBootstrap(results, resamples, seed)
-    aim = seeds.means[reference][best].task
-    start = base.task + 0.05
-
-    def measure(means: _Means, label: str, share: float | None) -> float | None:
-        end = base if label in scaled else None
-        stop = means[reference][best].task
-        if share is not None:
-            return kept_at(means[label], share * stop, end)
-        return area(means[label], start, stop, end) if stop > start else None
-
-    scaled = {label for label, (_, is_scaled) in results.curves().items() if is_scaled}
-    found = []
-    for share in (*shares, None):
-        for label in results.curves():
-            kept, reached = seeds.interval(lambda m, c=label, s=share: measure(m, c, s))
-            ratio, _ = seeds.interval(
-                lambda m, c=label, s=share: _ratio(measure(m, c, s), measure(m, reference, s))
-            )
-            found.append(Comparison(label, share, aim * (share or 1.0), kept, ratio, reached))
-    return found
-
-
-def _ratio(value: float | None, reference: float | None) -> float | None:
-    return (
-        value / reference if value is not None and reference is not None and reference > 0 else None
-    )

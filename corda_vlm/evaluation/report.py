@@ -7,36 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tabulate import tabulate
 
-from corda_vlm.errors import ForeignFileError
-from corda_vlm.evaluation.frontier import (
-    BASE,
-    REFERENCE,
-    Comparison,
-    Results,
-    Setting,
-    compare,
-)
-from corda_vlm.evaluation.pictures import tradeoff, training_curves
+from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.evaluation.comparing import Comparison, Dominance, against, choose, compare
+from corda_vlm.evaluation.convergence import convergence, read_histories
+from corda_vlm.evaluation.foretelling import forecast_picture
+from corda_vlm.evaluation.frontier import REFERENCE, Results
+from corda_vlm.evaluation.pictures import training_curves
 from corda_vlm.evaluation.render import Picture, Report, Section, Table, markdown, page
-from corda_vlm.evaluation.scores import Interval, read_rows
+from corda_vlm.evaluation.scores import read_rows
+from corda_vlm.evaluation.tables import (
+    base_table,
+    chosen_table,
+    convergence_table,
+    dominance_table,
+    equal_table,
+    listed,
+    percent,
+    raw_table,
+    setting_text,
+    signed,
+    trained_table,
+)
+from corda_vlm.evaluation.tradeoff import FEW, tradeoff
 from corda_vlm.files import read_json, write_text
 
-ABSENT = "–"
+SCALED_REFERENCE = f"{REFERENCE}, scaled"
 
 
 def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Path:
-    """Write report.md, report.html and tradeoff.png (and training.png) into a run's folder.
+    """Write report.md, report.html and the pictures (tradeoff.png, training.png, forecast.png, …) into a run's folder.
 
     Args:
         run_dir: holds scores.jsonl, and if there is one run.json with `title`, `command`, `machine` and
             whatever else should be told.
-        pictures: more pictures for the report, e.g. of the plan.
+        pictures: more pictures for the report.
 
     Returns:
         the path of report.html.
@@ -47,29 +58,7 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
     """
     run_dir = Path(run_dir)
     results = Results.of(_rows(run_dir))
-    facts = _facts(run_dir)
-    comparisons = compare(results)
-    drawn = []
-    if tradeoff(results, run_dir / "tradeoff.png"):
-        drawn.append(
-            Picture(
-                run_dir / "tradeoff.png",
-                "Accuracy on the new task, left to right, against knowledge kept, bottom to top, "
-                f"for {_listed(list(results.trained))}. "
-                + " ".join(_findings(comparisons)).replace("**", ""),
-                "Up and to the right is better. Compare the curves at one task accuracy, never single points.",
-            )
-        )
-    trained = []
-    if training_curves(run_dir, run_dir / "training.png"):
-        trained.append(
-            Picture(
-                run_dir / "training.png",
-                f"Training loss over steps, a panel for each of {_listed(list(results.trained))}.",
-                "Training loss, a running mean over a twentieth of the run; one line a seed.",
-            )
-        )
-    report = _report(results, comparisons, facts, drawn, [*trained, *pictures])
+    report = _Report(results, run_dir, pictures).content(_facts(run_dir))
     write_text(run_dir / "report.md", markdown(report, run_dir))
     write_text(run_dir / "report.html", page(report))
     return run_dir / "report.html"
@@ -78,19 +67,27 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
 def summary_table(run_dir: str | Path) -> str:
     """The table a person wants to see at the end of a run, for a terminal."""
     results = Results.of(_rows(Path(run_dir)))
-    tables = [_trained_table(results, brief=True)] if results.trained else []
     comparisons = compare(results)
+    tables = [trained_table(results, brief=True)] if results.trained else []
     if comparisons:
-        tables.append(_equal_table(comparisons))
+        # of many methods the long table is in the report
+        tables = [*(tables if len(results.trained) <= FEW else ()), equal_table(comparisons)]
     if not tables:
-        tables = [_base_table(results)]
+        tables = [base_table(results)]
+    findings = _findings(results, comparisons, _dominances(results))
     told = []
     for table in tables:
         align = ["left"] + ["right"] * (len(table.headings) - 1)
         told.append(
             tabulate(table.rows, headers=table.headings, colalign=align, disable_numparse=True)
         )
-    return "\n\n".join([*told, *(f.replace("**", "") for f in _findings(comparisons))])
+    return "\n\n".join([*told, *(f.replace("**", "") for f in findings)])
+
+
+def leading_finding(results: Results) -> str:
+    """What a report begins with: how the best method compares, or why nothing can be said yet."""
+    found = _findings(results, compare(results), _dominances(results))
+    return " ".join(found or [_state(results)])
 
 
 def _rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -113,53 +110,165 @@ def _facts(run_dir: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ the content
 
 
-def _report(
-    results: Results,
-    comparisons: Sequence[Comparison],
-    facts: dict[str, Any],
-    drawn: Sequence[Picture],
-    more: Sequence[Picture],
-) -> Report:
-    lead = _findings(comparisons) or [_state(results)]
-    sections = []
-    if drawn or comparisons:
-        sections.append(
-            Section(
-                "What was kept at equal task accuracy",
-                [_how_compared(results, comparisons)] if comparisons else [_state(results)],
-                drawn,
-                [_equal_table(comparisons)] if comparisons else [],
-            )
-        )
-    if results.trained:
-        sections.append(
-            Section("Every method at every learning rate", tables=[_trained_table(results)])
-        )
-        if len(results.known) > 1 and comparisons:
-            alone = [replace(results, retention=(task,)) for task in results.known]
-            tables = [
-                replace(
-                    _equal_table(compare(one)), caption=f"The same on {one.retention[0]} alone."
-                )
-                for one in alone
-            ]
-            sections.append(Section("Each retention task by itself", tables=tables, folded=True))
-        if _scaled(results):
+class _Report:
+    """The content of one run's report, what matters first."""
+
+    def __init__(self, results: Results, run_dir: Path, pictures: Sequence[Picture]) -> None:
+        self.results, self.run_dir, self.more = results, run_dir, pictures
+        self.comparisons, self.dominances = compare(results), _dominances(results)
+        self.findings = _findings(results, self.comparisons, self.dominances)
+        self.many = len(results.trained) > FEW
+
+    def content(self, facts: dict[str, Any]) -> Report:
+        results = self.results
+        lead = self.findings or [_state(results)]
+        sections = [*self._kept(), *self._against(), *self._chosen(), *self._convergence()]
+        sections += self._forecast()
+        if results.trained:
             sections.append(
                 Section(
-                    "Scaled after training",
-                    tables=[_trained_table(results, scaled=True)],
-                    folded=True,
+                    "Every method at every learning rate",
+                    tables=[trained_table(results)],
+                    folded=self.many,
                 )
             )
-    sections.append(Section("The model before training", tables=[_base_table(results)]))
-    if more:
-        sections.append(Section("How it was trained", pictures=more))
-    listed = {key: value for key, value in facts.items() if key != "title"}
-    if listed:
-        rows = [[key.replace("_", " "), _fact(value)] for key, value in listed.items()]
-        sections.append(Section("How it was run", tables=[Table("", ["", ""], rows)]))
-    return Report(str(facts["title"]), lead, sections)
+        sections += self._alone()
+        if any(setting.scale != 1.0 for of in results.trained.values() for setting in of):
+            table = trained_table(results, scaled=True)
+            sections.append(Section("Scaled after training", tables=[table], folded=True))
+        sections.append(Section("The model before training", tables=[base_table(results)]))
+        if pictures := [*self._training(), *_heatmap(self.run_dir), *self.more]:
+            sections.append(Section("How it was trained", pictures=pictures))
+        told = {key: value for key, value in facts.items() if key != "title"}
+        if told:
+            rows = [[key.replace("_", " "), _fact(value)] for key, value in told.items()]
+            sections.append(Section("How it was run", tables=[Table("", ["", ""], rows)]))
+        return Report(str(facts["title"]), lead, sections)
+
+    def _kept(self) -> list[Section]:
+        results, drawn = self.results, []
+        if tradeoff(results, self.run_dir / "tradeoff.png"):
+            found = " ".join(self.findings).replace("**", "")
+            drawn.append(
+                Picture(
+                    self.run_dir / "tradeoff.png",
+                    "Accuracy on the new task, left to right, against knowledge kept, bottom to top, "
+                    f"for {listed(list(results.trained))}. {found}",
+                    "Up and to the right is better. Compare the curves at one task accuracy, never single points.",
+                )
+            )
+        if not drawn and not self.comparisons:
+            return []
+        told = _how_compared(results, self.comparisons) if self.comparisons else _state(results)
+        tables = [equal_table(self.comparisons)] if self.comparisons else []
+        return [Section("What was kept at equal task accuracy", [told], drawn, tables)]
+
+    def _against(self) -> list[Section]:
+        found = self.dominances
+        if not found:
+            return []
+        heading = f"Against {REFERENCE} scaled after training"
+        return [Section(heading, [_dominance_text(found)], tables=[dominance_table(found)])]
+
+    def _chosen(self) -> list[Section]:
+        # without selection tasks a single model could only be chosen by what it is then judged by
+        choices = choose(self.results) if self.results.selection and self.comparisons else []
+        if not choices:
+            return []
+        table = chosen_table(self.results, choices)
+        return [Section("One model of each method, chosen on validation data", tables=[table])]
+
+    def _convergence(self) -> list[Section]:
+        found = convergence(self.results, read_histories(self.run_dir))
+        if len(found) < 2:
+            return []
+        table = convergence_table(found)
+        return [Section(f"Steps to {REFERENCE}'s final loss", tables=[table], folded=self.many)]
+
+    def _forecast(self) -> list[Section]:
+        path = self.run_dir / "forecast.png"
+        found = forecast_picture(self.results, path)
+        if found is None:
+            return []
+        rank = found.correlation
+        picture = Picture(
+            path,
+            "The forecast of forgetting, left to right on a logarithmic axis, against the knowledge kept, for "
+            f"{len(found.kept)} trained models; rank correlation {rank:.2f}.",
+            f"Each mark is a trained model. Spearman's rank correlation over all {len(found.kept)}: **{rank:.2f}** (−1: "
+            "the forecast, made on the calibration data alone, puts all models in the order in which they forgot).",
+        )
+        return [Section("What the forecast of forgetting foretold", pictures=[picture])]
+
+    def _alone(self) -> list[Section]:
+        results = self.results
+        if len(results.known) < 2 or not self.comparisons:
+            return []
+        tables = [raw_table(results, _raw(results))]
+        for task in results.known:
+            table = equal_table(compare(replace(results, retention=(task,))))
+            tables.append(replace(table, caption=f"Kept knowledge, on {task} alone."))
+        return [Section("Each retention task by itself", tables=tables, folded=True)]
+
+    def _training(self) -> list[Picture]:
+        path = self.run_dir / "training.png"
+        if not training_curves(self.run_dir, path):
+            return []
+        return [
+            Picture(
+                path,
+                f"Training loss over steps, a panel for each of {listed(list(self.results.trained))}.",
+                "Training loss, a running mean over a twentieth of the run; one line a seed.",
+            )
+        ]
+
+
+def _heatmap(run_dir: Path) -> list[Picture]:
+    """Ranks and compactness over layers and roles, where the run has plans."""
+    if find_spec("corda_vlm.evaluation.heatmap") is None:
+        return []
+    module = import_module("corda_vlm.evaluation.heatmap")
+    picture = module.heatmap_picture(run_dir)
+    return [] if picture is None else [picture]
+
+
+def _raw(results: Results) -> dict[str, list[Comparison]]:
+    """Retention task -> what is kept of it as accuracy over the base model's, chance not subtracted."""
+    return {
+        task: compare(
+            replace(results, retention=(task,), chance={**results.chance, task: 0.0}),
+            shares=(0.95,),
+        )
+        for task in results.known
+    }
+
+
+def _dominances(results: Results) -> list[Dominance]:
+    """Each method, scaled where it was, against the reference scaled; none where nothing was scaled."""
+    curves, base, best = results.curves(), results.base_point, results.best_setting(REFERENCE)
+    if SCALED_REFERENCE not in curves or base is None or best is None:
+        return []
+    labels = [
+        label
+        for label, (method, scaled) in curves.items()
+        if label != SCALED_REFERENCE
+        and results.points(method)
+        and (scaled or f"{method}, scaled" not in curves or method == REFERENCE)
+    ]
+    try:
+        found = against(results, SCALED_REFERENCE, labels)
+    except CordaError:  # the reference has not learnt enough for a range
+        return []
+    return sorted(found, key=lambda d: -d.mean.value)
+
+
+def _dominance_text(found: Sequence[Dominance]) -> str:
+    first = found[0]
+    return (
+        f"Scaling costs no training, so a method has to beat {REFERENCE} together with it. Between task accuracies of "
+        f"{percent(first.start)} (five points over the base model) and {percent(first.stop)} ({REFERENCE}'s best), how much "
+        f"more than `{SCALED_REFERENCE}` is kept, in points; in the same resampled seeds."
+    )
 
 
 def _state(results: Results) -> str:
@@ -169,7 +278,7 @@ def _state(results: Results) -> str:
         return "A trade-off needs at least one task of each role, gain and retention."
     if not results.known:
         return (
-            f"The base model does no better than chance on {_listed(results.retention)}, so there is no knowledge "
+            f"The base model does no better than chance on {listed(results.retention)}, so there is no knowledge "
             "to keep and nothing to compare."
         )
     return f"Nothing was trained with `{REFERENCE}`, so there is no task accuracy to compare the methods at."
@@ -185,176 +294,42 @@ def _how_compared(results: Results, comparisons: Sequence[Comparison]) -> str:
     )
     seeds = len(results.seeds)
     aim = next(c.task for c in comparisons if c.share == 1.0)
+    brackets = f"{seeds} seeds; brackets: 95% bootstrap interval over seeds"
+    few = ", which with so few runs from about the worst to the best seed" if 1 < seeds < 4 else ""
     return (
-        f"`{REFERENCE}` learns the task best at {_setting(best)}, judged on {judged}: {_percent(aim)}. Kept is "
-        "(score − chance) / (base − chance), averaged over the retention tasks. Between learning rates the curve "
-        "is taken as straight. Means over "
-        + (
-            f"{seeds} seeds; brackets: 95% bootstrap interval over seeds"
-            if seeds > 1
-            else "one seed"
-        )
-        + (", which says little with so few." if 1 < seeds < 5 else ".")
+        f"`{REFERENCE}` learns the task best at {setting_text(best)}, judged on {judged}: {percent(aim)}. Kept is "
+        "(score − chance) / (base − chance), averaged over the retention tasks. A curve stands for the most that any of "
+        "its settings keeps at an accuracy; between neighbouring settings it is taken as straight. Means over "
+        + (brackets + few if seeds > 1 else "one seed")
+        + ". The luck of the test examples, which all models share, is not in the brackets."
     )
 
 
-def _findings(comparisons: Sequence[Comparison]) -> list[str]:
-    """One sentence on the best method that is not the reference."""
+def _findings(
+    results: Results, comparisons: Sequence[Comparison], dominances: Sequence[Dominance]
+) -> list[str]:
+    """One sentence on the best method that is not the reference, and one against the scaled reference."""
     at = [c for c in comparisons if c.share == 1.0]
     reference = next((c for c in at if c.curve == REFERENCE), None)
-    others = [c for c in at if not c.curve.startswith(REFERENCE) and c.kept is not None]
+    others = [c for c in at if results.curves()[c.curve][0] != REFERENCE and c.kept is not None]
     if reference is None or reference.kept is None or not others:
         return []
     best = max(others, key=lambda c: c.kept.value if c.kept else 0.0)
     assert best.kept is not None
     told = (
-        f"At the task accuracy that {REFERENCE} reaches at its best ({_percent(best.task)}), **{best.curve}** keeps "
-        f"{_percent(best.kept.value)} of what the model knew and {REFERENCE} keeps {_percent(reference.kept.value)}"
+        f"At the task accuracy that {REFERENCE} reaches at its best ({percent(best.task)}), **{best.curve}** keeps "
+        f"{percent(best.kept.value)} of what the model knew and {REFERENCE} keeps {percent(reference.kept.value)}"
     )
-    return [told + (f", {best.ratio.value:.2f} times as much." if best.ratio else ".")]
-
-
-def _equal_table(comparisons: Sequence[Comparison]) -> Table:
-    shares = list(dict.fromkeys(c.share for c in comparisons))
-    by = {(c.curve, c.share): c for c in comparisons}
-    headings = ["method"]
-    for share in shares:
-        task = next(c.task for c in comparisons if c.share == share)
-        if share is None:
-            headings.append("area under the curve")
-        else:
-            headings += [f"kept at task {_percent(task)}", f"× {REFERENCE}"]
-    rows = []
-    for curve in dict.fromkeys(c.curve for c in comparisons):
-        row = [curve]
-        for share in shares:
-            found = by[(curve, share)]
-            row.append(_interval(found.kept, _percent) if found.kept else "not reached")
-            if share is not None:
-                row.append(_interval(found.ratio, lambda v: f"{v:.2f}"))
-        rows.append(row)
-    best = next(c.task for c in comparisons if c.share == 1.0)
-    return Table(
-        f"Kept knowledge where a method has learnt as much as {REFERENCE} at its best ({_percent(best)}), and at "
-        "0.95 of that. Area: the mean of what is kept from five points above the base model's task accuracy to "
-        "there; left of its slowest learning rate a method counts as keeping what it keeps with that.",
-        headings, rows,
-    )  # fmt: skip
-
-
-def _scaled(results: Results) -> bool:
-    return any(setting.scale != 1.0 for of in results.trained.values() for setting in of)
-
-
-def _trained_table(results: Results, brief: bool = False, scaled: bool = False) -> Table:
-    tasks = list(results.gain) + list(results.retention)
-    headings = ["method", "learning rate"] + (["scale"] if scaled else [])
-    for task in tasks:
-        role = "gain" if task in results.gain else "kept"
-        headings.append(f"{task} {results.primary[task]}" if not brief else f"{task} ({role})")
-    headings.append("kept share")
-    rows = []
-    base = results.base_point
-    cells = [_percent(results.base[task]) if task in results.base else ABSENT for task in tasks]
-    rows.append(
-        [BASE, ABSENT, *([ABSENT] if scaled else []), *cells, _percent(1.0) if base else ABSENT]
-    )
-    for method in results.trained:
-        for setting in sorted(
-            results.trained[method], key=lambda s: (s.learning_rate or 0.0, -s.scale)
-        ):
-            if (setting.scale != 1.0) != scaled:
-                continue
-            seeds = results.trained[method][setting]
-            row = [
-                method,
-                ABSENT if setting.learning_rate is None else f"{setting.learning_rate:g}",
-            ]
-            row += [f"{setting.scale:g}"] if scaled else []
-            for task in tasks:
-                row.append(_spread([s[task] for s in seeds.values() if task in s], brief))
-            placed = [p.kept for s in seeds.values() if (p := results.point(s))]
-            rows.append([*row, _spread(placed, brief)])
-    seeds = len(results.seeds)
-    unknown = [task for task in results.retention if task not in results.known]
-    left_out = (
-        f" The base model does no better than chance on {_listed(unknown)}, so it does not count there."
-        if unknown
-        else ""
-    )
-    means = (
-        f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
-    )
-    return Table(
-        f"{means}Gain: {_listed(results.gain)}. Retention: {_listed(results.retention)}. Kept share: 100% is "
-        f"the base model, 0% is chance, the mean over the retention tasks.{left_out}",
-        headings, rows,
-    )  # fmt: skip
-
-
-def _base_table(results: Results) -> Table:
-    rows = []
-    for row in results.base_rows:
-        value, low, high = row["value"], row.get("low"), row.get("high")
-        told = _percent(value)
-        if low is not None and high is not None:
-            told = _interval(Interval(value, low, high), _percent)
-        n = row.get("n")
-        chance = _percent(float(row.get("chance") or 0.0), digits=2)
-        rows.append(
-            [
-                row["task"],
-                row.get("role", ABSENT),
-                row["metric"],
-                told,
-                chance,
-                f"{n:,}" if n else ABSENT,
-            ]
-        )
-    return Table(
-        "With 95% bootstrap intervals over examples.",
-        ["task", "role", "metric", "score", "chance", "examples"],
-        rows,
-    )
-
-
-# ------------------------------------------------------------------ words and numbers
-
-
-def _percent(value: float, unit: str = "%", digits: int = 1) -> str:
-    return ABSENT if np.isnan(value) else f"{100 * value:.{digits}f}{unit}"
-
-
-def _spread(values: Sequence[float], brief: bool) -> str:
-    if not values:
-        return ABSENT
-    told = _percent(float(np.mean(values)))
-    if brief or len(values) == 1:
-        return told
-    return f"{told} ({_percent(min(values), '')} to {_percent(max(values), '')})"
-
-
-def _interval(interval: Interval | None, told: Any) -> str:
-    if interval is None:
-        return ABSENT
-    low, high = (told(v).removesuffix("%") for v in (interval.low, interval.high))
-    return f"{told(interval.value)} ({low} to {high})" if low != high else told(interval.value)
-
-
-def _setting(setting: Setting) -> str:
-    rate = (
-        "its only setting"
-        if setting.learning_rate is None
-        else f"learning rate {setting.learning_rate:g}"
-    )
-    return rate if setting.scale == 1.0 else f"{rate}, scale {setting.scale:g}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    names = list(names)
-    if not names:
-        return "none"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    told += f", {best.ratio.value:.2f} times as much." if best.ratio else "."
+    along = [d for d in dominances if results.curves()[d.curve][0] != REFERENCE]
+    if not along:
+        return [told]
+    top = along[0]
+    return [
+        told,
+        f"Against {REFERENCE} scaled after training, **{top.curve}** keeps {signed(top.mean.value)} points on average along "
+        f"the frontier ({signed(top.mean.low)} to {signed(top.mean.high)}) and lies above it on {top.above:.0%} of it.",
+    ]
 
 
 def _fact(value: Any) -> str:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation import write_report
-from corda_vlm.evaluation.frontier import Point, Results, Setting, area, compare, kept_at
+from corda_vlm.evaluation.comparing import compare
+from corda_vlm.evaluation.frontier import Point, Results, Setting, area, kept_at
 
 
 def test_rows_are_arranged(invented: Any) -> None:

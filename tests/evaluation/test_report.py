@@ -13,7 +13,7 @@ from PIL import Image
 
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.evaluation import summary_table, write_report
-from corda_vlm.evaluation.pictures import styles
+from corda_vlm.evaluation.drawing import styles
 from corda_vlm.evaluation.render import Picture
 
 

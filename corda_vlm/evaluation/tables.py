@@ -1,0 +1,251 @@
+"""The tables of a report, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from corda_vlm.evaluation.comparing import Choice, Comparison, Dominance
+from corda_vlm.evaluation.convergence import Convergence
+from corda_vlm.evaluation.frontier import BASE, REFERENCE, Results, Setting
+from corda_vlm.evaluation.render import Table
+from corda_vlm.evaluation.scores import Interval
+
+ABSENT = "–"
+
+
+def equal_table(comparisons: Sequence[Comparison]) -> Table:
+    shares = list(dict.fromkeys(c.share for c in comparisons))
+    by = {(c.curve, c.share): c for c in comparisons}
+    headings = ["method"]
+    for share in shares:
+        task = next(c.task for c in comparisons if c.share == share)
+        if share is None:
+            headings.append("area under the curve")
+        else:
+            headings += [f"kept at task {percent(task)}", f"× {REFERENCE}"]
+    rows = []
+    for curve in sorted(dict.fromkeys(c.curve for c in comparisons), key=lambda c: _place(by, c)):
+        row = [curve]
+        for share in shares:
+            found = by[(curve, share)]
+            row.append(_interval(found.kept, percent) if found.kept else "not reached")
+            if share is not None:
+                row.append(_interval(found.ratio, lambda v: f"{v:.2f}"))
+        rows.append(row)
+    best = next(c.task for c in comparisons if c.share == 1.0)
+    return Table(
+        f"Kept knowledge where a method has learnt as much as {REFERENCE} at its best ({percent(best)}), and at "
+        "0.95 of that. Area: the mean of what is kept from five points above the base model's task accuracy to "
+        "there; left of its slowest learning rate a method counts as keeping what it keeps with that.",
+        headings, rows,
+    )  # fmt: skip
+
+
+def trained_table(results: Results, brief: bool = False, scaled: bool = False) -> Table:
+    tasks = list(results.gain) + list(results.retention)
+    headings = ["method", "learning rate"] + (["scale"] if scaled else [])
+    for task in tasks:
+        role = "gain" if task in results.gain else "kept"
+        headings.append(f"{task} {results.primary[task]}" if not brief else f"{task} ({role})")
+    headings.append("kept share")
+    rows = []
+    base = results.base_point
+    cells = [percent(results.base[task]) if task in results.base else ABSENT for task in tasks]
+    rows.append(
+        [BASE, ABSENT, *([ABSENT] if scaled else []), *cells, percent(1.0) if base else ABSENT]
+    )
+    for method in results.trained:
+        for setting in sorted(
+            results.trained[method], key=lambda s: (s.learning_rate or 0.0, -s.scale)
+        ):
+            if (setting.scale != 1.0) != scaled:
+                continue
+            seeds = results.trained[method][setting]
+            row = [
+                method,
+                ABSENT if setting.learning_rate is None else f"{setting.learning_rate:g}",
+            ]
+            row += [f"{setting.scale:g}"] if scaled else []
+            for task in tasks:
+                row.append(_spread([s[task] for s in seeds.values() if task in s], brief))
+            placed = [p.kept for s in seeds.values() if (p := results.point(s))]
+            rows.append([*row, _spread(placed, brief)])
+    seeds = len(results.seeds)
+    unknown = [task for task in results.retention if task not in results.known]
+    left_out = (
+        f" The base model does no better than chance on {listed(unknown)}, so it does not count there."
+        if unknown
+        else ""
+    )
+    means = (
+        f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
+    )
+    return Table(
+        f"{means}Gain: {listed(results.gain)}. Retention: {listed(results.retention)}. Kept share: 100% is "
+        f"the base model, 0% is chance, the mean over the retention tasks.{left_out}",
+        headings, rows,
+    )  # fmt: skip
+
+
+def base_table(results: Results) -> Table:
+    rows = []
+    for row in results.base_rows:
+        value, low, high = row["value"], row.get("low"), row.get("high")
+        told = percent(value)
+        if low is not None and high is not None:
+            told = _interval(Interval(value, low, high), percent)
+        n = row.get("n")
+        chance = percent(float(row.get("chance") or 0.0), digits=2)
+        rows.append(
+            [
+                row["task"],
+                row.get("role", ABSENT),
+                row["metric"],
+                told,
+                chance,
+                f"{n:,}" if n else ABSENT,
+            ]
+        )
+    return Table(
+        "With 95% bootstrap intervals over examples.",
+        ["task", "role", "metric", "score", "chance", "examples"],
+        rows,
+    )
+
+
+def dominance_table(found: Sequence[Dominance]) -> Table:
+    """Curves against one reference curve, in points of kept knowledge."""
+    rows = [
+        [d.curve, _interval(d.mean, signed), _interval(d.minimum, signed), f"{d.above:.0%}"]
+        for d in found
+    ]
+    return Table(
+        f"More kept than by {found[0].reference}: on average along the range, and where it is least; then the share of "
+        "the range on which the method lies above. Above everywhere, with 95% confidence: "
+        f"{listed([d.curve for d in found if d.everywhere])}.",
+        ["method", "on average", "at the least", "above on"], rows,
+    )  # fmt: skip
+
+
+def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
+    """The one model that stands for each curve."""
+    headings = ["method", "chosen", "new task", f"of {REFERENCE}'s best", "kept share"]
+    headings += [f"{task} / base" for task in results.known]
+    rows = []
+    for choice in sorted(choices, key=lambda c: -(c.kept.value if c.kept else -np.inf)):
+        if choice.setting is None or choice.raw is None:
+            rows.append([choice.curve, "none learns enough", *[ABSENT] * (len(headings) - 2)])
+            continue
+        setting = choice.setting
+        told = "" if setting.learning_rate is None else f"{setting.learning_rate:g}"
+        told += "" if setting.scale == 1.0 else f" × {setting.scale:g}"
+        intervals = [choice.task, choice.share, choice.kept, *choice.raw.values()]
+        rows.append([choice.curve, told or ABSENT, *(_interval(i, percent) for i in intervals)])
+    by = (
+        "the one with the smallest forecast of forgetting"
+        if any(choice.forecast for choice in choices)
+        else "the one that just learns enough"
+    )
+    return Table(
+        f"Of the settings (learning rate × scale) that learn at least 0.95 of {REFERENCE}'s best on {listed(results.selection)}, "
+        f"{by}; then measured on the test splits. Last columns: accuracy as a share of the base model's, chance not "
+        "subtracted.",
+        headings, rows,
+    )  # fmt: skip
+
+
+def raw_table(results: Results, found: Mapping[str, Sequence[Comparison]]) -> Table:
+    """Accuracy on each retention task as a share of the base model's, along each curve's frontier."""
+    by = {(task, c.curve): c.kept for task, of in found.items() for c in of if c.share is not None}
+    rows = []
+    for curve in results.curves():
+        kept = [by.get((task, curve)) for task in found]
+        rows.append([curve, *(_interval(k, percent) if k else "not reached" for k in kept)])
+    return Table(
+        f"Accuracy at 0.95 times {REFERENCE}'s best task accuracy as a share of the base model's, chance not subtracted: "
+        "the most along each task's own frontier.",
+        ["method", *(f"{task} / base" for task in found)], rows,
+    )  # fmt: skip
+
+
+def convergence_table(found: Sequence[Convergence]) -> Table:
+    """Steps to the reference's final loss."""
+    rows = []
+    for of in found:
+        reached = [n for n in of.steps if n is not None]
+        median = of.median()
+        told = ABSENT
+        if reached:
+            told = (
+                f"{min(reached):,} to {max(reached):,}"
+                if len(set(reached)) > 1
+                else f"{reached[0]:,}"
+            )
+        if len(reached) < len(of.steps):
+            told = f"{told} in {len(reached)} of {len(of.steps)} seeds" if reached else "never"
+        rows.append(
+            [
+                of.method,
+                ABSENT if of.setting.learning_rate is None else f"{of.setting.learning_rate:g}",
+                f"{median[0]:,.0f}" if median else "not reached",
+                told,
+                f"{median[1]:.2f}" if median else ABSENT,
+            ]
+        )
+    return Table(
+        f"Each method at the learning rate that learns the task best: the first step at which the training loss, a mean "
+        f"over a twentieth of the run, is down to where {REFERENCE} of the same seed ends. Median over seeds.",
+        ["method", "learning rate", "steps", "over seeds", f"of {REFERENCE}'s steps"], rows,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ words and numbers
+
+
+def signed(value: float) -> str:
+    """A difference of shares in points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def percent(value: float, unit: str = "%", digits: int = 1) -> str:
+    return ABSENT if np.isnan(value) else f"{100 * value:.{digits}f}{unit}"
+
+
+def _place(by: Mapping[tuple[str, float | None], Comparison], curve: str) -> tuple[float, float]:
+    """Who keeps most at the reference's best comes first, then who does not get there by the area."""
+    kept, area = (by[curve, share].kept for share in (1.0, None))
+    return (np.inf if kept is None else -kept.value, 0.0 if area is None else -area.value)
+
+
+def _spread(values: Sequence[float], brief: bool) -> str:
+    if not values:
+        return ABSENT
+    told = percent(float(np.mean(values)))
+    if brief or len(values) == 1:
+        return told
+    return f"{told} ({percent(min(values), '')} to {percent(max(values), '')})"
+
+
+def _interval(interval: Interval | None, told: Callable[[float], str]) -> str:
+    if interval is None:
+        return ABSENT
+    low, high = (told(v).removesuffix("%") for v in (interval.low, interval.high))
+    return f"{told(interval.value)} ({low} to {high})" if low != high else told(interval.value)
+
+
+def setting_text(setting: Setting) -> str:
+    rate = (
+        "its only setting"
+        if setting.learning_rate is None
+        else f"learning rate {setting.learning_rate:g}"
+    )
+    return rate if setting.scale == 1.0 else f"{rate}, scale {setting.scale:g}"
+
+
+def listed(names: Sequence[str]) -> str:
+    names = list(names)
+    if not names:
+        return "none"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
