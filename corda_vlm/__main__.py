@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from corda_vlm.errors import CordaError
+
 Data = str | dict[str, Any]
 
 
@@ -26,21 +28,21 @@ def run(
     fresh: bool = False,
     device: str = "auto",
 ) -> None:
-    """Run an experiment end to end, or go on with it: base scores, calibration, trainings, report.
+    """Run an experiment or a study end to end, or go on with it: base scores, calibration, trainings, report.
 
     Args:
         experiment: a YAML file, e.g. configs/demo.yaml.
         output: folder of the results; default runs/NAME.
         set: overrides, e.g. --set '[training.steps=10, "seeds=[0]"]'.
-        only: names of the variants to train, e.g. --only '[lora]'.
+        only: names of the variants to train, or of a study's experiments to run, e.g. --only '[lora]'.
         fresh: delete the folder's former results first.
         device: cpu, cuda, or auto.
     """
-    from corda_vlm.run import run as run_experiment
+    from corda_vlm.run import run as run_one
+    from corda_vlm.study import is_study, run_study
 
-    run_experiment(
-        experiment, output=output, overrides=set or (), only=only, fresh=fresh, device=device
-    )
+    run_all = run_study if is_study(experiment) else run_one
+    run_all(experiment, output=output, overrides=set or (), only=only, fresh=fresh, device=device)
 
 
 def sites(
@@ -126,10 +128,17 @@ def init(
     rank: int = 16,
     a_norm: float | None = None,
     damping: float = 1e-4,
+    side: Literal["output", "input", "auto"] | None = None,
+    task_covariance: str | None = None,
+    beta: float | None = None,
     towers: str | None = None,
     roles: str | None = None,
     dynamic_rank: bool = False,
+    budget: int | None = None,
+    min_rank: int | None = None,
+    max_rank: int | None = None,
     dynamic_covariance: bool = False,
+    picture: str | None = None,
     dry_run: bool = False,
 ) -> None:
     """Plan an adapter: decompose each weight matrix by its covariance and choose the components to adapt.
@@ -138,37 +147,56 @@ def init(
         model: a built-in name, a folder, or an id on a hub.
         covariance: the file that `calibrate` wrote.
         output: the plan, a JSON file; its factors go beside it.
-        method: corda, pissa, milora or olora.
+        method: corda, pissa, milora, olora, sc-lora or lora-null.
         mode: kpm adapts what the calibration data uses least, ipm what it uses most.
         rank: of the adapters.
         a_norm: norm of each row of A at the start; default: the paper's split.
         damping: of the covariance, as a share of its mean diagonal.
+        side: directions of each layer's output or input, or auto: input where a layer is wider than it is tall.
+        task_covariance: sc-lora: the file that `calibrate` wrote of the new task.
+        beta: sc-lora: weight of the knowledge against the task, 0 to 1.
         towers: only these, separated by commas.
         roles: only these, separated by commas.
         dynamic_rank: share the same number of parameters out by compactness (CorDA++).
+        budget: with dynamic_rank: trainable parameters, in place of as many as RANK everywhere.
+        min_rank: with dynamic_rank: no matrix gets less.
+        max_rank: with dynamic_rank: no matrix gets more.
         dynamic_covariance: each site takes the best of its calibration rounds (CorDA++).
-        dry_run: print the plan and write nothing.
+        picture: draw ranks and compactness over blocks and roles into this file.
+        dry_run: print the plan and write nothing but the picture.
     """
     from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.evaluation.heatmap import plan_heatmap
     from corda_vlm.families import load_model
     from corda_vlm.plan import plan_adapter
 
     loaded = load_model(model)
-    store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
+    store, task_store = (
+        None if path is None else CovarianceStore.load(path, model=loaded.model)
+        for path in (covariance, task_covariance)
+    )
     plan = plan_adapter(
         loaded.model,
         store,
         mode=mode,
         rank=rank,
         method=method,
+        task_store=task_store,
         a_norm=a_norm,
         damping=damping,
+        side=side,
+        beta=beta,
         towers=towers,
         roles=roles,
         dynamic_rank=dynamic_rank,
+        budget=budget,
+        min_rank=min_rank,
+        max_rank=max_rank,
         dynamic_covariance=dynamic_covariance,
     )
     print(plan.table())
+    if picture is not None and plan_heatmap({Path(output).stem: plan}, Path(picture)):
+        print(f"\nwrote {picture}")
     if not dry_run:
         plan.save(output)
         print(
@@ -192,6 +220,8 @@ def train(
     bf16: bool = True,
     seed: int = 0,
     freeze_a: bool = False,
+    anchor: float = 0.0,
+    covariance: str | None = None,
     augment: Literal["none", "light"] = "none",
     label_smoothing: float = 0.0,
     train_head: bool = False,
@@ -215,18 +245,27 @@ def train(
         bf16: train under bfloat16 autocast.
         seed: of the data order.
         freeze_a: train B only.
+        anchor: weight of the penalty on changed outputs on the knowledge; needs --covariance.
+        covariance: the file that `calibrate` wrote of the knowledge; without an anchor the forecast of forgetting is
+            logged only.
         augment: none, or light (small rotations, shifts and zooms).
         label_smoothing: of the cross-entropy.
         train_head: train the class vectors too, from the prompts on.
         device: cpu, cuda, or auto.
     """
     from corda_vlm.adapter import attach_adapter
+    from corda_vlm.anchor import anchor_penalty
+    from corda_vlm.covariance import CovarianceStore
     from corda_vlm.data import load_records
     from corda_vlm.families import load_model
     from corda_vlm.plan import AdapterPlan
     from corda_vlm.train import TrainOptions
     from corda_vlm.train import train as train_adapter
 
+    if anchor and covariance is None:
+        raise CordaError(
+            "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"
+        )
     options = TrainOptions(
         loss=loss,
         steps=steps,
@@ -241,6 +280,7 @@ def train(
         train_head=train_head,
     )
     loaded = load_model(model, device=device)
+    store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
     adapter = attach_adapter(
         loaded.model, AdapterPlan.load(plan, model=loaded.model), freeze_a=freeze_a
     )
@@ -252,6 +292,8 @@ def train(
         output_dir=output,
         classes=classes,
         templates=templates,
+        anchor=None if store is None else anchor_penalty(adapter, store),
+        anchor_weight=anchor,
     )
     print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.3f}")
     print(
@@ -263,6 +305,7 @@ def evaluate(
     model: str,
     suite: str,
     adapter: str | None = None,
+    scales: str | None = None,
     output: str | None = None,
     tasks: list[str] | None = None,
     limit: int | None = None,
@@ -272,12 +315,13 @@ def evaluate(
     bf16: bool = False,
     device: str = "auto",
 ) -> None:
-    """Measure a model, with an adapter or without, on a suite of tasks.
+    """Measure a model, with what was trained or without, on a suite of tasks.
 
     Args:
-        model: a built-in name, a folder, or an id on a hub.
+        model: a built-in name, a folder, or an id on a hub; with --adapter the model before training.
         suite: the name of a shipped suite, or a YAML file.
-        adapter: folder of a trained adapter.
+        adapter: folder of a training: an adapter, or a full fine-tune.
+        scales: strengths of what was trained, e.g. 0.25,0.5,0.75,1 (WiSE-FT); 0 is the model before, 1 the trained one.
         output: a scores file (JSON lines) to add the scores to.
         tasks: only these.
         limit: at most so many examples a task.
@@ -287,35 +331,61 @@ def evaluate(
         bf16: run under bfloat16 autocast.
         device: cpu, cuda, or auto.
     """
-    from corda_vlm.adapter import load_adapter
-    from corda_vlm.evaluation import append_rows, measure, score_row
-    from corda_vlm.families import load_model
-    from corda_vlm.train import Head
-
-    loaded = load_model(model, device=device)
-    network = loaded.model if adapter is None else load_adapter(loaded.model, adapter)
-    trained_head = None if adapter is None else Path(adapter) / "head.safetensors"
-    head = Head.load(trained_head) if trained_head is not None and trained_head.is_file() else None
-    results = measure(
-        network,
-        suite,
-        processor=loaded.processor,
-        tasks=tasks,
-        limit=limit,
-        data_root=data_root,
-        missing=missing,
-        batch_size=batch_size,
-        bf16=bf16,
-        head=head,
-        show_progress=True,
+    from corda_vlm.evaluation import (
+        Cache,
+        Trained,
+        append_rows,
+        check_scales,
+        load_trained,
+        measure,
+        score_row,
     )
-    for result in results:
-        if output is not None:
-            method = "base" if adapter is None else _name_of(Path(adapter))
-            rows = [
-                score_row(score, run=Path(output).stem, method=method) for score in result.scores
-            ]
-            append_rows(output, rows)
+    from corda_vlm.families import load_model
+
+    strengths = (1.0,) if scales is None else check_scales(_numbers("scales", scales))
+    if scales is not None and adapter is None:
+        raise CordaError(
+            "--scales mixes the model before training with the trained one: give the model before training as MODEL "
+            "and the folder of the training as --adapter"
+        )
+    loaded = load_model(model, device=device)
+    trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
+    method = "base" if adapter is None else _name_of(Path(adapter))
+    cache = Cache()
+    for scale in strengths:
+        if scales is not None:
+            print(f"scale {scale:g}")
+        with trained.at_scale(scale) as head:
+            results = measure(
+                trained.model,
+                suite,
+                processor=loaded.processor,
+                tasks=tasks,
+                limit=limit,
+                data_root=data_root,
+                missing=missing,
+                batch_size=batch_size,
+                bf16=bf16,
+                head=head,
+                cache=cache,
+                show_progress=True,
+            )
+            for result in results:
+                if output is not None:
+                    rows = [
+                        score_row(score, run=Path(output).stem, method=method, scale=scale)
+                        for score in result.scores
+                    ]
+                    append_rows(output, rows)
+
+
+def _numbers(what: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise CordaError(
+            f"--{what} is numbers separated by commas, e.g. 0.25,0.5,1; got {text!r}"
+        ) from None
 
 
 def export(
@@ -394,8 +464,6 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """The console script. Wrong input ends with its message and status 2, Ctrl-C with status 130."""
     from jsonargparse import auto_cli
-
-    from corda_vlm.errors import CordaError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)

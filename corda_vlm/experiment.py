@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,14 @@ class Calibration:
         samples: at most so many records, drawn at random.
         batch_size: records a forward pass.
         precision: of the sums, see `collect_covariance`.
+        rounds: disjoint parts of the samples, among which `dynamic_covariance` chooses; other methods take all.
     """
 
     data: str | dict[str, Any]
     samples: int = 256
     batch_size: int = 64
     precision: str = "float32"
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,30 @@ class NewTask:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """How models are measured.
+
+    Attributes:
+        scales: strengths besides 1 at which every trained model is measured, without training it again
+            (WiSE-FT): 0 is the model before training.
+        batch_size: examples a forward pass.
+        bf16: run the model under bfloat16 autocast.
+    """
+
+    scales: list[float] = field(default_factory=list)
+    batch_size: int = 256
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for scale in self.scales:
+            if not 0 < scale < 1:
+                raise CordaError(
+                    f"evaluation.scales holds {scale}; give strengths between 0 (the base model) and 1 (as trained), "
+                    "both of which are measured anyway"
+                )
+
+
+@dataclass(frozen=True)
 class Variant:
     """One curve of the trade-off: a method with its options, over its learning rates.
 
@@ -57,7 +84,9 @@ class Variant:
         learning_rates: each is trained with every seed.
         method: key of `METHODS`; None takes the variant's own name.
         rank: None takes the experiment's.
-        a_norm, damping, freeze_a: as in `prepare_method`.
+        a_norm, damping, side, beta, freeze_a, dynamic_rank, dynamic_covariance: as in `prepare_method`.
+        anchor: weight of `anchor_penalty` in the loss, for any method; needs the experiment's calibration.
+        scales: None takes the evaluation's.
         training: options of `TrainOptions` that differ from the experiment's.
     """
 
@@ -66,7 +95,13 @@ class Variant:
     rank: int | None = None
     a_norm: float | None = None
     damping: float = 1e-4
+    side: str | None = None
+    beta: float | None = None
     freeze_a: bool = False
+    dynamic_rank: bool = False
+    dynamic_covariance: bool = False
+    anchor: float = 0.0
+    scales: list[float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -103,6 +138,9 @@ class Experiment:
         rank: of the adapters.
         seeds: each learning rate is trained with each of them.
         training: options of `TrainOptions`, learning rate and seed aside.
+        evaluation: how models are measured, and at which strengths.
+        forecast: log what the anchor would be during every training, also where it has no weight: the change of the
+            layers' outputs on the calibration data, which foretells what is forgotten.
         family: as in `load_model`.
         data_root: the folder that `{data_root}` stands for, here and in the suite.
     """
@@ -118,6 +156,8 @@ class Experiment:
     rank: int = 16
     seeds: list[int] = field(default_factory=lambda: [0])
     training: dict[str, Any] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    forecast: bool = False
     family: str = "auto"
     data_root: str | None = None
 
@@ -134,15 +174,31 @@ class Experiment:
                 raise UnknownNameError(f"method of variant {name!r}", self.method_of(name), METHODS)
             if not variant.learning_rates:
                 raise CordaError(f"variant {name!r} has no learning rates")
-            if method.needs_store and self.calibration is None:
+            if self.calibration is None and (method.needs_store or variant.anchor or self.forecast):
+                why = (
+                    f"is {method.name}, which takes its directions from data"
+                    if method.needs_store
+                    else "has an anchor to that knowledge"
+                    if variant.anchor
+                    else "is to log a forecast of forgetting"
+                )
                 raise CordaError(
-                    f"variant {name!r} is {method.name}, which takes its directions from data, and the "
-                    "experiment has no `calibration`; say there which data stands for the knowledge to keep"
+                    f"variant {name!r} {why}, and the experiment has no `calibration`; say there which data stands "
+                    "for the knowledge to keep"
+                )
+            if not (math.isfinite(variant.anchor) and variant.anchor >= 0):
+                raise CordaError(
+                    f"variant {name!r}: anchor {variant.anchor} must be a finite weight, 0 or more"
                 )
             self.train_options(name, variant.learning_rates[0], 0)
 
     def method_of(self, variant: str) -> str:
         return self.variants[variant].method or variant
+
+    def scales_of(self, variant: str) -> list[float]:
+        """The strengths besides 1 at which its trained models are measured."""
+        own = self.variants[variant].scales
+        return self.evaluation.scales if own is None else own
 
     def trainings(self) -> Iterator[Training]:
         """All trainings, seed by seed, so that an early look sees every curve."""
@@ -192,6 +248,17 @@ def load_experiment(
     Raises:
         CordaError: not YAML, an unknown key, or a value of the wrong type; names the file and the key.
     """
+    content = read_config(path)
+    apply_overrides(content, overrides)
+    return parse_experiment(content, str(path))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        CordaError: no such file, not YAML, or not a mapping.
+    """
     path = resolve(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -199,10 +266,14 @@ def load_experiment(
         raise CordaError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise CordaError(f"{path} must be a mapping of the options of an experiment")
+    return content
+
+
+def apply_overrides(content: dict[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> None:
+    """Set nested keys of a config in place, see `load_experiment`."""
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides)
     for key, value in pairs:
         _set(content, key, value)
-    return parse_experiment(content, str(path))
 
 
 def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:

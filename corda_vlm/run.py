@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,12 +23,14 @@ import torch
 import yaml
 from torch import nn
 
+from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.data import ImageTextData, load_records, make_batches, with_root
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.evaluation import (
     Cache,
     Suite,
+    Trained,
     append_rows,
     done,
     load_suite,
@@ -73,14 +76,41 @@ def run(
         KeyboardInterrupt: after Ctrl-C, once what is in flight is saved; the same command goes on.
     """
     experiment = load_experiment(config, overrides)
+    folder = Path(output) if output is not None else Path("runs") / experiment.name
+    return run_experiment(
+        experiment,
+        folder,
+        command=command_of(config, overrides),
+        config=resolve(config),
+        only=only,
+        fresh=fresh,
+        device=device,
+    )
+
+
+def command_of(config: str | Path, overrides: Sequence[str]) -> str:
+    """What a person types to get the same results."""
+    return f"corda-vlm run {config}" + "".join(f" --set {pair}" for pair in overrides)
+
+
+def run_experiment(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    command: str,
+    config: Path,
+    only: Sequence[str] | None = None,
+    fresh: bool = False,
+    device: str = "auto",
+) -> Path:
+    """`run` for an experiment that is read already; `command` and `config` are where it came from."""
     for name in only or ():
         if name not in experiment.variants:
             raise UnknownNameError("variant", name, experiment.variants)
-    folder = Path(output) if output is not None else Path("runs") / experiment.name
     _claim(folder, experiment, fresh)
     started = time.perf_counter()
-    lab = _Laboratory(experiment, folder, resolve(config), device)
-    lab.describe(f"corda-vlm run {config}" + "".join(f" --set {pair}" for pair in overrides))
+    lab = _Laboratory(experiment, folder, config, device)
+    lab.describe(command)
     lab.measure_base()
     lab.train_all([t for t in experiment.trainings() if only is None or t.variant in only])
     page = write_report(folder)
@@ -95,6 +125,7 @@ class _Laboratory:
 
     def __init__(self, experiment: Experiment, folder: Path, config: Path, device: str) -> None:
         self.experiment, self.folder, self.config = experiment, folder, config
+        self.show_progress = sys.stderr.isatty()  # a log file wants lines, not a bar
         print(
             f"{experiment.title or experiment.name}: {experiment.model} on {device}, into {folder}"
         )
@@ -174,12 +205,14 @@ class _Laboratory:
         model: nn.Module,
         *,
         head: Head | None = None,
+        scale: float = 1.0,
         show: bool = True,
         **labels: Any,
     ) -> list[dict[str, Any]]:
-        """Measure what is not measured yet; rows are written task by task. Returns all rows."""
+        """Measure what is not measured yet; rows are written task by task. Returns all rows of this model."""
         path = self.folder / SCORES
         identity = {key: labels.get(key) for key in ("method", "learning_rate", "seed")}
+        identity["scale"] = scale
         finished = done(read_rows(path, missing_ok=True), **identity)  # type: ignore[arg-type]
         remaining = self.suite.remaining(finished)
         results = measure(
@@ -188,29 +221,37 @@ class _Laboratory:
             processor=self.loaded.processor,
             tasks=remaining,
             data_root=self.experiment.data_root,
-            batch_size=256,
+            batch_size=self.experiment.evaluation.batch_size,
+            bf16=self.experiment.evaluation.bf16,
             cache=self.cache,
             head=head,
             show_progress=show,
         )
         for result in results if remaining else ():
-            rows = [score_row(score, run=self.experiment.name, **labels) for score in result.scores]
+            rows = [
+                score_row(score, run=self.experiment.name, scale=scale, **labels)
+                for score in result.scores
+            ]
             append_rows(path, rows)
-        wanted = tuple(identity.values())
         return [
             row
             for row in read_rows(path)
-            if (row["method"], row["learning_rate"], row["seed"]) == wanted
+            if all(row[key] == value for key, value in identity.items())
         ]
 
-    def _is_measured(self, training: Training) -> bool:
-        finished = done(
-            read_rows(self.folder / SCORES),
-            method=training.variant,
-            learning_rate=training.learning_rate,
-            seed=training.seed,
+    def _is_measured(self, training: Training, rows: Sequence[Mapping[str, Any]]) -> bool:
+        return not any(
+            self.suite.remaining(
+                done(
+                    rows,
+                    method=training.variant,
+                    learning_rate=training.learning_rate,
+                    seed=training.seed,
+                    scale=scale,
+                )
+            )
+            for scale in (1.0, *self.experiment.scales_of(training.variant))
         )
-        return not self.suite.remaining(finished)
 
     # -------------------------------------------------------------- covariances
 
@@ -235,6 +276,7 @@ class _Laboratory:
                 batches,
                 find_sites(self.loaded.model, towers=self.experiment.towers),
                 precision=calibration.precision,
+                rounds=calibration.rounds if of == "knowledge" else 1,
                 path=self.folder / f"{name}.safetensors",
             )
         return self.stores[of]
@@ -246,10 +288,16 @@ class _Laboratory:
         variant, method = self.experiment.variants[name], METHODS[self.experiment.method_of(name)]
         request = MethodRequest(
             rank=variant.rank or self.experiment.rank,
-            store=self.store(method.covariances) if method.covariances else None,
+            # methods that know one of the two take it as `store`, whichever it is
+            store=self.store(method.covariances[0]) if method.covariances else None,
+            task_store=self.store("task") if len(method.covariances) > 1 else None,
             towers=self.experiment.towers,
             a_norm=variant.a_norm,
             damping=variant.damping,
+            side=variant.side,
+            beta=variant.beta,
+            dynamic_rank=variant.dynamic_rank,
+            dynamic_covariance=variant.dynamic_covariance,
             freeze_a=variant.freeze_a,
             show_progress=False,
         )
@@ -273,7 +321,8 @@ class _Laboratory:
         return replace(request, plan=self.plans[name])
 
     def train_all(self, trainings: Sequence[Training]) -> None:
-        left = [training for training in trainings if not self._is_measured(training)]
+        rows = read_rows(self.folder / SCORES)
+        left = [training for training in trainings if not self._is_measured(training, rows)]
         if len(left) < len(trainings):
             print(
                 f"{len(trainings) - len(left)} of {len(trainings)} trainings are finished already"
@@ -304,21 +353,37 @@ class _Laboratory:
             output_dir=folder,
             classes=self.classes,
             templates=self.templates,
+            anchor=(anchor := self._anchor(training, prepared.model)),
+            anchor_weight=experiment.variants[training.variant].anchor,
+            show_progress=self.show_progress,
         )
-        rows = self._measure(
-            prepared.model,
-            head=result.head and result.head.cpu(),
-            show=False,
-            method=training.variant,
-            learning_rate=training.learning_rate,
-            seed=training.seed,
-            steps=result.steps,
-            seconds=result.seconds,
-            trainable=prepared.trainable,
-        )
+        facts: dict[str, Any] = {
+            "method": training.variant,
+            "learning_rate": training.learning_rate,
+            "seed": training.seed,
+            "steps": result.steps,
+            "seconds": result.seconds,
+            "trainable": prepared.trainable,
+        }
+        if anchor is not None:
+            with torch.no_grad():
+                facts["forecast"] = float(anchor())
+        trained = Trained(prepared.model, result.head and result.head.cpu(), self.loaded.model)
+        rows = self._measure(trained.model, head=trained.head, show=False, **facts)
+        for scale in experiment.scales_of(training.variant):
+            with trained.at_scale(scale) as head:
+                self._measure(trained.model, head=head, scale=scale, show=False, **facts)
         first = {(row["task"]): row for row in reversed(rows) if row["role"] != "selection"}
         told = ", ".join(f"{name} {row['value']:.1%}" for name, row in sorted(first.items()))
         return f"{told} ({result.seconds:.0f} s, {result.samples_per_second:.0f} images/s)"
+
+    def _anchor(self, training: Training, model: nn.Module) -> Anchor | None:
+        """The penalty of a variant that has one; or if a forecast is wanted, the same to be logged only."""
+        wanted = self.experiment.variants[training.variant].anchor or self.experiment.forecast
+        # what a probe trains changes no layer
+        if not wanted or training.method == "linear-probe":
+            return None
+        return anchor_penalty(model, self.store("knowledge"))
 
 
 def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:

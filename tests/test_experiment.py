@@ -11,17 +11,21 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import load_suite
 from corda_vlm.experiment import load_experiment, parse_experiment
 from corda_vlm.files import asset
+from corda_vlm.study import is_study, load_study
 
-SHIPPED = sorted(asset("configs").glob("*.yaml"))
+CONFIGS = sorted(asset("configs").glob("*.yaml"))
+SHIPPED = [path for path in CONFIGS if not is_study(path)]
+STUDIES = [path for path in CONFIGS if is_study(path)]
 DEMO = yaml.safe_load(asset("configs/demo.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_config_is_an_experiment_with_a_suite(path):
-    experiment = load_experiment(path)
-    assert experiment.name == path.stem
-    roles = {task.role for task in load_suite(experiment.suite).tasks}
-    assert {"gain", "retention"} <= roles
+    named = load_study(path) if path in STUDIES else load_experiment(path)
+    assert named.name == path.stem
+    for experiment in named.experiments.values() if path in STUDIES else [named]:
+        roles = {task.role for task in load_suite(experiment.suite).tasks}
+        assert {"gain", "retention"} <= roles
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert f"corda-vlm run configs/{path.name}" in first, "a config begins with its command"
     text = path.read_text(encoding="utf-8")

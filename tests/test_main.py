@@ -71,6 +71,25 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     row = json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[0])
     assert (row["method"], row["task"], row["n"]) == ("adapter", "digits", 40)
 
+    main([*scores, "--adapter=adapter", "--scales=0,0.5,1", "--output=sweep.jsonl"])
+    main([*scores, "--output=base.jsonl"])
+    sweep, base = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("sweep.jsonl", "base.jsonl")
+    )
+    value = {r["scale"]: r["value"] for r in sweep if r["metric"] == "top1"}
+    assert list(value) == [1.0, 0.5, 0.0]
+    assert value[1.0] == row["value"], "at full strength it is the trained model"
+    assert value[0.0] == base[0]["value"], "at none the one before training"
+
+    anchored = ["train", "emoji-clip", digits, "--steps=3", "--batch-size=16", "--output=anchored"]
+    main([*anchored, "--anchor=30", "--covariance=covariance.safetensors"])
+    history = [
+        json.loads(line)
+        for line in (tmp_path / "anchored" / "history.jsonl").read_text().splitlines()
+    ]
+    assert history[-1]["anchor"] > 0
+
     main(["export", "emoji-clip", "adapter/weights", "merged"])
     plain = (
         "import open_clip, torch, sys\n"
@@ -100,6 +119,9 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
         (["init", "emoji-clip", "--covariance=none.safetensors"], "none.safetensors"),
         (["init", "emoji-clip", "--method=lora"], "unknown plan method 'lora'"),
         (["evaluate", "emoji-clip", "imagenet"], "unknown suite 'imagenet'"),
+        (["evaluate", "emoji-clip", "emoji", "--scales=0.5"], "the model before training as MODEL"),
+        (["evaluate", "emoji-clip", "emoji", "--scales=half"], "numbers separated by commas"),
+        (["train", "emoji-clip", "sklearn:digits", "--anchor=30"], "give --covariance"),
         (["run", "configs/none.yaml"], "no file 'configs/none.yaml'"),
         (["report", "nowhere"], "nowhere"),
     ],

@@ -1,0 +1,141 @@
+"""A study: several experiments in one YAML file, run one after another by one command that resumes.
+
+    name: study
+    defaults: {model: emoji-clip, ...}       # what the experiments have in common
+    experiments:
+      digits: {suite: emoji-digits, ...}     # each as a file of `configs/` would have it, less the defaults
+      caltech25: {suite: emoji-caltech25, ...}
+
+Each experiment has its own folder below `runs/<study>/`, so several processes may share a study if each runs other
+experiments of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.evaluation import Results, leading_finding, read_rows
+from corda_vlm.experiment import Experiment, apply_overrides, parse_experiment, read_config
+from corda_vlm.files import resolve, write_text
+from corda_vlm.run import SCORES, command_of, run_experiment
+
+_KEYS = ("name", "title", "defaults", "experiments")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Experiments that belong together.
+
+    Attributes:
+        name: names the folder `runs/<name>`.
+        experiments: name -> experiment, which has that name.
+        title: heading of the overview.
+    """
+
+    name: str
+    experiments: Mapping[str, Experiment]
+    title: str | None = None
+
+
+def is_study(config: str | Path) -> bool:
+    """Does this file declare a study, rather than one experiment?"""
+    return "experiments" in read_config(config)
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read and check a study.
+
+    Args:
+        path: as given, or a shipped one, e.g. "configs/study.yaml".
+        overrides: "key=value" as in `load_experiment`, for every experiment of the study.
+
+    Raises:
+        CordaError: not YAML, an unknown key, or an experiment that cannot be; names the file and the key.
+    """
+    path = resolve(path)
+    content = read_config(path)
+    for key in content:
+        if key not in _KEYS:
+            raise UnknownNameError(f"key in study {path}", key, _KEYS)
+    name, defaults, experiments = (content.get(key) for key in ("name", "defaults", "experiments"))
+    if not isinstance(name, str) or not name:
+        raise CordaError(f"study {path}: no name; it names the folder of the results")
+    if not isinstance(experiments, Mapping) or not experiments:
+        raise CordaError(
+            f"study {path}: `experiments` must be a mapping of at least one experiment"
+        )
+    if not isinstance(defaults or {}, Mapping):
+        raise CordaError(
+            f"study {path}: `defaults` must be a mapping of the options of an experiment"
+        )
+    found = {}
+    for key, own in experiments.items():
+        if not isinstance(own, Mapping):
+            raise CordaError(f"study {path}, experiment {key!r}: must be a mapping")
+        merged: dict[str, Any] = {**(defaults or {}), **own, "name": str(key)}
+        # a copy without the aliases that experiments may share
+        merged = yaml.safe_load(yaml.safe_dump(merged, sort_keys=False))
+        apply_overrides(merged, overrides)
+        found[str(key)] = parse_experiment(merged, f"study {path}, experiment {key!r}")
+    return Study(name, found, content.get("title"))
+
+
+def run_study(
+    config: str | Path,
+    *,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    fresh: bool = False,
+    device: str = "auto",
+) -> Path:
+    """Run a study, or go on with it; returns the folder of its results.
+
+    Args:
+        only: names of the experiments to run; None for all.
+
+    The others, and what is raised, as in `corda_vlm.run.run`.
+    """
+    study = load_study(config, overrides)
+    for name in only or ():
+        if name not in study.experiments:
+            raise UnknownNameError("experiment", name, study.experiments)
+    folder = Path(output) if output is not None else Path("runs") / study.name
+    for name, experiment in study.experiments.items():
+        if only is None or name in only:
+            run_experiment(
+                experiment,
+                folder / name,
+                command=command_of(config, overrides),
+                config=resolve(config),
+                fresh=fresh,
+                device=device,
+            )
+            write_overview(study, folder)
+    print(f"overview {folder / 'report.md'}")
+    return folder
+
+
+def write_overview(study: Study, folder: Path) -> Path:
+    """Write report.md of the study: what each experiment found so far, and where its report is."""
+    lines = [f"# {study.title or study.name}", ""]
+    for name, experiment in study.experiments.items():
+        lines += [f"## {experiment.title or name}", ""]
+        scores = folder / name / SCORES
+        if not scores.is_file():
+            lines += ["Not run yet.", ""]
+            continue
+        results = Results.of(read_rows(scores))
+        ready = sum(len(seeds) for of in results.trained.values() for seeds in of.values())
+        lines += [leading_finding(results), ""]
+        lines += [f"{ready:,} models measured. [Report]({name}/report.md).", ""]
+        if (folder / name / "tradeoff.png").is_file():
+            lines += [f"![{name}: task accuracy against knowledge kept]({name}/tradeoff.png)", ""]
+    write_text(folder / "report.md", "\n".join(lines))
+    return folder / "report.md"
