@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import warnings
 
 import pytest
 import torch
 
+from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.decompose import damp, knowledge_energy
 from corda_vlm.errors import CordaError, ForeignFileError, NoSitesError, UnknownNameError
 from corda_vlm.families.attention import unpacked
-from corda_vlm.plan import PLAN_METHODS, AdapterPlan, plan_adapter
+from corda_vlm.plan import PLAN_METHODS, AdapterPlan, choose, plan_adapter
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
 MODELS = ("tiny_clip_hf", "tiny_open_clip", "tiny_siglip")
@@ -208,11 +211,107 @@ class TestDynamic:
                 assert 1 <= site.rank < min(site.shape)
                 assert plan.factors[site.site.name].A.shape[0] == site.rank == len(site.spectrum)
 
-    def test_covariance_takes_one_round(self, tiny_clip_hf):
-        store = make_store(tiny_clip_hf, rounds=2)
-        plan = plan_of(tiny_clip_hf, store, dynamic_covariance=True)
-        assert {s.round for s in plan.sites} <= {0, 1}
-        assert all(s.round is None for s in plan_of(tiny_clip_hf, store).sites)
+    @pytest.mark.parametrize("mode", ["kpm", "ipm"])
+    def test_they_are_the_ranks_of_the_definition(self, clip, mode):
+        model, store = clip
+        plan = plan_of(model, store, mode=mode, dynamic_rank=True)
+        spectra = {
+            s.site.name: ranks.spectrum(weight_of(model, s.site.name), store[s.site.name].matrix)
+            for s in plan.sites
+        }
+        pi = {
+            s.site.name: ranks.compactness(store[s.site.name].matrix, s.shape[0])
+            for s in plan.sites
+        }
+        shapes = {s.site.name: s.shape for s in plan.sites}
+        expected = ranks.allocate_ranks(spectra, pi, shapes, mode=mode, uniform_rank=4)
+        assert {s.site.name: s.rank for s in plan.sites} == expected
+
+    def test_a_budget_with_floor_and_ceiling(self, clip):
+        model, store = clip
+        full = plan_of(model, store, dynamic_rank=True, budget=12_000, min_rank=2, max_rank=9)
+        assert full.budget == 12_000
+        assert 12_000 - 96 < full.parameters <= 12_000
+        assert {s.rank for s in full.sites} <= set(range(2, 10))
+        name = full.sites[0].site.name
+        plan = plan_of(
+            model, store, dynamic_rank=True, min_rank={name: 3}, max_rank={name: 3}, mode="ipm"
+        )
+        assert plan.sites[0].rank == 3
+        assert plan.budget == plan_of(model, store).parameters
+        # the default rank does not fit this model, and need not
+        plan_of(model, store, dynamic_rank=True, budget=8_000, rank=1000)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"budget": 1741}, r"1,741 parameters is too small for 26 sites: one rank a site takes 1,\d+"),
+            ({"budget": 10**6}, r"1,000,000 parameters is too large for 26 sites: full rank less 1 everywhere takes"),
+            ({"min_rank": 6}, r"parameters is too small for 26 sites: their floors \(min_rank, up to 6\)"),
+            ({"max_rank": 3}, r"too large for 26 sites: their ceilings \(max_rank\) takes .*raise the ceilings"),
+            ({"min_rank": 5, "max_rank": 3}, r"floor 5 \(min_rank\) and its ceiling 3 \(max_rank"),
+            ({"min_rank": 40}, r"floor 40 \(min_rank\)"),
+            ({"dynamic_rank": False, "budget": 9000}, "budget=9000 given without dynamic_rank.*--dynamic-rank"),
+            ({"dynamic_rank": False, "min_rank": 2, "max_rank": 3}, "min_rank=2, max_rank=3 given without"),
+            ({"rank": 1000}, "rank 1000 is outside"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_met_is_refused_before_the_work(
+        self, clip, options, message, monkeypatch
+    ):
+        monkeypatch.setattr(CovarianceStore, "__getitem__", lambda *_: pytest.fail("data read"))
+        with pytest.raises(CordaError, match=message):
+            plan_of(*clip, **{"dynamic_rank": True, **options})
+
+    def test_floors_of_sites_that_are_not_there(self, clip):
+        with pytest.raises(UnknownNameError, match="site in max_rank 'q'"):
+            plan_of(*clip, dynamic_rank=True, max_rank={"q": 3})
+
+    @pytest.mark.parametrize("dynamic_rank", [False, True])
+    def test_each_site_takes_the_round_of_the_lowest_score(self, tiny_clip_hf, dynamic_rank):
+        model = tiny_clip_hf
+        store = collect_covariance(model, make_batches(3), rounds=3, show_progress=False)
+        plan = plan_of(model, store, dynamic_covariance=True, dynamic_rank=dynamic_rank)
+        assert len({s.round for s in plan.sites}) > 1
+        for site in plan.sites:
+            name = site.site.name
+            candidates = [c.matrix for c in store.rounds(name)]
+            weight = weight_of(model, name)
+            selection = ranks.select_covariance(candidates, {name: weight})[name]
+            assert site.scores == pytest.approx(selection.scores, rel=1e-5)
+            assert site.round == min(range(3), key=site.scores.__getitem__)
+            assert site.compactness == pytest.approx(
+                ranks.compactness(candidates[site.round], site.shape[0]), rel=1e-5
+            )
+            covariance = damp(candidates[site.round], plan.damping)
+            whole = (weight.double() @ covariance).norm() ** 2
+            factor = plan.factors[name]
+            part = knowledge_energy((factor.B, factor.A), covariance) ** 2
+            assert site.predicted_damage == pytest.approx(float(part / whole), rel=1e-3)
+        fixed = plan_of(model, store)
+        assert all(s.round is None and s.scores is None for s in fixed.sites)
+
+    def test_one_round_is_no_choice(self, clip):
+        with pytest.raises(CordaError, match=r"hold one; collect them with rounds=4"):
+            plan_of(*clip, dynamic_covariance=True)
+
+    def test_compactness_is_recorded_where_it_is_cheap(self, clip, monkeypatch):
+        model, store = clip
+        seen = []
+        compactness = ranks.compactness
+        monkeypatch.setattr(
+            ranks, "compactness", lambda *a, **o: seen.append(0) or compactness(*a, **o)
+        )
+        plan = plan_of(model, store)
+        assert len(seen) == len(set(store.site_streams.values()))
+        for site in plan.sites:
+            expected = compactness(store[site.site.name].matrix, site.shape[0])
+            assert site.compactness == pytest.approx(expected, rel=1e-5)
+        assert all(s.compactness is None for s in plan_of(model, None, method="milora").sites)
+        monkeypatch.setattr(choose, "WIDEST", 40)
+        for options, known in (({}, False), ({"route": "fast"}, False), ({"route": "exact"}, True)):
+            for site in plan_of(model, store, **options).sites:
+                assert (site.compactness is not None) == (known or site.shape[1] <= 40)
 
 
 class TestFiles:
@@ -233,6 +332,63 @@ class TestFiles:
         text = str(plan)
         assert "corda-kpm: " in text
         assert all(s.site.name in text for s in plan.sites)
+        assert f"{plan.parameters:,} parameters, rank 4" in text
+        assert "score" not in text
+
+    def test_the_table_tells_what_was_chosen_and_why(self, tiny_clip_hf):
+        store = make_store(tiny_clip_hf, rounds=2)
+        plan = plan_of(tiny_clip_hf, store, dynamic_covariance=True, dynamic_rank=True, side="auto")
+        lines = str(plan).splitlines()
+        for word in ("shape", "side", "round", "score", "others", "log₁₀ π", "rank", "at risk"):
+            assert word in lines[1]
+        for line, site in zip(lines[3:], plan.sites, strict=False):
+            name, shape, side, taken, score, other, pi, rank, risk = line.split()
+            assert (name, shape) == (site.site.name, "{}×{}".format(*site.shape))
+            assert (side, int(taken), int(rank)) == (site.side, site.round, site.rank)
+            assert (float(score), float(other)) == pytest.approx(sorted(site.scores), abs=0.006)
+            assert float(pi) == pytest.approx(math.log10(site.compactness), abs=0.006)
+            assert float(risk.rstrip("%")) == pytest.approx(100 * site.predicted_damage, rel=0.06)
+        assert f"{plan.parameters:,} of {plan.budget:,} parameters, ranks 1 to " in str(plan)
+        wide = dataclasses.replace(
+            plan,
+            sites=tuple(
+                dataclasses.replace(
+                    s,
+                    site=dataclasses.replace(
+                        s.site, name="vision_model.encoder.layers.11.self_attn.out_proj"
+                    ),
+                    shape=(3072, 768),
+                    rank=1024,
+                    scores=(12345.6, 12346.8, 12347.9),
+                    floored=12,
+                )
+                for s in plan.sites
+            ),
+        )
+        assert max(map(len, str(wide).splitlines())) <= 140
+
+    def test_a_diff_shows_what_differs(self, tiny_clip_hf, tmp_path):
+        store = make_store(tiny_clip_hf, rounds=2)
+        plan = plan_of(tiny_clip_hf, store, dynamic_covariance=True)
+        first, second = plan.sites[:2]
+        other = dataclasses.replace(
+            plan, sites=(dataclasses.replace(first, round=None, scores=None), *plan.sites[1:])
+        )
+        texts = [
+            p.save(tmp_path / f"{i}" / "plan.json").read_text().splitlines()
+            for i, p in enumerate((plan, other))
+        ]
+        differing = [(a, b) for a, b in zip(*texts, strict=True) if a != b]
+        assert len(differing) == 2
+        assert differing[1][1].strip() == '"scores": null'
+        assert f'      "spectrum": {list(second.spectrum)},' in texts[0]
+        assert AdapterPlan.load(tmp_path / "0" / "plan.json") == plan
+
+    def test_an_older_plan_is_refused(self, clip, tmp_path):
+        path = plan_of(*clip).save(tmp_path / "plan.json")
+        path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+        with pytest.raises(ForeignFileError, match=r"version 1, .*reads 2\. Make it again with"):
+            AdapterPlan.load(path)
 
     def test_another_model_mode_method_or_family(self, clip, tiny_open_clip, tmp_path):
         plan = plan_of(*clip)

@@ -157,7 +157,11 @@ def rank_budget(
         allowed = ranks.uniform_budget(shapes, rank) if budget is None else budget
         ranks.check_budget(shapes, allowed, min_rank=min_rank, max_rank=max_rank)
         return allowed
-    given = {"budget": budget, "min_rank": None if min_rank == 1 else min_rank, "max_rank": max_rank}
+    given = {
+        "budget": budget,
+        "min_rank": None if min_rank == 1 else min_rank,
+        "max_rank": max_rank,
+    }
     if stray := [f"{name}={value}" for name, value in given.items() if value is not None]:
         raise CordaError(
             f"{', '.join(stray)} given without dynamic_rank: every site then takes rank {rank}. Add "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
-from corda_vlm.files import atomic_write, read_json, write_json
+from corda_vlm.files import atomic_write, read_json, write_text
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.sites import Site, model_fingerprint
 
@@ -27,7 +29,7 @@ FORMAT, VERSION = "corda_vlm.plan", 2
 
 @dataclass(frozen=True)
 class SitePlan:
-    """How one weight matrix is adapted.
+    """How one weight matrix is adapted. Its numbers are kept to six digits, for readers and for diffs.
 
     Attributes:
         shape: (out, inp) of the weight.
@@ -35,7 +37,8 @@ class SitePlan:
         round: which calibration round's covariance; None: all rounds pooled, or no data.
         components: "smallest" or "largest".
         side, power: of the basis, see `Basis`.
-        spectrum: the `rank` singular values of `W C'^p` that were chosen, descending.
+        spectrum: the `rank` singular values of `W C'^p` that were chosen, descending; on the input side the eigenvalues
+            of `C'^p`, for "sc-lora" those of its difference, which may be negative.
         predicted_damage: the share of knowledge energy put at risk, `‖B A C'‖² / ‖W C'‖²` (Frobenius), 0 to 1;
             None without data.
         floored: how many of the chosen components lie at the precision's floor and were completed.
@@ -62,6 +65,10 @@ class SitePlan:
     route: Literal["exact", "fast"]
     compactness: float | None
     scores: tuple[float, ...] | None
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            object.__setattr__(self, entry.name, _six_digits(getattr(self, entry.name)))
 
 
 @dataclass(frozen=True)
@@ -106,30 +113,45 @@ class AdapterPlan:
         return sum(sum(s.shape) * s.rank for s in self.sites)
 
     def table(self) -> str:
-        """A readable table, one row a site."""
-        rows = [
-            [
-                s.site.name,
-                s.site.tower,
-                s.site.role,
-                f"{s.shape[0]}×{s.shape[1]}",
-                s.rank,
-                "-" if s.round is None else s.round,
-                f"{s.spectrum[0]:.3g} … {s.spectrum[-1]:.3g}" if s.spectrum else "-",
-                "-" if s.predicted_damage is None else f"{s.predicted_damage:.2%}",
-                s.floored or "",
-            ]
-            for s in self.sites
+        """A readable table, one row a site; columns that would say nothing are left out."""
+        # heading, alignment, cell of a site
+        columns: list[tuple[str, str, Callable[[SitePlan], str]]] = [
+            ("site", "left", lambda s: s.site.name),
+            ("shape", "right", lambda s: f"{s.shape[0]}×{s.shape[1]}"),
+            ("side", "left", lambda s: s.side),
+            ("round", "right", lambda s: "" if s.round is None else str(s.round)),
+            ("score", "right", lambda s: _score(min(s.scores)) if s.scores else ""),
+            ("others", "left", _others),
+            ("log₁₀ π", "right", lambda s: f"{math.log10(s.compactness):.2f}" if s.compactness else ""),
+            ("rank", "right", lambda s: str(s.rank)),
+            ("at risk", "right", lambda s: _percent(s.predicted_damage)),
+            ("floored", "right", lambda s: str(s.floored or "")),
+        ]  # fmt: skip
+        told = [
+            column
+            for column in columns
+            if any(column[2](s) for s in self.sites)
+            and (column[0] != "side" or len({s.side for s in self.sites}) > 1)
         ]
-        head = ["site", "tower", "role", "shape", "rank", "round", "chosen σ", "at risk", "floored"]
+        rows = [[cell(s) or "-" for _, _, cell in told] for s in self.sites]
+        heads = [head for head, _, _ in told]
         named = f"{self.method}-{self.mode}" if self.mode else self.method
         scale = "the paper's split" if self.a_norm is None else f"rows of A at norm {self.a_norm:g}"
-        return (
-            f"{named}: {len(self.sites)} sites of {self.family}, {self.parameters:,} trainable parameters, "
-            f"damping {self.damping:g}, {scale}\n"
-            + tabulate(rows, head, disable_numparse=True)
-            + "\nat risk: ‖B A C'‖² / ‖W C'‖², the share of the knowledge's energy in the adapted directions"
-        )
+        lines = [
+            f"{named}: {len(self.sites)} sites of {self.family}, damping {self.damping:g}, {scale}",
+            tabulate(rows, heads, disable_numparse=True, colalign=[align for _, align, _ in told]),
+            self.spent,
+            *(f"{head}: {_LEGEND[head]}" for head in heads if head in _LEGEND),
+        ]
+        return "\n".join(lines)
+
+    @property
+    def spent(self) -> str:
+        """The budget in words, e.g. `589,824 of 589,824 parameters, ranks 1 to 40`."""
+        of = "" if self.budget is None else f" of {self.budget:,}"
+        low, high = min(s.rank for s in self.sites), max(s.rank for s in self.sites)
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        return f"{self.parameters:,}{of} parameters, {ranks}"
 
     def check(
         self,
@@ -202,7 +224,7 @@ class AdapterPlan:
             "tensors": {"file": tensors.name, "sha256": digest},
             "sites": [dataclasses.asdict(s) for s in self.sites],
         }
-        write_json(path, described)
+        write_text(path, _readable(described) + "\n")
         return path
 
     @classmethod
@@ -229,7 +251,7 @@ class AdapterPlan:
         if described.get("version") != VERSION:
             raise ForeignFileError(
                 f"{path} is a plan of version {described.get('version')!r}, and this corda_vlm reads {VERSION}. "
-                "Make it again."
+                "Make it again with plan_adapter (corda-vlm init)."
             )
         tensors = _tensors_path(path)
         try:
@@ -248,6 +270,57 @@ class AdapterPlan:
             ) from error
         plan.check(model, mode=mode, method=method, origin=f"the plan {path}")
         return plan
+
+
+# ------------------------------------------------------------------ for a reader
+
+_LEGEND = {
+    "score": "of the calibration round taken, the lowest; others: of the rounds that were not",
+    "log₁₀ π": "compactness of the covariance; the lower, the less a small component can change the outputs",
+    "at risk": "‖B A C'‖² / ‖W C'‖², the share of the knowledge's energy in the adapted directions",
+}
+
+
+def _score(score: float) -> str:
+    return f"{score:.2f}" if score < 1000 else f"{score:.0f}"
+
+
+def _others(site: SitePlan) -> str:
+    """The scores of the rounds that the site did not take."""
+    if site.scores is None or site.round is None:
+        return ""
+    others = [score for index, score in enumerate(site.scores) if index != site.round]
+    low, high = _score(min(others)), _score(max(others))
+    return low if low == high else f"{low}–{high}"
+
+
+def _percent(share: float | None) -> str:
+    return (
+        "" if share is None else f"{100 * share:.2f}%" if share >= 1e-3 else f"{100 * share:.1e}%"
+    )
+
+
+def _six_digits(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_six_digits, value))
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _readable(value: Any, margin: str = "") -> str:
+    """JSON with an entry a line, but what is flat (a site, a spectrum) on one: for readers, and for diffs."""
+    if not isinstance(value, (dict, list, tuple)) or not any(
+        isinstance(inner, (dict, list, tuple))
+        for inner in (value.values() if isinstance(value, dict) else value)
+    ):
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    inside = margin + "  "
+    if isinstance(value, dict):
+        entries = [f"{json.dumps(k)}: {_readable(v, inside)}" for k, v in value.items()]
+        brackets = "{}"
+    else:
+        entries, brackets = [_readable(v, inside) for v in value], "[]"
+    lines = f",\n{inside}".join(entries)
+    return f"{brackets[0]}\n{inside}{lines}\n{margin}{brackets[1]}"
 
 
 # ------------------------------------------------------------------ on disk
