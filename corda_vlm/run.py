@@ -307,9 +307,11 @@ class _Laboratory:
             path = self.folder / name / "plan.json"
             if path.is_file():
                 plan = AdapterPlan.load(path, model=self.loaded.model)
-                if (
-                    request.store is not None
-                    and plan.data_fingerprint != request.store.data_fingerprint
+                made_from = (plan.data_fingerprint, plan.task_fingerprint)
+                stores = (request.store, request.task_store)
+                if any(
+                    store is not None and store.data_fingerprint != made
+                    for store, made in zip(stores, made_from, strict=True)
                 ):
                     raise ForeignFileError(
                         f"{path} was made from other covariances than this experiment's; delete it, or run with --fresh"
