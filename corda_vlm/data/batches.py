@@ -5,17 +5,36 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from corda_vlm.data.conversations import ChatOptions, ConversationMaker
 from corda_vlm.data.records import ImageTextData
 from corda_vlm.errors import DataError, UnknownNameError
 from corda_vlm.families.base import Processor
+from corda_vlm.families.language import LanguageProcessor
 
 TOWERS = ("vision", "text")
+
+
+class Maker(Protocol):
+    """Builds the batch of any set of records: `BatchMaker`, or `ConversationMaker` for models that generate text."""
+
+    workers: int
+
+    @property
+    def data(self) -> Any: ...
+    @property
+    def processor(self) -> Any: ...
+    @property
+    def towers(self) -> tuple[str, ...]: ...
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        """The batch of the records at `indices`; {} if none of them is of use."""
+        ...
 
 
 class BatchMaker:
@@ -152,9 +171,7 @@ class BatchLoader:
         fingerprint: what identifies these batches: the data's own fingerprint, and how they were chosen.
     """
 
-    def __init__(
-        self, maker: BatchMaker, indices: np.ndarray, batch_size: int, chosen_by: str
-    ) -> None:
+    def __init__(self, maker: Maker, indices: np.ndarray, batch_size: int, chosen_by: str) -> None:
         self.maker, self.indices, self.batch_size = maker, indices, batch_size
         text = f"{maker.data.fingerprint} {','.join(maker.towers)} {batch_size} {chosen_by}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -188,16 +205,20 @@ def make_batches(
     towers: Sequence[str] | str | None = None,
     cache_mb: float = 512.0,
     workers: int = 0,
+    chat: ChatOptions | None = None,
+    labelled: bool = False,
 ) -> BatchLoader:
     """Batches {"pixel_values": (B, 3, H, W), "input_ids": (B, L), "attention_mask": (B, L), "labels": (B,)}.
 
-    A batch holds what the data has and `towers` asks for. The last one may be smaller.
+    A batch holds what the data has and `towers` asks for. The last one may be smaller. For models that generate text
+    the batches are those of `ConversationMaker`, with labels (B, L) that are -100 but on the answers.
 
     Args:
         batch_size: records a batch.
         shuffle: take the records in a random order, the same for the same seed.
         limit: only the first so many records of that order.
         towers, cache_mb, workers: as of `BatchMaker`.
+        chat, labelled: as of `ConversationMaker`, for models that generate text.
 
     Raises:
         DataError: the data lacks what a tower needs, or `batch_size` or `limit` is below 1.
@@ -206,6 +227,34 @@ def make_batches(
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1")
     order = np.random.RandomState(seed).permutation(len(data)) if shuffle else np.arange(len(data))
-    maker = BatchMaker(data, processor, towers=towers, cache_mb=cache_mb, workers=workers)
+    maker = make_maker(
+        data,
+        processor,
+        towers=towers,
+        cache_mb=cache_mb,
+        workers=workers,
+        chat=chat,
+        labelled=labelled,
+    )
     chosen_by = f"shuffle={seed if shuffle else None} limit={limit}"
+    if isinstance(maker, ConversationMaker):
+        chosen_by += f" {maker.options}"
     return BatchLoader(maker, order[:limit], batch_size, chosen_by)
+
+
+def make_maker(
+    data: ImageTextData,
+    processor: Processor,
+    *,
+    towers: Sequence[str] | str | None = None,
+    cache_mb: float = 512.0,
+    workers: int = 0,
+    chat: ChatOptions | None = None,
+    labelled: bool = False,
+) -> Maker:
+    """The maker of batches for this kind of model; see `BatchMaker` and `ConversationMaker` for the options."""
+    if isinstance(processor, LanguageProcessor):
+        return ConversationMaker(
+            data, processor, chat=chat, labelled=labelled, cache_mb=cache_mb, workers=workers
+        )
+    return BatchMaker(data, processor, towers=towers, cache_mb=cache_mb, workers=workers)

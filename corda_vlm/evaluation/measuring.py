@@ -22,8 +22,8 @@ from corda_vlm.evaluation.labels import (
     match_labels,
 )
 from corda_vlm.evaluation.retrieval import Retrieval
-from corda_vlm.evaluation.scores import RESAMPLES, Outcome, Score
-from corda_vlm.evaluation.suite import Suite, Task, check_keys, load_suite
+from corda_vlm.evaluation.scores import RESAMPLES, Outcome, Score, told
+from corda_vlm.evaluation.suite import TEXT_TASKS, Suite, Task, check_keys, load_suite
 from corda_vlm.evaluation.zero_shot import ZeroShot
 
 if TYPE_CHECKING:
@@ -127,15 +127,17 @@ def measure(
         scores = tuple(o.score(task.name, task.role, resamples=resamples) for o in outcomes)
         if data.skipped:
             logger.warning(
-                "task %s: %d images do not decode and are left out", task.name, data.skipped
-            )
+                "task %s: %d records are left out, the first %s: %s",
+                task.name, data.skipped, *next((data.place(i), why) for i, why in data.bad.items()),
+            )  # fmt: skip
         measured += 1
         seconds = time.perf_counter() - started
         if show_progress:
-            told = ", ".join(
-                f"{s.metric} {s.value:.1%} ({s.low:.1%} to {s.high:.1%})" for s in scores
+            line = ", ".join(
+                f"{s.metric} {told(s, s.value)} ({told(s, s.low)} to {told(s, s.high)})"
+                for s in scores
             )
-            print(f"  {task.name}: {told}; {scores[0].n:,} examples in {seconds:.0f} s", flush=True)
+            print(f"  {task.name}: {line}; {scores[0].n:,} examples in {seconds:.0f} s", flush=True)
         yield TaskResult(task, scores, outcomes, seconds)
     if chosen and not measured:
         raise DataError(f"no task of suite {suite.name} has its data under {root!r}; set data_root")
@@ -181,7 +183,12 @@ def _least(*limits: int | None) -> int | None:
 
 def _evaluator(
     task: Task, data: Any, suite: Suite, root: str, cache: Cache
-) -> ZeroShot | Retrieval:
+) -> ZeroShot | Retrieval | Any:
+    if task.kind in TEXT_TASKS:
+        try:
+            return TEXT_TASKS[task.kind](data, task.metrics, **task.options)
+        except (CordaError, TypeError) as error:
+            raise CordaError(f"task {task.name} of suite {suite.name}: {error}") from error
     if task.kind == "retrieval":
         return Retrieval(data, task.metrics, _caption_column(task))
     assert task.classes is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ class Score:
     Attributes:
         task: the task's name in the suite.
         metric: "top1", "top5", "mean_per_class", "image_to_text_recall@1", …
-        value, low, high: a share in [0, 1] and its 95 % bootstrap interval over examples.
+        value, low, high: a share in [0, 1] (but for `NO_SHARE`) and its 95 % bootstrap interval over examples.
         n: examples measured.
         role: one of `ROLES`.
         chance: what guessing gives, the zero of "kept knowledge".
@@ -64,6 +65,15 @@ class Score:
     chance: float = 0.0
 
 
+NO_SHARE = frozenset({"perplexity", "log_likelihood", "log_likelihood_per_token"})
+"""Metrics that are no share of anything: reports write them as numbers, not in per cent."""
+
+
+def told(score: Score, value: float) -> str:
+    """A value of this score for people."""
+    return f"{value:.4g}" if score.metric in NO_SHARE else f"{value:.1%}"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One metric before it is averaged: what happened on each example.
@@ -73,26 +83,33 @@ class Outcome:
         values: (n,) a number for each example, 1 for right and 0 for wrong.
         groups: (n,) the class of each example where classes count equally, or None where examples do.
         chance: what guessing gives.
+        weights: (n,) how much each example counts, e.g. its tokens, or None where all count equally.
+        exp: the score is exp of the average, as of log-likelihoods.
     """
 
     metric: str
     values: Float[np.ndarray, " n"]
     groups: Int[np.ndarray, " n"] | None = None
     chance: float = 0.0
+    weights: Float[np.ndarray, " n"] | None = None
+    exp: bool = False
 
     def score(self, task: str, role: str, *, resamples: int = RESAMPLES, seed: int = 0) -> Score:
         """The average over examples (or over classes) with its interval."""
-        interval = bootstrap(self.values, self.groups, resamples=resamples, seed=seed)
-        return Score(
-            task, self.metric, interval.value, interval.low, interval.high,
-            len(self.values), role, self.chance,
-        )  # fmt: skip
+        interval = bootstrap(
+            self.values, self.groups, weights=self.weights, resamples=resamples, seed=seed
+        )
+        value, low, high = interval.value, interval.low, interval.high
+        if self.exp:  # rises with the average, so its bounds are those of the average
+            value, low, high = math.exp(value), math.exp(low), math.exp(high)
+        return Score(task, self.metric, value, low, high, len(self.values), role, self.chance)
 
 
 def bootstrap(
     values: Shaped[np.ndarray, " n"],
     groups: Int[np.ndarray, " n"] | None = None,
     *,
+    weights: Float[np.ndarray, " n"] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     confidence: float = CONFIDENCE,
@@ -100,7 +117,8 @@ def bootstrap(
     """The mean of `values` and its percentile bootstrap interval over examples.
 
     With `groups`, the mean over groups of the mean within each, so that rare classes count as much
-    as common ones; a class that a resample does not contain is left out of that resample's mean.
+    as common ones; a class that a resample does not contain is left out of that resample's mean. With `weights`
+    (above 0) means are weighted, and a resample's are over the weights it drew.
 
     Raises:
         DataError: no examples, or one whose value is not a finite number.
@@ -114,22 +132,25 @@ def bootstrap(
         raise DataError(
             f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite"
         )
+    heavy = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not (np.isfinite(heavy) & (heavy > 0)).all():
+        raise DataError("the weights of a mean must be finite and above 0")
     members = np.zeros(values.size, dtype=np.int64) if groups is None else np.asarray(groups)
     _, members = np.unique(members, return_inverse=True)
     n_groups = int(members.max()) + 1
 
-    # Drawing n examples with replacement is one multinomial draw over the distinct (group, value)
+    # Drawing n examples with replacement is one multinomial draw over the distinct (group, value, weight)
     # cells: the same distribution as drawing indices, at a cost that does not grow with n.
-    cells, counts = np.unique(np.stack([members, values]), axis=1, return_counts=True)
-    cell_group, cell_value = cells[0].astype(np.int64), cells[1]
+    cells, counts = np.unique(np.stack([members, values, heavy]), axis=1, return_counts=True)
+    cell_group, cell_value, cell_weight = cells[0].astype(np.int64), cells[1], cells[2]
     one_hot = np.zeros((len(counts), n_groups))
     one_hot[np.arange(len(counts)), cell_group] = 1.0
 
-    def mean_of(weights: np.ndarray) -> np.ndarray:  # (rows, cells) -> (rows,)
-        size = weights @ one_hot  # (rows, groups)
-        total = (weights * cell_value) @ one_hot
+    def mean_of(drawn: np.ndarray) -> np.ndarray:  # (rows, cells) -> (rows,)
+        size = (drawn * cell_weight) @ one_hot  # (rows, groups)
+        total = (drawn * cell_weight * cell_value) @ one_hot
         seen = size > 0
-        return np.where(seen, total / np.maximum(size, 1), 0.0).sum(-1) / seen.sum(-1)
+        return np.where(seen, total / np.where(seen, size, 1), 0.0).sum(-1) / seen.sum(-1)
 
     generator = np.random.default_rng(seed)
     chunk = max(1, 4_000_000 // len(counts))  # rows drawn at a time, to bound memory

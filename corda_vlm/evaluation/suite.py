@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.evaluation import retrieval, zero_shot
+from corda_vlm.evaluation import likelihood, perplexity, qa, retrieval, vqa, zero_shot
 from corda_vlm.evaluation.scores import ROLES
 from corda_vlm.files import asset
 
-KINDS = {"zero_shot": zero_shot.METRICS, "retrieval": retrieval.METRICS}
+KINDS = {
+    "zero_shot": zero_shot.METRICS,
+    "retrieval": retrieval.METRICS,
+    "vqa": vqa.METRICS,
+    "qa": qa.METRICS,
+    "likelihood": likelihood.METRICS,
+    "multiple_choice": likelihood.CHOICE_METRICS,
+    "perplexity": perplexity.METRICS,
+}
+"""Kind of task -> its metrics."""
+
+TEXT_TASKS: dict[str, Any] = {
+    "vqa": vqa.Vqa,
+    "qa": qa.Qa,
+    "likelihood": likelihood.AnswerLikelihood,
+    "multiple_choice": likelihood.MultipleChoice,
+    "perplexity": perplexity.Perplexity,
+}
+"""Kind of task for models that generate text -> what measures it; its fields are the task's `options`."""
+
+_ONE = ("zero_shot", "vqa")  # kinds that measure one metric unless asked for more
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,7 @@ class Task:
     Attributes:
         name: how tables call it.
         role: one of `ROLES`: "gain", "retention", "selection".
-        kind: "zero_shot" or "retrieval".
+        kind: "zero_shot" or "retrieval", or for models that generate text one of `TEXT_TASKS`.
         data: what `corda_vlm.data.load_records` takes; `{data_root}` in its strings is filled in.
         classes: zero-shot only: a list in the order of the labels; the name of a file in eval/class_names or
             its path; "openai_imagenet"; or a mapping with `names` (any of those) or `from` ("data", or another
@@ -32,6 +52,7 @@ class Task:
         templates: zero-shot only: a list, "openai_imagenet", or the name of a file in eval/templates.
         metrics: what is measured; tasks are compared by the first.
         limit: at most so many examples.
+        options: of a kind of `TEXT_TASKS`, e.g. `{template: plain, max_new_tokens: 8}`.
         source: the suite's file that says so; paths may be relative to it.
     """
 
@@ -43,6 +64,7 @@ class Task:
     templates: Sequence[str] | str | None = None
     metrics: tuple[str, ...] = ()
     limit: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     source: Path | None = None
 
 
@@ -115,7 +137,7 @@ def _find(source: str | Path, beside: Path | None) -> Path:
 def _parse(
     content: Mapping[str, Any], where: str, path: Path | None, below: tuple[Path, ...]
 ) -> Suite:
-    known = [field.name for field in fields(Suite) if field.name != "source"]
+    known = [f.name for f in fields(Suite) if f.name != "source"]
     check_keys(content, [*known, "extends"], ("name", "version", "tasks"), where)
     tasks = content["tasks"]
     if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks:
@@ -141,7 +163,7 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
     if not isinstance(content, Mapping):
         raise CordaError(f"{where} must be a mapping, got {content!r}")
     where = f"{where} ({content['name']})" if "name" in content else where
-    known = [field.name for field in fields(Task) if field.name != "source"]
+    known = [f.name for f in fields(Task) if f.name != "source"]
     check_keys(content, known, ("name", "role", "kind", "data"), where)
     kind, role = content["kind"], content["role"]
     if role not in ROLES:
@@ -154,9 +176,10 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
             raise CordaError(f"{where}: a zero_shot task needs {key}")
         if key not in needed and key in content:
             raise CordaError(f"{where}: a {kind} task takes no {key}")
+    _check_options(content, where)
     if not isinstance(content["data"], (str, Mapping)):
         raise CordaError(f"{where}: data must be a string like 'folder:PATH' or a mapping")
-    metrics = content.get("metrics") or (("top1",) if kind == "zero_shot" else KINDS[kind])
+    metrics = content.get("metrics") or (KINDS[kind][:1] if kind in _ONE else KINDS[kind])
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for metric in metrics:
         if metric not in KINDS[kind]:
@@ -165,6 +188,18 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise CordaError(f"{where}: limit must be a whole number of at least 1, got {limit!r}")
     return Task(**{**content, "metrics": metrics, "source": path})
+
+
+def _check_options(content: Mapping[str, Any], where: str) -> None:
+    if "options" not in content:
+        return
+    options, kind = content["options"], content["kind"]
+    if kind not in TEXT_TASKS:
+        raise CordaError(f"{where}: a {kind} task takes no options")
+    if not isinstance(options, Mapping):
+        raise CordaError(f"{where}: options must be a mapping, got {options!r}")
+    known = [f.name for f in fields(TEXT_TASKS[kind]) if f.name not in ("data", "metrics")]
+    check_keys(options, known, (), f"options of {where}")
 
 
 def check_keys(

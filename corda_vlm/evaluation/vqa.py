@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from corda_vlm.data import ChatOptions
 from corda_vlm.errors import DataError
+from corda_vlm.evaluation.encoder import Encoder
+from corda_vlm.evaluation.generation import answered, check_options, references
+from corda_vlm.evaluation.likelihood import known
+from corda_vlm.evaluation.scores import Outcome
+from corda_vlm.evaluation.speaker import Speaker
+
+if TYPE_CHECKING:
+    from corda_vlm.data import InstructionData
 
 ANSWER_TYPES = ("yes_no", "number", "other")
+METRICS = ("vqa_accuracy", "exact_match", *(f"accuracy_{kind}" for kind in ANSWER_TYPES))
 
 # The tables of the official evaluation, oddities included: only the same tables give the same numbers.
 _NUMBERS = {
@@ -113,3 +127,61 @@ def answer_type(references: Sequence[str]) -> str:
     if usual in ("yes", "no"):
         return "yes_no"
     return "number" if re.fullmatch(r"\d+(\.\d+)?", usual) else "other"
+
+
+@dataclass(frozen=True)
+class Vqa:
+    """Questions about pictures, answered freely.
+
+    vqa_accuracy: see `vqa_accuracy`. exact_match: the share whose normalised answer is one of the normalised
+    references. accuracy_yes_no, accuracy_number, accuracy_other: vqa_accuracy over the questions of that type alone.
+
+    Attributes:
+        template, max_tokens: as of `ChatOptions`.
+        max_new_tokens, stop: of an answer.
+        chance: what a blind guess gives, for what is kept; it cannot be told from the data.
+    """
+
+    data: InstructionData
+    metrics: Sequence[str] = ("vqa_accuracy",)
+    template: str = "auto"
+    max_tokens: int | None = None
+    max_new_tokens: int = 16
+    stop: Sequence[str] = ("\n",)
+    chance: float = 0.0
+
+    def __post_init__(self) -> None:
+        known(self.metrics, METRICS, "vqa")
+        check_options("a vqa task", {"max_new_tokens": self.max_new_tokens}, self.stop)
+
+    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
+        """Yield (metric, value)."""
+        for outcome in self.outcomes(encoder):
+            yield outcome.metric, outcome.score("", "gain", resamples=1).value
+
+    def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
+        """Yield for each metric what happened on each question.
+
+        Raises:
+            DataError: no question is of use, one has no answer, or none is of the type that a metric is about.
+        """
+        chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
+        right: list[tuple[float, float, str]] = []
+        for record, said in answered(
+            Speaker.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
+        ):  # fmt: skip
+            known_answers = references(record, str(self.data.spec))
+            match = normalise_answer(said) in {normalise_answer(one) for one in known_answers}
+            right.append(
+                (vqa_accuracy(said, known_answers), float(match), answer_type(known_answers))
+            )
+        for metric in self.metrics:
+            kind = metric.removeprefix("accuracy_")
+            values = [
+                match if metric == "exact_match" else accuracy
+                for accuracy, match, own in right
+                if kind == metric or own == kind
+            ]
+            if not values:
+                raise DataError(f"{self.data.spec}: has no question of type {kind}, for {metric}")
+            yield Outcome(metric, np.asarray(values), chance=self.chance)

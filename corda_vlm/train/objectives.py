@@ -15,6 +15,7 @@ from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Batch, Family, Processor, evaluating, unwrap
 from corda_vlm.train.heads import Head, Prompts, Template, prompt_logits
 from corda_vlm.train.losses import capped, contrastive_logits, contrastive_loss
+from corda_vlm.train.next_token import make_next_token
 from corda_vlm.train.options import TrainOptions
 
 
@@ -23,7 +24,7 @@ class Objective(Protocol):
     """A loss over batches.
 
     Attributes:
-        towers: what a batch must hold, "vision" and "text".
+        towers: what a batch must hold, "vision" and "text", or "language" for conversations.
         head: the trained classifier, or None.
     """
 
@@ -123,6 +124,8 @@ def make_objective(
         CordaError: prompts that cannot be built.
     """
     smoothing = options.label_smoothing
+    if options.loss == "next_token":
+        return make_next_token(options, processor, data)
     if options.loss == "contrastive":
         if data.texts is None:
             raise DataError(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from corda_vlm.data import BatchMaker
+from corda_vlm.data import Maker
 from corda_vlm.errors import DataError
 
 
@@ -24,7 +24,7 @@ class StepBatches(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, maker: BatchMaker, *, batch_size: int, steps: int, seed: int, augment: str = "none"
+        self, maker: Maker, *, batch_size: int, steps: int, seed: int, augment: str = "none"
     ) -> None:
         self.maker, self.batch_size, self.steps = maker, batch_size, steps
         self.seed, self.augment = seed, augment
@@ -59,13 +59,17 @@ class StepBatches(Dataset[dict[str, Tensor]]):
 
     def _make(self, step: int) -> dict[str, Tensor]:
         batch = self.maker.batch(self.indices(step))
-        if not batch:  # every image of it is undecodable: the next ones, so that a step is a step
+        if not batch:  # none of its records is of use: the next ones, so that a step is a step
             for later in range(step + 1, step + 1 + self.per_epoch):
                 if batch := self.maker.batch(self.indices(later)):
                     break
             else:
-                raise DataError(f"{self.maker.data.spec}: not one image decodes")
+                raise DataError(f"{self.maker.data.spec}: not one record is of use")
         if self.augment == "light" and "pixel_values" in batch:
+            if batch["pixel_values"].dim() != 4:
+                raise DataError(
+                    "augment light turns and shifts whole images, and this model reads pieces of them; choose none"
+                )
             stream = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
             batch["pixel_values"] = jitter(batch["pixel_values"], stream)
         return batch

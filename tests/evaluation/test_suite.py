@@ -145,7 +145,7 @@ def test_undecodable_images_are_counted(
     (colour_folder / "red" / "0.png").write_bytes(b"not a picture")
     spec = {"source": f"folder:{colour_folder}", "max_bad_share": 0.1}
     assert evaluate(loaded, suite_of(colour_folder, data=spec))[0].n == 11
-    assert "1 images do not decode" in caplog.text
+    assert "1 records are left out, the first" in caplog.text
     with pytest.raises(DataError, match="do not decode"):
         evaluate(loaded, suite_of(colour_folder))
 
@@ -154,7 +154,7 @@ def test_undecodable_images_are_counted(
     ("change", "told"),
     [
         ({"role": "gains"}, "unknown role.*gain, retention.*Did you mean 'gain'"),
-        ({"kind": "zeroshot"}, "unknown kind.*retrieval, zero_shot"),
+        ({"kind": "zeroshot"}, "unknown kind.*retrieval, vqa, zero_shot"),
         ({"metrics": ["top2"]}, "unknown metric.*mean_per_class, top1, top5"),
         ({"template": "x"}, "unknown key in the suite given, task 1 .colours. 'template'.*Did you mean 'templates'"),
         ({"templates": None}, "needs templates"),

@@ -1,0 +1,210 @@
+"""Chat templates: from messages to the text a model reads, and which of its characters are the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from corda_vlm.data.formats import Message
+from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.families.language import LanguageProcessor
+
+TEMPLATES: Mapping[str, str] = {
+    "plain": (
+        "{% for m in messages %}"
+        "{% if m['role'] == 'assistant' %}Answer: {{ m['content'] }}\n"
+        "{% elif m['role'] == 'user' %}Question: {{ m['content'] }}\n"
+        "{% else %}{{ m['content'] }}\n\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+    ),
+    # The break is a string, as Jinja swallows one that follows a tag.
+    "bare": (
+        "{% for m in messages %}{{ m['content'] }}{{ '\n' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    ),
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "vicuna": (
+        "{% for m in messages %}"
+        "{% if m['role'] == 'assistant' %}ASSISTANT: {{ m['content'] }}{{ eos_token }}"
+        "{% elif m['role'] == 'user' %}USER: {{ m['content'] }} "
+        "{% else %}{{ m['content'] }} {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    ),
+}
+"""Templates by name, for models that bring none. "plain": Question and Answer on lines of their own, as a base model
+is asked; "bare": the question as it is, a space, the answer; "vicuna": LLaVA-1.5's."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where an answer lies in a text, in characters.
+
+    Attributes:
+        start: after what the template writes before an answer; the space that follows it belongs to the answer.
+        content_end: the end of the answer itself.
+        end: the end of the turn, with the token that ends it.
+    """
+
+    start: int
+    content_end: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as one text.
+
+    Attributes:
+        turns: of the assistant, in order.
+        special_tokens: must the tokenizer still add its own, as the text does not begin with one?
+    """
+
+    text: str
+    turns: tuple[Turn, ...]
+    special_tokens: bool
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The template of one model.
+
+    Attributes:
+        template: "auto" for the model's own, a name of `TEMPLATES`, a file that ends in .jinja, or Jinja itself.
+    """
+
+    processor: LanguageProcessor
+    template: str = "auto"
+
+    @cached_property
+    def _jinja(self) -> str | None:
+        """The template in place of the model's own.
+
+        Raises:
+            CordaError: the model has none of its own.
+            UnknownNameError: no such template.
+        """
+        if self.template == "auto":
+            if not getattr(self.processor.templater, "chat_template", None):
+                raise CordaError(
+                    "unknown chat template: this model's tokenizer brings none; name one, template: "
+                    f"{', '.join(TEMPLATES)}, or a .jinja file"
+                )
+            return None
+        if self.template in TEMPLATES:
+            return TEMPLATES[self.template]
+        if "{%" in self.template or "{{" in self.template:
+            return self.template
+        path = Path(self.template).expanduser()
+        if path.suffix == ".jinja" and path.is_file():
+            return path.read_text(encoding="utf-8")
+        raise UnknownNameError(
+            "chat template",
+            self.template,
+            ["auto", *TEMPLATES],
+            "Or give the path of a .jinja file.",
+        )
+
+    @cached_property
+    def _opens_answers(self) -> bool:
+        """Does the template write something before an answer when it is asked to?"""
+        probe: list[Message] = [{"role": "user", "content": "x"}]
+        return self._render(probe, True) != self._render(probe, False)
+
+    @cached_property
+    def _endings(self) -> tuple[str, ...]:
+        """Tokens that may end a turn."""
+        tokenizer = self.processor.tokenizer
+        return tuple({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
+
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
+        """The conversation up to where the last answer begins, for the model to go on."""
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        until = answers[-1] if answers and answers[-1] == len(messages) - 1 else len(messages)
+        text = self._opening(messages[:until])
+        return Rendered(text, (), self._wants_special_tokens(text))
+
+    def whole(self, messages: Sequence[Message]) -> Rendered:
+        """The whole conversation, with its answers.
+
+        The text ends with a token that ends a turn: the template's own, else the end of text, so that a model that
+        learns from it learns to stop.
+
+        Raises:
+            DataError: the template does not take these messages, or writes an answer so that it cannot be told
+                where it is (e.g. it rewrites earlier turns).
+        """
+        text = self._render(messages, False)
+        turns = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            last = index == len(messages) - 1
+            opening = self._opening(messages[:index])
+            if not text.startswith(opening):
+                raise DataError(_rewritten(index))
+            content = str(message["content"]).strip()
+            at = text.find(content, len(opening))
+            ending = text if last else self._render(messages[: index + 1], False)
+            if at < 0 or not text.startswith(ending) or at + len(content) > len(ending):
+                raise DataError(_rewritten(index))
+            start = len(opening) if self._opens_answers else at
+            stop = max(len(ending.rstrip()), at + len(content))
+            if last and not text[:stop].endswith(self._endings):
+                text = text[:stop] + (self.processor.tokenizer.eos_token or "")
+                stop = len(text)
+            turns.append(Turn(start, at + len(content), stop))
+        return Rendered(text, tuple(turns), self._wants_special_tokens(text))
+
+    def _opening(self, messages: Sequence[Message]) -> str:
+        # A space at the end would be a token of its own, and the answer's first word another than in training.
+        return self._render(messages, True).rstrip(" ")
+
+    def _wants_special_tokens(self, text: str) -> bool:
+        first = self.processor.tokenizer.bos_token
+        return not (first and text.startswith(first))
+
+    def _render(self, messages: Sequence[Message], opens: bool) -> str:
+        jinja, templater = self._jinja, self.processor.templater
+        own_parts = jinja is None and templater is self.processor.whole
+        options: dict[str, Any] = {} if jinja is None else {"chat_template": jinja}
+        if jinja is not None:
+            templater = self.processor.tokenizer
+        place = self.processor.image_token
+        written = [_in_parts(m) if own_parts else _in_text(m, place) for m in messages]
+        try:
+            return templater.apply_chat_template(
+                written, tokenize=False, add_generation_prompt=opens, **options
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise DataError(f"the chat template does not take it ({error})") from error
+
+
+def _in_parts(message: Message) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return {"role": message["role"], "content": [{"type": "text", "text": content}]}
+    return message
+
+
+def _in_text(message: Message, place: str | None) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    if place is None:
+        raise DataError("has an image, and this model reads text alone")
+    parts = [f"{place}\n" if part["type"] == "image" else part["text"] for part in content]
+    return {"role": message["role"], "content": "".join(parts)}
+
+
+def _rewritten(index: int) -> str:
+    return (
+        f"the chat template writes message {index} in other words, so that its answer cannot be told from the rest; "
+        "choose another template"
+    )

@@ -1,0 +1,68 @@
+"""The loss of models that generate text: the next token, where it belongs to an answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corda_vlm.data import ChatOptions, ImageTextData, InstructionData, no_labels
+from corda_vlm.errors import DataError
+from corda_vlm.families.base import Batch, Processor
+from corda_vlm.families.language import IGNORED, LanguageProcessor
+from corda_vlm.train.heads import Head
+from corda_vlm.train.options import TrainOptions
+
+
+@dataclass
+class NextTokenObjective:
+    """Cross-entropy of the labelled tokens of a batch, each given the tokens before it; all count equally.
+
+    A record is right if every one of its labelled tokens was the most likely one, given the true tokens before it.
+    """
+
+    label_smoothing: float = 0.0
+    head: Head | None = None
+    towers: tuple[str, ...] = ("language",)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        labels = batch["labels"][:, 1:]  # position i predicts token i + 1
+        learnt = labels != IGNORED  # (B, L - 1)
+        if not bool(learnt.any()):
+            raise DataError("a batch holds no token to learn: all its labels are masked")
+        logits = model(**no_labels(dict(batch)), use_cache=False).logits[:, :-1]
+        # Only where something is learnt: of long prompts the whole (B, L, V) in float32 may not fit.
+        picked, target = logits[learnt], labels[learnt]  # (n, V), (n,)
+        with torch.autocast(picked.device.type, enabled=False):
+            loss = F.cross_entropy(picked.float(), target, label_smoothing=self.label_smoothing)
+        right = torch.ones_like(learnt)
+        right[learnt] = picked.detach().argmax(-1) == target
+        return loss, right.all(1)
+
+
+def make_next_token(
+    options: TrainOptions, processor: Processor, data: ImageTextData
+) -> NextTokenObjective:
+    """The objective, once model and data go with it.
+
+    Raises:
+        DataError: a model that does not generate text, or records that are no conversations.
+    """
+    if not isinstance(processor, LanguageProcessor):
+        raise DataError(
+            f"{data.spec}: the next_token loss is for models that generate text; for this one choose prompt, linear "
+            "or contrastive"
+        )
+    if not isinstance(data, InstructionData):
+        raise DataError(
+            f"{data.spec}: the next_token loss needs conversations, questions or documents; say which format: the "
+            "records have (llava, chat, qa or text)"
+        )
+    return NextTokenObjective(options.label_smoothing)
+
+
+def chat_options(options: TrainOptions) -> ChatOptions:
+    """How the training's conversations become tokens."""
+    return ChatOptions(options.template, options.learn, options.max_tokens, options.too_long)
