@@ -4,12 +4,13 @@ from corda_vlm.train.heads import DEFAULT_TEMPLATES, Head, Template, prompt_logi
 from corda_vlm.train.loop import TrainingInterrupted, train
 from corda_vlm.train.losses import contrastive_loss
 from corda_vlm.train.options import TrainOptions, TrainResult
-from corda_vlm.train.trainer import ExtraLossMixin
+from corda_vlm.train.penalty import AnchorMixin, PenaltyMixin
 
 __all__ = [
     "DEFAULT_TEMPLATES",
-    "ExtraLossMixin",
+    "AnchorMixin",
     "Head",
+    "PenaltyMixin",
     "Template",
     "TrainOptions",
     "TrainResult",

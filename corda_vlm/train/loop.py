@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +12,10 @@ from signal import SIGTERM
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
+from corda_vlm.anchor import Anchor
 from corda_vlm.data import BatchMaker, ImageTextData, make_batches
 from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family
@@ -23,6 +24,7 @@ from corda_vlm.files import read_json, write_json
 from corda_vlm.train.heads import Template
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
+from corda_vlm.train.penalty import Penalty, check_weight
 from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.trainer import make_trainer
 from corda_vlm.train.watch import Watch, read_history, stop_on_signal
@@ -52,7 +54,9 @@ def train(
     templates: Sequence[Template] | None = None,
     eval_data: ImageTextData | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    extra_loss: Callable[[], Tensor] | None = None,
+    anchor: Anchor | None = None,
+    anchor_weight: float = 0.0,
+    extra_loss: Penalty | None = None,
     extra_weight: float = 1.0,
     show_progress: bool = True,
 ) -> TrainResult:
@@ -73,12 +77,16 @@ def train(
         templates: prompts with `{}` for the name; default "a photo of a {}.".
         eval_data: evaluated every `options.eval_every` steps and at the end, into the history.
         callbacks: further callbacks of transformers.
-        extra_loss: a term of the loss that looks at the weights, e.g. a penalty; in the history, unweighted.
+        anchor: of `anchor_penalty(model, store)`, built before this call, as an interrupted training's weights are
+            loaded here. In the history, as the forecast of forgetting.
+        anchor_weight: the loss gets so many times the anchor; with 0 it is only in the history.
+        extra_loss: another term of the loss that looks at the weights; in the history, unweighted.
         extra_weight: its weight.
         show_progress: a progress bar with loss, rate and throughput.
 
     Raises:
-        CordaError: nothing to train, a loss that is not finite, `output_dir` of another training, disk full.
+        CordaError: nothing to train, a loss that is not finite, `output_dir` of another training, disk full, a weight
+            without an anchor or an anchor of another model.
         DataError: the data lacks what the loss needs.
         TrainingInterrupted: Ctrl-C.
     """
@@ -86,7 +94,9 @@ def train(
     family = detect_family(unwrap(model))
     objective = make_objective(options, model, family, processor, data, classes, templates)
     _check_trainable(model, objective)
+    _check_anchor(model, anchor, anchor_weight)
     plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
+    plan["anchor"] = _anchored(anchor, anchor_weight)
     _begin(output, plan, model)
     if (output / DONE).is_file():
         return _finished(output, model, objective)
@@ -128,7 +138,10 @@ def train(
         output_dir=output,
         callbacks=[watch, *callbacks],
     )
-    trainer.extra_loss, trainer.extra_weight = extra_loss, extra_weight
+    if anchor is not None:
+        trainer.anchor_to(anchor, anchor_weight)
+    if extra_loss is not None:
+        trainer.penalise("extra_loss", extra_loss, extra_weight)
     watch.trainer = trainer
     checkpoint = last_checkpoint(output)
     with _as_it_was(model), stop_on_signal(watch):
@@ -178,6 +191,18 @@ def _plan(
     return json.loads(json.dumps(plan))
 
 
+def _anchored(anchor: Anchor | None, weight: float) -> dict[str, Any] | None:
+    """What decides about the weights; an anchor that is only logged does not."""
+    if anchor is None or weight == 0:
+        return None
+    return {
+        "weight": weight,
+        "data": anchor.data_fingerprint,
+        "energy": anchor.energy,
+        "sites": len(anchor.sites),
+    }
+
+
 def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
     """Write the plan, or check that the one that is there is the same."""
     path = output / BEGUN
@@ -189,6 +214,8 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
         write_json(path, plan)
         return
     saved = read_json(path, "training plan")
+    if isinstance(saved, dict):
+        saved = {"anchor": None, **saved}  # trainings begun before there was one
     if not isinstance(saved, dict) or set(saved) != set(plan):
         raise CordaError(
             f"{path} is not a training plan of this version; delete {output} or choose another"
@@ -202,6 +229,12 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
         name
         for name in ("data", "classes", "templates", "extra_weight")
         if saved[name] != plan[name]
+    ]
+    before, now = saved["anchor"] or {}, plan["anchor"] or {}
+    changed += [
+        f"the anchor's {name}: {before.get(name)} there, {now.get(name)} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
     ]
     if changed:
         raise CordaError(
@@ -287,6 +320,19 @@ def _check_trainable(model: nn.Module, objective: Objective) -> None:
         raise CordaError(
             f"nothing to train: no parameter of {type(unwrap(model)).__name__} requires a gradient. Prepare it "
             "with a method (lora, corda-kpm, full, ...), or train a head (train_head, or loss: linear)."
+        )
+
+
+def _check_anchor(model: nn.Module, anchor: Anchor | None, weight: float) -> None:
+    check_weight(weight, "anchor")
+    if anchor is None and weight > 0:
+        raise CordaError(
+            f"anchor_weight is {weight}, but there is no anchor; pass anchor=anchor_penalty(model, store)"
+        )
+    if anchor is not None and anchor.model is not unwrap(model):
+        raise CordaError(
+            "the anchor was built for another model than the one to train; build it with anchor_penalty(model, store) "
+            "for this one"
         )
 
 

@@ -112,7 +112,8 @@ class TrainResult:
 
     Attributes:
         history: entries as in `history.jsonl`: step, epoch, seconds, loss, learning_rate, grad_norm,
-            samples_per_second, extra_loss where there is one; and eval_loss, eval_accuracy on their own steps.
+            samples_per_second, anchor and extra_loss where there are such (without their weights, and no part of
+            loss); and eval_loss, eval_accuracy on their own steps.
         steps: optimiser steps done.
         seconds: spent in training, over all its resumptions.
         samples_per_second: images (or pairs) trained on a second, in the last run of it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +19,11 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families.base import evaluating, unwrap
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.penalty import AnchorMixin
 from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.weights import all_finite, load_weights, save_weights
 
-Penalty = Callable[[], Tensor]
-"""A term of the loss that looks at the weights and at no batch: () -> scalar."""
-
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-
-
-class ExtraLossMixin:
-    """Adds `extra_weight * extra_loss()` to whatever loss the Trainer beside it computes.
-
-    For any `transformers.Trainer`: `class Mine(ExtraLossMixin, Trainer)`, then set `mine.extra_loss`.
-
-    Attributes:
-        extra_loss: the penalty, or None.
-        extra_weight: its weight.
-        extra_seen: the unweighted penalties since someone last emptied the list, for logs.
-    """
-
-    extra_loss: Penalty | None = None
-    extra_weight: float = 1.0
-    extra_seen: list[Tensor]
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any
-    ) -> Any:
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **rest)  # type: ignore[misc]
-        if self.extra_loss is None or not model.training:
-            return found
-        penalty = self.extra_loss()
-        self.__dict__.setdefault("extra_seen", []).append(penalty.detach())
-        if return_outputs:
-            return found[0] + self.extra_weight * penalty, found[1]
-        return found + self.extra_weight * penalty
 
 
 class _BatchLoss(Trainer):
@@ -189,8 +159,8 @@ class _BatchLoss(Trainer):
         )
 
 
-class CordaTrainer(ExtraLossMixin, _BatchLoss):
-    """`_BatchLoss` with the extra term."""
+class CordaTrainer(AnchorMixin, _BatchLoss):
+    """`_BatchLoss` with terms that look at the weights."""
 
 
 SECONDS = "seconds.txt"

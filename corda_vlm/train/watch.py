@@ -20,6 +20,9 @@ from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.files import write_text
 from corda_vlm.train.options import TrainOptions
 
+PENALTIES = ("anchor", "extra_loss")
+"""Terms that look at the weights, by their names in the logs and in the history."""
+
 SAVE_SECONDS = 120.0
 """Time between checkpoints when `save_every` is not given: what a kill may cost."""
 
@@ -128,20 +131,19 @@ class Watch(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "samples_per_second": round(self.samples_per_second, 2),
+            **{name: logs[name] for name in PENALTIES if name in logs},
         }
-        extra = trainer.__dict__.get("extra_seen", [])
-        if extra:
-            entry["extra_loss"] = float(torch.stack(extra).mean())
-            extra.clear()
         trainer.loss_seen.clear()
         self._note(entry)
         if self._bar is not None:
-            self._bar.set_postfix(
-                loss=f"{entry['loss']:.3f}",
-                lr=f"{entry['learning_rate']:.1e}",
-                samples=f"{entry['samples_per_second']:.0f}/s",
-                refresh=False,
-            )
+            shown = {
+                "loss": f"{entry['loss']:.3f}",
+                "lr": f"{entry['learning_rate']:.1e}",
+                "samples": f"{entry['samples_per_second']:.0f}/s",
+            }
+            if "anchor" in entry:
+                shown["anchor"] = f"{entry['anchor']:.2g}"
+            self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()

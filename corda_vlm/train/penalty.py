@@ -1,0 +1,136 @@
+"""Terms of the loss that look at the weights and at no batch, for any Trainer of transformers or TRL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corda_vlm.anchor import Anchor, anchor_penalty
+from corda_vlm.covariance import CovarianceStore
+from corda_vlm.errors import CordaError
+from corda_vlm.sites import Site
+
+Penalty = Callable[[], Tensor]
+"""() -> scalar, differentiable."""
+
+
+@dataclass
+class _Term:
+    """One penalty, and its unweighted values since they were last logged."""
+
+    penalty: Penalty
+    weight: float
+    seen: list[Tensor] = field(default_factory=list)
+
+
+class PenaltyMixin:
+    """Adds penalties to what a `transformers.Trainer` minimises, once for each optimiser step.
+
+        class Mine(PenaltyMixin, Trainer): pass
+
+    A penalty has a backward pass of its own, after that of the step's last batch and before gradients are clipped.
+    So it does not matter how the Trainer computes its loss or how many batches it accumulates, every process of a
+    distributed training adds the same gradient, and losses, those of evaluations too, are logged without it.
+    """
+
+    def penalise(self, name: str, penalty: Penalty, weight: float = 1.0) -> None:
+        """From now on, add `weight * penalty()`; `name` is its key in the logs, where it is not weighted.
+
+        With weight 0 it is only logged, without gradients, and computed no more often than that.
+
+        Raises:
+            CordaError: a weight that is negative or not finite.
+        """
+        check_weight(weight, name)
+        self._terms()[name] = _Term(penalty, weight)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            for name, term in self._terms().items():
+                if term.weight > 0:
+                    self._minimise(name, term)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: _mean(term) for name, term in self._terms().items()}}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _minimise(self, name: str, term: _Term) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            raise CordaError(
+                f"{name!r} looks at whole weights, which DeepSpeed and FSDP cut into pieces; train with one process, "
+                "or with plain DistributedDataParallel"
+            )
+        value = term.penalty()
+        if not torch.isfinite(value):
+            raise CordaError(
+                f"{name!r} is {float(value.detach())} at step {self.state.global_step + 1}: the weights have grown "  # type: ignore[attr-defined]
+                "beyond all measure; lower the learning rate"
+            )
+        # not `backward()` of its own: in float16 the accelerator scales gradients
+        self.accelerator.backward(term.weight * value)  # type: ignore[attr-defined]
+        term.seen.append(value.detach())
+
+    def _terms(self) -> dict[str, _Term]:
+        # made on demand, as a mixin that has no say in how its Trainer is constructed
+        return self.__dict__.setdefault("_penalties", {})
+
+
+class AnchorMixin(PenaltyMixin):
+    """`anchor_to(store, weight)` for any Trainer of transformers or TRL: hold down what it would forget.
+
+    class Trainer(AnchorMixin, SFTTrainer): pass
+    trainer = Trainer(model=..., ...)
+    trainer.anchor_to(store, weight=30)
+
+    Logs get "anchor": the mean relative change of the layers' outputs on the knowledge.
+    """
+
+    def anchor_to(
+        self,
+        store: CovarianceStore | Anchor,
+        weight: float,
+        *,
+        sites: Iterable[Site | str] | None = None,
+        energy: float | None = None,
+    ) -> Anchor:
+        """From now on, add `weight` times the anchor; to be called before `train()`.
+
+        Args:
+            store: covariances of the knowledge, collected from the model before it was adapted; or an anchor that
+                was built already.
+            weight: 0 only logs it, as a forecast of forgetting.
+            sites, energy: as in `anchor_penalty`, which also says what is raised.
+        """
+        check_weight(weight, "anchor")
+        if isinstance(store, Anchor):
+            anchor = store
+        else:
+            anchor = anchor_penalty(self.model, store, sites=sites, energy=energy)  # type: ignore[attr-defined]
+        self.penalise("anchor", anchor, weight)
+        return anchor
+
+
+def check_weight(weight: float, name: str) -> None:
+    """Raise `CordaError` unless `weight` is a number from zero on."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise CordaError(
+            f"the weight of {name!r} is {weight}; it must be a number from 0 (only logged) on"
+        )
+
+
+def _mean(term: _Term) -> float:
+    """The mean since this was last asked; of a penalty that is only logged, the value now."""
+    if term.seen:
+        value = float(torch.stack(term.seen).mean())
+        term.seen.clear()
+        return value
+    with torch.no_grad():
+        return float(term.penalty())
