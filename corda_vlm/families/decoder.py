@@ -154,6 +154,8 @@ def _method(quantization: Any) -> str | None:
     if not quantization:
         return None
     value = quantization if isinstance(quantization, dict) else vars(quantization)
+    if value.get("dequantize"):
+        return None  # unpacked to plain matrices while loading
     method = str(
         getattr(value.get("quant_method"), "value", value.get("quant_method") or "unknown")
     )

@@ -78,9 +78,15 @@ def _check(path: Path) -> None:
 def _convert(path: Path, folder: Path) -> None:
     import transformers
 
+    # Recent versions leave the blocks packed unless told otherwise, and will not save what came from a GGUF file.
+    unpack = getattr(transformers, "GgufConfig", None)
+    options = {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16
+        path.parent, gguf_file=path.name, dtype=torch.bfloat16, **options
     )
+    for left in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(left, None)
+    vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.save_pretrained(folder)

@@ -56,7 +56,7 @@ def or_missing(load: Callable[[], Any]) -> Any:
     """What `load` gives, or its stand-in: a model can be adapted without it."""
     try:
         return load()
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         return Missing(error)
 
 

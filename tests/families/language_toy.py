@@ -75,7 +75,7 @@ VLM = {
         "LlavaOnevision", t.Qwen2Config(**TEXT), _SIGLIP, image_grid_pinpoints=PINPOINTS
     ),
     "paligemma": _vlm(
-        "PaliGemma", t.GemmaConfig(**TEXT, head_dim=8), _SIGLIP, projection_dim=32, hidden_size=32
+        "PaliGemma", t.GemmaConfig(**{**TEXT, "vocab_size": 1200}, head_dim=8), _SIGLIP, projection_dim=32, hidden_size=32
     ),
     "gemma3": _vlm("Gemma3", t.Gemma3TextConfig(**TEXT, head_dim=8), _SIGLIP, mm_tokens_per_image=4),
     "internvl": _vlm(
@@ -173,7 +173,7 @@ WORDS = [
 ]
 
 
-def tokenizer(*special: str, **tokens):
+def tokenizer(*special: str, extra_special_tokens=None, **tokens):
     """Words, split at spaces and punctuation."""
     words = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>")
@@ -184,7 +184,7 @@ def tokenizer(*special: str, **tokens):
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     named = {key: value for key, value in (named | tokens).items() if value is not None}
     return t.PreTrainedTokenizerFast(
-        tokenizer_object=words, additional_special_tokens=list(special), **named
+        tokenizer_object=words, extra_special_tokens=extra_special_tokens or list(special), **named
     )
 
 
@@ -228,12 +228,13 @@ def _idefics3():
 
 
 def _internvl():
-    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<ctx>"}  # fmt: skip
-    words = tokenizer(*named.values(), "<video>")
-    words.video_token = "<video>"
-    for key, token in named.items():
-        setattr(words, key, token)
-        setattr(words, f"{key}_id", words.convert_tokens_to_ids(token))
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<ctx>",
+        "video_token": "<video>",
+    }
+    words = tokenizer(extra_special_tokens=named)
     images = t.GotOcr2ImageProcessor(
         size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=2
     )
@@ -256,7 +257,7 @@ def with_processor(name: str) -> SimpleNamespace:
     """A model and transformers' processor for it, which agree on the image token."""
     model, whole = make(name), PROCESSORS[name]()
     model.config.image_token_id = whole.image_token_id
-    assert len(whole.tokenizer) <= TEXT["vocab_size"]
+    assert len(whole.tokenizer) <= model.get_input_embeddings().num_embeddings
     return SimpleNamespace(model=model, whole=whole)
 
 
