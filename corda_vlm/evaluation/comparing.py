@@ -59,6 +59,7 @@ class Dominance:
         start, stop: the range.
         mean: of the difference of what both keep along it; a curve that does not reach an accuracy keeps 0 there.
         minimum: the smallest difference on the range.
+        where: the task accuracy at which it is, in the means over seeds.
         above: share of the range on which the curve lies above, in the means over seeds.
     """
 
@@ -68,6 +69,7 @@ class Dominance:
     stop: float
     mean: Interval
     minimum: Interval
+    where: float
     above: float
 
     @property
@@ -271,18 +273,16 @@ def against(
     for label in others:
         mean = seeds.over(lambda d, c=label: mean_height(difference(d, c)))
         least = seeds.over(lambda d, c=label: float(difference(d, c).min()))
-        above = float((difference(seeds.means, label) > 0).mean())
+        overall = difference(seeds.means, label)
         found.append(
             Dominance(
-                label,
-                reference_curve,
-                begin,
-                last,
-                seeds.certain(mean),
-                seeds.certain(least),
-                above,
+                label, reference_curve, begin, last,
+                mean=seeds.certain(mean),
+                minimum=seeds.certain(least),
+                where=float(np.linspace(begin, last, len(overall))[overall.argmin()]),
+                above=float((overall > 0).mean()),
             )
-        )
+        )  # fmt: skip
     return found
 
 

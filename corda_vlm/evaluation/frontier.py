@@ -103,7 +103,8 @@ class Results:
                 setting = Setting(row.get("learning_rate"), float(row.get("scale", 1.0)))
                 seeds = trained.setdefault(row["method"], {}).setdefault(setting, {})
                 seeds.setdefault(row.get("seed"), {})[task] = float(row["value"])
-                if row.get("forecast") is not None:
+                # of the trained model itself: what a scale makes of it follows (`forecast`)
+                if row.get("forecast") is not None and setting.scale == 1.0:
                     key = (row["method"], setting.learning_rate, row.get("seed"))
                     forecasts[key] = float(row["forecast"])
         absent = [task for task in primary if task not in base]

@@ -134,8 +134,11 @@ class _Report:
             )
         sections += self._alone()
         if any(setting.scale != 1.0 for of in results.trained.values() for setting in of):
-            table = trained_table(results, scaled=True)
-            sections.append(Section("Scaled after training", tables=[table], folded=True))
+            tables = [trained_table(results, scaled=True)]
+            if len(self._leading()) < len(self.comparisons):
+                caption = "Every curve, with and without scaling; otherwise as the first table."
+                tables = [equal_table(self.comparisons, caption), *tables]
+            sections.append(Section("Scaled after training", tables=tables, folded=True))
         sections.append(Section("The model before training", tables=[base_table(results)]))
         if pictures := [*self._training(), *_heatmap(self.run_dir), *self.more]:
             sections.append(Section("How it was trained", pictures=pictures))
@@ -160,8 +163,17 @@ class _Report:
         if not drawn and not self.comparisons:
             return []
         told = _how_compared(results, self.comparisons) if self.comparisons else _state(results)
-        tables = [equal_table(self.comparisons)] if self.comparisons else []
+        tables = [equal_table(self._leading())] if self.comparisons else []
         return [Section("What was kept at equal task accuracy", [told], drawn, tables)]
+
+    def _leading(self) -> list[Comparison]:
+        """All comparisons, or of many methods only those of their curves over learning rates and scales."""
+        labels = {c.curve for c in self.comparisons}
+        return [
+            c
+            for c in self.comparisons
+            if not self.many or c.curve == REFERENCE or f"{c.curve}, scaled" not in labels
+        ]
 
     def _against(self) -> list[Section]:
         found = self.dominances
@@ -190,12 +202,12 @@ class _Report:
         found = forecast_picture(self.results, path)
         if found is None:
             return []
-        rank = found.correlation
+        told = f"{found.correlation:.2f}".replace("-", "−")
         picture = Picture(
             path,
             "The forecast of forgetting, left to right on a logarithmic axis, against the knowledge kept, for "
-            f"{len(found.kept)} trained models; rank correlation {rank:.2f}.",
-            f"Each mark is a trained model. Spearman's rank correlation over all {len(found.kept)}: **{rank:.2f}** (−1: "
+            f"{len(found.kept)} trained models; rank correlation {told}.",
+            f"Each mark is a trained model. Spearman's rank correlation over all {len(found.kept)}: **{told}** (−1: "
             "the forecast, made on the calibration data alone, puts all models in the order in which they forgot).",
         )
         return [Section("What the forecast of forgetting foretold", pictures=[picture])]
@@ -308,25 +320,37 @@ def _how_compared(results: Results, comparisons: Sequence[Comparison]) -> str:
 def _findings(
     results: Results, comparisons: Sequence[Comparison], dominances: Sequence[Dominance]
 ) -> list[str]:
-    """One sentence on the best method that is not the reference, and one against the scaled reference."""
-    at = [c for c in comparisons if c.share == 1.0]
-    reference = next((c for c in at if c.curve == REFERENCE), None)
-    others = [c for c in at if results.curves()[c.curve][0] != REFERENCE and c.kept is not None]
-    if reference is None or reference.kept is None or not others:
-        return []
-    best = max(others, key=lambda c: c.kept.value if c.kept else 0.0)
-    assert best.kept is not None
-    told = (
-        f"At the task accuracy that {REFERENCE} reaches at its best ({percent(best.task)}), **{best.curve}** keeps "
-        f"{percent(best.kept.value)} of what the model knew and {REFERENCE} keeps {percent(reference.kept.value)}"
-    )
-    told += f", {best.ratio.value:.2f} times as much." if best.ratio else "."
+    """A sentence on the best method that is not the reference, at the reference's best accuracy and, if it is another
+    one there, just below; and one against the scaled reference."""
+    told: list[str] = []
+    former = None
+    for share in (1.0, 0.95):
+        at = [c for c in comparisons if c.share == share]
+        reference = next((c for c in at if c.curve == REFERENCE), None)
+        others = [c for c in at if results.curves()[c.curve][0] != REFERENCE and c.kept is not None]
+        if reference is None or reference.kept is None or not others:
+            continue
+        best = max(others, key=lambda c: c.kept.value if c.kept else 0.0)
+        assert best.kept is not None
+        if best.curve == former:
+            continue
+        former = best.curve
+        where = (
+            f"At the task accuracy that {REFERENCE} reaches at its best ({percent(best.task)})"
+            if share == 1.0
+            else f"At {share:g} of {REFERENCE}'s best task accuracy ({percent(best.task)})"
+        )
+        sentence = (
+            f"{where}, **{best.curve}** keeps {percent(best.kept.value)} of what the model knew and {REFERENCE} keeps "
+            f"{percent(reference.kept.value)}"
+        )
+        told.append(sentence + (f", {best.ratio.value:.2f} times as much." if best.ratio else "."))
     along = [d for d in dominances if results.curves()[d.curve][0] != REFERENCE]
-    if not along:
-        return [told]
+    if not told or not along:
+        return told
     top = along[0]
     return [
-        told,
+        *told,
         f"Against {REFERENCE} scaled after training, **{top.curve}** keeps {signed(top.mean.value)} points on average along "
         f"the frontier ({signed(top.mean.low)} to {signed(top.mean.high)}) and lies above it on {top.above:.0%} of it.",
     ]

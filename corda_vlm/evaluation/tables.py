@@ -15,7 +15,8 @@ from corda_vlm.evaluation.scores import Interval
 ABSENT = "–"
 
 
-def equal_table(comparisons: Sequence[Comparison]) -> Table:
+def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -> Table:
+    """What each curve keeps at the reference's accuracy, at shares of it, and on average along the way."""
     shares = list(dict.fromkeys(c.share for c in comparisons))
     by = {(c.curve, c.share): c for c in comparisons}
     headings = ["method"]
@@ -35,10 +36,13 @@ def equal_table(comparisons: Sequence[Comparison]) -> Table:
                 row.append(_interval(found.ratio, lambda v: f"{v:.2f}"))
         rows.append(row)
     best = next(c.task for c in comparisons if c.share == 1.0)
-    return Table(
+    told = caption or (
         f"Kept knowledge where a method has learnt as much as {REFERENCE} at its best ({percent(best)}), and at "
         "0.95 of that. Area: the mean of what is kept from five points above the base model's task accuracy to "
-        "there; left of its slowest learning rate a method counts as keeping what it keeps with that.",
+        "there; left of its slowest learning rate a method counts as keeping what it keeps with that."
+    )
+    return Table(
+        told,
         headings, rows,
     )  # fmt: skip
 
@@ -118,31 +122,51 @@ def base_table(results: Results) -> Table:
 def dominance_table(found: Sequence[Dominance]) -> Table:
     """Curves against one reference curve, in points of kept knowledge."""
     rows = [
-        [d.curve, _interval(d.mean, signed), _interval(d.minimum, signed), f"{d.above:.0%}"]
+        [
+            d.curve,
+            _interval(d.mean, signed),
+            _interval(d.minimum, signed),
+            percent(d.where),
+            f"{d.above:.0%}",
+        ]
         for d in found
     ]
     return Table(
         f"More kept than by {found[0].reference}: on average along the range, and where it is least; then the share of "
-        "the range on which the method lies above. Above everywhere, with 95% confidence: "
+        "the range on which the method lies above. What does not reach an accuracy keeps 0 there. Above everywhere, with 95% confidence: "
         f"{listed([d.curve for d in found if d.everywhere])}.",
-        ["method", "on average", "at the least", "above on"], rows,
+        ["method", "on average", "at the least", "which is at task", "above on"], rows,
     )  # fmt: skip
 
 
 def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
-    """The one model that stands for each curve."""
+    """The one model that stands for each method, chosen among its scales too where it has some."""
+    labels = {choice.curve for choice in choices}
+    choices = [c for c in choices if f"{c.curve}, scaled" not in labels]
     headings = ["method", "chosen", "new task", f"of {REFERENCE}'s best", "kept share"]
     headings += [f"{task} / base" for task in results.known]
     rows = []
     for choice in sorted(choices, key=lambda c: -(c.kept.value if c.kept else -np.inf)):
         if choice.setting is None or choice.raw is None:
-            rows.append([choice.curve, "none learns enough", *[ABSENT] * (len(headings) - 2)])
+            rows.append(
+                [
+                    choice.curve.removesuffix(", scaled"),
+                    "none learns enough",
+                    *[ABSENT] * (len(headings) - 2),
+                ]
+            )
             continue
         setting = choice.setting
         told = "" if setting.learning_rate is None else f"{setting.learning_rate:g}"
         told += "" if setting.scale == 1.0 else f" × {setting.scale:g}"
         intervals = [choice.task, choice.share, choice.kept, *choice.raw.values()]
-        rows.append([choice.curve, told or ABSENT, *(_interval(i, percent) for i in intervals)])
+        rows.append(
+            [
+                choice.curve.removesuffix(", scaled"),
+                told or ABSENT,
+                *(_interval(i, percent) for i in intervals),
+            ]
+        )
     by = (
         "the one with the smallest forecast of forgetting"
         if any(choice.forecast for choice in choices)
@@ -214,8 +238,10 @@ def percent(value: float, unit: str = "%", digits: int = 1) -> str:
 
 
 def _place(by: Mapping[tuple[str, float | None], Comparison], curve: str) -> tuple[float, float]:
-    """Who keeps most at the reference's best comes first, then who does not get there by the area."""
-    kept, area = (by[curve, share].kept for share in (1.0, None))
+    """Who keeps most a little below the reference's best comes first: the best itself is out of reach for whoever learns
+    a hair less. Then who does not get there, by the area."""
+    near = min(share for _, share in by if share is not None)
+    kept, area = (by[curve, share].kept for share in (near, None))
     return (np.inf if kept is None else -kept.value, 0.0 if area is None else -area.value)
 
 

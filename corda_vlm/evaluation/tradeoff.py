@@ -17,6 +17,9 @@ from corda_vlm.evaluation.placement import Words
 FEW = 4
 """So many curves are read in one picture; of more, each has a panel of its own."""
 
+NEAR = 0.95
+"""The share of the reference's best accuracy at which panels tell what is kept."""
+
 _Placed = Mapping[str, Mapping[Setting, Mapping[int | None, Point]]]
 
 
@@ -95,9 +98,8 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
         ink["aim"].append(np.array([[aim, bottom if chance_is_far else 0.0], [aim, 1.0]]))
         axes.axvline(aim, color=look[REFERENCE][0], linewidth=1, linestyle=":", alpha=0.8, zorder=1)
         axes.annotate(
-            f"{REFERENCE}'s best", (aim, 0), xycoords=("data", "axes fraction"), xytext=(-4, 4),
-            textcoords="offset points", rotation=90, ha="right", va="bottom",
-            color=look[REFERENCE][0], fontsize=8.5,
+            f"{REFERENCE}'s best", (aim, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3),
+            textcoords="offset points", ha="right", va="top", color=look[REFERENCE][0], fontsize=9,
         )  # fmt: skip
     frame(axes)
     axes.xaxis.set_major_formatter(percent())
@@ -134,14 +136,15 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
 
 
 def _panels(results: Results, points: _Placed, base: Point) -> Figure:
-    """One panel a method, the one that keeps most at the reference's best first."""
+    """One panel a method, the one that keeps most where the reference is near its best first."""
     means = {
         method: {setting: mean_point(by.values()) for setting, by in settings.items()}
         for method, settings in points.items()
     }
     look = styles(list(points))
     best = results.best_setting(REFERENCE)
-    aim = None if best is None else means[REFERENCE][best].task
+    # the best itself is out of reach for whoever learns a hair less, however much that keeps
+    aim = None if best is None else NEAR * means[REFERENCE][best].task
     kept = {method: _kept(means[method], aim, base) for method in points}
     order = sorted(
         (method for method in points if method != REFERENCE),
@@ -197,8 +200,8 @@ def _told(results: Results, kept: Mapping[str, float], aim: float | None) -> str
     if aim is None:
         return f"Star: the base model; {lines}."
     return (
-        f"Number: knowledge kept where {REFERENCE} is at its best (dotted, {aim:.0%} on the task), the most first; "
-        f"{REFERENCE}, grey, keeps {kept[REFERENCE]:.0%}.\nStar: the base model; {lines}."
+        f"Number: knowledge kept at {NEAR:g} times {REFERENCE}'s best accuracy (dotted, {aim:.0%}), the most first; "
+        f"{REFERENCE}, grey, keeps {kept[REFERENCE]:.0%} there{' when scaled' if scaled else ''}.\nStar: the base model; {lines}."
     )
 
 

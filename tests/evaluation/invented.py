@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from corda_vlm.evaluation.scores import Score, append_rows, score_row
 
 BASE = {"new": 0.10, "old": 0.44, "older": 0.30}
-CHANCE = {"new": 0.10, "old": 0.04, "older": 0.0}
-ROLES = {"new": "gain", "old": "retention", "older": "retention"}
+CHANCE = {"new": 0.10, "old": 0.04, "older": 0.0, "new-val": 0.10}
+ROLES = {"new": "gain", "old": "retention", "older": "retention", "new-val": "selection"}
 
 
 def rows_of(
@@ -44,6 +45,41 @@ def study(
             for seed in range(seeds):
                 off = 0.01 * (seed - (seeds - 1) / 2)
                 rows += rows_of(method, at(task + off, kept - off), rate=rate, seed=seed)
+    return rows
+
+
+# method -> (how much it keeps where it has learnt all it can, how fast it learns): for a large study
+MANY = {
+    "lora": (0.18, 1.0), "corda-kpm": (0.42, 1.0), "corda-ipm": (0.10, 1.3), "dora": (0.20, 1.0), "pissa": (0.05, 1.2),
+    "milora": (0.22, 1.1), "olora": (0.08, 1.2), "full": (0.10, 1.4), "sc-lora": (0.38, 1.0), "lora-null": (0.40, 0.9),
+    "lora-null-frozen": (0.55, 0.7), "eva": (0.06, 1.3), "mica": (0.25, 0.8), "corda-kpm-frozen": (0.50, 0.8),
+    "kpm-dynamic-rank": (0.45, 1.0), "lora-anchor": (0.80, 0.95), "kpm-anchor": (0.86, 1.0), "linear-probe": (1.0, 0.3),
+}  # fmt: skip
+
+
+def large_study(
+    methods: Sequence[str] = tuple(MANY),
+    seeds: int = 3,
+    scales: Sequence[float] = (0.25, 0.5, 0.75),
+) -> list[dict[str, Any]]:
+    """Rows of a study as large as a real one: four learning rates, scaled after training, with a validation task and
+    the forecast of forgetting. Accuracy saturates in the learning rate, knowledge falls; scales bend outwards."""
+    rows = rows_of("base", {**BASE, "new-val": 0.11})
+    for number, method in enumerate(methods):
+        floor, speed = MANY[method]
+        for index, rate in enumerate((5e-4, 1e-3, 2e-3, 4e-3)):
+            for seed in range(seeds):
+                luck = 0.012 * math.sin(7.0 * number + 3.0 * index + 11.0 * seed)
+                learnt = 1.0 - math.exp(-speed * 0.55 * (index + 1))
+                for scale in (1.0, *scales):
+                    task = 0.10 + 0.78 * learnt * (1.0 - (1.0 - scale) ** 2) + luck * scale
+                    lost = (1.0 - floor) * learnt**1.5 * scale**1.6
+                    values = {**at(task, 1.0 - lost - 0.7 * luck * scale), "new-val": task + luck}
+                    found = rows_of(method, values, rate=rate, seed=seed, scale=scale)
+                    rows += [
+                        {**row, "forecast": 0.2 * (lost + 0.02 * (1 + math.sin(number))) ** 2}
+                        for row in found
+                    ]
     return rows
 
 

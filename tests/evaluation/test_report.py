@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from corda_vlm.errors import ForeignFileError
-from corda_vlm.evaluation import summary_table, write_report
+from corda_vlm.evaluation import Results, leading_finding, summary_table, write_report
 from corda_vlm.evaluation.drawing import styles
 from corda_vlm.evaluation.render import Picture
 
@@ -132,6 +132,52 @@ def test_scaled_models_and_more_pictures(invented: Any, tmp_path: Path) -> None:
     assert "## Scaled after training" in text
     assert "![Ranks over layers](ranks.png)" in text
     assert len(Outline((run / "report.html").read_text()).all("details")) == 2
+
+
+def test_a_large_study_has_what_matters_first(invented: Any, tmp_path: Path) -> None:
+    methods = ("lora", "corda-kpm", "dora", "full", "lora-anchor", "linear-probe")
+    run = invented.write_run(tmp_path / "large", invented.large_study(methods, seeds=2))
+    write_report(run)
+    text = (run / "report.md").read_text()
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:4] == [
+        "What was kept at equal task accuracy",
+        "Against lora scaled after training",
+        "One model of each method, chosen on validation data",
+        "What the forecast of forgetting foretold",
+    ]
+    lead = text[: text.index("## ")]
+    assert "At 0.95 of lora's best task accuracy" in lead
+    assert "Against lora scaled after training, **lora-anchor, scaled** keeps +" in lead
+    assert "forecast.png" in text
+    # of many methods only the curves with scales are in the first table, the others are folded
+    first = text[text.index("| method |") : text.index("## Against")]
+    curves = [line.split(" | ")[0][2:] for line in first.splitlines()[2:] if line]
+    assert curves[:2] == ["lora-anchor, scaled", "corda-kpm, scaled"]
+    assert sorted(curves) == sorted([*(f"{method}, scaled" for method in methods), "lora"])
+    page = (run / "report.html").read_text()
+    closed = page[page.index("<details>") :]
+    assert "Every method at every learning rate" in closed
+    assert "Against lora" not in closed
+    with Image.open(run / "tradeoff.png") as picture:
+        assert picture.size[0] > 1200, "a panel for each"
+    assert len(summary_table(run).splitlines()) < 30
+
+
+def test_steps_to_a_loss(run_dir: Path) -> None:
+    write_report(run_dir)
+    text = (run_dir / "report.md").read_text()
+    table = text[text.index("## Steps to lora's final loss") :]
+    # full ends at a smaller rate, so higher
+    assert "| lora | 0.004 | 1" in table
+    assert "| full | 0.001 | not reached | never | – |" in table
+
+
+def test_the_finding_alone(invented: Any) -> None:
+    told = leading_finding(Results.of(invented.study(invented.DEMO)))
+    assert "**corda-kpm** keeps 43.0%" in told
+    alone = Results.of(invented.rows_of("base", invented.BASE))
+    assert leading_finding(alone).startswith("Only the model before training")
 
 
 def test_one_seed_and_no_description(invented: Any, tmp_path: Path) -> None:
