@@ -235,8 +235,11 @@ class AdapterPlan:
         model: nn.Module | None = None,
         mode: str | None = None,
         method: str | None = None,
+        factors: bool = True,
     ) -> AdapterPlan:
         """Read what `save` wrote; with `model`, `mode` or `method`, `check` against them too.
+
+        `factors=False` reads the JSON alone: enough to look at, not to attach.
 
         Raises:
             ForeignFileError: missing, corrupt, truncated, factors that are not this plan's, or another model, mode
@@ -256,12 +259,12 @@ class AdapterPlan:
         tensors = _tensors_path(path)
         try:
             sites = tuple(_site_plan(entry) for entry in described["sites"])
-            found = _read_tensors(tensors, described["tensors"]["sha256"], path)
-            factors = {s.site.name: _decomposition(s, found) for s in sites}
+            digest = described["tensors"]["sha256"]
+            found = _read_tensors(tensors, digest, path) if factors else {}
             plan = cls(
                 **{f.name: described[f.name] for f in dataclasses.fields(cls)[:-2]},
                 sites=sites,
-                factors=factors,
+                factors={s.site.name: _decomposition(s, found) for s in sites} if factors else {},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ForeignFileError(
