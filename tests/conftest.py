@@ -78,3 +78,86 @@ def tiny_open_clip():
         vision_cfg=CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=32),
         text_cfg=CLIPTextCfg(context_length=12, vocab_size=100, width=32, heads=2, layers=2),
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer whose tokens take the space before a word with them; no chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    words = "Question: is there a red circle in the image?\nAnswer: yes no blue green\n"
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [words] * 9,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+
+
+def _text_config(tokenizer) -> dict:
+    return {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def tiny_llm(tiny_tokenizer):
+    """A `Loaded` tiny Llama with `tiny_tokenizer`: width 32, 2 layers, a context of 128 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from corda_vlm.families import Loaded, detect_family
+    from corda_vlm.families.language import language_processor
+
+    model = LlamaForCausalLM(LlamaConfig(**_text_config(tiny_tokenizer))).eval()
+    return Loaded(model, language_processor(model, tiny_tokenizer), detect_family(model), "tiny")
+
+
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }} {% endif %}{% endfor %}"
+    "{% else %}ASSISTANT: {{ m['content'][0]['text'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.fixture
+def tiny_llava(tiny_tokenizer):
+    """A `Loaded` tiny LLaVA: 32-pixel images in 16 patches, the text model of `tiny_llm`, LLaVA-1.5's template."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    from corda_vlm.families import Loaded, detect_family
+    from corda_vlm.families.language import language_processor
+
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=32, patch_size=8)  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**_text_config(tiny_tokenizer)), image_token_id=3,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    whole = LlavaProcessor(
+        pictures, tiny_tokenizer, patch_size=8, vision_feature_select_strategy="default",
+        chat_template=LLAVA_TEMPLATE, image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+    processor = language_processor(model, tiny_tokenizer, whole)
+    return Loaded(model, processor, detect_family(model), "tiny")

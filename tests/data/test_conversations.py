@@ -1,0 +1,272 @@
+"""Labels are the answers and nothing else, padding and truncation leave images whole, and every refusal is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from corda_vlm.data import Chat, ChatOptions, ConversationMaker, load_records, make_batches
+from corda_vlm.errors import CordaError, DataError, UnknownNameError
+
+MESSAGES = [
+    {"role": "user", "content": "is there a circle?"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "what colour?"},
+    {"role": "assistant", "content": "dark blue"},
+]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    def make(*pairs, **options):
+        path = tmp_path / "qa.jsonl"
+        path.write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in pairs))
+        return load_records({"source": f"jsonl:{path}", "format": "qa", **options})
+
+    return make
+
+
+@pytest.fixture
+def shapes(tmp_path, digits):
+    """LLaVA records about two pictures; the second conversation has two turns."""
+    for index in range(2):
+        (tmp_path / f"{index}.png").write_bytes(digits[index][0])
+    records = []
+    for index, turns in enumerate([["A zero", None], ["A one", "no"]]):
+        said = []
+        for number, answer in enumerate(t for t in turns if t):
+            place = "<image>\n" if not number else ""
+            said += [
+                {"from": "human", "value": f"{place}question {number}"},
+                {"from": "gpt", "value": answer},
+            ]
+        records.append({"image": f"{index}.png", "conversations": said})
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps(records))
+    return load_records({"source": f"json:{path}", "format": "llava"})
+
+
+def learnt(processor, sample):
+    return processor.tokenizer.decode(sample["input_ids"][sample["labels"] != -100])
+
+
+# ------------------------------------------------------------------ templates
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "answers"),
+    [
+        ("plain", "Question: what colour?\nAnswer: dark blue</s>", [" yes", " dark blue</s>"]),
+        ("bare", "what colour? dark blue</s>", ["yes", "dark blue</s>"]),
+        ("vicuna", "USER: what colour? ASSISTANT: dark blue</s>", [" yes</s>", " dark blue</s>"]),
+    ],
+)
+def test_where_the_answers_are(tiny_llm, template, text, answers):
+    chat = Chat(tiny_llm.processor, template)
+    whole = chat.whole(MESSAGES)
+    assert whole.text.endswith(text)
+    assert [whole.text[turn.start : turn.end] for turn in whole.turns] == answers
+    assert whole.text[whole.turns[1].start : whole.turns[1].content_end].strip() == "dark blue"
+    prompt = chat.prompt(MESSAGES)
+    assert whole.text.startswith(prompt.text)
+    assert not prompt.text.endswith(" ")
+    assert whole.text[len(prompt.text) :].strip() == "dark blue</s>"
+
+
+# Each writes a space before or after the answer that byte-level BPE merges with the word beside it.
+MERGING = {
+    "space before": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "space after": "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+    "no opening": "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", MERGING)
+def test_labels_are_exact_where_white_space_merges(tiny_llm, kind):
+    """What a model is trained to say after a prompt is what follows the prompt's own tokens."""
+    processor = tiny_llm.processor
+    chat = Chat(processor, MERGING[kind])
+    whole, prompt = chat.whole(MESSAGES[:2]), chat.prompt(MESSAGES[:2])
+    (turn,) = whole.turns
+    sample = processor.encode(
+        whole.text, responses=[(turn.start, turn.end)], special_tokens=whole.special_tokens
+    )
+    given = processor.encode(prompt.text, special_tokens=prompt.special_tokens)["input_ids"]
+    labels = sample["labels"]
+    assert sample["input_ids"][: len(given)].tolist() == given.tolist()
+    assert (labels[: len(given)] == -100).all()
+    assert (labels[len(given) :] != -100).all(), "the answer and its end, to the last token"
+    assert processor.tokenizer.decode(labels[len(given) :]).strip() == "yes</s>"
+
+
+def test_the_models_own_template_and_unknown_ones(tiny_llm, tiny_llava, tmp_path, questions):
+    with pytest.raises(CordaError, match=r"unknown chat template.*brings none.*plain"):
+        Chat(tiny_llm.processor).whole(MESSAGES)
+    with pytest.raises(
+        UnknownNameError, match=r"unknown chat template 'plian'.*Did you mean 'plain'"
+    ):
+        Chat(tiny_llm.processor, "plian").whole(MESSAGES)
+    (tmp_path / "own.jinja").write_text(MERGING["no opening"])
+    assert (
+        Chat(tiny_llm.processor, str(tmp_path / "own.jinja"))
+        .whole(MESSAGES)
+        .text.startswith("[INST]")
+    )
+    own = Chat(tiny_llava.processor).whole(MESSAGES[:2])
+    assert own.text == "USER: is there a circle? ASSISTANT: yes</s>", (
+        "made to end, as LLaVA's template does not"
+    )
+    assert own.special_tokens, "and without a token to begin with, which the tokenizer may add"
+    picky = "{% if messages|length > 1 %}{{ raise_exception('one message only') }}{% endif %}x"
+    data = questions(("a", "b"), ("c", "d"))
+    with pytest.raises(
+        DataError,
+        match=r"qa\.jsonl, line 1: the chat template does not take it \(one message only\)",
+    ):
+        ConversationMaker(data, tiny_llm.processor, chat=ChatOptions(template=picky)).batch([0])
+
+
+def test_a_template_that_rewrites_answers_is_refused(tiny_llm):
+    forgets = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if loop.last else '...' }}\n{% endfor %}"
+    with pytest.raises(DataError, match="writes message 1 in other words"):
+        Chat(tiny_llm.processor, forgets).whole(MESSAGES)
+    shouts = "{% for m in messages %}{{ m['content'] | upper }}\n{% endfor %}"
+    with pytest.raises(DataError, match="writes message 1 in other words"):
+        Chat(tiny_llm.processor, shouts).whole(MESSAGES[:2])
+
+
+# ------------------------------------------------------------------ batches
+
+
+def test_a_batch_of_text(tiny_llm, questions):
+    processor = tiny_llm.processor
+    data = questions(("is there a circle or a square?", "yes"), ("?", "dark blue"))
+    loader = make_batches(data, processor, batch_size=2, chat=ChatOptions(template="plain"))
+    (batch,) = loader
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape
+    assert bool((batch["attention_mask"][0] == 1).all())
+    short = int(batch["attention_mask"][1].sum())
+    assert bool((batch["input_ids"][1, short:] == 0).all()), "padded on the right"
+    assert bool((batch["labels"][batch["attention_mask"] == 0] == -100).all())
+    said = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert said == [" yes</s>", " dark blue</s>"]
+    assert torch.isfinite(tiny_llm.model(**batch).loss)
+    other = make_batches(data, processor, batch_size=2, chat=ChatOptions(template="bare"))
+    assert other.fingerprint != loader.fingerprint
+
+
+def test_a_batch_with_images(tiny_llava, shapes):
+    processor = tiny_llava.processor
+    maker = ConversationMaker(shapes, processor)
+    batch = maker.batch([0, 1])
+    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    assert ((batch["input_ids"] == 3).sum(1) == 16).all()
+    assert bool((batch["labels"][batch["input_ids"] == 3] == -100).all())
+    assert learnt(processor, maker.sample(1)).split("</s>") == [" A one no", ""]
+    last = ConversationMaker(shapes, processor, chat=ChatOptions(learn="last"))
+    assert learnt(processor, last.sample(1)) == " no</s>"
+    assert torch.isfinite(tiny_llava.model(**batch).loss)
+    again = maker.batch([0, 1])
+    assert all(torch.equal(batch[name], again[name]) for name in batch), "as kept"
+
+
+def test_an_image_is_preprocessed_once_for_all_its_questions(
+    tiny_llava, tmp_path, digits, monkeypatch
+):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    qa = json.dumps([{"question": f"q{k}", "answer": "yes"} for k in range(3)])
+    pq.write_table(
+        pa.table({"image": [d[0] for d in digits[:2]], "qa_json": [qa] * 2}), tmp_path / "x.parquet"
+    )
+    data = load_records({"source": f"parquet:{tmp_path}/x.parquet", "format": "qa"})
+    maker = ConversationMaker(data, tiny_llava.processor)
+    first = maker.batch(range(6))
+    kept = [maker._kept.images[data.picture_key(i)]["pixel_values"] for i in range(6)]
+    assert kept[0] is kept[2]
+    assert kept[0] is not kept[3]
+    monkeypatch.setattr(data, "get", None)
+    assert torch.equal(maker.batch(range(6))["pixel_values"], first["pixel_values"])
+
+
+def test_documents_are_learnt_whole(tiny_llm, tmp_path):
+    (tmp_path / "a.txt").write_text("is there a red circle in the image?")
+    data = load_records({"source": f"text:{tmp_path}/a.txt", "format": "text"})
+    sample = ConversationMaker(data, tiny_llm.processor).sample(0)
+    assert torch.equal(sample["labels"], sample["input_ids"])
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_a_sequence_that_is_too_long(tiny_llm, questions, caplog):
+    data = questions(("x " * 200, "yes"), ("is there?", "no"), max_bad_share=0.5)
+    skip, error = (ChatOptions("plain", too_long=kind) for kind in ("skip", "error"))
+    maker = ConversationMaker(data, tiny_llm.processor, chat=skip)
+    assert maker.batch([0, 1])["input_ids"].shape[0] == 1
+    assert "tokens are more than the 128 that fit" in data.bad[0]
+    fresh = data.select([0, 1])
+    with pytest.raises(
+        DataError,
+        match=r"qa\.jsonl, line 1: 4\d\d tokens are more than the 128.*model's context of 128",
+    ):
+        ConversationMaker(fresh, tiny_llm.processor, chat=error).batch([0])
+    with pytest.raises(
+        DataError, match=r"2 of 2 records cannot be used(.|\n)*more than the 8 that fit"
+    ):
+        ConversationMaker(
+            fresh, tiny_llm.processor, chat=dataclasses.replace(skip, max_tokens=8)
+        ).batch([0, 1])
+
+    long = questions(("is there?", "yes " * 200))
+    cut = ConversationMaker(
+        long, tiny_llm.processor, chat=ChatOptions("plain", too_long="truncate")
+    )
+    sample = cut.sample(0)
+    assert all(len(value) == 128 for value in sample.values())
+    assert cut.truncated == 1
+    assert "line 1" in caplog.text
+    gone = questions(("x " * 200, "yes"))
+    with pytest.raises(DataError, match="all its labels are masked"):
+        ConversationMaker(gone, tiny_llm.processor, chat=cut.options, labelled=True).sample(0)
+
+
+def test_an_image_is_never_cut(tiny_llava, shapes):
+    options = ChatOptions(max_tokens=15, too_long="truncate")
+    with pytest.raises(DataError, match="cutting it would cut an image"):
+        ConversationMaker(shapes, tiny_llava.processor, chat=options).sample(0)
+    roomy = ConversationMaker(
+        shapes.select([0, 1]),
+        tiny_llava.processor,
+        chat=dataclasses.replace(options, max_tokens=25),
+    )
+    sample = roomy.sample(0)
+    assert len(sample["input_ids"]) == 25
+    assert int((sample["input_ids"] == 3).sum()) == 16
+
+
+def test_data_that_does_not_go_with_the_model(tiny_llm, shapes, questions, processor):
+    with pytest.raises(DataError, match="reads text alone"):
+        ConversationMaker(shapes, tiny_llm.processor)
+    with pytest.raises(DataError, match="compares images with texts"):
+        ConversationMaker(shapes, processor)
+    with pytest.raises(DataError, match="say which format"):
+        make_batches(load_records("sklearn:digits"), tiny_llm.processor, batch_size=2)
+    for bad in ({"learn": "some"}, {"too_long": "cut"}):
+        with pytest.raises(UnknownNameError):
+            ChatOptions(**bad)
+    with pytest.raises(CordaError, match="max_tokens is 1"):
+        ChatOptions(max_tokens=1)
+
+
+def test_a_question_without_an_answer_calibrates_but_is_not_learnt(tiny_llm, questions):
+    data = questions(("is there?", "yes"), answer=None)
+    chat = ChatOptions("plain")
+    sample = ConversationMaker(data, tiny_llm.processor, chat=chat).sample(0)
+    assert bool((sample["labels"] == -100).all())
+    with pytest.raises(DataError, match="line 1: holds no token to learn"):
+        ConversationMaker(data, tiny_llm.processor, chat=chat, labelled=True).sample(0)
