@@ -1,0 +1,257 @@
+"""Shares of layers with adapters: two small Gram matrices each, and what DoRA's rows add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant, MiCALinearVariant
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from corda_vlm.adapter.paired import PairedLinear, difference, trained
+from corda_vlm.anchor.metric import Metric, Metrics
+from corda_vlm.errors import CordaError
+
+
+class _Projected(torch.autograd.Function):
+    """`Q -> Q C Qᵀ` (n, k, k) and `Q C` (n, k, inp) for sites in a row; the first costs its gradient no product with C."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor, runs: Sequence[tuple[Metric, int]]) -> tuple[Tensor, Tensor]:
+        Y = _times(Q, runs)
+        ctx.runs = runs
+        ctx.save_for_backward(Y)
+        ctx.set_materialize_grads(False)
+        return Y @ Q.mT, Y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dH: Tensor | None, dY: Tensor | None) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (Y,) = ctx.saved_tensors
+        found = None if dH is None else (dH + dH.mT) @ Y
+        if dY is not None:
+            through = _times(dY, ctx.runs)
+            found = through if found is None else found + through
+        return found, None
+
+
+def _times(Q: Float[Tensor, "n k inp"], runs: Sequence[tuple[Metric, int]]) -> Tensor:
+    """`Q C`, the sites of one stream in one product."""
+    found, at = [], 0
+    for metric, count in runs:
+        block = Q[at : at + count]
+        found.append(metric.times(block.flatten(0, 1)).view_as(block))
+        at += count
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted layer, and what it was when the anchor was made.
+
+    Attributes:
+        adapters: those active then; their changes add up.
+        start: `B₀` (scaled), `A₀` of PEFT's own adapters where their product is not zero; ours carry theirs.
+        metric, stream: of its inputs.
+        size: `‖W C^½‖_F²` of the layer as it was.
+        rows: DoRA: `v C vᵀ` (out,) and `v vᵀ` (out,) for the rows v of `W + B₀A₀`.
+        gain: DoRA: magnitude over norm of each row as they were (out,).
+    """
+
+    name: str
+    layer: LoraLayer
+    adapters: tuple[str, ...]
+    start: tuple[Tensor, Tensor] | None
+    is_dora: bool
+    stream: str = ""
+    metric: Metric | None = None
+    size: float = 0.0
+    rows: tuple[Tensor, Tensor] | None = None
+    gain: Tensor | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return isinstance(self.layer, PairedLinear)
+
+    @property
+    def kind(self) -> tuple:
+        """Sites of one kind are computed together."""
+        B, A = self.pair()
+        started = self.first() is not None
+        return B.device, B.shape[0], A.shape, self.is_ours, self.is_dora, started, self.a_is_fixed
+
+    @property
+    def a_is_fixed(self) -> bool:
+        layer = self.layer
+        return isinstance(layer, PairedLinear) and all(map(layer.a_is_frozen, self.adapters))
+
+    def pair(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
+        return _joined([trained(self.layer, name) for name in self.adapters])
+
+    def first(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]] | None:
+        """The pair that counts as no change; None where `B₀A₀` is zero."""
+        if isinstance(self.layer, PairedLinear):
+            return _joined([self.layer.pair(name) for name in self.adapters])
+        return self.start
+
+    def scales(self) -> list[float]:
+        """Of each column of B, as they are now."""
+        layer = self.layer
+        return [layer.scaling[name] for name in self.adapters for _ in range(layer.r[name])]
+
+    def reference(self) -> Float[Tensor, "out inp"]:
+        """The weight before any change; for DoRA without the scale of its rows."""
+        weight = dequantize_module_weight(self.layer.get_base_layer()).detach().float()
+        if isinstance(self.layer, PairedLinear) and not self.layer.is_residual(self.adapters[0]):
+            return weight
+        if (first := self.first()) is None:
+            return weight
+        B, A = first
+        return weight + B.float() @ A.float()
+
+    def measured(self, metrics: Metrics) -> Adapted:
+        """Itself, with what of `W` and C is needed."""
+        weight = self.reference()
+        energies = metrics.row_energies(self.name, weight)
+        stream = metrics.store.stream_of(self.name)
+        metric = metrics.of(self.name, weight.device)
+        if not self.is_dora:
+            size = float(energies.sum())
+            return replace(self, stream=stream, metric=metric, size=size)
+        norms = weight.square().sum(1)
+        gain = self.magnitude().detach().float() / norms.sqrt()
+        size = float((gain.double().square() * energies).sum())
+        rows = energies.float(), norms
+        return replace(self, stream=stream, metric=metric, size=size, rows=rows, gain=gain)
+
+    def magnitude(self) -> Float[Tensor, " out"]:
+        return self.layer.lora_magnitude_vector[self.adapters[0]].weight  # pyright: ignore[reportReturnType]
+
+
+class Adapters:
+    """Adapted layers of equal shape, stacked."""
+
+    def __init__(self, sites: list[Adapted]) -> None:
+        streams = list(dict.fromkeys(site.stream for site in sites))
+        self.sites = sorted(sites, key=lambda site: streams.index(site.stream))
+        self.names = tuple(site.name for site in self.sites)
+        counts = [sum(site.stream == stream for site in sites) for stream in streams]
+        metrics = {site.stream: site.metric for site in sites}
+        self.runs = [
+            (metric, count)
+            for stream, count in zip(streams, counts, strict=True)
+            if (metric := metrics[stream]) is not None
+        ]
+        self.weights = torch.tensor(
+            [1 / site.size if site.size > 0 else 0.0 for site in self.sites]
+        )
+
+    def factors(self) -> tuple[Float[Tensor, "n out k"], Float[Tensor, "n k inp"]]:
+        """`P Q = ΔW` of every site, scaling included, in float32."""
+        B, A = _stacked([site.pair() for site in self.sites])
+        scales = [site.scales() for site in self.sites]
+        scale = None
+        if any(value != 1 for row in scales for value in row):
+            scale = torch.tensor(scales, device=B.device)[:, None]  # (n, 1, r)
+        like = self.sites[0]
+        if not like.is_ours:
+            # PEFT's scaling is of `B A` alone: the start stays what it was when someone turns it
+            B, scale = (B if scale is None else B * scale), None
+        if like.first() is None:
+            P, Q = B, A
+        else:
+            B0, A0 = _stacked([pair for site in self.sites if (pair := site.first())])
+            P, Q = (B - B0, A) if like.a_is_fixed else difference(B, A, B0, A0)
+        if scale is not None:
+            P = P * scale.repeat(1, 1, P.shape[2] // scale.shape[2])
+        return P, Q
+
+    def shares(self) -> Float[Tensor, " n"]:
+        with torch.autocast(self.sites[0].pair()[0].device.type, enabled=False):
+            P, Q = self.factors()
+            self.weights = self.weights.to(P.device)
+            H, Y = _Projected.apply(Q, self.runs)  # (n, k, k), (n, k, inp)
+            if self.sites[0].is_dora:
+                return self._dora(P, Q, H, Y) * self.weights
+            return ((P.mT @ P) * H).sum((1, 2)) * self.weights
+
+    def _dora(self, P: Tensor, Q: Tensor, H: Tensor, Y: Tensor) -> Float[Tensor, " n"]:
+        """`‖(s − s₀) V + s P Q‖²` in the metric of C, where s scales the rows and V is the weight at the start.
+
+        `s` is the magnitude over the norm of the row of `V + P Q`, without a gradient through the norm, as PEFT's
+        forward has it (DoRA, section 4.3).
+        """
+        V = [site.reference() for site in self.sites]
+        rows, norms, before = (
+            torch.stack([value.to(P.device) for value in values])
+            for values in zip(
+                *(
+                    (*site.rows, site.gain)
+                    for site in self.sites
+                    if site.rows and site.gain is not None
+                ),
+                strict=True,
+            )
+        )  # (n, out) each
+        with torch.no_grad():
+            VQ = torch.stack([v @ q.T for v, q in zip(V, Q, strict=True)])  # (n, out, k)
+            norm = (norms + ((2 * VQ + P @ (Q @ Q.mT)) * P).sum(2)).clamp_min(0).sqrt()
+        gain = torch.stack([site.magnitude() for site in self.sites]).float() / norm
+        VY = torch.stack([v @ y.T for v, y in zip(V, Y, strict=True)])  # V C Qᵀ
+        cross, own = (P * VY).sum(2), ((P @ H) * P).sum(2)
+        moved = gain - before
+        return (moved.square() * rows + 2 * moved * gain * cross + gain.square() * own).sum(1)
+
+    def kept(self) -> list[Tensor]:
+        found: list[Tensor | None] = [t for m, _ in self.runs for t in (m.factor, m.rest)]
+        found += [
+            t for site in self.sites for t in (*(site.start or ()), *(site.rows or ()), site.gain)
+        ]
+        return [tensor for tensor in found if tensor is not None]
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several adapters of one layer as one."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs], dim=0)
+
+
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([B for B, _ in pairs]).float(), torch.stack([A for _, A in pairs]).float()
+
+
+def as_adapted(name: str, layer: LoraLayer) -> Adapted:
+    """What can be said about an adapted layer before its covariance is known."""
+    adapters = tuple(a for a in layer.active_adapters if a in layer.lora_A)
+    variants = [layer.lora_variant.get(adapter) for adapter in adapters]
+    if layer.merged:
+        raise CordaError(
+            f"the adapter of {name!r} is merged into the base, which the anchor needs apart; call "
+            "`unmerge_adapter()` first"
+        )
+    is_dora = any(isinstance(variant, DoraLinearVariant) for variant in variants)
+    if is_dora and len(adapters) > 1:
+        raise CordaError(
+            f"{name!r} has several active adapters, of which one is DoRA: activate one"
+        )
+    known = (DoraLinearVariant, MiCALinearVariant)  # MiCA is LoRA with B frozen
+    strange = [v for v in variants if v is not None and not isinstance(v, known)]
+    if strange and not isinstance(layer, PairedLinear):
+        raise CordaError(
+            f"{name!r} carries a {type(strange[0]).__name__}, whose change the anchor cannot tell; it knows LoRA, "
+            "rsLoRA, DoRA, MiCA, the adapters of corda_vlm, and full fine-tuning"
+        )
+    site = Adapted(name, layer, adapters, None, is_dora)
+    if isinstance(layer, PairedLinear) or not isinstance(layer.get_base_layer(), nn.Linear):
+        return site  # a layer that is no nn.Linear has no covariance, which is said later
+    B, A = (factor.detach() for factor in site.pair())
+    if bool(B.any()) and bool(A.any()):
+        site = replace(site, start=(B * B.new_tensor(site.scales()), A.clone()))
+    return site

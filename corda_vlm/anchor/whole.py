@@ -1,0 +1,100 @@
+"""Shares of matrices that are trained in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from corda_vlm.anchor.metric import Metric, Metrics, fast_dtype
+from corda_vlm.errors import CordaError
+from corda_vlm.families.attention import is_packed, packed_weights
+from corda_vlm.sites import find_sites, get_linear
+
+
+class _Energy(torch.autograd.Function):
+    """`‖(W − W₀) C^½‖_F²`: the product that its value needs is half its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, before: Tensor, metric: Metric) -> Tensor:
+        change = weight.float() - before
+        Y = metric.times(change)
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(Y)
+        return torch.dot(change.flatten(), Y.flatten())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (Y,) = ctx.saved_tensors
+        return (Y * (2 * grad)).to(ctx.dtype), None, None
+
+
+class Whole:
+    """Weights trained in full, each beside a copy of what it was."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        by_parent: dict[str, list[str]],
+        weights: dict[str, Tensor],
+        metrics: Metrics,
+    ) -> None:
+        self.model, self.by_parent = model, by_parent
+        self.names = tuple(name for names in by_parent.values() for name in names)
+        self.before, self.metrics, sizes = {}, {}, []
+        for name in self.names:
+            weight = weights[name].detach()
+            size = float(metrics.row_energies(name, weight).sum())
+            sizes.append(1 / size if size > 0 else 0.0)
+            self.before[name] = weight.clone()
+            light = metrics.energy < 1
+            dtype = fast_dtype(weight.device) if light else torch.float32
+            self.metrics[name] = metrics.of(name, weight.device, dtype)
+        self.weights = torch.tensor(sizes)
+
+    def shares(self) -> Float[Tensor, " n"]:
+        found = []
+        for parent, names in self.by_parent.items():
+            weights = _weights_below(self.model, parent, names)
+            for name, weight in zip(names, weights, strict=True):
+                if self.before[name].device != weight.device:
+                    self.before[name] = self.before[name].to(weight.device)
+                with torch.autocast(weight.device.type, enabled=False):
+                    found.append(_Energy.apply(weight, self.before[name], self.metrics[name]))
+        self.weights = self.weights.to(found[0].device)
+        return torch.stack([value.to(found[0].device) for value in found]) * self.weights
+
+    def kept(self) -> list[Tensor]:
+        found = [t for m in self.metrics.values() for t in (m.factor, m.rest)]
+        return found + list(self.before.values())
+
+
+def _weights_below(model: nn.Module, parent: str, names: Sequence[str]) -> list[Tensor]:
+    """The weights of some layers of one module, packed or not, with their gradients."""
+    # looked up at each call: attention may have been packed or unpacked meanwhile
+    module = model.get_submodule(parent)
+    if is_packed(module):  # split once, or each part's gradient would be as large as the whole
+        parts = packed_weights(module)
+        return [parts[name.rpartition(".")[2]] for name in names]
+    return [get_linear(model, name).weight for name in names]
+
+
+def trained_weights(bare: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
+    """Site name -> weight, for sites without an adapter whose weight is trained."""
+    found = {}
+    for site in find_sites(bare):
+        (weight,) = _weights_below(bare, site.name.rpartition(".")[0], [site.name])
+        if not weight.requires_grad:
+            continue
+        if site.name in layers:
+            raise CordaError(
+                f"{site.name!r} has an adapter, and its base weight is trained as well; freeze one of the two"
+            )
+        found[site.name] = weight
+    return found
