@@ -1,0 +1,120 @@
+"""Answers compared as the reference tools compare them; the numbers here were worked out by hand or by those tools."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corda_vlm.errors import DataError
+from corda_vlm.evaluation import qa, vqa
+from corda_vlm.evaluation.scores import Outcome, bootstrap
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [  # as the official script's processPunctuation and processDigitArticle give them
+        ("The two dogs.", "2 dogs"),
+        ("dont", "don't"),
+        ("couldn'tve", "couldn't've"),
+        ("somebody'd", "somebodyd"),  # an oddity of the official table
+        ("3,000 people!", "3000 people"),
+        ("black/white", "black white"),
+        ("black / white", "black white"),
+        ("4.5", "4.5"),
+        ("U.S.A.", "usa"),
+        ("it's a cat-dog?", "it's cat dog"),
+        ("None", "0"),
+        ("No, thanks", "no thanks"),
+        (" a\tthe\nan ", ""),
+    ],
+)
+def test_vqa_normalisation(answer: str, normal: str) -> None:
+    assert vqa.normalise_answer(answer) == normal
+
+
+@pytest.mark.parametrize(
+    ("agree", "accuracy"),
+    # With k of ten: k subsets have k − 1 left, 10 − k have k. For k = 2: (2 · 1/3 + 8 · 2/3) / 10.
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
+)
+def test_vqa_accuracy_of_ten_people(agree: int, accuracy: float) -> None:
+    people = ["red"] * agree + ["blue"] * (10 - agree)
+    assert vqa.vqa_accuracy("Red.", people) == pytest.approx(accuracy)
+
+
+@given(
+    st.lists(st.sampled_from(["yes", "no", "2", "red"]), min_size=2, max_size=10),
+    st.sampled_from(["yes", "two", "the red"]),
+)
+def test_vqa_accuracy_is_the_mean_over_leaving_one_out(people: list[str], answer: str) -> None:
+    given_answer = vqa.normalise_answer(answer)
+    each = []
+    for one in range(len(people)):
+        others = people[:one] + people[one + 1 :]
+        each.append(min(1, others.count(given_answer) / 3))
+    assert vqa.vqa_accuracy(answer, people) == pytest.approx(np.mean(each))
+
+
+def test_vqa_with_one_reference_and_types() -> None:
+    assert vqa.vqa_accuracy("A circle", ["circle"]) == 1.0
+    assert vqa.vqa_accuracy("square", ["circle"]) == 0.0
+    with pytest.raises(DataError, match="without a reference"):
+        vqa.vqa_accuracy("x", [])
+    assert vqa.answer_type(["yes"] * 6 + ["red"] * 4) == "yes_no"
+    assert vqa.answer_type(["two"]) == "number"
+    assert vqa.answer_type(["red", "red", "2"]) == "other"
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "right"),
+    [  # as lm-evaluation-harness's NQ-open
+        ("The 14 December, 1972", ["14 december 1972", "December 1972"], 1.0),
+        ("December 1972.", ["14 December 1972 UTC", "December 1972"], 1.0),
+        ("in December 1972", ["December 1972"], 0.0),
+        ("vitamin A", ["Vitamin  a"], 1.0),
+        ("vitamin", ["vitamin A"], 0.0),
+        ("a an the", ["the"], 1.0),  # the last article has no space after it, so it is a word
+        ("", ["..."], 0.0),  # neither says anything
+        ("?", ["?"], 1.0),
+        ("Beyoncé", ["beyoncé"], 1.0),
+    ],
+)
+def test_exact_match(answer: str, references: list[str], right: float) -> None:
+    assert qa.exact_match(answer, references) == right
+
+
+def test_exact_match_with_articles_as_triviaqa_has_it() -> None:
+    assert qa.exact_match("The Beatles", ["Beatles"]) == 1.0
+    assert qa.exact_match("The Beatles", ["Beatles"], articles=True) == 0.0
+    assert qa.exact_match("the beatles!", ["The Beatles"], articles=True) == 1.0
+    with pytest.raises(DataError):
+        qa.exact_match("x", [])
+
+
+# ------------------------------------------------------------------ weighted averages
+
+
+def test_a_weighted_score_is_over_tokens() -> None:
+    """Two documents: 30 tokens at ln 1/2 and 10 at ln 1/8 have the mean (30 + 3 · 10)/40 · ln 1/2."""
+    values, weights = np.log([0.5, 0.125]), np.array([30.0, 10.0])
+    score = Outcome("perplexity", -values, weights=weights, exp=True).score("t", "retention")
+    assert score.value == pytest.approx(2**1.5)
+    assert score.low == pytest.approx(2)
+    assert score.high == pytest.approx(8)
+    assert score.n == 2
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20), st.floats(0.1, 9))
+def test_equal_weights_change_nothing(values: list[float], weight: float) -> None:
+    plain = bootstrap(np.array(values), resamples=50)
+    weighted = bootstrap(np.array(values), weights=np.full(len(values), weight), resamples=50)
+    assert weighted.value == pytest.approx(plain.value, abs=1e-9)
+    assert weighted.low == pytest.approx(plain.low, abs=1e-9)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, np.nan])
+def test_a_weight_that_is_none_is_refused(weight: float) -> None:
+    with pytest.raises(DataError, match="finite and above 0"):
+        bootstrap(np.ones(2), weights=np.array([1.0, weight]))
