@@ -16,12 +16,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from corda_vlm.anchor import Anchor
-from corda_vlm.data import BatchMaker, ImageTextData, make_batches
+from corda_vlm.data import ImageTextData, make_batches, make_maker
 from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.files import read_json, write_json
 from corda_vlm.train.heads import Template
+from corda_vlm.train.next_token import chat_options
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
 from corda_vlm.train.penalty import Penalty, check_weight
@@ -101,8 +102,14 @@ def train(
     if (output / DONE).is_file():
         return _finished(output, model, objective)
 
-    maker = BatchMaker(
-        data, processor, towers=objective.towers, cache_mb=options.cache_mb, workers=options.workers
+    maker = make_maker(
+        data,
+        processor,
+        towers=objective.towers,
+        cache_mb=options.cache_mb,
+        workers=options.workers,
+        chat=chat_options(options),
+        labelled=True,
     )
     count = len(data)
     per_epoch = -(-count // options.batch_size)
@@ -123,6 +130,8 @@ def train(
         towers=objective.towers,
         cache_mb=options.cache_mb,
         workers=options.workers,
+        chat=chat_options(options),
+        labelled=True,
     )
     watch = Watch(
         options,

@@ -9,7 +9,7 @@ from typing import Any
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.train.heads import Head
 
-LOSSES = ("prompt", "linear", "contrastive")
+LOSSES = ("prompt", "linear", "contrastive", "next_token")
 SCHEDULES = ("cosine", "linear", "constant")
 AUGMENTS = ("none", "light")
 
@@ -20,7 +20,8 @@ class TrainOptions:
 
     Attributes:
         loss: "prompt": cross-entropy of scaled cosines to class prompts; "linear": a new linear classifier on
-            the image features; "contrastive": CLIP's symmetric loss over image-text pairs.
+            the image features; "contrastive": CLIP's symmetric loss over image-text pairs; "next_token": the
+            answers of conversations, for models that generate text.
         steps: optimiser steps. Give this or `epochs`.
         epochs: passes over the data.
         batch_size: images a step; the last batch of an epoch may be smaller.
@@ -44,6 +45,8 @@ class TrainOptions:
         eval_every: steps between two evaluations on `eval_data`; None only at the end.
         save_every: steps between checkpoints; None saves every two minutes.
         log_every: steps between entries of the history.
+        template, learn, max_tokens, too_long: with "next_token": how conversations become tokens, see
+            `corda_vlm.data.ChatOptions`.
         seed: of the data order, the augmentation and dropout.
         cache_mb: preprocessed images are kept in memory when all of them take at most so many MiB.
         workers: threads that decode and preprocess images that are not kept.
@@ -70,6 +73,10 @@ class TrainOptions:
     eval_every: int | None = None
     save_every: int | None = None
     log_every: int = 10
+    template: str = "auto"
+    learn: str = "all"
+    max_tokens: int | None = None
+    too_long: str = "skip"
     seed: int = 0
     cache_mb: float = 512.0
     workers: int = 0
