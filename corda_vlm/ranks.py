@@ -161,7 +161,11 @@ def uniform_budget(shapes: Mapping[str, Shape], rank: int) -> int:
 
 
 def check_budget(
-    shapes: Mapping[str, Shape], budget: int, *, min_rank: Bound = 1, max_rank: Bound | None = None
+    shapes: Mapping[str, Shape],
+    budget: int,
+    *,
+    min_rank: Bound | None = 1,
+    max_rank: Bound | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Site -> its lowest and highest rank, once it is clear that `budget` parameters can be shared out within.
 
@@ -202,7 +206,7 @@ def allocate_ranks(
     mode: str = "kpm",
     budget: int | None = None,
     uniform_rank: int | None = None,
-    min_rank: Bound = 1,
+    min_rank: Bound | None = 1,
     max_rank: Bound | None = None,
 ) -> dict[str, int]:
     """Site -> rank: a budget of parameters shared out so that `Σ (out + inp) · rank ≤ budget`.
@@ -312,10 +316,13 @@ def _check_names(spectra: Mapping[str, Tensor], **mappings: Mapping[str, object]
             raise CordaError(f"site {lacking[0]!r} has a spectrum but no {what}; give both")
 
 
-def _bounds(site: str, shape: Shape, min_rank: Bound, max_rank: Bound | None) -> tuple[int, int]:
+def _bounds(
+    site: str, shape: Shape, min_rank: Bound | None, max_rank: Bound | None
+) -> tuple[int, int]:
     """The lowest and the highest rank that the site may be given."""
     top = min(shape) - 1
     low = min_rank.get(site, 1) if isinstance(min_rank, Mapping) else min_rank
+    low = 1 if low is None else low
     high = max_rank.get(site, top) if isinstance(max_rank, Mapping) else max_rank
     high = top if high is None else min(high, top)
     if not 1 <= low <= high:

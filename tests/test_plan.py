@@ -239,6 +239,10 @@ class TestDynamic:
         )
         assert plan.sites[0].rank == 3
         assert plan.budget == plan_of(model, store).parameters
+        assert (
+            plan_of(model, store, dynamic_rank=True, min_rank=None).sites
+            == plan_of(model, store, dynamic_rank=True).sites
+        )
         # the default rank does not fit this model, and need not
         plan_of(model, store, dynamic_rank=True, budget=8_000, rank=1000)
 

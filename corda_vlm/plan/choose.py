@@ -144,7 +144,7 @@ def rank_budget(
     *,
     dynamic_rank: bool,
     budget: int | None,
-    min_rank: ranks.Bound,
+    min_rank: ranks.Bound | None,
     max_rank: ranks.Bound | None,
 ) -> int | None:
     """The parameters that `dynamic_rank` may share out, None without it; options that do not fit are refused.
@@ -176,7 +176,7 @@ def choose_ranks(
     *,
     mode: str,
     budget: int,
-    min_rank: ranks.Bound = 1,
+    min_rank: ranks.Bound | None = 1,
     max_rank: ranks.Bound | None = None,
     damping: float,
     show_progress: bool = False,

@@ -43,7 +43,7 @@ def plan_adapter(
     damping: float = 1e-4,
     a_norm: float | None = None,
     budget: int | None = None,
-    min_rank: Bound = 1,
+    min_rank: Bound | None = 1,
     max_rank: Bound | None = None,
     side: str | None = None,
     beta: float | None = None,
@@ -69,7 +69,8 @@ def plan_adapter(
         a_norm: norm of each row of A at the start; B takes the inverse. It decides how far training strays from
             the planned directions (learning rates scale along). None: the paper's split.
         budget: with `dynamic_rank`, trainable parameters `Σ (out + inp) · rank` in place of as many as `rank` has.
-        min_rank, max_rank: with `dynamic_rank`, floor and ceiling of every site's rank, or of some by name.
+        min_rank, max_rank: with `dynamic_rank`, floor and ceiling of every site's rank, or of some by name; None: no other than 1
+            and full rank less 1.
         side: of "corda": "output" (the paper's), "input" (the smallest or largest eigenvectors of C itself) or "auto",
             the input side where a layer has more inputs than outputs. None: the method's own.
         beta: of "sc-lora": from 0 (only the task counts) to 1 (only the knowledge). None: 0.5.
