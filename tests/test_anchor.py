@@ -15,8 +15,9 @@ from corda_vlm.adapter.attach import lora_targets
 from corda_vlm.adapter.paired import paired_layers
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families import detect_family
+from corda_vlm.families import detect_family, load_model
 from corda_vlm.families.attention import unpack, unpacked
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
@@ -202,7 +203,7 @@ def test_it_is_the_measured_change_of_outputs(tiny_clip_hf):
         outputs = layer(inputs[0])
     changed = layer(inputs[0])
     share = (changed - outputs).square().sum() / (outputs - bias).square().sum()
-    assert anchor.report()[name] == pytest.approx(float(share), rel=1e-4)
+    assert anchor.report()[name] == pytest.approx(share.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("fixture", MODELS[:2])
@@ -255,6 +256,32 @@ def test_memory_is_shared_by_stream(tiny_clip_hf):
         < sum(5 * w**2 for w in widths.values())
     )
     assert "sites" in repr(anchor)
+
+
+def test_the_factor_is_within_a_percent_on_a_trained_model():
+    """Full fine-tuning of emoji-clip on digits: covariances and changes as they are, not noise."""
+    loaded = load_model("emoji-clip")
+    model, sites = loaded.model, find_sites(loaded.model, towers="vision")
+    known = load_records({
+        "source": "parquet:model_zoo/emoji-clip/data/*.parquet", "split": "train", "limit": 64,
+    })  # fmt: skip
+    batches = make_batches(known, loaded.processor, batch_size=64, towers=("vision",))
+    store = collect_covariance(model, batches, sites, show_progress=False)
+    prepare_method("full", model, towers="vision")
+    anchors = {e: anchor_penalty(model, store, energy=e) for e in (1.0, None)}
+    digits = load_records({"source": "sklearn:digits", "split": "train", "limit": 32})
+    batch = next(iter(make_batches(digits, loaded.processor, batch_size=32, towers=("vision",))))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for _ in range(4):
+        features = detect_family(model).encode_image(model, batch["pixel_values"])
+        classes = torch.nn.functional.normalize(features, dim=-1) @ features.detach().T
+        torch.nn.functional.cross_entropy(classes, batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    exact, light = (anchor().item() for anchor in anchors.values())
+    assert exact > 1e-5
+    assert light == pytest.approx(exact, rel=0.01)
+    assert anchors[None].nbytes < 0.8 * anchors[1.0].nbytes
 
 
 # ------------------------------------------------------------------ bad input

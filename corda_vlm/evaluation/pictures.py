@@ -41,8 +41,8 @@ def training_curves(run_dir: Path, path: Path) -> bool:
     if forecast:
         below = panels[1::2]
         for panel, runs in zip(below.flat, histories.values(), strict=False):
-            found = [(run.learning_rate, *_anchors(run)) for run in runs if _anchors(run)]
-            _curves(panel, found)
+            noted = [(run.learning_rate, found) for run in runs if (found := _anchors(run))]
+            _curves(panel, [(rate, steps, values) for rate, (steps, values) in noted])
         _share_scale(below, "change of outputs\non the knowledge", from_zero=False)
         told = "lower row: forecast of forgetting, the mean relative change of layers' outputs on the knowledge"
         figure.suptitle(told, x=0.01, ha="left", fontsize=9.5, color=FAINT)
@@ -54,7 +54,9 @@ def training_curves(run_dir: Path, path: Path) -> bool:
     return True
 
 
-def _curves(panel: Any, runs: Sequence[tuple[float, Sequence[int], Sequence[float]]]) -> None:
+def _curves(
+    panel: Any, runs: Sequence[tuple[float, Sequence[int], Sequence[float] | np.ndarray]]
+) -> None:
     """One line a run, the runs of a learning rate in one shade."""
     rates = sorted({rate for rate, _, _ in runs})
     shades = colormaps["viridis"](np.linspace(0.1, 0.8, max(1, len(rates))))
