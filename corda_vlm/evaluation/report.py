@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from corda_vlm.evaluation.comparing import Comparison, Dominance, against, choos
 from corda_vlm.evaluation.convergence import convergence, read_histories
 from corda_vlm.evaluation.foretelling import forecast_picture
 from corda_vlm.evaluation.frontier import REFERENCE, Results
+from corda_vlm.evaluation.heatmap import heatmap_picture
 from corda_vlm.evaluation.pictures import training_curves
 from corda_vlm.evaluation.render import Picture, Report, Section, Table, markdown, page
 from corda_vlm.evaluation.scores import read_rows
@@ -140,7 +139,7 @@ class _Report:
                 tables = [equal_table(self.comparisons, caption), *tables]
             sections.append(Section("Scaled after training", tables=tables, folded=True))
         sections.append(Section("The model before training", tables=[base_table(results)]))
-        if pictures := [*self._training(), *_heatmap(self.run_dir), *self.more]:
+        if pictures := [*self._training(), *self._plans(), *self.more]:
             sections.append(Section("How it was trained", pictures=pictures))
         told = {key: value for key, value in facts.items() if key != "title"}
         if told:
@@ -222,6 +221,11 @@ class _Report:
             tables.append(replace(table, caption=f"Kept knowledge, on {task} alone."))
         return [Section("Each retention task by itself", tables=tables, folded=True)]
 
+    def _plans(self) -> list[Picture]:
+        """Ranks and compactness over layers and roles, where the run has plans that chose."""
+        picture = heatmap_picture(self.run_dir)
+        return [] if picture is None else [picture]
+
     def _training(self) -> list[Picture]:
         path = self.run_dir / "training.png"
         if not training_curves(self.run_dir, path):
@@ -233,15 +237,6 @@ class _Report:
                 "Training loss, a running mean over a twentieth of the run; one line a seed.",
             )
         ]
-
-
-def _heatmap(run_dir: Path) -> list[Picture]:
-    """Ranks and compactness over layers and roles, where the run has plans."""
-    if find_spec("corda_vlm.evaluation.heatmap") is None:
-        return []
-    module = import_module("corda_vlm.evaluation.heatmap")
-    picture = module.heatmap_picture(run_dir)
-    return [] if picture is None else [picture]
 
 
 def _raw(results: Results) -> dict[str, list[Comparison]]:
