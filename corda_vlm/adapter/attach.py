@@ -17,7 +17,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -59,8 +60,9 @@ def attach_adapter(
     freeze_a: bool = False,
     base: str = "untouched",
     adapter_name: str = "default",
+    modules_to_save: Sequence[str] = (),
 ) -> PeftModel:
-    """Attach the planned adapter. The model's outputs stay the same; only A and B are trainable.
+    """Attach the planned adapter. The model's outputs stay the same; only A, B and `modules_to_save` are trainable.
 
     `model` itself is changed: packed attention stays unpacked, and the planned layers wrapped, until `restore`.
 
@@ -70,6 +72,8 @@ def attach_adapter(
             training, by how little the directions of A see of the knowledge.
         base: "untouched" (default) or "residual", see the table above.
         adapter_name: PEFT's name for it.
+        modules_to_save: dotted paths of modules that are trained whole beside the adapter, e.g. LLaVA's
+            "model.multi_modal_projector". A copy is trained; the original returns with `restore`.
 
     Raises:
         ForeignFileError: the plan was made for another model or family; both are named.
@@ -86,10 +90,12 @@ def attach_adapter(
     if freeze_a:
         _warn_blind_basis(plan)
     ranks = {s.site.name: s.rank for s in plan.sites}
+    whole = _whole_modules(model, modules_to_save, ranks)
     config = PairedConfig(
         **lora_targets(ranks),
         # the pair is copied in below
         init_lora_weights=False,
+        modules_to_save=whole or None,
         base=base,
         freeze_a=freeze_a,
         origin={
@@ -204,6 +210,7 @@ def restore(peft_model: nn.Module) -> nn.Module:
         if isinstance(layer, LoraLayer) and not isinstance(layer, PairedLinear) and layer.merged:
             layer.unmerge()
             exact = False
+    unwrap_whole(bare)  # first: peft would leave the trained copies in place
     peft_model.base_model.unload()
     _tidy(bare)
     logger.info(
@@ -246,6 +253,30 @@ def adapt(
     return attach_adapter(model, plan, **attaching)
 
 
+def _whole_modules(model: nn.Module, names: Sequence[str], sites: Iterable[str]) -> list[str]:
+    """`names`, once each is a module of its own that holds no site of the plan."""
+    bare = base_of(model)
+    modules = [name for name, _ in bare.named_modules()]
+    for name in names:
+        if name not in modules:
+            raise CordaError(
+                f"modules_to_save: {type(bare).__name__} has no module {name!r}; give the whole dotted path, such as "
+                "'model.multi_modal_projector'"
+            )
+        # peft matches by suffix
+        if others := [other for other in modules if other.endswith(name) and other != name]:
+            raise CordaError(
+                f"modules_to_save: peft would take {others[0]!r} for {name!r} as well, which ends alike"
+            )
+        inside = [site for site in sites if site == name or site.startswith(f"{name}.")]
+        if inside:
+            raise CordaError(
+                f"{inside[0]} has an adapter in the plan and would be trained whole as well, as a part of {name!r}; plan "
+                "without it (towers=, roles=) or leave it out of modules_to_save"
+            )
+    return list(names)
+
+
 def anchored(names: Iterable[str]) -> str:
     """A regular expression that matches exactly these dotted names.
 
@@ -253,6 +284,15 @@ def anchored(names: Iterable[str]) -> str:
     tower's, would adapt `visual.transformer.…` too.
     """
     return "^(?:" + "|".join(re.escape(name) for name in names) + ")$"
+
+
+def unwrap_whole(bare: nn.Module, adapter_name: str | None = None) -> None:
+    """Put the modules that were trained whole back in place: the originals, or an adapter's trained copies."""
+    for parent in list(bare.modules()):
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, ModulesToSaveWrapper):
+                copies = dict(child.modules_to_save.items())
+                parent._modules[key] = copies.get(adapter_name or "", child.original_module)
 
 
 def lora_targets(ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from corda_vlm.adapter.attach import anchored
+from corda_vlm.adapter.attach import anchored, unwrap_whole
 from corda_vlm.adapter.folder import (
     REPORT,
     is_transformers,
@@ -113,7 +113,7 @@ def _lora(
         save_converted(original, folder / "base")
         factors = {renamed[site]: pair for site, pair in factors.items()}
     base_name = str(final / "base") if renamed else model.active_peft_config.base_model_name_or_path
-    width = _save_lora(factors, folder, base_name, original, converted=bool(renamed))
+    width = _save_lora(factors, folder, base_name, original, model, name, converted=bool(renamed))
     return {"rank": width, "relative_error": error, "load": _how_to_load(bool(renamed))}
 
 
@@ -140,14 +140,16 @@ def _residual(
         factors = {renamed[site]: pair for site, pair in factors.items()}
     else:
         save_model(base, folder / "base", source)
-    width = _save_lora(factors, folder, str(final / "base"), base, converted=bool(renamed))
+    width = _save_lora(
+        factors, folder, str(final / "base"), base, model, name, converted=bool(renamed)
+    )
     return {"rank": width, "load": _how_to_load(True)}
 
 
 def _merged(
     model: PeftModel, name: str, folder: Path, final: Path, rank: int | None, source: Any
 ) -> dict[str, Any]:
-    merged = _twin(model, _with_change)
+    merged = _twin(model, _with_change, name)
     save_model(merged, folder, source)
     loader = (
         f"transformers.{type(merged).__name__}.from_pretrained(HERE)"
@@ -229,9 +231,16 @@ def recompress(factors: Factors, rank: int) -> tuple[Factors, float]:
 
 
 def _save_lora(
-    factors: Factors, folder: Path, base_name: str | None, base: nn.Module, *, converted: bool
+    factors: Factors,
+    folder: Path,
+    base_name: str | None,
+    base: nn.Module,
+    model: PeftModel,
+    name: str,
+    *,
+    converted: bool,
 ) -> int:
-    """Write a plain LoRA with one rank everywhere; returns it."""
+    """Write a plain LoRA with one rank everywhere, and the modules trained whole beside it; returns the rank."""
     width = max(A.shape[0] for _, A in factors.values())
     tensors = {}
     for site, (B, A) in factors.items():
@@ -239,6 +248,15 @@ def _save_lora(
         prefix = f"base_model.model.{site}"
         tensors[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, spare)).contiguous()  # (width, inp)
         tensors[f"{prefix}.lora_B.weight"] = F.pad(B, (0, spare)).contiguous()  # (out, width)
+    whole: list[str] = list(getattr(model.peft_config[name], "modules_to_save", None) or ())
+    if whole and converted:
+        raise CordaError(
+            f"the names of {whole[0]!r} are not converted to transformers'; take format='merged'"
+        )
+    stored = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    for key, value in stored.items() if whole else ():
+        if any(key.startswith(f"base_model.model.{module}.") for module in whole):
+            tensors[key] = _plain(value)
     config = LoraConfig(
         r=width,
         lora_alpha=width,
@@ -251,6 +269,7 @@ def _save_lora(
         ),
         init_lora_weights=True,
         inference_mode=True,
+        modules_to_save=whole or None,
         base_model_name_or_path=base_name,
     )
     config.save_pretrained(
@@ -298,8 +317,12 @@ def _renamed(bare: nn.Module, factors: Mapping[str, Any], format: str) -> dict[s
 # ------------------------------------------------------------------ the model
 
 
-def _twin(model: PeftModel, change: Callable[[LoraLayer], None]) -> nn.Module:
+def _twin(
+    model: PeftModel, change: Callable[[LoraLayer], None], whole: str | None = None
+) -> nn.Module:
     """The bare, packed model with `change` made to each adapted layer, sharing every other tensor with `model`.
+
+    Modules that were trained whole are the originals, or those of the adapter named by `whole`.
 
     So an export takes the memory of the adapted weights, not of the model, and cannot touch the original.
     """
@@ -322,6 +345,7 @@ def _twin(model: PeftModel, change: Callable[[LoraLayer], None]) -> nn.Module:
                     change(child)
                     parent._modules[key] = child.get_base_layer()
     twin.__dict__.pop("peft_config", None)
+    unwrap_whole(twin, whole)
     pack(twin)
     return twin
 

@@ -223,6 +223,63 @@ def test_a_tower_is_adapted_alone(tmp_path):
     torch.testing.assert_close(logits(plain, batch), after, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("base", ["untouched", "residual"])
+def test_the_projector_is_trained_whole(tmp_path, base):
+    projector = "model.multi_modal_projector"
+    model, batch = make("llava"), batch_for("llava", 2)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    before, fingerprint = logits(model, batch), model_fingerprint(model)
+    plan = plan_adapter(model, None, method="pissa", rank=2, towers="language", show_progress=False)
+    attached = attach_adapter(model, plan, base=base, modules_to_save=[projector])
+    torch.testing.assert_close(logits(attached, batch), before, rtol=1e-3, atol=1e-4)
+    assert len(find_sites(attached)) == len(find_sites(make("llava")))
+    trainable = {n for n, p in attached.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert len(trainable) == 4
+    assert all("multi_modal_projector" in n for n in trainable)
+    attached(**batch).loss.backward()
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None
+                parameter.add_(0.02)
+    after = logits(attached, batch)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    export_adapter(attached, tmp_path / "merged", format="merged")
+    merged = type(model).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(merged, batch), after, **close)
+    export_adapter(attached, tmp_path / "lora", format="lora")
+    plain = PeftModel.from_pretrained(make("llava"), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(logits(plain, batch), after, **close)
+    export_adapter(attached, tmp_path / "residual", format="residual")
+    start = type(model).from_pretrained(tmp_path / "residual" / "base").eval()
+    plain = PeftModel.from_pretrained(start, str(tmp_path / "residual")).eval()
+    torch.testing.assert_close(logits(plain, batch), after, **close)
+    attached.save_pretrained(tmp_path / "ours")
+    bare = restore(attached)
+    assert bare.state_dict().keys() == state.keys()
+    if base == "untouched":
+        assert all(torch.equal(value, state[key]) for key, value in bare.state_dict().items())
+        assert model_fingerprint(bare) == fingerprint
+        assert all(p.requires_grad for p in bare.parameters())
+    again = load_adapter(make("llava"), tmp_path / "ours")
+    torch.testing.assert_close(logits(again, batch), after, **close)
+
+
+def test_what_cannot_be_trained_whole():
+    model = make("llava")
+    plan = plan_adapter(model, None, method="pissa", rank=2, show_progress=False)
+    for name, reason in (
+        (
+            "multi_modal_projector",
+            "has no module 'multi_modal_projector'; give the whole dotted path",
+        ),
+        ("model.multi_modal_projector", "has an adapter in the plan"),
+    ):
+        with pytest.raises(CordaError, match=reason):
+            attach_adapter(model, plan, modules_to_save=[name])
+    assert not any("lora" in n for n, _ in model.named_modules())
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llava"])
 def test_a_residual_base(name, tmp_path):
     model, batch = make(name), batch_for(name, 2)
