@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from corda_vlm.adapter import adapt, attach_adapter, export_adapter, load_adapter, restore
+    from corda_vlm.anchor import anchor_penalty
     from corda_vlm.covariance import Covariance, CovarianceStore, collect_covariance
     from corda_vlm.errors import CordaError
     from corda_vlm.evaluation import Score, Suite, evaluate, load_suite
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from corda_vlm.methods import METHODS, prepare_method
     from corda_vlm.plan import AdapterPlan, plan_adapter
     from corda_vlm.sites import Site, find_sites
+    from corda_vlm.train import AnchorMixin
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ _HOME = {
     "FAMILIES": "families",
     "METHODS": "methods",
     "AdapterPlan": "plan",
+    "AnchorMixin": "train",
     "CordaError": "errors",
     "Covariance": "covariance",
     "CovarianceStore": "covariance",
@@ -40,6 +43,7 @@ _HOME = {
     "Site": "sites",
     "Suite": "evaluation",
     "adapt": "adapter",
+    "anchor_penalty": "anchor",
     "asset": "files",
     "attach_adapter": "adapter",
     "collect_covariance": "covariance",

@@ -135,7 +135,7 @@ def init(
     roles: str | None = None,
     dynamic_rank: bool = False,
     budget: int | None = None,
-    min_rank: int | None = None,
+    min_rank: int = 1,
     max_rank: int | None = None,
     dynamic_covariance: bool = False,
     picture: str | None = None,
@@ -414,13 +414,19 @@ def export(
 
 
 def report(folder: str) -> None:
-    """Write the report of a run again, from its scores, and print the table.
+    """Write the report of a run or a study again, from its scores, and print the table.
 
     Args:
         folder: of the run, e.g. runs/demo.
     """
     from corda_vlm.evaluation import summary_table, write_report
+    from corda_vlm.study import OVERVIEW, write_overview
 
+    if (Path(folder) / OVERVIEW).is_file():
+        for scores in sorted(Path(folder).glob("*/scores.jsonl")):
+            print(f"wrote {write_report(scores.parent)}")
+        print(f"wrote {write_overview(folder)}")
+        return
     page = write_report(folder)
     print(f"{summary_table(folder)}\n\nwrote {page}")
 

@@ -84,7 +84,7 @@ class Variant:
         learning_rates: each is trained with every seed.
         method: key of `METHODS`; None takes the variant's own name.
         rank: None takes the experiment's.
-        a_norm, damping, side, beta, freeze_a, dynamic_rank, dynamic_covariance: as in `prepare_method`.
+        a_norm, damping, side, beta, freeze_a, dynamic_rank, min_rank, max_rank, dynamic_covariance: as in `prepare_method`.
         anchor: weight of `anchor_penalty` in the loss, for any method; needs the experiment's calibration.
         scales: None takes the evaluation's.
         training: options of `TrainOptions` that differ from the experiment's.
@@ -99,6 +99,8 @@ class Variant:
     beta: float | None = None
     freeze_a: bool = False
     dynamic_rank: bool = False
+    min_rank: int = 1
+    max_rank: int | None = None
     dynamic_covariance: bool = False
     anchor: float = 0.0
     scales: list[float] | None = None

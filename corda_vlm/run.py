@@ -297,6 +297,8 @@ class _Laboratory:
             side=variant.side,
             beta=variant.beta,
             dynamic_rank=variant.dynamic_rank,
+            min_rank=variant.min_rank,
+            max_rank=variant.max_rank,
             dynamic_covariance=variant.dynamic_covariance,
             freeze_a=variant.freeze_a,
             show_progress=False,

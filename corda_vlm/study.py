@@ -22,9 +22,10 @@ import yaml
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import Results, leading_finding, read_rows
 from corda_vlm.experiment import Experiment, apply_overrides, parse_experiment, read_config
-from corda_vlm.files import resolve, write_text
+from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.run import SCORES, command_of, run_experiment
 
+OVERVIEW = "study.json"
 _KEYS = ("name", "title", "defaults", "experiments")
 
 
@@ -107,6 +108,8 @@ def run_study(
         if name not in study.experiments:
             raise UnknownNameError("experiment", name, study.experiments)
     folder = Path(output) if output is not None else Path("runs") / study.name
+    titles = {name: experiment.title or name for name, experiment in study.experiments.items()}
+    write_json(folder / OVERVIEW, {"title": study.title or study.name, "experiments": titles})
     for name, experiment in study.experiments.items():
         if only is None or name in only:
             run_experiment(
@@ -117,25 +120,31 @@ def run_study(
                 fresh=fresh,
                 device=device,
             )
-            write_overview(study, folder)
+            write_overview(folder)
     print(f"overview {folder / 'report.md'}")
     return folder
 
 
-def write_overview(study: Study, folder: Path) -> Path:
-    """Write report.md of the study: what each experiment found so far, and where its report is."""
-    lines = [f"# {study.title or study.name}", ""]
-    for name, experiment in study.experiments.items():
-        lines += [f"## {experiment.title or name}", ""]
+def write_overview(folder: str | Path) -> Path:
+    """Write report.md of a study: what each experiment found so far, and where its report is.
+
+    Raises:
+        ForeignFileError: not the folder of a study.
+    """
+    folder = Path(folder)
+    study = read_json(folder / OVERVIEW, "list of a study's experiments")
+    lines = [f"# {study['title']}", ""]
+    for name, title in study["experiments"].items():
+        lines += [f"## {title}", ""]
         scores = folder / name / SCORES
         if not scores.is_file():
             lines += ["Not run yet.", ""]
             continue
         results = Results.of(read_rows(scores))
-        ready = sum(len(seeds) for of in results.trained.values() for seeds in of.values())
+        trained = [seeds for of in results.trained.values() for seeds in of.values()]
         lines += [leading_finding(results), ""]
-        lines += [f"{ready:,} models measured. [Report]({name}/report.md).", ""]
+        lines += [f"{sum(map(len, trained)):,} models measured. [Report]({name}/report.md).", ""]
         if (folder / name / "tradeoff.png").is_file():
-            lines += [f"![{name}: task accuracy against knowledge kept]({name}/tradeoff.png)", ""]
+            lines += [f"![{title}: task accuracy against knowledge kept]({name}/tradeoff.png)", ""]
     write_text(folder / "report.md", "\n".join(lines))
     return folder / "report.md"

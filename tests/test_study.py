@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from corda_vlm.__main__ import main
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import read_rows
 from corda_vlm.files import asset
@@ -66,7 +67,7 @@ def config(tmp_path):
         if isinstance(content.get("defaults"), dict):
             content["defaults"] = {**content["defaults"], "suite": str(tmp_path / "suite.yaml")}
         path = tmp_path / "pair.yaml"
-        path.write_text(yaml.safe_dump(content))
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
 
     return write
@@ -100,6 +101,10 @@ def test_runs_each_in_its_folder_and_goes_on(config, tmp_path, capsys):
     assert read_rows(folder / "low" / "scores.jsonl")
     assert "Not run yet" not in (folder / "report.md").read_text()
     assert "1 of 1 trainings are finished already" in capsys.readouterr().out
+
+    (folder / "report.md").unlink()
+    main(["report", str(folder)])
+    assert "(low/report.md)" in (folder / "report.md").read_text()
 
 
 def test_tells_a_study_from_an_experiment(config):
