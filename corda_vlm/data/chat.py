@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from corda_vlm.data.formats import Message
+from corda_vlm.data.rows import Message
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.families.language import LanguageProcessor
 

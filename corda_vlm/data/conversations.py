@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from corda_vlm.data.chat import Chat, Rendered
-from corda_vlm.data.formats import Message
 from corda_vlm.data.instruction import InstructionData
 from corda_vlm.data.records import ImageTextData
+from corda_vlm.data.rows import Message
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.families.base import Processor
 from corda_vlm.families.language import _ALONG_TOKENS as ALONG_TOKENS

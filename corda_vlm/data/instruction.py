@@ -6,9 +6,9 @@ from typing import Any
 
 from PIL import Image
 
-from corda_vlm.data.formats import Message
 from corda_vlm.data.images import UNDECODABLE, to_rgb
 from corda_vlm.data.records import ImageTextData, Record, undecodable
+from corda_vlm.data.rows import Message
 
 _KEEP_PIXELS = 64 << 20
 """Decoded pictures are kept as long as they have no more pixels than this, at three bytes each."""

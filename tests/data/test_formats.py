@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corda_vlm.data import InstructionData, load_records
-from corda_vlm.data.formats import _pieces
+from corda_vlm.data.documents import pieces as cut_up
 from corda_vlm.errors import DataError, UnknownNameError
 
 
@@ -242,7 +242,7 @@ def test_documents_and_pieces(tmp_path):
 
 @given(text=st.text(alphabet=" \nab", max_size=60), words=st.integers(1, 5))
 def test_pieces_are_the_document(text, words):
-    pieces = list(_pieces(text, words))
+    pieces = list(cut_up(text, words))
     assert "".join(pieces) == text
     assert all(len(piece.split()) <= words for piece in pieces)
     assert all(len(piece.split()) == words for piece in pieces[:-1])

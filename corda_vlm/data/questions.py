@@ -1,0 +1,165 @@
+"""Questions with their answers, aliases and choices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from corda_vlm.data.rows import Columns, Fault, each, made_of, unpacked
+from corda_vlm.data.spec import DataSpec
+from corda_vlm.data.table import Table
+from corda_vlm.errors import DataError, UnknownNameError
+
+_QUESTION = ("question", "query", "prompt", "instruction", "problem")
+_TARGET = ("multiple_choice_answer", "answer", "answerKey", "response", "output", "solution")
+_REFERENCES = ("answers", "answer_list", "references")
+_CHOICES = ("choices", "options")
+
+
+def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
+    names = list(table.columns)
+    question = _asked(spec.question, _QUESTION, names, spec, "question")
+    if question is None:
+        raise DataError(
+            f"{spec}: has no question column; its columns are {', '.join(table.names)}: "
+            "name it with question: (a column, or a sentence such as '{context}')"
+        )
+    target = references = choices = None
+    if spec.answer is not None:
+        asked = "auto" if spec.answer == "auto" else spec.answer
+        target = _asked(asked, _TARGET, names, spec, "answer")
+        if spec.answer == "auto":
+            references = next((name for name in _REFERENCES if name in names), None)
+            choices = next((name for name in _CHOICES if name in names), None)
+    aliases = "aliases" if spec.answer == "auto" and "aliases" in names else None
+
+    def make(row: int) -> dict[str, Any]:
+        values = {name: column[row] for name, column in table.columns.items()}
+        asked = _filled(question, values)
+        if not isinstance(asked, str) or not asked.strip():
+            raise Fault("has an empty question")
+        made: dict[str, Any] = {"question": asked}
+        given = None if target is None else _filled(target, values)
+        if choices is not None and values[choices] is not None:
+            made["choices"], made["choice"] = _choice(values[choices], given)
+            answers = [made["choices"][made["choice"]]]
+        else:
+            answers = _answers(given)
+            known = [] if references is None else _answers(values[references])
+            if known:  # what is to be learnt comes first; it is one of the references, not one more
+                first = answers[:1]
+                if first and first[0] in known:
+                    known.remove(first[0])
+                answers = first + known
+            more = [] if aliases is None else _answers(values[aliases])
+            answers += [alias for alias in dict.fromkeys(more) if alias not in answers]
+        if (target or references) and (not answers or not answers[0].strip()):
+            raise Fault("has an empty answer")
+        pictures = count(row)
+        content: Any = asked
+        if pictures:
+            places = [{"type": "image"} for _ in range(pictures)]
+            content = [*places, {"type": "text", "text": asked}]
+        made["messages"] = [{"role": "user", "content": content}]
+        if answers:
+            made["answers"] = answers
+            made["messages"].append({"role": "assistant", "content": answers[0]})
+        return made
+
+    names = ["messages", "question", "answers"] + (["choices", "choice"] if choices else [])
+    return each(table, make, names)
+
+
+def _asked(
+    asked: str, usual: Sequence[str], names: Sequence[str], spec: DataSpec, what: str
+) -> str | None:
+    """A column or a format string over the columns."""
+    if asked == "auto":
+        return next((name for name in usual if name in names), None)
+    if "{" not in asked and asked not in names:
+        raise UnknownNameError(f"{what} column of {spec}", asked, names)
+    return asked
+
+
+def _filled(asked: str, values: Mapping[str, Any]) -> Any:
+    if "{" not in asked:
+        return values[asked]
+    try:
+        return asked.format(**values)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{asked!r}: cannot be filled in ({error}); the columns are {', '.join(sorted(values))}"
+        ) from error
+
+
+def _answers(stored: Any) -> list[str]:
+    """Answers from a string, a number, a list of those or of VQA's {"answer": ...}, or TriviaQA's {"value", "aliases"}."""
+    if stored is None:
+        return []
+    if isinstance(stored, Mapping):
+        if "answer" in stored:
+            return _answers(stored["answer"])
+        return list(
+            dict.fromkeys([*_answers(stored.get("value")), *_answers(stored.get("aliases"))])
+        )
+    if isinstance(stored, (list, tuple)):
+        return [answer for item in stored for answer in _answers(item)]
+    if isinstance(stored, bool):
+        return ["yes" if stored else "no"]
+    return [str(stored)]
+
+
+def _choice(stored: Any, given: Any) -> tuple[list[str], int]:
+    """The choices and the index of the right one, given as a number, a letter, a label or its text."""
+    labels: list[str] = []
+    if isinstance(stored, Mapping):  # ARC's {"text": [...], "label": [...]}
+        labels, stored = [str(label) for label in stored.get("label", ())], stored.get("text")
+    if not isinstance(stored, (list, tuple)) or len(stored) < 2:
+        raise Fault("has fewer than two choices")
+    choices = [str(choice) for choice in stored]
+    if any(not choice.strip() for choice in choices):
+        raise Fault("has an empty choice")
+    if isinstance(given, int) and not isinstance(given, bool):
+        right = given
+    else:
+        text = str(given).strip()
+        letters = [chr(ord("A") + index) for index in range(len(choices))]
+        right = next(
+            (known.index(text) for known in (labels, choices, letters) if text in known), -1
+        )
+        if right < 0 and re.fullmatch(r"\d+", text):
+            right = int(text)
+    if not 0 <= right < len(choices):
+        raise Fault(f"has the answer {given!r}, which is none of its {len(choices)} choices")
+    return choices, right
+
+
+def expanded(table: Table, spec: DataSpec) -> Table:
+    """One row for each of the questions that a row holds."""
+    column = spec.expand
+    if column == "auto":
+        column = "qa_json" if "qa_json" in table.columns else None
+    if column is None:
+        return table
+    if column not in table.columns:
+        raise UnknownNameError(f"column of {spec} to expand", column, table.columns)
+    parents: list[int] = []
+    items: list[Mapping[str, Any]] = []
+    faults: dict[int, str] = {}
+    places: list[int] = []
+    for row, stored in enumerate(table.columns[column]):
+        found = unpacked(stored)
+        good = isinstance(found, (list, tuple)) and all(isinstance(i, Mapping) for i in found)
+        if not good or not found:
+            faults[len(parents)] = f"its {column} holds no list of questions"
+            found = [{}]
+        for number, item in enumerate(found):
+            parents.append(row)
+            items.append(item)
+            places.append(number)
+    own = dict.fromkeys(name for item in items for name in item)
+    rest = {name: values for name, values in table.columns.items() if name != column}
+    columns = {name: [values[row] for row in parents] for name, values in rest.items()}
+    columns |= {name: [item.get(name) for item in items] for name in own}
+    return made_of(table, parents, columns, faults, lambda row: f"question {places[row]}")
