@@ -19,14 +19,18 @@ class Metric:
     factor: Float[Tensor, "inp m"]
     rest: Float[Tensor, "*inp inp"]
 
-    def times(self, x: Float[Tensor, "n inp"]) -> Float[Tensor, "n inp"]:
+    def times(
+        self, x: Float[Tensor, "n inp"], out: Float[Tensor, "n inp"] | None = None
+    ) -> Float[Tensor, "n inp"]:
+        """`X C` in float32, into `out` if given."""
+        out = torch.empty_like(x) if out is None else out
         if self.factor.device != x.device:
             self.factor, self.rest = self.factor.to(x.device), self.rest.to(x.device)
         light = x.to(self.factor.dtype)
         y = (light @ self.factor) @ self.factor.T
         if self.rest.ndim == 2:
-            return torch.addmm(y, light, self.rest).float()
-        return torch.addcmul(y.float(), x, self.rest)
+            return out.copy_(torch.addmm(y, light, self.rest))
+        return torch.addcmul(y.float(), x, self.rest, out=out)
 
 
 class Metrics:

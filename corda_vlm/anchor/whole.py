@@ -16,23 +16,32 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families.attention import is_packed, packed_weights
 from corda_vlm.sites import find_sites, get_linear
 
+_BLOCK = 2**20
+"""Entries at a time: what is written between the steps stays in a processor's cache."""
+
 
 class _Energy(torch.autograd.Function):
     """`‖(W − W₀) C^½‖_F²`: the product that its value needs is half its gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, before: Tensor, metric: Metric) -> Tensor:
-        change = weight.float() - before
-        Y = metric.times(change)
+        Y = torch.empty_like(before, dtype=torch.float32)  # (out, inp)
+        energy = Y.new_zeros(())
+        rows = max(1, _BLOCK // Y.shape[1])
+        for now, then, y in zip(weight.split(rows), before.split(rows), Y.split(rows), strict=True):
+            change = now.float() - then
+            metric.times(change, out=y)
+            energy += torch.dot(change.flatten(), y.flatten())
         ctx.dtype = weight.dtype
         ctx.save_for_backward(Y)
-        return torch.dot(change.flatten(), Y.flatten())
+        return energy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (Y,) = ctx.saved_tensors
-        return (Y * (2 * grad)).to(ctx.dtype), None, None
+        # in place, so that there is one such matrix: a second pass over one graph is an error of autograd's
+        return Y.mul_(2 * grad).to(ctx.dtype), None, None
 
 
 class Whole:
