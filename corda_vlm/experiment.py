@@ -12,7 +12,7 @@ import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.files import resolve
-from corda_vlm.methods import METHODS
+from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.train import TrainOptions
 
 
@@ -66,14 +66,6 @@ class Evaluation:
     scales: list[float] = field(default_factory=list)
     batch_size: int = 256
     bf16: bool = False
-
-    def __post_init__(self) -> None:
-        for scale in self.scales:
-            if not 0 < scale < 1:
-                raise CordaError(
-                    f"evaluation.scales holds {scale}; give strengths between 0 (the base model) and 1 (as trained), "
-                    "both of which are measured anyway"
-                )
 
 
 @dataclass(frozen=True)
@@ -192,10 +184,44 @@ class Experiment:
                 raise CordaError(
                     f"variant {name!r}: anchor {variant.anchor} must be a finite weight, 0 or more"
                 )
-            self.train_options(name, variant.learning_rates[0], 0)
+            for scale in self.scales_of(name):
+                if not 0 < scale < 1:
+                    raise CordaError(
+                        f"variant {name!r}: scales hold {scale}; give strengths between 0 (the base model) and 1 (as "
+                        "trained), both of which are measured anyway"
+                    )
+            method.check_options(self.request(name))
+            options = self.train_options(name, variant.learning_rates[0], 0)
+            if options.loss == "linear" and self.scales_of(name):
+                raise CordaError(
+                    f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "
+                    "towards; give it `scales: []`"
+                )
+            if method.name == "linear-probe" and variant.anchor:
+                raise CordaError(
+                    f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
+                )
 
     def method_of(self, variant: str) -> str:
         return self.variants[variant].method or variant
+
+    def request(self, variant: str) -> MethodRequest:
+        """What a variant asks of its method, but for the covariances."""
+        asked = self.variants[variant]
+        return MethodRequest(
+            rank=self.rank if asked.rank is None else asked.rank,
+            towers=self.towers,
+            a_norm=asked.a_norm,
+            damping=asked.damping,
+            side=asked.side,
+            beta=asked.beta,
+            dynamic_rank=asked.dynamic_rank,
+            min_rank=asked.min_rank,
+            max_rank=asked.max_rank,
+            dynamic_covariance=asked.dynamic_covariance,
+            freeze_a=asked.freeze_a,
+            show_progress=False,
+        )
 
     def scales_of(self, variant: str) -> list[float]:
         """The strengths besides 1 at which its trained models are measured."""

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -90,7 +91,10 @@ def run(
 
 def command_of(config: str | Path, overrides: Sequence[str]) -> str:
     """What a person types to get the same results."""
-    return f"corda-vlm run {config}" + "".join(f" --set {pair}" for pair in overrides)
+    command = ["corda-vlm", "run", str(config)]
+    if overrides:
+        command += ["--set", json.dumps(list(overrides), ensure_ascii=False)]
+    return shlex.join(command)
 
 
 def run_experiment(
@@ -285,23 +289,12 @@ class _Laboratory:
 
     def _request(self, name: str) -> MethodRequest:
         """What a variant asks of its method, with the variant's plan, which is made once and kept as a file."""
-        variant, method = self.experiment.variants[name], METHODS[self.experiment.method_of(name)]
-        request = MethodRequest(
-            rank=variant.rank or self.experiment.rank,
+        method = METHODS[self.experiment.method_of(name)]
+        request = replace(
+            self.experiment.request(name),
             # methods that know one of the two take it as `store`, whichever it is
             store=self.store(method.covariances[0]) if method.covariances else None,
             task_store=self.store("task") if len(method.covariances) > 1 else None,
-            towers=self.experiment.towers,
-            a_norm=variant.a_norm,
-            damping=variant.damping,
-            side=variant.side,
-            beta=variant.beta,
-            dynamic_rank=variant.dynamic_rank,
-            min_rank=variant.min_rank,
-            max_rank=variant.max_rank,
-            dynamic_covariance=variant.dynamic_covariance,
-            freeze_a=variant.freeze_a,
-            show_progress=False,
         )
         if method.plan is None:
             return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import load_suite
 from corda_vlm.experiment import load_experiment, parse_experiment
 from corda_vlm.files import asset
+from corda_vlm.run import command_of
 from corda_vlm.study import is_study, load_study
 
 CONFIGS = sorted(asset("configs").glob("*.yaml"))
@@ -83,11 +85,33 @@ def test_trainings_go_seed_by_seed():
             "called 'base'",
         ),
         ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
+        ({"evaluation": {"scales": [1.5]}}, CordaError, r"scales hold 1\.5"),
+        ({"variants__lora__scales": [0.0]}, CordaError, r"'lora': scales hold 0\.0"),
+        ({"variants__lora__dynamic_rank": True}, CordaError, "'lora' has no dynamic_rank"),
+        ({"variants__full__a_norm": 10}, CordaError, "'full' has no a_norm"),
+        ({"variants__lora__a_norm": 0}, CordaError, "a_norm 0"),
+        (
+            {"variants__linear-probe": {"learning_rates": [1], "scales": [0.5]}},
+            CordaError,
+            "linear head.*`scales: \\[\\]`",
+        ),
+        (
+            {"variants__linear-probe": {"learning_rates": [1], "anchor": 1}},
+            CordaError,
+            "nothing to anchor",
+        ),
     ],
 )
 def test_a_wrong_experiment_names_what_is_wrong(changes, error, message):
     with pytest.raises(error, match=message):
         parse_experiment(demo(**changes), "demo.yaml")
+
+
+def test_a_command_reads_its_overrides_back():
+    overrides = ["training.steps=10", "title=It's small", "seeds=[0]"]
+    *command, option, value = shlex.split(command_of("configs/demo.yaml", overrides))
+    assert [*command, option] == ["corda-vlm", "run", "configs/demo.yaml", "--set"]
+    assert yaml.safe_load(value) == overrides, "one list, as the command line takes it"
 
 
 def test_a_file_that_is_no_experiment(tmp_path):

@@ -444,6 +444,11 @@ class TestRefusals:
             ("pissa", {"rho": 2.0}),
             ("pissa", {"side": "input"}),
             ("milora", {"dynamic_rank": True}),
+            ("full", {"a_norm": 10.0}),
+            ("full", {"roles": "q"}),
+            ("linear-probe", {"freeze_a": True}),
+            ("lora", {"base": "residual"}),
+            ("lora", {"damping": 1.0}),
         ],
     )
     def test_an_option_that_the_method_lacks(self, tiny_clip_hf, name, options):

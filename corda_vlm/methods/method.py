@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from corda_vlm.covariance import CovarianceStore
+from corda_vlm.decompose import check_scale
 from corda_vlm.errors import CordaError
 from corda_vlm.plan import AdapterPlan, Route
 from corda_vlm.ranks import Bound
@@ -53,15 +54,20 @@ class MethodRequest:
     plan: AdapterPlan | None = None
 
 
-_OF_PLANS = (
-    "dynamic_rank",
-    "dynamic_covariance",
-    "budget",
-    "min_rank",
-    "max_rank",
-    "side",
+OF_ADAPTERS = ("a_norm", "freeze_a", "roles")
+OF_PLANS = (
+    "base",
     "beta",
+    "budget",
+    "damping",
+    "dynamic_covariance",
+    "dynamic_rank",
+    "max_rank",
+    "min_rank",
+    "route",
+    "side",
 )
+_OPTIONS = (*OF_ADAPTERS, *OF_PLANS, "rho")
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class Method:
         attach: (bare model, request) -> the model to train.
         detach: the model that was trained -> the original bare model.
         plan: (bare model, request) -> the plan that `attach` would make; None for a method without plans.
+        takes: options of the request that not every method has; any other than these is refused. A plan refuses
+            besides what its own method does not take.
     """
 
     name: str
@@ -101,6 +109,7 @@ class Method:
     attach: Callable[[nn.Module, MethodRequest], nn.Module]
     detach: Callable[[nn.Module], nn.Module]
     plan: Callable[[nn.Module, MethodRequest], AdapterPlan] | None = None
+    takes: tuple[str, ...] = ()
 
     @property
     def needs_store(self) -> bool:
@@ -118,17 +127,17 @@ class Method:
                     f"method {self.name!r} takes its directions from data: pass {argument}=, from collect_covariance "
                     f"of the {of}"
                 )
-        self._refuse_options(request)
+        self.check_options(request)
         ready = self.attach(model, request)
         trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)
         return Prepared(self.name, ready, trainable, sum(p.numel() for p in ready.parameters()))
 
-    def _refuse_options(self, request: MethodRequest) -> None:
-        options = () if self.plan else _OF_PLANS  # a plan refuses what its method does not take
-        options = options if self.name == "eva" else (*options, "rho")
-        for option in options:
+    def check_options(self, request: MethodRequest) -> None:
+        """Raise a `CordaError` for an option that the method does not have, or that is out of range."""
+        for option in _OPTIONS:
             value = getattr(request, option)
-            if value != getattr(MethodRequest, option):
+            if option not in self.takes and value != getattr(MethodRequest, option):
                 raise CordaError(
                     f"method {self.name!r} has no {option}= (got {value!r}); leave it out"
                 )
+        check_scale(request.damping, request.a_norm)

@@ -13,7 +13,6 @@ from torch import nn
 from corda_vlm.adapter.attach import check_wrapped, lora_targets, wrapping
 from corda_vlm.adapter.eva import attach_eva
 from corda_vlm.adapter.paired import keep_a_frozen, trained
-from corda_vlm.errors import CordaError
 from corda_vlm.methods.method import MethodRequest
 from corda_vlm.plan import check_rank
 from corda_vlm.sites import find_sites, site_shape
@@ -25,11 +24,6 @@ def plain(
     """PEFT's LoRA on every site, with alpha equal to the rank."""
 
     def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
-        if init == "mica" and (request.freeze_a or request.a_norm is not None):
-            raise CordaError(
-                "mica trains A alone, from zero: freeze_a=True leaves nothing to train, and a_norm= nothing to scale; "
-                "leave both out"
-            )
         sites = find_sites(model, towers=request.towers, roles=request.roles)
         check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
         ranks = {site.name: request.rank for site in sites}

@@ -10,7 +10,7 @@ from corda_vlm.adapter.attach import attach_adapter, restore
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import UnknownNameError
 from corda_vlm.methods.bare import cannot_detach, freeze, full, unfreeze
-from corda_vlm.methods.method import Method, MethodRequest
+from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodRequest
 from corda_vlm.methods.plain import eva, plain
 from corda_vlm.plan import AdapterPlan, Route, plan_adapter
 from corda_vlm.ranks import Bound
@@ -128,7 +128,8 @@ def _planned(
         plan = request.plan or make(model, request)
         return attach_adapter(model, plan, freeze_a=freeze_a or request.freeze_a, base=request.base)
 
-    return Method(name, description, source, covariances, attach, restore, make)
+    takes = (*OF_ADAPTERS, *OF_PLANS)
+    return Method(name, description, source, covariances, attach, restore, make, takes)
 
 
 METHODS: dict[str, Method] = {
@@ -157,6 +158,7 @@ METHODS: dict[str, Method] = {
             (),
             plain(),
             restore,
+            takes=OF_ADAPTERS,
         ),
         Method(
             "dora",
@@ -165,6 +167,7 @@ METHODS: dict[str, Method] = {
             (),
             plain(use_dora=True),
             restore,
+            takes=OF_ADAPTERS,
         ),
         Method(
             "eva",
@@ -173,6 +176,7 @@ METHODS: dict[str, Method] = {
             ("task",),
             eva,
             restore,
+            takes=(*OF_ADAPTERS, "rho"),
         ),
         Method(
             "mica",
@@ -181,6 +185,7 @@ METHODS: dict[str, Method] = {
             (),
             plain(init="mica"),
             restore,
+            takes=("roles",),  # A alone is trained, and from zero
         ),
         _planned(
             "pissa",
