@@ -6,6 +6,8 @@
       digits: {suite: emoji-digits, ...}     # each as a file of `configs/` would have it, less the defaults
       caltech25: {suite: emoji-caltech25, ...}
 
+A key that an experiment has takes the place of the default's as a whole: mappings are not merged.
+
 Each experiment has its own folder below `runs/<study>/`, so several processes may share a study if each runs other
 experiments of it.
 """

@@ -293,6 +293,12 @@ def test_nothing_adapted_is_said(tiny_clip_hf):
         anchor_penalty(tiny_clip_hf.requires_grad_(False), store)
 
 
+@pytest.mark.parametrize("store", [None, "covariance.safetensors"])
+def test_what_is_no_store_is_said(store, tiny_clip_hf):
+    with pytest.raises(CordaError, match=r"needs the covariances.*collect_covariance"):
+        anchor_penalty(prepare_method("lora", tiny_clip_hf, rank=2), store)
+
+
 def test_adapted_layers_without_covariance(tiny_clip_hf):
     text = store_of(tiny_clip_hf, find_sites(tiny_clip_hf, towers="text"))
     both = copy.deepcopy(tiny_clip_hf)

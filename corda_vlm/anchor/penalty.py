@@ -55,11 +55,16 @@ def anchor_penalty(
 
     Raises:
         ForeignFileError: the covariances were collected from another model.
-        CordaError: nothing is adapted, an adapted layer has no covariance in the store, a layer of `sites` is not
+        CordaError: no store, nothing is adapted, an adapted layer has no covariance in the store, a layer of `sites` is not
             adapted, an adapter is merged, or is of a kind whose change is not known here.
     """
     if energy is not None and not 0 < energy <= 1:
         raise CordaError(f"energy is a share of C, over 0 and at most 1; got {energy!r}")
+    if not isinstance(store, CovarianceStore):
+        raise CordaError(
+            f"an anchor needs the covariances of what is to be kept, and got {store!r}: pass the store of "
+            "collect_covariance, or CovarianceStore.load(path)"
+        )
     bare = unwrap(model)
     layers = {name: m for name, m in base_of(model).named_modules() if isinstance(m, LoraLayer)}
     starts = {

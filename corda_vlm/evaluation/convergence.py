@@ -114,7 +114,7 @@ def convergence(
         return setting, {
             h.seed: h
             for h in histories.get(method, ())
-            if rate is not None and np.isclose(h.learning_rate, rate, rtol=1e-6, atol=0)
+            if rate is not None and h.learning_rate == float(f"{rate:g}")  # as its folder is named
         }
 
     _, aims = best_of(reference)

@@ -242,14 +242,6 @@ class Curve:
         return np.where(np.isfinite(found), found, np.nan)
 
 
-def kept_at(
-    points: Mapping[Setting, Point], task: float, base: Point | None = None
-) -> float | None:
-    """The most that is kept at a task accuracy of at least `task`, or None where it is never reached; see `Curve`."""
-    found = float(Curve(points, base).at(np.array([task]))[0])
-    return None if np.isnan(found) else found
-
-
 def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tuple[Point, Point]]:
     lines: dict[tuple[str, float | None], list[tuple[float, Point]]] = {}
     for setting, point in points.items():
@@ -268,13 +260,6 @@ def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tup
         ordered = [point for _, point in sorted(line, key=lambda entry: entry[0])]
         found += itertools.pairwise(ordered)
     return found
-
-
-def area(
-    points: Mapping[Setting, Point], start: float, stop: float, base: Point | None = None
-) -> float:
-    """Mean kept share along the frontier between two task accuracies; 0 where the method does not reach."""
-    return mean_height(heights(Curve(points, base), start, stop))
 
 
 def heights(curve: Curve, start: float, stop: float) -> Float[np.ndarray, 101]:

@@ -179,7 +179,8 @@ class _Report:
         if not found:
             return []
         heading = f"Against {REFERENCE} scaled after training"
-        return [Section(heading, [_dominance_text(found)], tables=[dominance_table(found)])]
+        table = dominance_table(found, len(self.results.seeds))
+        return [Section(heading, [_dominance_text(found)], tables=[table])]
 
     def _chosen(self) -> list[Section]:
         # without selection tasks a single model could only be chosen by what it is then judged by

@@ -26,25 +26,28 @@ def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -
             headings.append("area under the curve")
         else:
             headings += [f"kept at task {percent(task)}", f"× {REFERENCE}"]
-    rows = []
+    rows, partly = [], False
     for curve in sorted(dict.fromkeys(c.curve for c in comparisons), key=lambda c: _place(by, c)):
         row = [curve]
         for share in shares:
             found = by[(curve, share)]
-            row.append(_interval(found.kept, percent) if found.kept else "not reached")
+            told = _interval(found.kept, percent) if found.kept else "not reached"
+            if found.kept and found.reached < 1.0:
+                told += f", in {found.reached:.0%} of resamples"
+                partly = True
+            row.append(told)
             if share is not None:
                 row.append(_interval(found.ratio, lambda v: f"{v:.2f}"))
         rows.append(row)
     best = next(c.task for c in comparisons if c.share == 1.0)
-    told = caption or (
+    about = caption or (
         f"Kept knowledge where a method has learnt as much as {REFERENCE} at its best ({percent(best)}), and at "
         "0.95 of that. Area: the mean of what is kept from five points above the base model's task accuracy to "
         "there; left of its slowest learning rate a method counts as keeping what it keeps with that."
     )
-    return Table(
-        told,
-        headings, rows,
-    )  # fmt: skip
+    if partly:
+        about += " Where an accuracy is reached in some resamples of the seeds only, the interval is over those."
+    return Table(about, headings, rows)
 
 
 def trained_table(results: Results, brief: bool = False, scaled: bool = False) -> Table:
@@ -119,8 +122,9 @@ def base_table(results: Results) -> Table:
     )
 
 
-def dominance_table(found: Sequence[Dominance]) -> Table:
-    """Curves against one reference curve, in points of kept knowledge."""
+def dominance_table(found: Sequence[Dominance], seeds: int) -> Table:
+    """Curves against one reference curve, in points of kept knowledge; `seeds`: how many the means are over."""
+    how = "with 95% confidence" if seeds > 1 else "by this one seed"
     rows = [
         [
             d.curve,
@@ -133,7 +137,7 @@ def dominance_table(found: Sequence[Dominance]) -> Table:
     ]
     return Table(
         f"More kept than by {found[0].reference}: on average along the range, and where it is least; then the share of "
-        "the range on which the method lies above. What does not reach an accuracy keeps 0 there. Above everywhere, with 95% confidence: "
+        f"the range on which the method lies above. What does not reach an accuracy keeps 0 there. Above everywhere, {how}: "
         f"{listed([d.curve for d in found if d.everywhere])}.",
         ["method", "on average", "at the least", "which is at task", "above on"], rows,
     )  # fmt: skip

@@ -9,8 +9,9 @@ import pytest
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import Results, choose, dominates
-from corda_vlm.evaluation.comparing import SeedBootstrap, against
-from corda_vlm.evaluation.frontier import Curve, Point, Setting, kept_at
+from corda_vlm.evaluation.comparing import SeedBootstrap, against, compare
+from corda_vlm.evaluation.frontier import Curve, Point, Setting
+from corda_vlm.evaluation.tables import dominance_table, equal_table
 
 
 def two_lines(invented: Any, offsets: list[float], seeds_differ: float = 0.0) -> Results:
@@ -90,6 +91,24 @@ def test_three_seeds_have_ten_resamples(invented: Any) -> None:
     assert len(seeds.over(lambda _: 0.0)) == 1 + 10
 
 
+def test_what_is_not_certain_is_told(invented):
+    """A curve that some resamples do not reach says so, and one seed makes nothing certain."""
+    rows = invented.rows_of("base", {"new": 0.1, "old": 0.8})
+    for seed, (task, kept) in enumerate(((0.86, 0.7), (0.85, 0.7), (0.72, 0.1))):
+        rows += invented.rows_of("lora", {"new": 0.8, "old": 0.4}, rate=1.0, seed=seed)
+        rows += invented.rows_of("kpm", {"new": task, "old": kept}, rate=1.0, seed=seed)
+    results = Results.of(rows)
+    table = equal_table(compare(results, shares=(1.0,)))
+    assert "of resamples" in table.rows[0][1]
+    assert "not reached" not in table.rows[0][1]
+    assert "of the seeds only" in table.caption
+    above = against(results, "lora", start=0.2, stop=0.7)
+    assert "with 95% confidence: none" in dominance_table(above, 3).caption
+    one = [row for row in rows if row["seed"] in (None, 0)]
+    above = against(Results.of(one), "lora", start=0.2, stop=0.7)
+    assert "by this one seed: kpm" in dominance_table(above, 1).caption
+
+
 class TestCurve:
     def test_a_grid_of_rates_and_scales_is_its_upper_hull(self) -> None:
         """Two learning rates, each scaled: at every accuracy the better line counts."""
@@ -107,9 +126,11 @@ class TestCurve:
 
     def test_a_rate_that_was_not_scaled_yet_does_not_join_the_base(self) -> None:
         grid = {Setting(1.0, 1.0): Point(0.9, 0.1)}
-        assert kept_at(grid, 0.5, Point(0.1, 1.0)) == pytest.approx(0.1)
+        curve = Curve(grid, Point(0.1, 1.0))
+        assert curve.at(np.array([0.5])) == pytest.approx(0.1)
         grid[Setting(1.0, 0.5)] = Point(0.5, 0.5)
-        assert kept_at(grid, 0.3, Point(0.1, 1.0)) == pytest.approx(0.75)
+        curve = Curve(grid, Point(0.1, 1.0))
+        assert curve.at(np.array([0.3])) == pytest.approx(0.75)
 
     def test_scale_0_may_be_measured_and_scales_beyond_1_too(self) -> None:
         grid = {Setting(1.0, s): Point(0.1 + 0.4 * s, 1 - 0.4 * s) for s in (0.0, 1.0, 1.5)}

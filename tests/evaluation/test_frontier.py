@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,25 @@ from hypothesis import strategies as st
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation import write_report
 from corda_vlm.evaluation.comparing import compare
-from corda_vlm.evaluation.frontier import Point, Results, Setting, area, kept_at
+from corda_vlm.evaluation.frontier import (
+    Curve,
+    Point,
+    Results,
+    Setting,
+    heights,
+    mean_height,
+)
+
+
+def kept_at(
+    points: Mapping[Setting, Point], task: float, base: Point | None = None
+) -> float | None:
+    found = float(Curve(points, base).at(np.array([task]))[0])
+    return None if np.isnan(found) else found
+
+
+def area(points: Mapping[Setting, Point], start: float, stop: float) -> float:
+    return mean_height(heights(Curve(points), start, stop))
 
 
 def test_rows_are_arranged(invented: Any) -> None:
