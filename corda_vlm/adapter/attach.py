@@ -312,16 +312,22 @@ def lora_targets(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def check_wrapped(peft_model: PeftModel, ranks: Mapping[str, int], adapter_name: str) -> None:
     """Raise unless exactly these modules carry the adapter, with these ranks and scaling 1."""
-    found = {
-        name: module.r[adapter_name]
+    layers = {
+        name: module
         for name, module in base_of(peft_model).named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
+    found = {name: layer.r[adapter_name] for name, layer in layers.items()}
     for name in sorted(found.keys() | ranks.keys()):
         if found.get(name) != ranks.get(name):
             raise CordaError(
                 f"PEFT wrapped {name!r} with rank {found.get(name)} (None: not at all) where the plan says "
                 f"{ranks.get(name)}; nothing was attached. Please report this with the model's class."
+            )
+        if (scaling := layers[name].scaling[adapter_name]) != 1:
+            raise CordaError(
+                f"PEFT scales the adapter of {name!r} by {scaling} where the plan says 1; nothing was attached. Please "
+                "report this with the model's class."
             )
 
 
