@@ -57,6 +57,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     anchor: Anchor | None = None,
     anchor_weight: float = 0.0,
+    anchor_every: int = 1,
     extra_loss: Penalty | None = None,
     extra_weight: float = 1.0,
     show_progress: bool = True,
@@ -81,6 +82,7 @@ def train(
         anchor: of `anchor_penalty(model, store)`, built before this call, as an interrupted training's weights are
             loaded here. In the history, as the forecast of forgetting.
         anchor_weight: the loss gets so many times the anchor; with 0 it is only in the history.
+        anchor_every: only at every so many steps, with so many times the weight, see `PenaltyMixin.penalise`.
         extra_loss: another term of the loss that looks at the weights; in the history, unweighted.
         extra_weight: its weight.
         show_progress: a progress bar with loss, rate and throughput.
@@ -97,7 +99,7 @@ def train(
     _check_trainable(model, objective)
     _check_anchor(model, anchor, anchor_weight)
     plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
-    plan["anchor"] = _anchored(anchor, anchor_weight)
+    plan["anchor"] = _anchored(anchor, anchor_weight, anchor_every)
     _begin(output, plan, model)
     if (output / DONE).is_file():
         return _finished(output, model, objective)
@@ -148,7 +150,7 @@ def train(
         callbacks=[watch, *callbacks],
     )
     if anchor is not None:
-        trainer.anchor_to(anchor, anchor_weight)
+        trainer.anchor_to(anchor, anchor_weight, every=anchor_every)
     if extra_loss is not None:
         trainer.penalise("extra_loss", extra_loss, extra_weight)
     watch.trainer = trainer
@@ -186,9 +188,8 @@ def _plan(
     extra_weight: float | None,
 ) -> dict[str, Any]:
     """What a training is, as JSON: two trainings with equal plans end in equal weights."""
-    kept = {name: value for name, value in asdict(options).items() if name not in HARMLESS}
     plan = {
-        "options": kept,
+        "options": _kept(options),
         "data": data.fingerprint,
         "classes": None if classes is None else list(classes),
         "templates": None
@@ -200,12 +201,19 @@ def _plan(
     return json.loads(json.dumps(plan))
 
 
-def _anchored(anchor: Anchor | None, weight: float) -> dict[str, Any] | None:
+def _kept(options: TrainOptions) -> dict[str, Any]:
+    """The options that decide about the weights, as JSON gives them back."""
+    kept = {name: value for name, value in asdict(options).items() if name not in HARMLESS}
+    return json.loads(json.dumps(kept))
+
+
+def _anchored(anchor: Anchor | None, weight: float, every: int) -> dict[str, Any] | None:
     """What decides about the weights; an anchor that is only logged does not."""
     if anchor is None or weight == 0:
         return None
     return {
         "weight": weight,
+        "every": every,
         "data": anchor.data_fingerprint,
         "energy": anchor.energy,
         "sites": len(anchor.sites),
@@ -229,10 +237,12 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
         raise CordaError(
             f"{path} is not a training plan of this version; delete {output} or choose another"
         )
+    # an option that there was not yet when the training began had what is its default now
+    options = {**_kept(TrainOptions(steps=1)), **saved["options"]}
     changed = [
-        f"{name}: {saved['options'].get(name)} there, {value} now"
+        f"{name}: {options[name]} there, {value} now"
         for name, value in plan["options"].items()
-        if saved["options"].get(name) != value
+        if options[name] != value
     ]
     changed += [
         name
