@@ -42,6 +42,7 @@ from corda_vlm.evaluation import (
     write_report,
 )
 from corda_vlm.evaluation.labels import load_class_names, load_templates, match_labels
+from corda_vlm.evaluation.suite import Task
 from corda_vlm.experiment import Experiment, Training, load_experiment
 from corda_vlm.families import Loaded, load_model
 from corda_vlm.files import read_json, resolve, write_json, write_text
@@ -147,10 +148,7 @@ class _Laboratory:
         now = {
             "the model": model_fingerprint(self.loaded.model),
             "the task's data": self.task_data.fingerprint,
-            **{
-                f"the suite's task {task.name!r}": _digest({**asdict(task), "source": None})
-                for task in self.suite.tasks
-            },
+            **{f"the suite's task {task.name!r}": _task_digest(task) for task in self.suite.tasks},
         }
         path = self.folder / MADE_FROM
         former = read_json(path, "list of sources") if path.is_file() else {}
@@ -390,7 +388,8 @@ def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
     if fresh and path.is_file():
         shutil.rmtree(folder)
     if path.is_file():
-        former = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # read as an experiment: what the config could not yet say when it was written has its default
+        former = yaml.safe_load(_dumped(load_experiment(path.resolve())))
         # more variants, rates or seeds add to what is there; anything else would mix two experiments
         changed = [
             key
@@ -420,8 +419,12 @@ def _dumped(experiment: Experiment) -> str:
     return yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _task_digest(task: Task) -> str:
+    """Of what a task measures, wherever it is written."""
+    told = {**asdict(task), "source": None}
+    if not task.options:  # tasks had none when folders that may still be gone on with were begun
+        del told["options"]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _machine(model: nn.Module) -> str:

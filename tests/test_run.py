@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import read_rows
-from corda_vlm.run import run
+from corda_vlm.experiment import load_experiment
+from corda_vlm.run import _claim, run
 
 SUITE = {
     "name": "small",
@@ -121,6 +123,19 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
         run(config(rank=5), output=folder)
     with pytest.raises(UnknownNameError, match="variant 'dora'"):
         run(config(), output=folder, only=["dora"])
+
+
+def test_a_folder_from_before_an_option_existed_is_gone_on_with(config, tmp_path):
+    experiment = load_experiment(config())
+    path = tmp_path / "out" / "config.yaml"
+    _claim(path.parent, experiment, fresh=False)
+    older = yaml.safe_load(path.read_text())
+    del older["variants"]["full"]["min_rank"], older["forecast"]
+    path.write_text(yaml.safe_dump(older))
+    _claim(path.parent, experiment, fresh=False)
+    path.write_text(yaml.safe_dump(older))
+    with pytest.raises(CordaError, match=r"differs in forecast\)"):
+        _claim(path.parent, replace(experiment, forecast=True), fresh=False)
 
 
 def test_a_foreign_folder_is_left_alone(config, tmp_path):

@@ -249,7 +249,7 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
         for name in ("data", "classes", "templates", "extra_weight")
         if saved[name] != plan[name]
     ]
-    before, now = saved["anchor"] or {}, plan["anchor"] or {}
+    before, now = ({"every": 1, **a} if (a := p["anchor"]) else {} for p in (saved, plan))
     changed += [
         f"the anchor's {name}: {before.get(name)} there, {now.get(name)} now"
         for name in sorted({*before, *now})

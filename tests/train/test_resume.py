@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -168,6 +169,10 @@ def test_a_folder_of_another_training_is_refused(
     with pytest.raises(CordaError, match="other frozen weights"):
         again(lora(other))
     again(lora(copy.deepcopy(base)), save_every=3, log_every=1)  # what changes no weight may change
+    begun = json.loads((tmp_path / "train.json").read_text())
+    del begun["options"]["template"]
+    (tmp_path / "train.json").write_text(json.dumps(begun))
+    again(lora(copy.deepcopy(base)))  # begun before there was such an option
 
 
 def test_damaged_weights_are_named(lora, tiny_open_clip, digits, processor, tmp_path):
