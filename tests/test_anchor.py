@@ -179,6 +179,11 @@ def test_gradients(how, tiny_open_clip):
             total = total + ((D @ C) * D).sum() / float(torch.trace(W @ store[name].matrix @ W.T))
         (total / len(before)).backward()
     true = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    assert anchor.backward(2.0).item() == pytest.approx(anchor().item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in found:  # the same, a few layers at a time
+            assert torch.allclose(parameter.grad, 2 * found[name], rtol=1e-4, atol=1e-9), name
     assert {n for n, g in true.items() if g.any()} <= found.keys()
     for name, gradient in found.items():
         off = (gradient - true[name]).norm() / true[name].norm()

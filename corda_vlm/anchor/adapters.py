@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -172,14 +172,14 @@ class Adapters:
             P = P * scale.repeat(1, 1, P.shape[2] // scale.shape[2])
         return P, Q
 
-    def shares(self) -> Float[Tensor, " n"]:
+    def shares(self) -> Iterator[Float[Tensor, " n"]]:
         with torch.autocast(self.sites[0].pair()[0].device.type, enabled=False):
             P, Q = self.factors()
             self.weights = self.weights.to(P.device)
             H, Y = _Projected.apply(Q, self.runs)  # (n, k, k), (n, k, inp)
-            if self.sites[0].is_dora:
-                return self._dora(P, Q, H, Y) * self.weights
-            return ((P.mT @ P) * H).sum((1, 2)) * self.weights
+            is_dora = self.sites[0].is_dora
+            energies = self._dora(P, Q, H, Y) if is_dora else ((P.mT @ P) * H).sum((1, 2))
+        yield energies * self.weights
 
     def _dora(self, P: Tensor, Q: Tensor, H: Tensor, Y: Tensor) -> Float[Tensor, " n"]:
         """`‖(s − s₀) V + s P Q‖²` in the metric of C, where s scales the rows and V is the weight at the start.

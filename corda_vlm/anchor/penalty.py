@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -113,8 +113,27 @@ class Anchor:
         self._parts = parts
 
     def __call__(self) -> Float[Tensor, ""]:
-        shares = [part.shares() for part in self._parts]
-        return torch.cat([s.to(shares[0].device) for s in shares]).sum() / len(self.sites)
+        values = [shares.sum() for part in self._parts for shares in part.shares()]
+        return torch.stack([v.to(values[0].device) for v in values]).sum() / len(self.sites)
+
+    def backward(
+        self, weight: float = 1.0, through: Callable[[Tensor], Any] = Tensor.backward
+    ) -> Float[Tensor, ""]:
+        """As `(weight * anchor()).backward()`, a few layers at a time: with whole matrices that takes less memory and time.
+
+        Args:
+            through: runs one backward pass; those of mixed precision scale the gradients.
+
+        Returns:
+            The value, without weight and gradient.
+        """
+        found = []
+        for part in self._parts:
+            for shares in part.shares():
+                value = shares.sum() / len(self.sites)
+                through(weight * value)
+                found.append(value.detach())
+        return torch.stack([value.to(found[0].device) for value in found]).sum()
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
@@ -122,7 +141,9 @@ class Anchor:
         found = {
             name: share
             for part in self._parts
-            for name, share in zip(part.names, part.shares().tolist(), strict=True)
+            for name, share in zip(
+                part.names, [s for shares in part.shares() for s in shares.tolist()], strict=True
+            )
         }
         return {name: found[name] for name in self.sites}
 
@@ -141,7 +162,10 @@ class _Part(Protocol):
 
     names: tuple[str, ...]
 
-    def shares(self) -> Float[Tensor, " n"]: ...
+    def shares(self) -> Iterator[Float[Tensor, " n"]]:
+        """Those of all sites, in order, a few at a time."""
+        ...
+
     def kept(self) -> list[Tensor]: ...
 
 

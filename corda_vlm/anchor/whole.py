@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,28 +56,26 @@ class Whole:
     ) -> None:
         self.model, self.by_parent = model, by_parent
         self.names = tuple(name for names in by_parent.values() for name in names)
-        self.before, self.metrics, sizes = {}, {}, []
+        self.before, self.metrics, self.weights = {}, {}, {}
         for name in self.names:
             weight = weights[name].detach()
             size = float(metrics.row_energies(name, weight).sum())
-            sizes.append(1 / size if size > 0 else 0.0)
+            self.weights[name] = 1 / size if size > 0 else 0.0
             self.before[name] = weight.clone()
             light = metrics.energy < 1
             dtype = fast_dtype(weight.device) if light else torch.float32
             self.metrics[name] = metrics.of(name, weight.device, dtype)
-        self.weights = torch.tensor(sizes)
 
-    def shares(self) -> Float[Tensor, " n"]:
-        found = []
+    def shares(self) -> Iterator[Float[Tensor, " n"]]:
         for parent, names in self.by_parent.items():
-            weights = _weights_below(self.model, parent, names)
+            weights, found = _weights_below(self.model, parent, names), []
             for name, weight in zip(names, weights, strict=True):
                 if self.before[name].device != weight.device:
                     self.before[name] = self.before[name].to(weight.device)
                 with torch.autocast(weight.device.type, enabled=False):
-                    found.append(_Energy.apply(weight, self.before[name], self.metrics[name]))
-        self.weights = self.weights.to(found[0].device)
-        return torch.stack([value.to(found[0].device) for value in found]) * self.weights
+                    energy = _Energy.apply(weight, self.before[name], self.metrics[name])
+                    found.append(energy * self.weights[name])
+            yield torch.stack(found)
 
     def kept(self) -> list[Tensor]:
         found = [t for m in self.metrics.values() for t in (m.factor, m.rest)]

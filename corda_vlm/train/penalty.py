@@ -75,14 +75,19 @@ class PenaltyMixin:
                 f"{name!r} looks at whole weights, which DeepSpeed and FSDP cut into pieces; train with one process, "
                 "or with plain DistributedDataParallel"
             )
-        value = term.penalty()
+        weight = term.every * term.weight
+        # not `backward()` of its own: in float16 the accelerator scales gradients
+        through = self.accelerator.backward  # type: ignore[attr-defined]
+        if isinstance(term.penalty, Anchor):
+            value = term.penalty.backward(weight, through)
+        else:
+            value = term.penalty()
+            through(weight * value)
         if not torch.isfinite(value):
             raise CordaError(
                 f"{name!r} is {float(value.detach())} at step {self.state.global_step + 1}: the weights have grown "  # type: ignore[attr-defined]
                 "beyond all measure; lower the learning rate"
             )
-        # not `backward()` of its own: in float16 the accelerator scales gradients
-        self.accelerator.backward(term.every * term.weight * value)  # type: ignore[attr-defined]
         term.seen.append(value.detach())
 
     def _terms(self) -> dict[str, _Term]:
