@@ -50,6 +50,7 @@ from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import find_sites, model_fingerprint
 from corda_vlm.train import Head, train
+from corda_vlm.train.options import HARMLESS
 
 SCORES, RESOLVED, MADE_FROM = "scores.jsonl", "config.yaml", "made-from.json"
 
@@ -390,16 +391,11 @@ def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
     if path.is_file():
         # read as an experiment: what the config could not yet say when it was written has its default
         former = yaml.safe_load(_dumped(load_experiment(path.resolve())))
-        # more variants, rates or seeds add to what is there; anything else would mix two experiments
-        changed = [
-            key
-            for key in now
-            if key not in ("variants", "seeds", "title") and former.get(key) != now[key]
-        ]
-        for name in former["variants"].keys() & now["variants"].keys():
-            old, new = (
-                {**v[name], "learning_rates": None} for v in (former["variants"], now["variants"])
-            )
+        before, after = _decisive(former), _decisive(now)
+        shared = before["variants"].keys() & after["variants"].keys()
+        changed = [key for key in after if key != "variants" and before.get(key) != after[key]]
+        for name in [name for name in after["variants"] if name in shared]:
+            old, new = before["variants"][name], after["variants"][name]
             changed += [f"variants.{name}.{key}" for key in new if old.get(key) != new[key]]
         if changed:
             raise CordaError(
@@ -413,6 +409,30 @@ def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
             f"{folder} is not empty and holds no run; give another folder with --output"
         )
     write_text(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+
+
+def _decisive(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change between two runs into one folder.
+
+    More variants, rates, seeds or scales add to what is there, and some options of training change no weight; anything
+    else would mix two experiments.
+    """
+
+    def without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+        return {key: value for key, value in mapping.items() if key not in keys}
+
+    return {
+        **without(experiment, "title", "seeds"),
+        "evaluation": without(experiment["evaluation"], "scales"),
+        "training": without(experiment["training"], *HARMLESS),
+        "variants": {
+            name: {
+                **without(variant, "learning_rates", "scales"),
+                "training": without(variant["training"], *HARMLESS),
+            }
+            for name, variant in experiment["variants"].items()
+        },
+    }
 
 
 def _dumped(experiment: Experiment) -> str:

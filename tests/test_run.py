@@ -119,6 +119,17 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
     added = read_rows(folder / "scores.jsonl")[len(rows) :]
     assert {(row["method"], row["seed"]) for row in added} == {("full", 1)}, "a seed adds to it"
 
+    logged = {**EXPERIMENT["training"], "log_every": 2}
+    probe = {**EXPERIMENT["variants"]["linear-probe"], "scales": []}
+    more = {
+        "evaluation": {"scales": [0.5]},
+        "training": logged,
+        "variants": {**EXPERIMENT["variants"], "linear-probe": probe},
+    }
+    run(config(**more), output=folder, only=["full"])
+    swept = [row for row in read_rows(folder / "scores.jsonl") if row["scale"] == 0.5]
+    assert {(row["method"], row["seed"]) for row in swept} == {("full", 0)}, "so does a scale"
+
     with pytest.raises(CordaError, match=r"another experiment \(it differs in rank\).*--fresh"):
         run(config(rank=5), output=folder)
     with pytest.raises(UnknownNameError, match="variant 'dora'"):
