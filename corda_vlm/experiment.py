@@ -184,6 +184,11 @@ class Experiment:
                 raise CordaError(
                     f"variant {name!r}: anchor {variant.anchor} must be a finite weight, 0 or more"
                 )
+            if variant.dynamic_covariance and self.calibration and self.calibration.rounds < 2:
+                raise CordaError(
+                    f"variant {name!r} chooses among calibration rounds, and there is one; give calibration.rounds, e.g. 4, "
+                    "or leave dynamic_covariance out"
+                )
             for scale in self.scales_of(name):
                 if not 0 < scale < 1:
                     raise CordaError(

@@ -87,6 +87,11 @@ def test_trainings_go_seed_by_seed():
         ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
         ({"evaluation": {"scales": [1.5]}}, CordaError, r"scales hold 1\.5"),
         ({"variants__lora__scales": [0.0]}, CordaError, r"'lora': scales hold 0\.0"),
+        (
+            {"variants__corda-kpm__dynamic_covariance": True},
+            CordaError,
+            "chooses among calibration rounds, and there is one",
+        ),
         ({"variants__lora__dynamic_rank": True}, CordaError, "'lora' has no dynamic_rank"),
         ({"variants__full__a_norm": 10}, CordaError, "'full' has no a_norm"),
         ({"variants__lora__a_norm": 0}, CordaError, "a_norm 0"),

@@ -61,9 +61,9 @@ def read_histories(run_dir: Path) -> dict[str, list[History]]:
 
 
 def running_mean(history: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """(entries,) the mean of each loss and those before it, over a twentieth of the run; fewer at its start."""
+    """(entries,) the mean of each loss and those before it, over an eighth of the run; fewer at its start."""
     losses = np.array([float(entry["loss"]) for entry in history])
-    window = max(1, round(len(losses) / 20))
+    window = max(1, round(len(losses) / 8))  # one lucky batch is not yet an arrival
     return np.array([losses[max(0, i + 1 - window) : i + 1].mean() for i in range(len(losses))])
 
 

@@ -224,7 +224,8 @@ def convergence_table(found: Sequence[Convergence]) -> Table:
         )
     return Table(
         f"Each method at the learning rate that learns the task best: the first step at which the training loss, a mean "
-        f"over a twentieth of the run, is down to where {REFERENCE} of the same seed ends. Median over seeds.",
+        f"over an eighth of the run, is down to where {REFERENCE} of the same seed ends. Median over seeds; the last column "
+        f"divides by all steps of {REFERENCE}.",
         ["method", "learning rate", "steps", "over seeds", f"of {REFERENCE}'s steps"], rows,
     )  # fmt: skip
 

@@ -23,12 +23,12 @@ def test_the_first_step_at_or_below() -> None:
     assert steps_to_loss(history(3.0, 2.0), 1.0) is None
 
 
-def test_the_loss_is_a_running_mean_over_a_twentieth() -> None:
-    # 40 entries, so the mean of 2: one lucky batch is not yet an arrival
+def test_the_loss_is_a_running_mean_over_an_eighth() -> None:
+    # 40 entries, so the mean of 5: one lucky batch is not yet an arrival
     losses = [4.0] * 10 + [0.0] + [4.0] * 9 + [1.0] * 20
-    assert running_mean(history(*losses))[10] == pytest.approx(2.0)
-    assert steps_to_loss(history(*losses), 1.5) == 22
-    assert steps_to_loss(history(*losses), 2.0) == 11
+    assert running_mean(history(*losses))[10] == pytest.approx(3.2)
+    assert steps_to_loss(history(*losses), 1.5) == 25
+    assert steps_to_loss(history(*losses), 3.2) == 11
 
 
 def write(folder: Path, method: str, rate: float, seed: int, losses: list[float]) -> None:
