@@ -295,9 +295,12 @@ def unwrap_whole(bare: nn.Module, adapter_name: str | None = None) -> None:
                 parent._modules[key] = copies.get(adapter_name or "", child.original_module)
 
 
-def lora_targets(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The fields of a `LoraConfig` that give each site its rank, alpha equal to it (so scaling 1), no dropout."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+def lora_targets(ranks: Mapping[str, int], rank: int | None = None) -> dict[str, Any]:
+    """The fields of a `LoraConfig` that give each site its rank, alpha equal to it (so scaling 1), no dropout.
+
+    `rank` is the config's own, from which patterns differ; None takes the most common.
+    """
+    rank = rank or Counter(ranks.values()).most_common(1)[0][0]
     odd = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     return {
         "r": rank,

@@ -7,7 +7,6 @@ approximation; the ranks are shared out as PEFT does it, and PEFT initialises an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import reduce
 
@@ -17,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import EvaConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 
-from corda_vlm.adapter.attach import anchored, check_wrapped, lora_targets, wrapping
+from corda_vlm.adapter.attach import check_wrapped, lora_targets, wrapping
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.covariance.moments import SecondMoment
 from corda_vlm.decompose.basis import fix_signs
@@ -80,11 +79,8 @@ def attach_eva(
         # layers that PEFT made anew have the model's precision, where it trains the others in float32
         peft_model.base_model._cast_adapter_dtype("default", True)  # pyright: ignore[reportCallIssue]
         # PEFT lists names and patterns that match by suffix: on loading, other sites would be adapted too
-        odd = {f"^{re.escape(name)}": r for name, r in kept.items() if r != rank}
-        changed = peft_model.peft_config["default"]
-        assert isinstance(changed, LoraConfig)
-        changed.target_modules = anchored(kept)
-        changed.rank_pattern, changed.alpha_pattern = odd, dict(odd)
+        for field, value in lora_targets(kept, rank).items():
+            setattr(peft_model.peft_config["default"], field, value)
         check_wrapped(peft_model, kept, "default")
     return peft_model
 

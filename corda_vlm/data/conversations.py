@@ -17,8 +17,7 @@ from corda_vlm.data.records import ImageTextData
 from corda_vlm.data.rows import Message
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.families.base import Processor
-from corda_vlm.families.language import _ALONG_TOKENS as ALONG_TOKENS
-from corda_vlm.families.language import IGNORED, LanguageProcessor, Sample
+from corda_vlm.families.language import ALONG_TOKENS, IGNORED, LanguageProcessor, Sample
 
 logger = logging.getLogger(__name__)
 

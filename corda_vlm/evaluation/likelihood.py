@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from corda_vlm.data import ChatOptions, ConversationMaker, no_labels
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.encoder import Encoder
+from corda_vlm.evaluation.evaluator import Evaluator, known
 from corda_vlm.evaluation.generation import references
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker, some
@@ -81,7 +82,7 @@ def likelihoods(speaker: Speaker, samples: Sequence[Sample]) -> list[Likelihood]
 
 
 @dataclass(frozen=True)
-class AnswerLikelihood:
+class AnswerLikelihood(Evaluator):
     """How probable the right answer is after the question; of several right ones the most probable counts.
 
     token_probability: exp of the mean over questions of the log-likelihood per token, from 0 to 1. A ratio of two
@@ -107,11 +108,6 @@ class AnswerLikelihood:
         if self.most_answers is not None and self.most_answers < 1:
             raise CordaError(f"most_answers is {self.most_answers}; it must be at least 1")
 
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
-        """Yield (metric, value)."""
-        for outcome in self.outcomes(encoder):
-            yield outcome.metric, outcome.score("", "gain", resamples=1).value
-
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each question.
 
@@ -132,7 +128,7 @@ class AnswerLikelihood:
 
 
 @dataclass(frozen=True)
-class MultipleChoice:
+class MultipleChoice(Evaluator):
     """The most probable of a question's choices.
 
     acc: by the log-likelihood of the whole choice; acc_norm: by that divided by the choice's characters, as
@@ -149,11 +145,6 @@ class MultipleChoice:
 
     def __post_init__(self) -> None:
         known(self.metrics, CHOICE_METRICS, "multiple-choice")
-
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
-        """Yield (metric, value)."""
-        for outcome in self.outcomes(encoder):
-            yield outcome.metric, outcome.score("", "gain", resamples=1).value
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric whether each question was answered rightly.
@@ -206,10 +197,3 @@ def _scored(
         scored = iter(likelihoods(speaker, samples))
         for record, answers in records:
             yield record, answers, [next(scored) for _ in answers]
-
-
-def known(metrics: Sequence[str], choices: Sequence[str], kind: str) -> None:
-    """Refuse a metric that the kind of task does not have."""
-    for metric in metrics:
-        if metric not in choices:
-            raise UnknownNameError(f"{kind} metric", metric, choices)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.evaluation.encoder import Cache, Encoder
+from corda_vlm.evaluation.evaluator import Evaluator
 from corda_vlm.evaluation.labels import (
     OPENAI,
     Labels,
@@ -181,9 +182,7 @@ def _least(*limits: int | None) -> int | None:
     return min(given) if given else None
 
 
-def _evaluator(
-    task: Task, data: Any, suite: Suite, root: str, cache: Cache
-) -> ZeroShot | Retrieval | Any:
+def _evaluator(task: Task, data: Any, suite: Suite, root: str, cache: Cache) -> Evaluator:
     if task.kind in TEXT_TASKS:
         try:
             return TEXT_TASKS[task.kind](data, task.metrics, **task.options)

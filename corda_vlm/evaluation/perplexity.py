@@ -11,7 +11,8 @@ import numpy as np
 from corda_vlm.data import ChatOptions, ConversationMaker
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.encoder import Encoder
-from corda_vlm.evaluation.likelihood import known, likelihoods
+from corda_vlm.evaluation.evaluator import Evaluator, known
+from corda_vlm.evaluation.likelihood import likelihoods
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker, some
 from corda_vlm.families.language import IGNORED, Sample
@@ -23,7 +24,7 @@ METRICS = ("token_probability", "perplexity")
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Evaluator):
     """Perplexity over all tokens of all documents, or of the answers of conversations.
 
     perplexity: exp of the mean negative log-likelihood over all tokens, so long documents count for more; lower is
@@ -49,11 +50,6 @@ class Perplexity:
         known(self.metrics, METRICS, "perplexity")
         if self.window is not None and self.window < 2:
             raise CordaError(f"window is {self.window}; it must be at least 2")
-
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
-        """Yield (metric, value)."""
-        for outcome in self.outcomes(encoder):
-            yield outcome.metric, outcome.score("", "gain", resamples=1).value
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric the log-likelihood of each document, weighted by its tokens.

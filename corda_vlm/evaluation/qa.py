@@ -13,8 +13,8 @@ import numpy as np
 from corda_vlm.data import ChatOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
+from corda_vlm.evaluation.evaluator import Evaluator, known
 from corda_vlm.evaluation.generation import answered, check_options, references
-from corda_vlm.evaluation.likelihood import known
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker
 
@@ -54,7 +54,7 @@ def exact_match(answer: str, references: Sequence[str], *, articles: bool = Fals
 
 
 @dataclass(frozen=True)
-class Qa:
+class Qa(Evaluator):
     """Open questions, answered freely, by exact match with any of the known answers.
 
     Attributes:
@@ -76,11 +76,6 @@ class Qa:
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "qa")
         check_options("a qa task", {"max_new_tokens": self.max_new_tokens}, self.stop)
-
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
-        """Yield (metric, value)."""
-        for outcome in self.outcomes(encoder):
-            yield outcome.metric, outcome.score("", "gain", resamples=1).value
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield whether each question was answered rightly.

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
+from corda_vlm.evaluation.evaluator import Evaluator, known
 from corda_vlm.evaluation.scores import Outcome
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ METRICS = tuple(f"{direction}_recall@{k}" for direction in DIRECTIONS for k in (
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Evaluator):
     """Recall@k both ways, as CLIP_benchmark defines it.
 
     image -> text: the share of images with at least one of their own captions among the k nearest.
@@ -45,14 +46,7 @@ class Retrieval:
     captions: str | None = None
 
     def __post_init__(self) -> None:
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise UnknownNameError("retrieval metric", metric, METRICS)
-
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
-        """Yield (metric, value)."""
-        for outcome in self.outcomes(encoder):
-            yield outcome.metric, outcome.score("", "gain", resamples=1).value
+        known(self.metrics, METRICS, "retrieval")
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each query.

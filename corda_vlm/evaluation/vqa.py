@@ -12,8 +12,8 @@ import numpy as np
 from corda_vlm.data import ChatOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
+from corda_vlm.evaluation.evaluator import Evaluator, known
 from corda_vlm.evaluation.generation import answered, check_options, references
-from corda_vlm.evaluation.likelihood import known
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker
 
@@ -130,7 +130,7 @@ def answer_type(references: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Vqa:
+class Vqa(Evaluator):
     """Questions about pictures, answered freely.
 
     vqa_accuracy: see `vqa_accuracy`. exact_match: the share whose normalised answer is one of the normalised
@@ -153,11 +153,6 @@ class Vqa:
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "vqa")
         check_options("a vqa task", {"max_new_tokens": self.max_new_tokens}, self.stop)
-
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
-        """Yield (metric, value)."""
-        for outcome in self.outcomes(encoder):
-            yield outcome.metric, outcome.score("", "gain", resamples=1).value
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each question.

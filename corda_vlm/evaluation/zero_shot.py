@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
+from corda_vlm.evaluation.evaluator import Evaluator, known
 from corda_vlm.evaluation.scores import Outcome
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ METRICS = ("top1", "top5", "mean_per_class")
 
 
 @dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(Evaluator):
     """Classification by prompts of the class names, or by a trained head.
 
     Attributes:
@@ -45,14 +46,7 @@ class ZeroShot:
     head: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise UnknownNameError("zero-shot metric", metric, METRICS)
-
-    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
-        """Yield (metric, value)."""
-        for outcome in self.outcomes(encoder):
-            yield outcome.metric, outcome.score("", "gain", resamples=1).value
+        known(self.metrics, METRICS, "zero-shot")
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each example.

@@ -29,7 +29,7 @@ Sample = dict[str, Tensor]
 
 IGNORED = -100
 # What has one entry for each token, and how it is padded; `input_ids` by the tokenizer's own.
-_ALONG_TOKENS = {
+ALONG_TOKENS = {
     "input_ids": 0,
     "attention_mask": 0,
     "labels": IGNORED,
@@ -140,15 +140,15 @@ class LanguageProcessor(Processor):
         length = max(len(sample["input_ids"]) for sample in samples)
         batch: dict[str, Tensor] = {}
         for key in dict.fromkeys(key for sample in samples for key in sample):
-            if key not in _ALONG_TOKENS:
+            if key not in ALONG_TOKENS:
                 batch[key] = _stacked([sample[key] for sample in samples if key in sample])
                 continue
-            fill = self.tokenizer.pad_token_id if key == "input_ids" else _ALONG_TOKENS[key]
+            fill = self.tokenizer.pad_token_id if key == "input_ids" else ALONG_TOKENS[key]
             rows = []
             for sample in samples:
                 row = sample.get(key)
                 if row is None:  # a record without images, or without a response
-                    row = torch.full_like(sample["input_ids"], _ALONG_TOKENS[key])
+                    row = torch.full_like(sample["input_ids"], ALONG_TOKENS[key])
                 spare = length - len(row)
                 sides = (spare, 0) if padding_side == "left" else (0, spare)
                 rows.append(F.pad(row, sides, value=fill))
@@ -303,7 +303,7 @@ def _tensors(found: Mapping[str, Any], *but: str) -> Sample:
     """The one sample of a processor's answer: without the axis of texts."""
     sample = {key: _tensor(value) for key, value in found.items() if key not in but}
     ids = sample["input_ids"]
-    return {key: value[0] if key in _ALONG_TOKENS else value for key, value in sample.items()} | (
+    return {key: value[0] if key in ALONG_TOKENS else value for key, value in sample.items()} | (
         {} if "attention_mask" in sample else {"attention_mask": torch.ones_like(ids[0])}
     )
 

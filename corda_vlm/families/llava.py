@@ -16,12 +16,11 @@ from torch import nn
 from corda_vlm.families import decoder, llm
 from corda_vlm.families.base import Family, Rule, block_rules
 from corda_vlm.families.llava_names import to_transformers
-from corda_vlm.families.llm import Layers
+from corda_vlm.families.llm import QKV, Layers
 
-_QKV: Layers = tuple((f"self_attn.{role}_proj", role, "attn.in") for role in ("q", "k", "v"))
 _MLP: Layers = (("mlp.fc1", "up", "mlp.in"), ("mlp.fc2", "down", "mlp.mid"))
 
-CLIP: Layers = (*_QKV, ("self_attn.out_proj", "o", "attn.out"), *_MLP)  # SigLIP and Idefics, too
+CLIP: Layers = (*QKV, ("self_attn.out_proj", "o", "attn.out"), *_MLP)  # SigLIP and Idefics, too
 INTERN: Layers = (
     *((f"attention.{role}_proj", role, "attn.in") for role in ("q", "k", "v")),
     ("attention.projection_layer", "o", "attn.out"),

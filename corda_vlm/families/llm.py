@@ -24,10 +24,10 @@ from corda_vlm.families.hub import reads
 Layers = tuple[tuple[str, str, str], ...]
 """(path in a block, role, stream in the block) of each weight matrix; see `base.block_rules`."""
 
-_ATTENTION: Layers = tuple((f"self_attn.{role}_proj", role, "attn.in") for role in ("q", "k", "v"))
+QKV: Layers = tuple((f"self_attn.{role}_proj", role, "attn.in") for role in ("q", "k", "v"))
 
 LLAMA: Layers = (
-    *_ATTENTION,
+    *QKV,
     ("self_attn.o_proj", "o", "attn.out"),
     ("mlp.gate_proj", "gate", "mlp.in"),
     ("mlp.up_proj", "up", "mlp.in"),
@@ -40,13 +40,10 @@ PHI3: Layers = (
     ("mlp.down_proj", "down", "mlp.mid"),
 )
 PHI: Layers = (
-    *_ATTENTION,
+    *QKV,
     ("self_attn.dense", "o", "attn.out"),
-    (
-        "mlp.fc1",
-        "up",
-        "attn.in",
-    ),  # beside the attention, not after it: both read one normalised input
+    # beside the attention, not after it: both read one normalised input
+    ("mlp.fc1", "up", "attn.in"),
     ("mlp.fc2", "down", "mlp.mid"),
 )
 GPT2: Layers = (
