@@ -43,12 +43,13 @@ from corda_vlm.adapter.paired import (
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families.attention import pack, unpack
-from corda_vlm.files import read_json
+from corda_vlm.files import read_json, write_json
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
+BASE = "base.json"
 # Which parameters of a bare model were frozen before an adapter froze them all.
 _FROZEN_BEFORE: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -163,13 +164,9 @@ def load_adapter(
     if kind == PairedType.CORDA_VLM.value:
         if isinstance(model, PeftModel):
             refuse_second_residual([*_bases(model), described.get("base", "untouched")])
-        made_for = described.get("origin", {}).get("model_fingerprint")
-        fingerprint = model_fingerprint(model)
-        if made_for != fingerprint:
-            raise ForeignFileError(
-                f"the adapter in {directory} was made for the model {made_for}, and this one is {fingerprint}: other "
-                "layers or other weights. Load the original model it was made from."
-            )
+        _check_fingerprint(described.get("origin", {}).get("model_fingerprint"), model, directory)
+    else:
+        check_base(model, directory)
     with wrapping(model):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below
@@ -188,6 +185,36 @@ def load_adapter(
                 f"{'file' if odd in stored else 'model'} ({len(expected ^ stored)} such tensors)"
             )
     return peft_model
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """`model_fingerprint` of what the model was before an adapter of ours, which may have put a residual in its place."""
+    if isinstance(model, PeftModel):
+        config = model.peft_config[str(model.active_adapter)]
+        if isinstance(config, PairedConfig):
+            return config.origin["model_fingerprint"]
+    return model_fingerprint(model)
+
+
+def save_base(fingerprint: str, directory: Path) -> None:
+    """Note beside weights which model they were trained from."""
+    write_json(directory / BASE, {"model_fingerprint": fingerprint})
+
+
+def check_base(model: nn.Module, directory: Path) -> None:
+    """Raise a `ForeignFileError` if the weights in `directory` say that they were trained from another model; PEFT's own
+    say nothing."""
+    if (directory / BASE).is_file():
+        noted = read_json(directory / BASE, "note of the base model")
+        _check_fingerprint(noted["model_fingerprint"], model, directory)
+
+
+def _check_fingerprint(made_for: str | None, model: nn.Module, directory: Path) -> None:
+    if made_for != (fingerprint := base_fingerprint(model)):
+        raise ForeignFileError(
+            f"what lies in {directory} was made for the model {made_for}, and this one is {fingerprint}: other "
+            "layers or other weights. Load the original model it was made from."
+        )
 
 
 def restore(peft_model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from corda_vlm.adapter import at_scale, check_scale, load_adapter
+from corda_vlm.adapter.attach import check_base
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.train.heads import Head
 from corda_vlm.train.loop import WEIGHTS
@@ -71,6 +72,7 @@ def load_trained(model: nn.Module, directory: str | Path) -> Trained:
             f"no trained weights in {folder}: expected adapter_config.json or {TRAINED}, as a training writes into "
             f"its {WEIGHTS}/ when it is finished"
         )
+    check_base(model, folder)
     names = _names(folder / TRAINED)
     before = {
         name: value.detach().clone() for name, value in model.state_dict().items() if name in names

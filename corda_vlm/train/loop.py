@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 
+from corda_vlm.adapter.attach import base_fingerprint, save_base
 from corda_vlm.anchor import Anchor
 from corda_vlm.data import ImageTextData, make_batches, make_maker
 from corda_vlm.errors import CordaError
@@ -100,6 +101,7 @@ def train(
     _check_anchor(model, anchor, anchor_weight)
     plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
     plan["anchor"] = _anchored(anchor, anchor_weight, anchor_every)
+    plan["base"] = base_fingerprint(model)
     _begin(output, plan, model)
     if (output / DONE).is_file():
         return _finished(output, model, objective)
@@ -172,7 +174,13 @@ def train(
     if not all_finite(model, objective.head):
         raise CordaError(trainer._not_finite("the weights are NaN or Inf"))
     return _finish(
-        output, model, objective, watch, done, None if checkpoint is None else _step(checkpoint)
+        output,
+        model,
+        objective,
+        watch,
+        done,
+        None if checkpoint is None else _step(checkpoint),
+        base=plan["base"],
     )
 
 
@@ -232,7 +240,8 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
         return
     saved = read_json(path, "training plan")
     if isinstance(saved, dict):
-        saved = {"anchor": None, **saved}  # trainings begun before there was one
+        # trainings begun before these were noted
+        saved = {"anchor": None, "base": plan["base"], **saved}
     if not isinstance(saved, dict) or set(saved) != set(plan):
         raise CordaError(
             f"{path} is not a training plan of this version; delete {output} or choose another"
@@ -261,6 +270,11 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
             "or give another output folder"
         )
     check_signature(saved["model"], model, output)
+    if saved["base"] != plan["base"]:  # what a full fine-tune begins with shows in nothing else
+        raise CordaError(
+            f"{output} holds the training of a model that began with other weights; delete it to begin anew, or give "
+            "another output folder"
+        )
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -295,6 +309,7 @@ def _finish(
     watch: Watch,
     steps: int,
     resumed: int | None,
+    base: str,
 ) -> TrainResult:
     result = {
         "steps": steps,
@@ -303,6 +318,7 @@ def _finish(
     }
     try:
         save_weights(model, objective.head, output / WEIGHTS)
+        save_base(base, output / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CordaError(
             f"could not write {output / WEIGHTS}: {error}; free some space and run again"

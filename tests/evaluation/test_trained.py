@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from corda_vlm.adapter import at_scale
+from corda_vlm.adapter.attach import base_fingerprint, save_base
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.evaluation import Trained, check_scales, load_trained, measure
 from corda_vlm.methods import prepare_method
@@ -65,6 +66,19 @@ def test_what_training_wrote(method: str, tiny_clip_hf: nn.Module, tmp_path: Pat
     if method == "full":
         assert isinstance(loaded.base, dict)
         assert not any(name.startswith("text_model") for name in loaded.base)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_of_another_base(method: str, tiny_clip_hf: nn.Module, tmp_path: Path) -> None:
+    """Equal names and shapes do not make it the model that was trained."""
+    start = copy.deepcopy(tiny_clip_hf)
+    model = prepare_method(method, tiny_clip_hf)
+    save_weights(model, None, tmp_path)
+    save_base(base_fingerprint(model), tmp_path)
+    load_trained(copy.deepcopy(start), tmp_path)
+    learn(other := start.requires_grad_(True))
+    with pytest.raises(ForeignFileError, match=r"Load the original model it was made from"):
+        load_trained(other, tmp_path)
 
 
 def test_of_a_run(tiny_clip_hf: nn.Module) -> None:

@@ -130,6 +130,24 @@ def test_only_what_was_trained_is_written(tiny_open_clip, digits, processor, tmp
     assert set(load_file(tmp_path / "weights" / "trained.safetensors")) == {"visual.proj"}
 
 
+def test_a_full_fine_tune_of_another_base_is_refused(tiny_open_clip, digits, processor, tmp_path):
+    """Nothing of it is frozen that would tell the two apart, and the shapes are the same."""
+    other = copy.deepcopy(tiny_open_clip)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def again(model):
+        options = {"options": TrainOptions(**FAST), "output_dir": tmp_path, "show_progress": False}
+        return train(prepare_method("full", model), digits, processor, **options)
+
+    again(copy.deepcopy(tiny_open_clip))
+    assert (tmp_path / "weights" / "base.json").is_file()
+    again(tiny_open_clip)
+    with pytest.raises(CordaError, match="began with other weights"):
+        again(other)
+
+
 def test_a_folder_of_another_training_is_refused(
     lora, tiny_open_clip, tiny_clip_hf, digits, held_out, processor, tmp_path
 ):
