@@ -39,6 +39,7 @@ from corda_vlm.evaluation import (
     read_rows,
     score_row,
     summary_table,
+    task_data,
     write_report,
 )
 from corda_vlm.evaluation.labels import load_class_names, load_templates, match_labels
@@ -146,10 +147,15 @@ class _Laboratory:
 
     def _check_sources(self) -> None:
         """Refuse to add to scores of another model, other training data or other tasks under the same names."""
+        root = str(self.experiment.data_root or self.suite.data_root)
         now = {
             "the model": model_fingerprint(self.loaded.model),
             "the task's data": self.task_data.fingerprint,
             **{f"the suite's task {task.name!r}": _task_digest(task) for task in self.suite.tasks},
+            **{
+                f"the data of task {task.name!r}": task_data(task, root, self.cache).fingerprint
+                for task in self.suite.tasks
+            },
         }
         path = self.folder / MADE_FROM
         former = read_json(path, "list of sources") if path.is_file() else {}

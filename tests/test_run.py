@@ -10,12 +10,14 @@ import sys
 import time
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import read_rows
 from corda_vlm.experiment import load_experiment
+from corda_vlm.files import asset
 from corda_vlm.run import _claim, run
 
 SUITE = {
@@ -197,6 +199,19 @@ def test_a_folder_takes_no_results_of_what_has_changed_since(config, tmp_path):
     other = {**SUITE, "tasks": [SUITE["tasks"][0], {**SUITE["tasks"][1], "limit": 50}]}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(CordaError, match=r"results of the suite's task 'emoji'.*--fresh"):
+        run(path, output=folder)
+
+
+def test_a_folder_takes_no_results_of_other_data_in_the_same_file(config, tmp_path):
+    table = pq.read_table(asset("model_zoo/emoji-clip/data/twemoji.parquet"))
+    kept, path = tmp_path / "kept.parquet", config(variants={"full": {"learning_rates": [1e-4]}})
+    emoji = {**SUITE["tasks"][1], "data": {"source": f"parquet:{kept}", "label": "group"}}
+    suite = {**SUITE, "tasks": [SUITE["tasks"][0], emoji]}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    pq.write_table(table.slice(0, 60), kept)
+    folder = run(path, output=tmp_path / "out")
+    pq.write_table(table.slice(30, 60), kept)
+    with pytest.raises(CordaError, match=r"results of the data of task 'emoji'.*--fresh"):
         run(path, output=folder)
 
 

@@ -4,7 +4,7 @@ from corda_vlm.evaluation.comparing import against, choose, compare, dominates
 from corda_vlm.evaluation.convergence import steps_to_loss
 from corda_vlm.evaluation.encoder import Cache
 from corda_vlm.evaluation.frontier import Results
-from corda_vlm.evaluation.measuring import TaskResult, evaluate, measure
+from corda_vlm.evaluation.measuring import TaskResult, evaluate, measure, task_data
 from corda_vlm.evaluation.report import leading_finding, summary_table, write_report
 from corda_vlm.evaluation.scores import (
     Interval,
@@ -48,5 +48,6 @@ __all__ = [
     "score_row",
     "steps_to_loss",
     "summary_table",
+    "task_data",
     "write_report",
 ]

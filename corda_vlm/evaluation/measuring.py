@@ -115,7 +115,7 @@ def measure(
     for task in chosen:
         started = time.perf_counter()
         try:
-            data = _load(task.data, task.source, root, encoder.cache, _least(limit, task.limit))
+            data = task_data(task, root, encoder.cache, limit)
         except DataError as error:
             if missing == "error":
                 raise DataError(f"task {task.name} of suite {suite.name}: {error}") from error
@@ -142,6 +142,15 @@ def measure(
         yield TaskResult(task, scores, outcomes, seconds)
     if chosen and not measured:
         raise DataError(f"no task of suite {suite.name} has its data under {root!r}; set data_root")
+
+
+def task_data(task: Task, data_root: str, cache: Cache, limit: int | None = None) -> Any:
+    """The records that a task is measured on.
+
+    Raises:
+        DataError: they cannot be read as the task describes them.
+    """
+    return _load(task.data, task.source, data_root, cache, _least(limit, task.limit))
 
 
 def _encoder(model: Any, processor: Processor | None, family: str, **options: Any) -> Encoder:
