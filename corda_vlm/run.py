@@ -371,11 +371,12 @@ class _Laboratory:
             with torch.no_grad():
                 facts["forecast"] = float(anchor())
         trained = Trained(prepared.model, result.head and result.head.cpu(), self.loaded.model)
-        rows = self._measure(trained.model, head=trained.head, show=False, **facts)
-        for scale in experiment.scales_of(training.variant):
+        measured = []
+        for scale in (1.0, *experiment.scales_of(training.variant)):
             with trained.at_scale(scale) as head:
-                self._measure(trained.model, head=head, scale=scale, show=False, **facts)
-        first = {(row["task"]): row for row in reversed(rows) if row["role"] != "selection"}
+                rows = self._measure(trained.model, head=head, scale=scale, show=False, **facts)
+            measured.append(rows)
+        first = {row["task"]: row for row in reversed(measured[0]) if row["role"] != "selection"}
         told = ", ".join(f"{name} {row['value']:.1%}" for name, row in sorted(first.items()))
         return f"{told} ({result.seconds:.0f} s, {result.samples_per_second:.0f} images/s)"
 
