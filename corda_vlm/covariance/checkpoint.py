@@ -1,4 +1,4 @@
-"""Calibration that can be stopped at any moment, and goes on from its file: the data, the checkpoint, the signals."""
+"""Calibration that can be stopped at any moment, and goes on from its file: what is asked for, the checkpoint, the signals."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from corda_vlm.covariance.observe import Observer
+from corda_vlm.covariance.observe import Observer, observe
 from corda_vlm.covariance.store import CovarianceStore, some
+from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
+from corda_vlm.families import Batch
 from corda_vlm.sites import Site
 
 # ------------------------------------------------------------------ the data
@@ -78,6 +81,126 @@ def _hash(batch: object, total: int | None) -> str:
         elif isinstance(value, (str, int, float, list, tuple)):
             digest.update(repr(value).encode())
     return digest.hexdigest()
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    if all(value.device == device for value in batch.values() if isinstance(value, Tensor)):
+        return batch
+    return {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+# ------------------------------------------------------------------ what is asked for
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `collect_covariance` is asked for, however the batches are run; its arguments say what each is.
+
+    Attributes:
+        store: the one to add to, or None.
+    """
+
+    model: nn.Module
+    sites: tuple[Site, ...]
+    source: Source
+    forward: Callable[[nn.Module, Batch], object]
+    masks: Callable[[Batch], Masks]
+    rounds: int
+    precision: str
+    device: torch.device | str | None
+    store: CovarianceStore | None
+
+    @property
+    def base(self) -> tuple[str, ...]:
+        """Fingerprints of the data of the store that is added to."""
+        return () if self.store is None else self.store.data_fingerprints
+
+    def batches(self, done: int = 0) -> Iterator[Batch]:
+        """Those after the first `done`, on the model's device.
+
+        Raises:
+            CalibrationError: a batch that is no mapping.
+        """
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for number, batch in enumerate(self.source.after(done), done):
+            if not isinstance(batch, Mapping):
+                raise CalibrationError(
+                    f"batch {number} (from 0) is a {type(batch).__name__}, not a mapping of the model's arguments such as "
+                    "{'pixel_values': ..., 'input_ids': ...}"
+                )
+            yield _on(device, batch)
+
+    @contextmanager
+    def observing(
+        self,
+        sites: Sequence[Site],
+        *,
+        scratch: Path | None,
+        saved: CovarianceStore | None = None,
+    ) -> Iterator[Observer]:
+        """An observer of `sites` that goes on from a checkpoint, from the store that is added to, or from nothing."""
+        with observe(
+            self.model,
+            sites,
+            rounds=self.rounds,
+            precision=self.precision,
+            device=self.device,
+            # One round of several is at work at a time: the others are on the disk.
+            scratch=scratch if self.rounds > 1 else None,
+        ) as observer:
+            if saved is not None:
+                observer.start_from(saved, resume=True)
+            elif self.store is not None:
+                observer.start_from(self.store, resume=False)
+            yield observer
+
+    def check_batches(self, count: int) -> None:
+        """Raise `CalibrationError` unless so many batches are enough."""
+        if count == 0:
+            raise no_batches()
+        if self.rounds > count:
+            raise CalibrationError(
+                f"{self.rounds} rounds need at least {self.rounds} batches, and there are {count}; take fewer rounds, "
+                "more data or smaller batches"
+            )
+
+    def check_resumable(
+        self, saved: CovarianceStore, path: Path, sites: Sequence[Site] | None = None
+    ) -> None:
+        """Raise `ForeignFileError`, naming the difference, unless `saved` is of this calibration.
+
+        Args:
+            sites: those that it has to hold; None for all.
+        """
+        progress = saved.progress
+        asked = {site.name: site.stream for site in (self.sites if sites is None else sites)}
+        if progress is None:
+            what = "holds covariances that were merged or written by hand"
+        elif progress.data != self.source.fingerprint:
+            what = (
+                f"is of other data (fingerprint {progress.data}, now {self.source.fingerprint}; batches have to come in "
+                "the same order)"
+            )
+        elif progress.base != self.base:
+            what = (
+                f"was added to another store (of data {list(progress.base)}, now {list(self.base)})"
+            )
+        elif saved.round_count != self.rounds:
+            what = f"has rounds={saved.round_count}, now {self.rounds}"
+        elif saved.precision != self.precision:
+            what = f"has precision={saved.precision!r}, now {self.precision!r}"
+        elif not asked.items() <= saved.site_streams.items():
+            missing = sorted(name for name, _ in asked.items() - saved.site_streams.items())
+            what = f"lacks the sites {some(missing)}"
+        else:
+            return
+        raise ForeignFileError(
+            f"{path} {what}, so this calibration cannot go on from it. Give another path, or delete the file to start "
+            "anew"
+        )
 
 
 # ------------------------------------------------------------------ stopping and going on
@@ -166,35 +289,3 @@ class Interrupts:
     def __exit__(self, *_: object) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
-
-
-def check_resumable(
-    saved: CovarianceStore,
-    path: Path,
-    sites: Sequence[Site],
-    rounds: int,
-    precision: str,
-    data: str,
-    base: tuple[str, ...],
-) -> None:
-    """Raise `ForeignFileError`, naming the difference, unless `saved` is of the calibration now asked for."""
-    progress = saved.progress
-    asked = {site.name: site.stream for site in sites}
-    if progress is None:
-        what = "holds covariances that were merged or written by hand"
-    elif progress.data != data:
-        what = f"is of other data (fingerprint {progress.data}, now {data}; batches have to come in the same order)"
-    elif progress.base != base:
-        what = f"was added to another store (of data {list(progress.base)}, now {list(base)})"
-    elif saved.round_count != rounds:
-        what = f"has rounds={saved.round_count}, now {rounds}"
-    elif saved.precision != precision:
-        what = f"has precision={saved.precision!r}, now {precision!r}"
-    elif not asked.items() <= saved.site_streams.items():
-        missing = sorted(name for name, _ in asked.items() - saved.site_streams.items())
-        what = f"lacks the sites {some(missing)}"
-    else:
-        return
-    raise ForeignFileError(
-        f"{path} {what}, so this calibration cannot go on from it. Give another path, or delete the file to start anew"
-    )

@@ -5,23 +5,18 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from corda_vlm.covariance.checkpoint import (
-    Checkpoint,
-    Interrupts,
-    Source,
-    check_resumable,
-    no_batches,
-    sweep,
-)
-from corda_vlm.covariance.observe import Observer, observe
+from corda_vlm.covariance.blockwise import collect_blockwise, discard, folder_of
+from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Interrupts, Source, sweep
+from corda_vlm.covariance.observe import Observer
 from corda_vlm.covariance.store import CovarianceStore, some
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
@@ -47,6 +42,7 @@ def collect_covariance(
     path: str | Path | None = None,
     checkpoint_share: float = 0.1,
     device: torch.device | str | None = None,
+    blockwise: bool = False,
 ) -> CovarianceStore:
     """The mean second moments `X Xᵀ / tokens` of the inputs of `sites`, over `batches`.
 
@@ -74,11 +70,17 @@ def collect_covariance(
         path: file for checkpoints and for the result, which then stays on disk until asked for.
         checkpoint_share: of the time, at most, for writing checkpoints; 1 writes one after every batch.
         device: of the accumulators, e.g. "cpu" to spare the model's; None for that of the activations.
+        blockwise: of a language model: run its blocks one after another over kept hidden states, with the covariances
+            of one of them in memory at a time. The matrices are the same, to the bit. A vision tower and a projector
+            come before the blocks, in one go. Each finished block is a checkpoint, in the folder `PATH.blocks` until
+            the last is done, so that the disk holds them twice for a moment; without a `path` they are in the folder of
+            the system's temporary files (`TMPDIR`), which had better not be in memory. `checkpoint_share` has no say.
 
     Returns:
         The store; loaded lazily from `path` if there is one.
 
     Raises:
+        CordaError: blockwise, and the sites are not in blocks of a language model that can run one by one.
         CalibrationError: no batches, a batch that is no mapping, NaN or Inf in an input (names site and batch), a
             site that no token reached, padding that cannot be told, more rounds than batches.
         ForeignFileError: `path` holds something else, or a calibration of another model, of other data or settings.
@@ -96,41 +98,73 @@ def collect_covariance(
             f"give masks= or tokens={tokens!r}, not both: either says what counts"
         )
     family = detect_family(model) if forward is None or masks is None else None
-    forward = forward or family.forward  # type: ignore[union-attr]
-    masks = masks or token_masks(family, model, tokens)  # type: ignore[arg-type]
-    sites = list(find_sites(model) if sites is None else sites)
     source = Source(batches)
     if tokens != "all":
         source.fingerprint += f"-{tokens}"
-    if source.total is not None and rounds > source.total:
-        raise _too_many_rounds(rounds, source.total)
+    job = Calibration(
+        model,
+        tuple(find_sites(model) if sites is None else sites),
+        source,
+        forward or family.forward,  # type: ignore[union-attr]
+        masks or token_masks(family, model, tokens),  # type: ignore[arg-type]
+        rounds,
+        precision,
+        device,
+        store,
+    )
+    if source.total is not None:
+        job.check_batches(source.total)
     if store is not None:
-        _check_base(store, model, sites, rounds)
-    base = () if store is None else store.data_fingerprints
+        _check_base(store, model, job.sites, rounds)
+    path = None if path is None else Path(path)
     saved = None
-    if path is not None and Path(path).exists():
+    if path is not None and path.exists():
         saved = CovarianceStore.load(path, model=model, unfinished=True)
-        check_resumable(saved, Path(path), sites, rounds, precision, source.fingerprint, base)
+        job.check_resumable(saved, path)
         assert saved.progress is not None
         if saved.progress.complete:
             _log.info("%s is finished already", path)
             return saved
-    # One round of several is at work at a time: the others are on the disk.
-    scratch = Path(path).absolute().parent if path is not None and rounds > 1 else None
-    with (
-        Interrupts(active=path is not None) as interrupts,
-        evaluating(model),
-        observe(
-            model, sites, rounds=rounds, precision=precision, device=device, scratch=scratch
-        ) as observer,
-    ):
-        if saved is not None:
-            observer.start_from(saved, resume=True)
-        elif store is not None:
-            observer.start_from(store, resume=False)
-        checkpoint = Checkpoint(path, checkpoint_share, observer, source, base)
+        if blockwise:
+            raise ForeignFileError(
+                f"{path} is the checkpoint of a calibration in one go, which cannot go on blockwise. Leave blockwise off, "
+                "give another path, or delete the file to start anew"
+            )
+    with Interrupts(active=path is not None) as interrupts, evaluating(model):
+        if not blockwise:
+            result = _in_one_go(job, path, saved, checkpoint_share, interrupts, show_progress)
+        elif path is not None:
+            result = collect_blockwise(job, folder_of(path), interrupts, show_progress)
+        else:
+            # The store holds its files open; where open files cannot be removed, they stay.
+            with TemporaryDirectory(prefix="corda_vlm-", ignore_cleanup_errors=True) as folder:
+                result = collect_blockwise(job, Path(folder), interrupts, show_progress)
+        _warn_if_scarce(result)
+        if path is None:
+            return result
+        result.save(path)
+        sweep(path)
+        if blockwise:
+            discard(folder_of(path))
+        if interrupts.asked:
+            raise KeyboardInterrupt(f"the calibration was finished, and saved in {path}")
+    return CovarianceStore.load(path)
+
+
+def _in_one_go(
+    job: Calibration,
+    path: Path | None,
+    saved: CovarianceStore | None,
+    checkpoint_share: float,
+    interrupts: Interrupts,
+    show_progress: bool,
+) -> CovarianceStore:
+    """Observe all sites at once, writing checkpoints to the path."""
+    scratch = None if path is None else path.absolute().parent
+    with job.observing(job.sites, scratch=scratch, saved=saved) as observer:
+        checkpoint = Checkpoint(path, checkpoint_share, observer, job.source, job.base)
         try:
-            _run(model, source, observer, forward, masks, checkpoint, interrupts, show_progress)
+            _run(job, observer, checkpoint, interrupts, show_progress)
         except Exception as error:
             # What was counted before is sound, unless an accumulator was left half way. Keep it.
             if observer.consistent:
@@ -142,36 +176,21 @@ def collect_covariance(
         if interrupts.asked:
             checkpoint.write()
             raise KeyboardInterrupt(checkpoint.stopped())
-        if observer.batches == 0:
-            raise no_batches()
-        if rounds > observer.batches:
-            raise _too_many_rounds(rounds, observer.batches)
-        _warn_if_scarce(observer)
-        result = observer.store(data=source.fingerprint, base=base)
-        if path is None:
-            return result
-        result.save(path)
-        sweep(Path(path))
-        if interrupts.asked:
-            raise KeyboardInterrupt(f"the calibration was finished, and saved in {path}")
-    return CovarianceStore.load(path)
+        job.check_batches(observer.batches)
+        return observer.store(data=job.source.fingerprint, base=job.base)
 
 
 def _run(
-    model: nn.Module,
-    source: Source,
+    job: Calibration,
     observer: Observer,
-    forward: Callable[[nn.Module, Batch], object],
-    masks: Callable[[Batch], Masks],
     checkpoint: Checkpoint,
     interrupts: Interrupts,
     show_progress: bool,
 ) -> None:
     """Run the batches that are left, until they end or an interrupt asks to stop."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     done, began = observer.batches, time.monotonic()
     bar = tqdm(
-        total=source.total,
+        total=job.source.total,
         initial=done,
         desc="covariance",
         unit="batch",
@@ -179,33 +198,18 @@ def _run(
         leave=True,
     )
     with bar, torch.no_grad():
-        remaining = source.after(done)
+        remaining = job.batches(done)
         while not interrupts.asked:
             batch = next(remaining, None)
             if batch is None or interrupts.asked:
                 break
-            if not isinstance(batch, Mapping):
-                raise CalibrationError(
-                    f"batch {observer.batches} (from 0) is a {type(batch).__name__}, not a mapping of the model's "
-                    "arguments such as {'pixel_values': ..., 'input_ids': ...}"
-                )
-            batch = _on(device, batch)
-            with observer.step(masks(batch)):
-                forward(model, batch)
+            with observer.step(job.masks(batch)):
+                job.forward(job.model, batch)
             bar.set_postfix_str(
                 f"{observer.tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False
             )
             bar.update()
             checkpoint.after_batch()
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    if all(value.device == device for value in batch.values() if isinstance(value, Tensor)):
-        return batch
-    return {
-        key: value.to(device) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
 
 
 # ------------------------------------------------------------------ checks
@@ -232,19 +236,17 @@ def _check_base(
         )
 
 
-def _warn_if_scarce(observer: Observer) -> None:
-    scarce = observer.scarce()
+def _warn_if_scarce(store: CovarianceStore) -> None:
+    least = {
+        stream: min(store.entries(stream), key=lambda entry: entry.count)
+        for stream in store.streams
+    }
+    scarce = {stream: entry for stream, entry in least.items() if entry.count < entry.size}
     if scarce:
-        stream, (tokens, width) = max(scarce.items(), key=lambda item: item[1][1] - item[1][0])
+        stream, worst = max(scarce.items(), key=lambda item: item[1].size - item[1].count)
         warnings.warn(
             f"{len(scarce)} streams have fewer tokens than their width, so their covariances have no full rank; e.g. "
-            f"{stream}: {tokens} tokens for width {width}. Take at least {width} tokens, or rely on damping",
+            f"{stream}: {worst.count} tokens for width {worst.size}. Take at least {worst.size} tokens, or rely on "
+            "damping",
             stacklevel=3,
         )
-
-
-def _too_many_rounds(rounds: int, batches: int) -> CalibrationError:
-    return CalibrationError(
-        f"{rounds} rounds need at least {rounds} batches, and there are {batches}; take fewer rounds, more data or "
-        "smaller batches"
-    )

@@ -307,13 +307,6 @@ class Observer:
                     "rounds in turn. Take fewer rounds, more batches, or batches that have inputs for every tower"
                 )
 
-    def scarce(self) -> dict[str, tuple[int, int]]:
-        """Stream -> (tokens, width), where a round has fewer tokens than the width: no full rank."""
-        least = {
-            stream: min(sums, key=lambda s: s.count) for stream, sums in self._sums.items() if sums
-        }
-        return {stream: (s.count, s.size) for stream, s in least.items() if s.count < s.size}
-
 
 def _placed(
     entry: Entry, dtype: torch.dtype, device: torch.device | str, scratch: Path | None

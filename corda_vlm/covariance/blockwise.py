@@ -1,0 +1,280 @@
+"""A language model calibrated block by block: of all covariances only those of the block in hand are in memory.
+
+The model runs once up to its blocks, vision tower and projector included, and what each block is called with is
+recorded. Then each runs in turn over all batches, and its outputs are what the next one reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from corda_vlm.covariance.checkpoint import Calibration, Interrupts, sweep
+from corda_vlm.covariance.store import CovarianceStore, Progress
+from corda_vlm.covariance.tokens import Masks
+from corda_vlm.errors import CordaError
+from corda_vlm.families import Batch, unwrap
+from corda_vlm.families.attention import unpacked
+from corda_vlm.sites import Site
+
+_TOWER = "language"
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Step = tuple[Masks, Callable[[], None]]
+"""The masks of a batch, and what runs it."""
+
+
+@dataclass
+class Call:
+    """One batch on its way through the blocks; its tensors rest on the CPU.
+
+    Attributes:
+        hidden: (B, L, d), what the next block reads, in the model's dtype.
+        others: the further arguments of each block; a tensor that several are given is kept once.
+        device: where the model computes.
+        masks: of the language model, see `tokens.Masks`.
+    """
+
+    hidden: Float[Tensor, "b l d"]
+    others: list[Arguments]
+    device: torch.device
+    masks: Masks
+
+
+def collect_blockwise(
+    job: Calibration, folder: Path, interrupts: Interrupts, show_progress: bool
+) -> CovarianceStore:
+    """What running `job` in one go gives, to the bit; the store reads from a file for each block in `folder`.
+
+    Raises:
+        CordaError: the sites are not in the blocks of a language model, or those cannot run one by one.
+        KeyboardInterrupt: when asked for; finished blocks are in the folder.
+    """
+    chain = Chain.of(job.model, job.sites)
+    # What comes before the blocks, and each of them up to the last that has a site.
+    parts = {"before": [site for site in job.sites if site.tower != _TOWER]}
+    for number in range(len(chain.blocks)):
+        name = f"{chain.path}.{number}"
+        parts[name] = [site for site in job.sites if site.name.startswith(f"{name}.")]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.safetensors" for name, members in parts.items() if members}
+    missing = [name for name, file in files.items() if not _finished(job, file, parts[name])]
+    # Blocks finished before an interruption run once more for the sake of those after them, without being observed.
+    names = list(parts)[: list(parts).index(missing[-1]) + 1] if missing else []
+    calls: list[Call] = []
+    total = None if job.source.total is None else job.source.total * len(names)
+    bar = tqdm(desc="covariance", total=total, unit="batch", disable=not show_progress)
+    with bar, unpacked(job.model), torch.no_grad():
+        for number, name in enumerate(names):
+            steps = _advance(chain, number - 1, calls) if number else _record(job, chain, calls)
+            observing = job.observing(parts[name], scratch=folder)
+            with observing if name in missing else nullcontext() as observer:
+                for masks, run in steps:
+                    if interrupts.asked:
+                        raise KeyboardInterrupt(
+                            f"calibration stopped within part {number + 1} of {len(parts)}, {name}; those before it are "
+                            f"saved in {folder}. Run the same command again to go on from there"
+                        )
+                    with nullcontext() if observer is None else observer.step(masks):
+                        run()
+                    bar.update()
+                job.check_batches(len(calls))
+                if observer is not None:
+                    observer.store(data=job.source.fingerprint, base=job.base).save(files[name])
+            del observing, observer  # the sums with them, before the next block's are made
+    return _joined(job, [CovarianceStore.load(file) for file in files.values()])
+
+
+def folder_of(path: str | Path) -> Path:
+    """Where the finished blocks of a calibration into `path` are kept until the last is."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.blocks")
+
+
+def discard(folder: Path) -> None:
+    """Remove the files of `collect_blockwise`."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    with suppress(OSError):  # it never was, or holds something of somebody else's
+        folder.rmdir()
+
+
+def _finished(job: Calibration, file: Path, sites: Sequence[Site]) -> bool:
+    sweep(file)
+    if not file.exists():
+        return False
+    job.check_resumable(CovarianceStore.load(file, model=job.model), file, sites)
+    return True
+
+
+def _joined(job: Calibration, parts: Sequence[CovarianceStore]) -> CovarianceStore:
+    of = {site: part for part in parts for site in part}
+    progress = parts[0].progress
+    assert progress is not None
+    return CovarianceStore(
+        job.sites,
+        {site.stream: of[site.name].entries(site.stream) for site in job.sites},
+        model_fingerprint=parts[0].model_fingerprint,
+        data_fingerprints=parts[0].data_fingerprints,
+        precision=job.precision,
+        progress=Progress(progress.data, progress.base, progress.batches, complete=True),
+    )
+
+
+# ------------------------------------------------------------------ running
+
+
+def _record(job: Calibration, chain: Chain, calls: list[Call]) -> Iterator[Step]:
+    """Run the model up to its blocks, batch by batch; fills `calls`."""
+    for batch in job.batches():
+        masks = job.masks(batch)
+
+        def run(batch: Batch = batch, masks: Masks = masks) -> None:
+            kept = {tower: mask.cpu() for tower, mask in masks.items() if tower == _TOWER}
+            calls.append(chain.record(partial(job.forward, job.model, batch), kept))
+
+        yield masks, run
+
+
+def _advance(chain: Chain, number: int, calls: Sequence[Call]) -> Iterator[Step]:
+    """Run a block, batch by batch; each call then holds what the next one reads."""
+    for call in calls:
+        yield call.masks, partial(chain.run, number, call)
+
+
+class Chain:
+    """The blocks of a language model, each of which reads what the one before it returned."""
+
+    def __init__(self, path: str, blocks: Sequence[nn.Module]) -> None:
+        self.path, self.blocks = path, tuple(blocks)
+        self._tuples: bool | None = None  # do they return the hidden states in a tuple?
+
+    @classmethod
+    def of(cls, model: nn.Module, sites: Sequence[Site]) -> Chain:
+        """The blocks up to the last that holds one of `sites`.
+
+        Raises:
+            CordaError: `sites` has none of a language model, or some that are in no list of blocks.
+        """
+        kind, bare = type(unwrap(model)).__name__, unwrap(model)
+        last: dict[str, int] = {}  # of each list of blocks
+        for site in sites:
+            if site.tower != _TOWER:
+                continue
+            place = _place(bare, site.name)
+            if place is None:
+                raise CordaError(
+                    f"{site.name} is in no block (an nn.ModuleList) of {kind}, so that it cannot be calibrated "
+                    "blockwise; leave blockwise off"
+                )
+            path, number = place
+            last[path] = max(number, last.get(path, 0))
+        if len(last) != 1:
+            towers = ", ".join(dict.fromkeys(site.tower for site in sites))
+            raise CordaError(
+                f"blockwise runs the blocks of a language model one after another, and the sites of this {kind} are in "
+                f"{len(last)} of them (towers: {towers}); leave blockwise off"
+            )
+        path, number = last.popitem()
+        return cls(path, list(bare.get_submodule(path))[: number + 1])
+
+    def record(self, run: Callable[[], object], masks: Masks) -> Call:
+        """What the blocks are called with by `run`, which runs the model. They only hand on what they read.
+
+        Raises:
+            CordaError: a block is called otherwise than with what the one before it handed on, or not at all.
+        """
+        others: list[Arguments] = []
+        hidden: list[Tensor] = []
+        # The first of a pair keeps its address from being used again.
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            return kept.setdefault(id(x), (x, x.cpu()))[1]
+
+        def hand_on(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if number != len(others) or not args or (hidden and args[0] is not hidden[0]):
+                raise CordaError(
+                    f"{self.path}.{number} does not read just what the block before it returned, so that these blocks "
+                    "cannot run one after another; leave blockwise off"
+                )
+            hidden[:] = args[:1]
+            others.append(_mapped((args[1:], kwargs), keep))
+            if number == len(self.blocks) - 1:
+                raise _Recorded
+            if self._tuples is None:
+                self._tuples = isinstance(forward(*args, **kwargs), tuple)
+            return args[:1] if self._tuples else args[0]
+
+        with ExitStack() as stack:
+            for number, block in enumerate(self.blocks):
+                stack.enter_context(_replaced(block, partial(hand_on, number, block.forward)))
+            with suppress(_Recorded):
+                run()
+        if len(others) < len(self.blocks):
+            raise CordaError(
+                f"with one of the batches the model called {len(others)} of the {len(self.blocks)} blocks "
+                f"{self.path}; to be calibrated blockwise it has to call them all"
+            )
+        return Call(hidden[0].cpu(), others, hidden[0].device, masks)
+
+    def run(self, number: int, call: Call) -> None:
+        """Run one block; `call` then holds what the next one reads."""
+        args, kwargs = _mapped(call.others[number], lambda x: x.to(call.device))
+        output = self.blocks[number](call.hidden.to(call.device), *args, **kwargs)
+        call.hidden = (output[0] if isinstance(output, tuple) else output).cpu()
+
+
+class _Recorded(Exception):
+    """The last block has been called: the rest of the model need not run."""
+
+
+def _place(model: nn.Module, name: str) -> tuple[str, int] | None:
+    """Path of the outermost list of blocks that holds a layer, and the number of its block."""
+    module: Any = model
+    keys = name.split(".")
+    for step, key in enumerate(keys):
+        if isinstance(module, nn.ModuleList):
+            return ".".join(keys[:step]), int(key)
+        module = getattr(module, key)
+    return None
+
+
+def _mapped(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with its tensors moved, within tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(item, move) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, move) for key, item in value.items()}
+    if isinstance(value, _PLAIN):
+        return value
+    raise CordaError(
+        f"the blocks are called with a {type(value).__name__}, which cannot be kept for when each of them runs; leave "
+        "blockwise off, or if it is a cache of keys and values run the model without (use_cache=False)"
+    )
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put `forward` in place of the module's own, which may be of its class or (accelerate's) of the module."""
+    former = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if former is None:
+            del module.forward
+        else:
+            module.forward = former
