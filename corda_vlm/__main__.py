@@ -77,6 +77,7 @@ def calibrate(
     roles: str | None = None,
     rounds: int = 1,
     precision: Literal["float32", "float64", "bf16"] = "float32",
+    blockwise: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -92,6 +93,7 @@ def calibrate(
         roles: only these, separated by commas.
         rounds: disjoint calibration rounds, for CorDA++ to choose from.
         precision: of the sums; bf16 is the fastest.
+        blockwise: of a language model: one block at a time, whose sums alone are in memory.
         seed: of the draw.
         device: cpu, cuda, or auto.
     """
@@ -111,7 +113,13 @@ def calibrate(
     )
     chosen = find_sites(loaded.model, towers=towers, roles=roles)
     store = collect_covariance(
-        loaded.model, batches, chosen, rounds=rounds, precision=precision, path=output
+        loaded.model,
+        batches,
+        chosen,
+        rounds=rounds,
+        precision=precision,
+        path=output,
+        blockwise=blockwise,
     )
     print(store.summary())
     print(

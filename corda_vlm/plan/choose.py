@@ -191,6 +191,7 @@ def choose_ranks(
             covariance = covariances[name]
             assert covariance is not None
             spectra[name] = ranks.spectrum(weight, covariance, damping=damping)
+            del covariance  # before the next one is made
         compactness[name] = covariances.compactness(name, weight.shape[0], thorough=True)
     return ranks.allocate_ranks(
         spectra,

@@ -180,6 +180,7 @@ def plan_adapter(
                     scores=covariances.scores(site.name),
                 )
             )
+            del covariance, factor  # before the next site's covariance is made
     return AdapterPlan(
         method=method,
         mode=mode if basis.components is None else None,
