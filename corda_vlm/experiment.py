@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from corda_vlm.data import ChatOptions
 from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.families import TOKENS
 from corda_vlm.files import resolve
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.train import TrainOptions
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What the weights of a model are kept in."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Calibration:
         batch_size: records a forward pass.
         precision: of the sums, see `collect_covariance`.
         rounds: disjoint parts of the samples, among which `dynamic_covariance` chooses; other methods take all.
+        tokens: which of a language model's tokens count, as in `collect_covariance`; in covariances of the new task too.
+        max_tokens, too_long: of conversations, see `ChatOptions`.
     """
 
     data: str | dict[str, Any]
@@ -33,6 +40,14 @@ class Calibration:
     batch_size: int = 64
     precision: str = "float32"
     rounds: int = 1
+    tokens: str = "all"
+    max_tokens: int | None = None
+    too_long: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.tokens not in TOKENS:
+            raise UnknownNameError("choice of tokens in the calibration", self.tokens, TOKENS)
+        ChatOptions(max_tokens=self.max_tokens, too_long=self.too_long)  # raises
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,8 @@ class NewTask:
     """What the model is to learn.
 
     Attributes:
-        data: the training records, a spec as in `corda_vlm.data.load_records`.
+        data: the training records, a spec as in `corda_vlm.data.load_records`; for models that generate text one with
+            a `format`, and `loss: next_token` in the training.
         classes: names the prompts are made of, in label order, or the name of a file in eval/class_names; None takes
             the data's own.
         templates: prompts, `{}` is the class, or the name of a file in eval/templates; None takes
@@ -135,7 +151,9 @@ class Experiment:
         evaluation: how models are measured, and at which strengths.
         forecast: log what the anchor would be during every training, also where it has no weight: the change of the
             layers' outputs on the calibration data, which foretells what is forgotten.
-        family: as in `load_model`.
+        chat: the chat template of calibration and training, as in `ChatOptions`; the tasks of a suite name their own.
+        family, device_map: as in `load_model`.
+        dtype: of the model's weights; what is trained of them is in it too, adapters are in float32.
         data_root: the folder that `{data_root}` stands for, here and in the suite.
     """
 
@@ -152,7 +170,10 @@ class Experiment:
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     forecast: bool = False
+    chat: str = "auto"
     family: str = "auto"
+    dtype: Dtype = "float32"
+    device_map: str | None = None
     data_root: str | None = None
 
     def __post_init__(self) -> None:
@@ -228,6 +249,16 @@ class Experiment:
             show_progress=False,
         )
 
+    def chat_of(self, data: str) -> ChatOptions:
+        """How conversations become tokens where covariances are taken of the "knowledge" or of the new "task"."""
+        if data == "task":
+            known = ChatOptions.__dataclass_fields__
+            own = {name: value for name, value in self.training.items() if name in known}
+            return ChatOptions(**{"template": self.chat, **own})
+        assert self.calibration is not None  # who asks for covariances has one
+        limits = {name: getattr(self.calibration, name) for name in ("max_tokens", "too_long")}
+        return ChatOptions(self.chat, **limits)
+
     def scales_of(self, variant: str) -> list[float]:
         """The strengths besides 1 at which its trained models are measured."""
         own = self.variants[variant].scales
@@ -246,7 +277,7 @@ class Experiment:
         Raises:
             UnknownNameError: an option that training does not have.
         """
-        given = {**self.training, **self.variants[variant].training}
+        given = {"template": self.chat, **self.training, **self.variants[variant].training}
         if self.method_of(variant) == "linear-probe":
             given["loss"] = "linear"  # there is nothing else to train
         known = TrainOptions.__dataclass_fields__

@@ -43,6 +43,7 @@ from corda_vlm.evaluation import (
     write_report,
 )
 from corda_vlm.evaluation.labels import load_class_names, load_templates, match_labels
+from corda_vlm.evaluation.scores import value_text
 from corda_vlm.evaluation.suite import Task
 from corda_vlm.experiment import Experiment, Training, load_experiment
 from corda_vlm.families import Loaded, load_model
@@ -137,7 +138,13 @@ class _Laboratory:
             f"{experiment.title or experiment.name}: {experiment.model} on {device}, into {folder}"
         )
         self.suite: Suite = load_suite(experiment.suite)
-        self.loaded: Loaded = load_model(experiment.model, family=experiment.family, device=device)
+        self.loaded: Loaded = load_model(
+            experiment.model,
+            family=experiment.family,
+            dtype=getattr(torch, experiment.dtype),
+            device=device,
+            device_map=experiment.device_map,
+        )
         self.cache = Cache()
         self.task_data = self.load(experiment.task.data)
         self.classes, self.templates = self._prompts()
@@ -278,6 +285,7 @@ class _Laboratory:
                 shuffle=True,
                 limit=calibration.samples,
                 towers=self.experiment.towers,
+                chat=self.experiment.chat_of(of),
             )
             name = "covariance" if of == "knowledge" else f"covariance-{of}"
             self.stores[of] = collect_covariance(
@@ -285,6 +293,7 @@ class _Laboratory:
                 batches,
                 find_sites(self.loaded.model, towers=self.experiment.towers),
                 precision=calibration.precision,
+                tokens=calibration.tokens,
                 rounds=calibration.rounds if of == "knowledge" else 1,
                 path=self.folder / f"{name}.safetensors",
             )
@@ -377,8 +386,11 @@ class _Laboratory:
                 rows = self._measure(trained.model, head=head, scale=scale, show=False, **facts)
             measured.append(rows)
         first = {row["task"]: row for row in reversed(measured[0]) if row["role"] != "selection"}
-        told = ", ".join(f"{name} {row['value']:.1%}" for name, row in sorted(first.items()))
-        return f"{told} ({result.seconds:.0f} s, {result.samples_per_second:.0f} images/s)"
+        told = ", ".join(
+            f"{name} {value_text(row['metric'], row['value'])}"
+            for name, row in sorted(first.items())
+        )
+        return f"{told} ({result.seconds:.0f} s, {result.samples_per_second:.3g} records/s)"
 
     def _anchor(self, training: Training, model: nn.Module) -> Anchor | None:
         """The penalty of a variant that has one; or if a forecast is wanted, the same to be logged only."""

@@ -23,7 +23,7 @@ from corda_vlm.evaluation.labels import (
     match_labels,
 )
 from corda_vlm.evaluation.retrieval import Retrieval
-from corda_vlm.evaluation.scores import RESAMPLES, Outcome, Score, told
+from corda_vlm.evaluation.scores import RESAMPLES, Outcome, Score, value_text
 from corda_vlm.evaluation.suite import TEXT_TASKS, Suite, Task, check_keys, load_suite
 from corda_vlm.evaluation.zero_shot import ZeroShot
 
@@ -135,7 +135,7 @@ def measure(
         seconds = time.perf_counter() - started
         if show_progress:
             line = ", ".join(
-                f"{s.metric} {told(s, s.value)} ({told(s, s.low)} to {told(s, s.high)})"
+                f"{s.metric} {value_text(s.metric, s.value)} ({value_text(s.metric, s.low)} to {value_text(s.metric, s.high)})"
                 for s in scores
             )
             print(f"  {task.name}: {line}; {scores[0].n:,} examples in {seconds:.0f} s", flush=True)

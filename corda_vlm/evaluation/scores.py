@@ -69,9 +69,9 @@ NO_SHARE = frozenset({"perplexity", "log_likelihood", "log_likelihood_per_token"
 """Metrics that are no share of anything: reports write them as numbers, not in per cent."""
 
 
-def told(score: Score, value: float) -> str:
-    """A value of this score for people."""
-    return f"{value:.4g}" if score.metric in NO_SHARE else f"{value:.1%}"
+def value_text(metric: str, value: float) -> str:
+    """A value of this metric for people."""
+    return f"{value:.4g}" if metric in NO_SHARE else f"{value:.1%}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from corda_vlm.evaluation.comparing import Choice, Comparison, Dominance
 from corda_vlm.evaluation.convergence import Convergence
 from corda_vlm.evaluation.frontier import BASE, REFERENCE, Results, Setting
 from corda_vlm.evaluation.render import Table
-from corda_vlm.evaluation.scores import Interval
+from corda_vlm.evaluation.scores import Interval, value_text
 
 ABSENT = "–"
 
@@ -100,9 +101,9 @@ def base_table(results: Results) -> Table:
     rows = []
     for row in results.base_rows:
         value, low, high = row["value"], row.get("low"), row.get("high")
-        told = percent(value)
+        score = value_text(row["metric"], value)
         if low is not None and high is not None:
-            told = _interval(Interval(value, low, high), percent)
+            score = _interval(Interval(value, low, high), partial(value_text, row["metric"]))
         n = row.get("n")
         chance = percent(float(row.get("chance") or 0.0), digits=2)
         rows.append(
@@ -110,7 +111,7 @@ def base_table(results: Results) -> Table:
                 row["task"],
                 row.get("role", ABSENT),
                 row["metric"],
-                told,
+                score,
                 chance,
                 f"{n:,}" if n else ABSENT,
             ]
