@@ -82,6 +82,10 @@ class Chat:
     processor: LanguageProcessor
     template: str = "auto"
 
+    def check(self) -> None:
+        """Raise as `_jinja` does, before the first record is looked at."""
+        _ = self._jinja
+
     @cached_property
     def _jinja(self) -> str | None:
         """The template in place of the model's own.

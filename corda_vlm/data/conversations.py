@@ -82,6 +82,8 @@ class ConversationMaker:
 
     Raises:
         DataError: records that are no conversations, or images for a model that reads text alone.
+        UnknownNameError: no such chat template.
+        CordaError: "auto", and the model brings none.
     """
 
     towers = ("language",)
@@ -111,6 +113,8 @@ class ConversationMaker:
         self.data, self.processor, self.workers = data, processor, workers
         self.options = chat or ChatOptions()
         self.chat = Chat(processor, self.options.template)
+        if data.texts is None:  # documents need no template
+            self.chat.check()
         self.labelled = labelled
         self._most = cache_mb * 2**20
         self._pool = ThreadPoolExecutor(workers) if workers > 0 else None

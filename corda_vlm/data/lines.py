@@ -19,13 +19,14 @@ def read_jsonl(spec: DataSpec, beside: str | Path | None = None) -> Table:
     paths = find_paths(spec.location, beside)
     for path in paths:
         # Not splitlines: it also cuts at U+2028, which JSON allows within a string.
-        for number, line in enumerate(_content(path).split("\n"), start=1):
-            if line.strip():
-                record = _parsed(line, f"{path}, line {number}")
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}, line {number}: not a JSON record (not an object)")
-                records.append(record)
-                places.append(f"{path}, line {number}")
+        lines = enumerate(_content(path).split("\n"), start=1)
+        written = [(number, line) for number, line in lines if line.strip()]
+        for number, line in _range(written, spec, path):
+            record = _parsed(line, f"{path}, line {number}")
+            if not isinstance(record, dict):
+                raise DataError(f"{path}, line {number}: not a JSON record (not an object)")
+            records.append(record)
+            places.append(f"{path}, line {number}")
     return _table(records, places, paths[0].parent)
 
 
@@ -44,7 +45,7 @@ def read_json(spec: DataSpec, beside: str | Path | None = None) -> Table:
                 f"{path}: must be a list of objects, or an object that holds one such list; for one object a line "
                 "write jsonl: in place of json:"
             )
-        for number, record in enumerate(lists[0]):
+        for number, record in _range(list(enumerate(lists[0])), spec, path):
             records.append(record)
             name = f" (id {record['id']})" if "id" in record else ""
             places.append(f"{path}, record {number}{name}")
@@ -72,6 +73,19 @@ def _content(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _range(records: list[Any], spec: DataSpec, path: Path) -> list[Any]:
+    """The records that `spec.rows` asks for of one file."""
+    if spec.rows is None:
+        return records
+    count = len(records)
+    start, stop = (round(at * count) if isinstance(at, float) else at for at in spec.rows)
+    if not start < stop <= count:
+        raise DataError(
+            f"{path}: has {count} records, so there are no rows from {start} up to {stop} in it"
+        )
+    return records[start:stop]
 
 
 def _parsed(text: str, where: str) -> Any:

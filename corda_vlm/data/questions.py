@@ -12,7 +12,9 @@ from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError, UnknownNameError
 
 _QUESTION = ("question", "query", "prompt", "instruction", "problem")
-_TARGET = ("multiple_choice_answer", "answer", "answerKey", "response", "output", "solution")
+_TARGET = (
+    "multiple_choice_answer", "answer", "answerKey", "response", "output", "solution", "class_name", "label",
+)  # fmt: skip
 _REFERENCES = ("answers", "answer_list", "references")
 _CHOICES = ("choices", "options")
 
@@ -23,7 +25,7 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
     if question is None:
         raise DataError(
             f"{spec}: has no question column; its columns are {', '.join(table.names)}: "
-            "name it with question: (a column, or a sentence such as '{context}')"
+            "name it with question: (a column, or a sentence such as 'What is this?' or 'Of {subject}: {problem}')"
         )
     target = references = choices = None
     if spec.answer is not None:
@@ -34,6 +36,8 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
             choices = next((name for name in _CHOICES if name in names), None)
     aliases = "aliases" if spec.answer == "auto" and "aliases" in names else None
 
+    classes = table.class_names.get(str(target))
+
     def make(row: int) -> dict[str, Any]:
         values = {name: column[row] for name, column in table.columns.items()}
         asked = _filled(question, values)
@@ -41,6 +45,8 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
             raise Fault("has an empty question")
         made: dict[str, Any] = {"question": asked}
         given = None if target is None else _filled(target, values)
+        if classes is not None and isinstance(given, int):
+            given = classes[given]
         if choices is not None and values[choices] is not None:
             made["choices"], made["choice"] = _choice(values[choices], given)
             answers = [made["choices"][made["choice"]]]
@@ -74,17 +80,17 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
 def _asked(
     asked: str, usual: Sequence[str], names: Sequence[str], spec: DataSpec, what: str
 ) -> str | None:
-    """A column or a format string over the columns."""
+    """A column, or a sentence, which may be a format string over the columns."""
     if asked == "auto":
         return next((name for name in usual if name in names), None)
-    if "{" not in asked and asked not in names:
+    if "{" not in asked and " " not in asked.strip() and asked not in names:
         raise UnknownNameError(f"{what} column of {spec}", asked, names)
     return asked
 
 
 def _filled(asked: str, values: Mapping[str, Any]) -> Any:
     if "{" not in asked:
-        return values[asked]
+        return values.get(asked, asked)
     try:
         return asked.format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:

@@ -48,9 +48,13 @@ class DataSpec:
         format: what a row means for a model that generates text: "llava" (`conversations` with `<image>`), "chat"
             (`messages` of role and content), "qa" (question and answers), "text" (a document). None: images with
             texts or labels.
-        question, answer: with "qa": columns, or format strings over the columns; "auto" finds the usual names.
+        question, answer: with "qa": columns, or sentences, which may be format strings over the columns, e.g.
+            "What is this?" about labelled images; "auto" finds the usual names. Of a column of class numbers the
+            class's name is the answer.
         expand: with "qa": the column in which one row holds several questions, as a list or as JSON; "auto" takes
             `qa_json` where there is one, None none.
+        rows: of each JSON file only the records from `start` up to `stop`, in its own order: [start, stop], as numbers or
+            as shares of the file, e.g. [0, 0.5].
         chunk: with "text": a record is so many words of a document, and its last one fewer; None: all of it.
     """
 
@@ -74,6 +78,7 @@ class DataSpec:
     question: str = "auto"
     answer: str | None = "auto"
     expand: str | None = "auto"
+    rows: Sequence[float] | None = None
     chunk: int | None = None
 
     @property
@@ -121,11 +126,23 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
         value = getattr(found, name)
         if value is not None and value < 1:
             raise DataError(f"{found}: {name} is {value}; it must be at least 1")
+    if found.rows is not None:
+        _check_rows(found)
     if not 0 <= found.max_bad_share < 1:
         raise DataError(
             f"{found}: max_bad_share is {found.max_bad_share}; it is a share from 0 to below 1"
         )
     return found
+
+
+def _check_rows(spec: DataSpec) -> None:
+    if spec.kind not in ("jsonl", "json"):
+        raise DataError(f"{spec}: rows is for jsonl and json; give splits, or where, a filter")
+    rows = spec.rows
+    if not isinstance(rows, Sequence) or len(rows) != 2 or not 0 <= rows[0] < rows[1]:
+        raise DataError(
+            f"{spec}: rows is {rows!r}; it is [start, stop], e.g. [0, 0.5] or [1000, 1319]"
+        )
 
 
 def with_root(spec: str | Mapping[str, Any], root: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corda_vlm.data import ImageTextData
+from corda_vlm.data import ImageTextData, InstructionData
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Batch, Family, Processor, evaluating, unwrap
 from corda_vlm.train.heads import Head, Prompts, Template, prompt_logits
@@ -138,6 +138,11 @@ def make_objective(
             )
         return ContrastiveObjective(family, options.mask_duplicates, smoothing)
 
+    if isinstance(data, InstructionData):
+        raise DataError(
+            f"{data.spec}: holds conversations, and the {options.loss} loss is for images with labels; choose loss "
+            "next_token"
+        )
     names = _class_names(data, classes, options.loss)
     bare, device = unwrap(model), next(model.parameters()).device
     with (

@@ -266,3 +266,50 @@ def test_real_files(shared_data):
         "gsm8k_test_1319.jsonl", question="context", answer="{chain_of_thought}\n#### {answer}"
     )
     assert maths[0]["answers"][0].endswith("#### 18")
+
+
+# ------------------------------------------------------------------ labelled pictures as questions, parts of a file
+
+
+def test_a_question_about_labelled_pictures(parquet):
+    asked = {"format": "qa", "question": "Which digit is this?"}
+    data = load_records({"source": "sklearn:digits", "split": "test", "label": "label", **asked})
+    plain = load_records({"source": "sklearn:digits", "split": "test"})
+    assert data.labels == plain.labels, "cut as for classification"
+    for index in (0, 7):
+        assert data[index]["question"] == "Which digit is this?"
+        assert data[index]["answers"] == [plain.class_names[plain.labels[index]]]
+        assert data[index]["image"].tobytes() == plain[index]["image"].tobytes()
+    figures = load_records({"source": "sklearn:digits", **asked, "answer": "{label}"})
+    assert figures[0]["answers"] == ["0"]
+    words = load_records({"source": f"parquet:{parquet}/*.parquet", **asked, "answer": "word"})
+    assert words[3]["answers"] == [words[3]["word"]]
+    with pytest.raises(UnknownNameError, match="question column.*'questoin'"):
+        load_records({"source": "sklearn:digits", "format": "qa", "question": "questoin"})
+
+
+def test_rows_are_of_each_file_in_its_own_order(tmp_path):
+    rows = [{"question": f"q{i}?", "answer": str(i)} for i in range(10)]
+    write(tmp_path / "a.jsonl", rows[:4])
+    write(tmp_path / "b.jsonl", rows[4:])
+    spec = {"source": f"jsonl:{tmp_path}/{{a,b}}.jsonl", "format": "qa"}
+
+    def asked(chosen):
+        return [record["answer"] for record in load_records({**spec, "rows": chosen})]
+
+    assert asked([0, 0.5]) == ["0", "1", "4", "5", "6"]
+    assert asked([0.5, 1.0]) == ["2", "3", "7", "8", "9"], "the other halves"
+    assert asked([1, 3]) == ["1", "2", "5", "6"]
+    assert load_records({**spec, "rows": [1, 3]}).place(2) == f"{tmp_path}/b.jsonl, line 2"
+    source = write(tmp_path / "c.json", rows)
+    found = load_records({"source": source, "format": "qa", "rows": [8, 10]})
+    assert [record["answer"] for record in found] == ["8", "9"]
+    for chosen, why in (
+        ([1, 5], r"a\.jsonl: has 4 records, so there are no rows from 1 up to 5"),
+        ([3, 1], r"rows is \[3, 1\]"),
+        ([1], r"it is \[start, stop\]"),
+    ):
+        with pytest.raises(DataError, match=why):
+            load_records({**spec, "rows": chosen})
+    with pytest.raises(DataError, match="rows is for jsonl and json"):
+        load_records({"source": "sklearn:digits", "rows": [0, 0.5]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,10 +87,8 @@ class _StopAt(TrainerCallback):
 
 
 def test_an_interrupted_training_ends_where_it_would_have(tiny_llm, questions, tmp_path) -> None:
-    import dataclasses
-
-    options = dataclasses.replace(OPTIONS, save_every=2)
-    first, second = tiny_llm.model, copy.deepcopy(tiny_llm.model)
+    options = replace(OPTIONS, save_every=2)
+    first, second, again = tiny_llm.model, *(copy.deepcopy(tiny_llm.model) for _ in range(2))
     straight = train(first, questions, tiny_llm.processor, options=options, output_dir=tmp_path / "one",
                      eval_data=questions, show_progress=False)  # fmt: skip
     assert straight.final_loss < straight.history[0]["loss"]
@@ -97,15 +96,15 @@ def test_an_interrupted_training_ends_where_it_would_have(tiny_llm, questions, t
     with pytest.raises(KeyboardInterrupt):
         train(second, questions, tiny_llm.processor, options=options, output_dir=tmp_path / "two",
               callbacks=[_StopAt(3)], show_progress=False)  # fmt: skip
-    resumed = train(second, questions, tiny_llm.processor, options=options, output_dir=tmp_path / "two",
+    resumed = train(again, questions, tiny_llm.processor, options=options, output_dir=tmp_path / "two",
                     show_progress=False)  # fmt: skip
     assert resumed.resumed_from == 2
     for name, weight in first.state_dict().items():
-        torch.testing.assert_close(second.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
-    changed = dataclasses.replace(options, learn="last")
+        torch.testing.assert_close(again.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+    changed = replace(options, learn="last")
     with pytest.raises(CordaError, match="learn: all there, last now"):
         train(
-            second,
+            again,
             questions,
             tiny_llm.processor,
             options=changed,
@@ -115,11 +114,7 @@ def test_an_interrupted_training_ends_where_it_would_have(tiny_llm, questions, t
 
 
 def test_a_tiny_llava_learns_to_see(tiny_llava, shades, tmp_path) -> None:
-    import dataclasses
-
-    options = dataclasses.replace(
-        OPTIONS, template="auto", steps=120, batch_size=12, learning_rate=5e-3
-    )
+    options = replace(OPTIONS, template="auto", steps=120, batch_size=12, learning_rate=5e-3)
     done = train(
         tiny_llava.model,
         shades,
@@ -149,6 +144,20 @@ def test_data_and_models_that_do_not_go_with_the_loss(
             output_dir=tmp_path / "a",
             show_progress=False,
         )
+    for changes, message in (
+        ({"loss": "prompt"}, "holds conversations.*choose loss next_token"),
+        ({"template": "auto"}, "unknown chat template: this model's tokenizer brings none"),
+        ({"template": "vicnua"}, "unknown chat template 'vicnua'.*Did you mean 'vicuna'"),
+    ):
+        with pytest.raises(CordaError, match=message):
+            train(
+                tiny_llm.model,
+                questions,
+                tiny_llm.processor,
+                options=replace(OPTIONS, **changes),
+                output_dir=tmp_path / "c",
+                show_progress=False,
+            )
     with pytest.raises(DataError, match="say which format"):
         train(
             tiny_llm.model,
