@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -347,12 +347,22 @@ def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--experiment", type=Experiment)
     try:
-        return parser.instantiate(parser.parse_object({"experiment": dict(content)})).experiment
+        found = parser.instantiate(parser.parse_object({"experiment": dict(content)})).experiment
+        return _with_data_as_written(found, content)
     except ArgumentError as error:
         if isinstance(error.__cause__, CordaError):
             raise error.__cause__ from error
         lines = (line.strip() for line in str(error).replace("experiment.", "").splitlines())
         raise CordaError(f"{where}: {' '.join(lines)}") from error
+
+
+def _with_data_as_written(experiment: Experiment, content: Mapping[str, Any]) -> Experiment:
+    """jsonargparse reads strings within a mapping as YAML, which makes a mapping of `answer: "{a}"`."""
+    given = {}
+    for name in ("task", "calibration"):
+        if (part := getattr(experiment, name)) is not None:
+            given[name] = replace(part, data=content[name]["data"])
+    return replace(experiment, **given)
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -57,6 +57,17 @@ def test_overrides_reach_nested_keys_and_are_yaml():
         load_experiment("configs/demo.yaml", ["name.x=1"])
 
 
+def test_data_stays_as_it_is_written():
+    data = {
+        "source": "jsonl:a.jsonl",
+        "format": "qa",
+        "answer": "{work}\n#### {answer}",
+        "where": {"level": "1"},
+    }
+    experiment = parse_experiment(demo(task__data=data, calibration__data=data), "demo.yaml")
+    assert experiment.task.data == experiment.calibration.data == data
+
+
 def test_trainings_go_seed_by_seed():
     trainings = list(load_experiment("configs/demo.yaml").trainings())
     seeds = [training.seed for training in trainings]
@@ -84,6 +95,9 @@ def test_trainings_go_seed_by_seed():
             CordaError,
             "called 'base'",
         ),
+        ({"calibration__tokens": "answer"}, UnknownNameError, "tokens in the calibration 'answer'"),
+        ({"calibration__max_tokens": 1}, CordaError, "max_tokens is 1"),
+        ({"dtype": "bf16"}, CordaError, "dtype.*'bf16'"),
         ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
         ({"evaluation": {"scales": [1.5]}}, CordaError, r"scales hold 1\.5"),
         ({"variants__lora__scales": [0.0]}, CordaError, r"'lora': scales hold 0\.0"),

@@ -99,13 +99,6 @@ def train(
     objective = make_objective(options, model, family, processor, data, classes, templates)
     _check_trainable(model, objective)
     _check_anchor(model, anchor, anchor_weight)
-    plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
-    plan["anchor"] = _anchored(anchor, anchor_weight, anchor_every)
-    plan["base"] = base_fingerprint(model)
-    _begin(output, plan, model)
-    if (output / DONE).is_file():
-        return _finished(output, model, objective)
-
     maker = make_maker(
         data,
         processor,
@@ -115,6 +108,13 @@ def train(
         chat=chat_options(options),
         labelled=True,
     )
+    plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
+    plan["anchor"] = _anchored(anchor, anchor_weight, anchor_every)
+    plan["base"] = base_fingerprint(model)
+    _begin(output, plan, model)
+    if (output / DONE).is_file():
+        return _finished(output, model, objective)
+
     count = len(data)
     per_epoch = -(-count // options.batch_size)
     steps = options.steps or max(

@@ -284,7 +284,7 @@ def test_a_question_about_labelled_pictures(parquet):
     assert figures[0]["answers"] == ["0"]
     words = load_records({"source": f"parquet:{parquet}/*.parquet", **asked, "answer": "word"})
     assert words[3]["answers"] == [words[3]["word"]]
-    with pytest.raises(UnknownNameError, match="question column.*'questoin'"):
+    with pytest.raises(UnknownNameError, match=r"question column.*'questoin'"):
         load_records({"source": "sklearn:digits", "format": "qa", "question": "questoin"})
 
 
