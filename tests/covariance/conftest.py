@@ -1,4 +1,4 @@
-"""Makes `covariance_toy` importable, and its family known."""
+"""Makes `covariance_toy` and the families' `language_toy` importable, and the toy's family known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "families")]
 
 
 @pytest.fixture(autouse=True)
