@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -347,7 +348,9 @@ def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--experiment", type=Experiment)
     try:
-        found = parser.instantiate(parser.parse_object({"experiment": dict(content)})).experiment
+        # a copy: jsonargparse writes what it makes of the values into the mapping
+        parsed = parser.parse_object({"experiment": copy.deepcopy(dict(content))})
+        found = parser.instantiate(parsed).experiment
         return _with_data_as_written(found, content)
     except ArgumentError as error:
         if isinstance(error.__cause__, CordaError):

