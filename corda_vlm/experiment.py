@@ -45,11 +45,6 @@ class Calibration:
     max_tokens: int | None = None
     too_long: str = "skip"
 
-    def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise UnknownNameError("choice of tokens in the calibration", self.tokens, TOKENS)
-        ChatOptions(max_tokens=self.max_tokens, too_long=self.too_long)  # raises
-
 
 @dataclass(frozen=True)
 class NewTask:
@@ -180,6 +175,10 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.variants:
             raise CordaError(f"experiment {self.name!r} has no variants: nothing to train")
+        if self.calibration is not None:
+            if (tokens := self.calibration.tokens) not in TOKENS:
+                raise UnknownNameError("choice of tokens in the calibration", tokens, TOKENS)
+            self.chat_of("knowledge")  # raises
         for name, variant in self.variants.items():
             if name in ("base", "", ".", "..") or "/" in name or "\\" in name:
                 raise CordaError(

@@ -98,7 +98,7 @@ def test_trainings_go_seed_by_seed():
         ),
         ({"calibration__tokens": "answer"}, UnknownNameError, "tokens in the calibration 'answer'"),
         ({"calibration__max_tokens": 1}, CordaError, "max_tokens is 1"),
-        ({"dtype": "bf16"}, CordaError, "dtype.*'bf16'"),
+        ({"dtype": "bf16"}, CordaError, "dtype.*float32.*bf16"),
         ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
         ({"evaluation": {"scales": [1.5]}}, CordaError, r"scales hold 1\.5"),
         ({"variants__lora__scales": [0.0]}, CordaError, r"'lora': scales hold 0\.0"),
