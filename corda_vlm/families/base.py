@@ -92,6 +92,7 @@ class Family:
         refuses: model -> why its layers cannot be adapted although the class matches, or None.
         choose_tokens: (model, tokens) -> the function that gives the masks, for families whose masks depend on the
             model or that can choose which tokens count (`TOKENS`); None where `masks` is all there is.
+        projector: model -> the dotted path (canonical) of what leads from its vision tower to its language model, or None.
         model_types: the `model_type`s of the configurations on a hub that the family's `load` takes.
     """
 
@@ -110,6 +111,7 @@ class Family:
     towers: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     refuses: Callable[[nn.Module], str | None] = lambda model: None
     choose_tokens: Callable[[nn.Module, str], Masking] | None = None
+    projector: Callable[[nn.Module], str | None] = lambda model: None
     model_types: tuple[str, ...] = ()
 
 

@@ -110,6 +110,12 @@ def towers(model: Any) -> tuple[str, ...]:
     )
 
 
+def projector(model: Any) -> str | None:
+    """The path of the projector, if it has linear layers."""
+    layout = LAYOUTS[model.config.model_type]
+    return None if layout.projector is None else f"model.{layout.projector[0]}"
+
+
 def refuses(model: Any) -> str | None:
     """Why a model cannot be adapted, or None."""
     inside = model.config.get_text_config().model_type
@@ -129,4 +135,5 @@ LLAVA: Family = llm.family(
     canonical=canonical,
     towers=towers,
     refuses=refuses,
+    projector=projector,
 )

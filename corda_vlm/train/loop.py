@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import SIGTERM
@@ -23,10 +23,11 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.files import read_json, write_json
 from corda_vlm.train.heads import Template
+from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.next_token import chat_options
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
-from corda_vlm.train.penalty import Penalty, check_weight
+from corda_vlm.train.penalty import Penalty
 from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.trainer import make_trainer
 from corda_vlm.train.watch import Watch, read_history, stop_on_signal
@@ -97,8 +98,8 @@ def train(
     output = Path(output_dir)
     family = detect_family(unwrap(model))
     objective = make_objective(options, model, family, processor, data, classes, templates)
-    _check_trainable(model, objective)
-    _check_anchor(model, anchor, anchor_weight)
+    check_trainable(model, objective, options)
+    check_anchor(model, anchor, anchor_weight)
     maker = make_maker(
         data,
         processor,
@@ -108,6 +109,7 @@ def train(
         chat=chat_options(options),
         labelled=True,
     )
+    less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
     plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
     plan["anchor"] = _anchored(anchor, anchor_weight, anchor_every)
     plan["base"] = base_fingerprint(model)
@@ -157,7 +159,7 @@ def train(
         trainer.penalise("extra_loss", extra_loss, extra_weight)
     watch.trainer = trainer
     checkpoint = last_checkpoint(output)
-    with _as_it_was(model), stop_on_signal(watch):
+    with as_it_was(model), less_memory, stop_on_signal(watch):
         try:
             trainer.seconds = _seconds(checkpoint)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -345,44 +347,3 @@ def _finished(output: Path, model: nn.Module, objective: Objective) -> TrainResu
         resumed_from=result["steps"],
         **result,
     )
-
-
-# ------------------------------------------------------------------ the model
-
-
-def _check_trainable(model: nn.Module, objective: Objective) -> None:
-    if objective.head is None and not any(p.requires_grad for p in model.parameters()):
-        raise CordaError(
-            f"nothing to train: no parameter of {type(unwrap(model)).__name__} requires a gradient. Prepare it "
-            "with a method (lora, corda-kpm, full, ...), or train a head (train_head, or loss: linear)."
-        )
-
-
-def _check_anchor(model: nn.Module, anchor: Anchor | None, weight: float) -> None:
-    check_weight(weight, "anchor")
-    if anchor is None and weight > 0:
-        raise CordaError(
-            f"anchor_weight is {weight}, but there is no anchor; pass anchor=anchor_penalty(model, store)"
-        )
-    if anchor is not None and anchor.model is not unwrap(model):
-        raise CordaError(
-            "the anchor was built for another model than the one to train; build it with anchor_penalty(model, store) "
-            "for this one"
-        )
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """The Trainer leaves the model in training mode and writes `use_cache` into its configuration."""
-    modes = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    former = dict(vars(config)) if config is not None else {}
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        if config is not None and "use_cache" not in former:
-            vars(config).pop("use_cache", None)
-        elif config is not None:
-            config.use_cache = former["use_cache"]

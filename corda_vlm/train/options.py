@@ -27,6 +27,8 @@ class TrainOptions:
         batch_size: images a step; the last batch of an epoch may be smaller.
         learning_rate: the peak rate.
         head_learning_rate: the rate of a trained head; None takes `learning_rate`.
+        projector_learning_rate: the rate of what is trained of a vision-language model's projector, whole
+            (`modules_to_save`) or by its adapters; None takes `learning_rate`.
         schedule: "cosine", "linear" (both to zero) or "constant", after the warm-up.
         warmup_ratio: share of the steps in which the rate rises linearly from zero.
         weight_decay: AdamW's, on matrices only; vectors (biases, norms, scales) are left alone. It pulls an
@@ -42,6 +44,8 @@ class TrainOptions:
             bfloat16 on a CPU 1.8 times faster than its default: "auto" takes it there for up to 128 tokens, and
             PyTorch's own choice elsewhere (`corda_vlm.train.trainer.takes_math` has the timings).
         gradient_accumulation: batches a step.
+        gradient_checkpointing: compute each block's activations again for its gradients in place of keeping them: the
+            same weights, less memory, about a third more time. For models of transformers.
         eval_every: steps between two evaluations on `eval_data`; None only at the end.
         save_every: steps between checkpoints; None saves every two minutes.
         log_every: steps between entries of the history.
@@ -58,6 +62,7 @@ class TrainOptions:
     batch_size: int = 64
     learning_rate: float = 1e-3
     head_learning_rate: float | None = None
+    projector_learning_rate: float | None = None
     schedule: str = "cosine"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
@@ -70,6 +75,7 @@ class TrainOptions:
     bf16: bool = True
     attention: str = "auto"
     gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
     eval_every: int | None = None
     save_every: int | None = None
     log_every: int = 10
@@ -94,8 +100,9 @@ class TrainOptions:
             raise CordaError(
                 f"give steps or epochs, one of the two (steps={self.steps}, epochs={self.epochs})"
             )
-        positive = ("steps", "epochs", "batch_size", "learning_rate", "head_learning_rate")
-        for name in (*positive, "gradient_accumulation", "eval_every", "save_every", "log_every"):
+        rates = ("learning_rate", "head_learning_rate", "projector_learning_rate")
+        every = ("eval_every", "save_every", "log_every")
+        for name in ("steps", "epochs", "batch_size", *rates, "gradient_accumulation", *every):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise CordaError(f"{name} is {value}; it must be above 0")
@@ -109,7 +116,9 @@ class TrainOptions:
             )
 
 
-HARMLESS = frozenset({"eval_every", "save_every", "log_every", "cache_mb", "workers"})
+HARMLESS = frozenset(
+    {"eval_every", "save_every", "log_every", "cache_mb", "workers", "gradient_checkpointing"}
+)
 """Options that may differ between a training and its resumption, as they do not change the weights."""
 
 

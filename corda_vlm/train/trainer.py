@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from corda_vlm.errors import CordaError
 from corda_vlm.families.base import evaluating, unwrap
+from corda_vlm.train.model import projector_parameters
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
 from corda_vlm.train.penalty import AnchorMixin
@@ -82,7 +83,13 @@ class _BatchLoss(Trainer):
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
             options, head = self.options, self.objective.head
-            named = [(p, options.learning_rate) for p in self.net.parameters() if p.requires_grad]
+            own = options.projector_learning_rate or options.learning_rate
+            projector = set(projector_parameters(self.net))
+            named = [
+                (p, own if p in projector else options.learning_rate)
+                for p in self.net.parameters()
+                if p.requires_grad
+            ]
             if head is not None:
                 rate = options.head_learning_rate or options.learning_rate
                 named += [(p, rate) for p in head.parameters() if p.requires_grad]
