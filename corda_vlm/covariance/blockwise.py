@@ -66,7 +66,6 @@ def collect_blockwise(
     for number in range(len(chain.blocks)):
         name = f"{chain.path}.{number}"
         parts[name] = [site for site in job.sites if site.name.startswith(f"{name}.")]
-    folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.safetensors" for name, members in parts.items() if members}
     missing = [name for name, file in files.items() if not _finished(job, file, parts[name])]
     # Blocks finished before an interruption run once more for the sake of those after them, without being observed.

@@ -162,6 +162,28 @@ def test_under_an_adapter() -> None:
     assert same(collect(adapted, batches, blockwise=True), collect(adapted, batches))
 
 
+def test_under_the_hooks_of_accelerate() -> None:
+    """A model spread over devices: each block's `forward` is replaced already."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model, batches = make("llama"), batches_for("llama")
+    whole = collect(model, batches)
+    layers: list = list(model.model.layers)  # type: ignore[union-attr]
+    for layer in layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    forwards = [layer.forward for layer in layers]
+    assert same(collect(model, batches, blockwise=True), whole)
+    assert [layer.forward for layer in layers] == forwards
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+def test_hidden_states_rest_on_the_cpu() -> None:
+    model, batches = make("llava").cuda(), batches_for("llava")
+    whole, blocks = collect(model, batches), collect(model, batches, blockwise=True)
+    for name in whole:
+        torch.testing.assert_close(blocks[name].matrix, whole[name].matrix, rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------ memory
 
 
