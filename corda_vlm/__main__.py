@@ -13,11 +13,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from corda_vlm.errors import CordaError
 
+if TYPE_CHECKING:
+    from corda_vlm.families import Loaded
+
 Data = str | dict[str, Any]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def run(
@@ -50,6 +54,7 @@ def sites(
     towers: str | None = None,
     roles: str | None = None,
     full: bool = False,
+    dtype: Dtype = "float32",
 ) -> None:
     """Print the weight matrices that can be adapted: towers, blocks, roles, shapes, streams.
 
@@ -58,11 +63,11 @@ def sites(
         towers: only these, separated by commas.
         roles: only these, separated by commas.
         full: one line a matrix.
+        dtype: of the weights in memory; a language model of billions of parameters wants bfloat16.
     """
-    from corda_vlm.families import load_model
     from corda_vlm.sites import find_sites, sites_table
 
-    loaded = load_model(model)
+    loaded = _loaded(model, dtype)
     found = find_sites(loaded.model, towers=towers, roles=roles)
     print(sites_table(loaded.model, found, full=full))
 
@@ -78,14 +83,21 @@ def calibrate(
     rounds: int = 1,
     precision: Literal["float32", "float64", "bf16"] = "float32",
     blockwise: bool = False,
+    tokens: Literal["all", "prompt", "response", "image", "text"] = "all",
+    chat: str = "auto",
+    max_tokens: int | None = None,
+    too_long: Literal["skip", "truncate", "error"] = "skip",
     seed: int = 0,
+    dtype: Dtype = "float32",
     device: str = "auto",
+    device_map: str | None = None,
 ) -> None:
     """Collect the second moments of the layers' inputs over data; resumes when interrupted.
 
     Args:
         model: a built-in name, a folder, or an id on a hub.
-        data: images, texts or both, e.g. folder:photos, or a mapping like '{source: "parquet:x.parquet", split: train}'.
+        data: images, texts or both, e.g. folder:photos, or a mapping like '{source: "parquet:x.parquet", split: train}'; for
+            a model that generates text with a format: llava, chat, qa or text.
         output: the file to write, and to go on from.
         samples: at most so many records, drawn at random.
         batch_size: records a forward pass.
@@ -94,15 +106,20 @@ def calibrate(
         rounds: disjoint calibration rounds, for CorDA++ to choose from.
         precision: of the sums; bf16 is the fastest.
         blockwise: of a language model: one block at a time, whose sums alone are in memory.
+        tokens: of a language model: which tokens count; padding never does.
+        chat: the chat template: auto for the model's own, plain, bare, chatml, vicuna, or a .jinja file.
+        max_tokens: of a conversation; default: the model's context.
+        too_long: what to do with longer ones: skip and count them, truncate, or error.
         seed: of the draw.
+        dtype: of the weights in memory; a language model of billions of parameters wants bfloat16.
         device: cpu, cuda, or auto.
+        device_map: auto spreads a language model over all GPUs.
     """
     from corda_vlm.covariance import collect_covariance
-    from corda_vlm.data import load_records, make_batches
-    from corda_vlm.families import load_model
+    from corda_vlm.data import ChatOptions, load_records, make_batches
     from corda_vlm.sites import find_sites
 
-    loaded = load_model(model, device=device)
+    loaded = _loaded(model, dtype, device, device_map)
     batches = make_batches(
         load_records(data),
         loaded.processor,
@@ -110,6 +127,7 @@ def calibrate(
         shuffle=True,
         seed=seed,
         limit=samples,
+        chat=ChatOptions(chat, max_tokens=max_tokens, too_long=too_long),
     )
     chosen = find_sites(loaded.model, towers=towers, roles=roles)
     store = collect_covariance(
@@ -118,6 +136,7 @@ def calibrate(
         chosen,
         rounds=rounds,
         precision=precision,
+        tokens=tokens,
         path=output,
         blockwise=blockwise,
     )
@@ -148,6 +167,8 @@ def init(
     dynamic_covariance: bool = False,
     picture: str | None = None,
     dry_run: bool = False,
+    dtype: Dtype = "float32",
+    device: str = "auto",
 ) -> None:
     """Plan an adapter: decompose each weight matrix by its covariance and choose the components to adapt.
 
@@ -172,13 +193,14 @@ def init(
         dynamic_covariance: each site takes the best of its calibration rounds (CorDA++).
         picture: draw ranks and compactness over blocks and roles into this file.
         dry_run: print the plan and write nothing but the picture.
+        dtype: of the weights in memory.
+        device: cpu, cuda, or auto.
     """
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.evaluation.heatmap import plan_heatmap
-    from corda_vlm.families import load_model
     from corda_vlm.plan import plan_adapter
 
-    loaded = load_model(model)
+    loaded = _loaded(model, dtype, device)
     store, task_store = (
         None if path is None else CovarianceStore.load(path, model=loaded.model)
         for path in (covariance, task_covariance)
@@ -219,7 +241,7 @@ def train(
     output: str = "adapter",
     classes: list[str] | None = None,
     templates: list[str] | None = None,
-    loss: Literal["prompt", "contrastive"] = "prompt",
+    loss: Literal["prompt", "contrastive", "next_token"] | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 64,
@@ -233,18 +255,29 @@ def train(
     augment: Literal["none", "light"] = "none",
     label_smoothing: float = 0.0,
     train_head: bool = False,
+    chat: str = "auto",
+    learn: Literal["all", "last"] = "all",
+    max_tokens: int | None = None,
+    too_long: Literal["skip", "truncate", "error"] = "skip",
+    modules_to_save: list[str] | None = None,
+    projector_learning_rate: float | None = None,
+    gradient_checkpointing: bool = False,
+    gradient_accumulation: int = 1,
+    dtype: Dtype = "float32",
     device: str = "auto",
+    device_map: str | None = None,
 ) -> None:
     """Attach a plan and train it on data; resumes when interrupted.
 
     Args:
         model: the model that the plan was made for.
-        data: images with labels (prompt loss) or with texts (contrastive loss).
+        data: images with labels (prompt loss) or with texts (contrastive loss); for a model that generates text
+            conversations, questions or documents (next_token loss).
         plan: the file that `init` wrote.
         output: folder for checkpoints and the trained adapter.
         classes: names for the prompts, in label order; default: the data's own.
         templates: prompts with {} for the name; default: "a photo of a {}.".
-        loss: prompt (classification) or contrastive.
+        loss: prompt (classification), contrastive or next_token; default: next_token for data with a format, else prompt.
         steps: optimiser steps; this or epochs.
         epochs: passes over the data.
         batch_size: records a step.
@@ -259,13 +292,22 @@ def train(
         augment: none, or light (small rotations, shifts and zooms).
         label_smoothing: of the cross-entropy.
         train_head: train the class vectors too, from the prompts on.
+        chat: the chat template: auto for the model's own, plain, bare, chatml, vicuna, or a .jinja file.
+        learn: which answers of a conversation are learnt.
+        max_tokens: of a conversation; default: the model's context.
+        too_long: what to do with longer ones: skip and count them, truncate, or error.
+        modules_to_save: modules trained whole beside the adapter, e.g. '[model.multi_modal_projector]'.
+        projector_learning_rate: of what is trained of the projector; default: learning_rate.
+        gradient_checkpointing: less memory for a third more time.
+        gradient_accumulation: batches a step.
+        dtype: of the base model's weights in memory; the adapter is in float32.
         device: cpu, cuda, or auto.
+        device_map: auto spreads a language model over all GPUs.
     """
     from corda_vlm.adapter import attach_adapter
     from corda_vlm.anchor import anchor_penalty
     from corda_vlm.covariance import CovarianceStore
-    from corda_vlm.data import load_records
-    from corda_vlm.families import load_model
+    from corda_vlm.data import InstructionData, load_records
     from corda_vlm.plan import AdapterPlan
     from corda_vlm.train import TrainOptions
     from corda_vlm.train import train as train_adapter
@@ -274,8 +316,9 @@ def train(
         raise CordaError(
             "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"
         )
+    records = load_records(data)
     options = TrainOptions(
-        loss=loss,
+        loss=loss or ("next_token" if isinstance(records, InstructionData) else "prompt"),
         steps=steps,
         epochs=3 if steps is None and epochs is None else epochs,
         batch_size=batch_size,
@@ -286,15 +329,25 @@ def train(
         augment=augment,
         label_smoothing=label_smoothing,
         train_head=train_head,
+        template=chat,
+        learn=learn,
+        max_tokens=max_tokens,
+        too_long=too_long,
+        projector_learning_rate=projector_learning_rate,
+        gradient_checkpointing=gradient_checkpointing,
+        gradient_accumulation=gradient_accumulation,
     )
-    loaded = load_model(model, device=device)
+    loaded = _loaded(model, dtype, device, device_map)
     store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
     adapter = attach_adapter(
-        loaded.model, AdapterPlan.load(plan, model=loaded.model), freeze_a=freeze_a
+        loaded.model,
+        AdapterPlan.load(plan, model=loaded.model),
+        freeze_a=freeze_a,
+        modules_to_save=modules_to_save or (),
     )
     result = train_adapter(
         adapter,
-        load_records(data),
+        records,
         loaded.processor,
         options=options,
         output_dir=output,
@@ -321,7 +374,9 @@ def evaluate(
     missing: Literal["error", "skip"] = "error",
     batch_size: int = 64,
     bf16: bool = False,
+    dtype: Dtype = "float32",
     device: str = "auto",
+    device_map: str | None = None,
 ) -> None:
     """Measure a model, with what was trained or without, on a suite of tasks.
 
@@ -337,7 +392,9 @@ def evaluate(
         missing: whether a task without its data is an error or is skipped.
         batch_size: examples a forward pass.
         bf16: run under bfloat16 autocast.
+        dtype: of the weights in memory.
         device: cpu, cuda, or auto.
+        device_map: auto spreads a language model over all GPUs.
     """
     from corda_vlm.evaluation import (
         Cache,
@@ -348,7 +405,6 @@ def evaluate(
         measure,
         score_row,
     )
-    from corda_vlm.families import load_model
 
     strengths = (1.0,) if scales is None else check_scales(_numbers("scales", scales))
     if scales is not None and adapter is None:
@@ -356,7 +412,7 @@ def evaluate(
             "--scales mixes the model before training with the trained one: give the model before training as MODEL "
             "and the folder of the training as --adapter"
         )
-    loaded = load_model(model, device=device)
+    loaded = _loaded(model, dtype, device, device_map)
     trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
     method = "base" if adapter is None else _name_of(Path(adapter))
     cache = Cache()
@@ -402,6 +458,7 @@ def export(
     output: str,
     format: Literal["lora", "residual", "merged"] = "merged",
     rank: int | None = None,
+    dtype: Dtype = "float32",
 ) -> None:
     """Write a trained adapter so that plain peft, transformers or open_clip loads it.
 
@@ -411,11 +468,11 @@ def export(
         output: folder to write.
         format: lora (on the original base), residual (base and adapter), or merged (a plain model).
         rank: lora only: recompress to this rank.
+        dtype: of what is written.
     """
     from corda_vlm.adapter import export_adapter, load_adapter
-    from corda_vlm.families import load_model
 
-    loaded = load_model(model)
+    loaded = _loaded(model, dtype)
     trained = load_adapter(loaded.model, adapter)
     written = export_adapter(trained, output, format=format, rank=rank, source=model)
     print(f"wrote {written}")
@@ -437,6 +494,14 @@ def report(folder: str) -> None:
         return
     page = write_report(folder)
     print(f"{summary_table(folder)}\n\nwrote {page}")
+
+
+def _loaded(model: str, dtype: Dtype, device: str = "cpu", device_map: str | None = None) -> Loaded:
+    import torch
+
+    from corda_vlm.families import load_model
+
+    return load_model(model, dtype=getattr(torch, dtype), device=device, device_map=device_map)
 
 
 def _name_of(adapter: Path) -> str:

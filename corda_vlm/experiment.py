@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from corda_vlm.data import ChatOptions
+from corda_vlm.data import ChatOptions, parse_spec
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import TOKENS
 from corda_vlm.files import resolve
@@ -218,6 +218,7 @@ class Experiment:
                     )
             method.check_options(self.request(name))
             options = self.train_options(name, variant.learning_rates[0], 0)
+            self._check_loss(name, options.loss)
             if options.loss == "linear" and self.scales_of(name):
                 raise CordaError(
                     f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "
@@ -227,6 +228,18 @@ class Experiment:
                 raise CordaError(
                     f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
                 )
+
+    def _check_loss(self, variant: str, loss: str) -> None:
+        kind = parse_spec(self.task.data).format
+        if kind is not None and loss != "next_token":
+            raise CordaError(
+                f"variant {variant!r} has the {loss} loss, and the task's data are conversations (format: {kind}); give "
+                "training: {loss: next_token}"
+            )
+        if kind is None and loss == "next_token":
+            raise CordaError(
+                f"variant {variant!r} has the next_token loss; say which format: the task's data has (llava, chat, qa or text)"
+            )
 
     def method_of(self, variant: str) -> str:
         return self.variants[variant].method or variant

@@ -26,7 +26,7 @@ from torch import nn
 
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
-from corda_vlm.data import ImageTextData, load_records, make_batches, with_root
+from corda_vlm.data import ImageTextData, load_records, make_batches, make_maker, with_root
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.evaluation import (
     Cache,
@@ -46,7 +46,7 @@ from corda_vlm.evaluation.labels import load_class_names, load_templates, match_
 from corda_vlm.evaluation.scores import value_text
 from corda_vlm.evaluation.suite import Task
 from corda_vlm.experiment import Experiment, Training, load_experiment
-from corda_vlm.families import Loaded, load_model
+from corda_vlm.families import LanguageProcessor, Loaded, load_model
 from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan
@@ -147,6 +147,7 @@ class _Laboratory:
         )
         self.cache = Cache()
         self.task_data = self.load(experiment.task.data)
+        self._check_conversations()
         self.classes, self.templates = self._prompts()
         self.stores: dict[str, CovarianceStore] = {}
         self.plans: dict[str, AdapterPlan] = {}
@@ -173,6 +174,18 @@ class _Laboratory:
                 "another folder with --output, or --fresh to delete them and begin anew"
             )
         write_json(path, now)
+
+    def _check_conversations(self) -> None:
+        """Refuse what a model that generates text cannot read, before anything is measured."""
+        if not isinstance(self.loaded.processor, LanguageProcessor):
+            return
+        make_maker(self.task_data, self.loaded.processor, chat=self.experiment.chat_of("task"))
+        if (calibration := self.experiment.calibration) is not None:
+            make_maker(
+                self.load(calibration.data),
+                self.loaded.processor,
+                chat=self.experiment.chat_of("knowledge"),
+            )
 
     def load(self, spec: str | Mapping[str, Any]) -> ImageTextData:
         """The records of `spec`, which may be relative to the config or to `data_root`."""

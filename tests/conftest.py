@@ -161,3 +161,37 @@ def tiny_llava(tiny_tokenizer):
     )  # fmt: skip
     processor = language_processor(model, tiny_tokenizer, whole)
     return Loaded(model, processor, detect_family(model), "tiny")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a `Loaded` tiny model that generates text as transformers would; returns its folder."""
+
+    def save(loaded, name: str) -> Path:
+        folder = tmp_path / name
+        loaded.model.save_pretrained(folder)
+        (loaded.processor.whole or loaded.processor.tokenizer).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def shades(tmp_path) -> Path:
+    """Twelve pictures, dark or bright, with two questions about each."""
+    import io
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = []
+    for shade in (5, 10, 20, 30, 40, 50, 200, 210, 220, 230, 240, 250):
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), (shade,) * 3).save(buffer, "PNG")
+        qa = [{"question": "is there a red circle?", "answer": "yes" if shade > 99 else "no"},
+              {"question": "colour?", "answer": "green" if shade > 99 else "blue"}]  # fmt: skip
+        rows.append({"image": buffer.getvalue(), "qa_json": json.dumps(qa)})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shades.parquet")
+    return tmp_path / "shades.parquet"

@@ -64,7 +64,8 @@ def test_data_stays_as_it_is_written():
         "answer": "{work}\n#### {answer}",
         "where": {"level": "1"},
     }
-    experiment = parse_experiment(demo(task__data=data, calibration__data=data), "demo.yaml")
+    changes = {"task__data": data, "calibration__data": data, "training__loss": "next_token"}
+    experiment = parse_experiment(demo(**changes), "demo.yaml")
     assert experiment.task.data["answer"] == "{work}\n#### {answer}"
     assert experiment.calibration.data["where"] == {"level": "1"}
 
@@ -98,6 +99,12 @@ def test_trainings_go_seed_by_seed():
         ),
         ({"calibration__tokens": "answer"}, UnknownNameError, "tokens in the calibration 'answer'"),
         ({"calibration__max_tokens": 1}, CordaError, "max_tokens is 1"),
+        ({"training__loss": "next_token"}, CordaError, "say which format: the task's data has"),
+        (
+            {"task__data": {"source": "sklearn:digits", "format": "qa"}},
+            CordaError,
+            r"'corda-kpm' has the prompt loss.*\(format: qa\); give training: \{loss: next_token\}",
+        ),
         ({"dtype": "bf16"}, CordaError, "dtype.*float32.*bf16"),
         ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
         ({"evaluation": {"scales": [1.5]}}, CordaError, r"scales hold 1\.5"),
