@@ -33,22 +33,29 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
         target = _asked(asked, _TARGET, names, spec, "answer")
         if spec.answer == "auto":
             references = next((name for name in _REFERENCES if name in names), None)
-            choices = next((name for name in _CHOICES if name in names), None)
+        choices = _choice_columns(spec, names)
+    lettered = "{choices}" in question
+    if lettered and choices is None:
+        raise DataError(
+            f"{spec}: its question is to write the choices; name their column with choices:"
+        )
     aliases = "aliases" if spec.answer == "auto" and "aliases" in names else None
 
     classes = table.class_names.get(str(target))
 
     def make(row: int) -> dict[str, Any]:
         values = {name: column[row] for name, column in table.columns.items()}
-        asked = _filled(question, values)
-        if not isinstance(asked, str) or not asked.strip():
-            raise Fault("has an empty question")
-        made: dict[str, Any] = {"question": asked}
+        made: dict[str, Any] = {}
         given = None if target is None else _filled(target, values)
         if classes is not None and isinstance(given, int):
             given = classes[given]
-        if choices is not None and values[choices] is not None:
-            made["choices"], made["choice"] = _choice(values[choices], given)
+        if choices is not None and (stored := _stored_choices(choices, values)) is not None:
+            made["choices"], made["choice"] = _choice(stored, given)
+            if lettered:
+                letters = _letters(made["choices"])
+                lines = zip(letters, made["choices"], strict=True)
+                values["choices"] = "\n".join(f"{letter}. {choice}" for letter, choice in lines)
+                made["choices"] = letters
             answers = [made["choices"][made["choice"]]]
         else:
             answers = _answers(given)
@@ -62,6 +69,11 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
             answers += [alias for alias in dict.fromkeys(more) if alias not in answers]
         if (target or references) and (not answers or not answers[0].strip()):
             raise Fault("has an empty answer")
+        asked = _filled(question, values)
+        asked = asked.strip() if isinstance(asked, str) else ""
+        if not asked:
+            raise Fault("has an empty question")
+        made["question"] = asked
         pictures = count(row)
         content: Any = asked
         if pictures:
@@ -88,11 +100,37 @@ def _asked(
     return asked
 
 
+def _choice_columns(spec: DataSpec, names: Sequence[str]) -> str | list[str] | None:
+    """The column of all choices, or those of one each."""
+    if spec.choices == "auto":
+        found = next((name for name in _CHOICES if name in names), None)
+        return found if spec.answer == "auto" else None
+    for name in [spec.choices] if isinstance(spec.choices, str) else spec.choices:
+        if name not in names:
+            raise UnknownNameError(f"column of choices of {spec}", name, names)
+    return spec.choices if isinstance(spec.choices, str) else list(spec.choices)
+
+
+def _stored_choices(columns: str | list[str], values: Mapping[str, Any]) -> Any:
+    if isinstance(columns, str):
+        return values[columns]
+    return [values[column] for column in columns if not _is_nothing(values[column])]
+
+
+def _is_nothing(value: Any) -> bool:
+    """Tables that went through pandas say "nan" where a cell is empty."""
+    return value is None or value != value or (isinstance(value, str) and value in ("", "nan"))
+
+
+def _letters(choices: Sequence[str]) -> list[str]:
+    return [chr(ord("A") + index) for index in range(len(choices))]
+
+
 def _filled(asked: str, values: Mapping[str, Any]) -> Any:
     if "{" not in asked:
         return values.get(asked, asked)
     try:
-        return asked.format(**values)
+        return asked.format(**{k: "" if _is_nothing(v) else v for k, v in values.items()})
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise DataError(
             f"{asked!r}: cannot be filled in ({error}); the columns are {', '.join(sorted(values))}"
@@ -130,10 +168,8 @@ def _choice(stored: Any, given: Any) -> tuple[list[str], int]:
         right = given
     else:
         text = str(given).strip()
-        letters = [chr(ord("A") + index) for index in range(len(choices))]
-        right = next(
-            (known.index(text) for known in (labels, choices, letters) if text in known), -1
-        )
+        known = (labels, choices, _letters(choices))
+        right = next((names.index(text) for names in known if text in names), -1)
         if right < 0 and re.fullmatch(r"\d+", text):
             right = int(text)
     if not 0 <= right < len(choices):

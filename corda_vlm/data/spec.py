@@ -51,6 +51,9 @@ class DataSpec:
         question, answer: with "qa": columns, or sentences, which may be format strings over the columns, e.g.
             "What is this?" about labelled images; "auto" finds the usual names. Of a column of class numbers the
             class's name is the answer.
+        choices: with "qa": the column that lists a question's choices, or columns of one choice each, of which empty ones
+            are none; "auto" finds the usual names. A question that writes them, e.g. "{question}\\n{choices}\\nAnswer
+            with the letter.", gets them as "A. …" on lines of their own, and its answer is the letter.
         expand: with "qa": the column in which one row holds several questions, as a list or as JSON; "auto" takes
             `qa_json` where there is one, None none.
         rows: of each JSON file only the records from `start` up to `stop`, in its own order: [start, stop], as numbers or
@@ -77,6 +80,7 @@ class DataSpec:
     format: str | None = None
     question: str = "auto"
     answer: str | None = "auto"
+    choices: str | Sequence[str] = "auto"
     expand: str | None = "auto"
     rows: Sequence[float] | None = None
     chunk: int | None = None
