@@ -11,7 +11,7 @@ from corda_vlm.evaluation.comparing import Choice, Comparison, Dominance
 from corda_vlm.evaluation.convergence import Convergence
 from corda_vlm.evaluation.frontier import BASE, REFERENCE, Results, Setting
 from corda_vlm.evaluation.render import Table
-from corda_vlm.evaluation.scores import Interval, value_text
+from corda_vlm.evaluation.scores import NO_SHARE, Interval, value_text
 
 ABSENT = "–"
 
@@ -60,7 +60,8 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
     headings.append("kept share")
     rows = []
     base = results.base_point
-    cells = [percent(results.base[task]) if task in results.base else ABSENT for task in tasks]
+    as_text = {task: partial(value_text, results.primary[task]) for task in tasks}
+    cells = [as_text[t](results.base[t]) if t in results.base else ABSENT for t in tasks]
     rows.append(
         [BASE, ABSENT, *([ABSENT] if scaled else []), *cells, percent(1.0) if base else ABSENT]
     )
@@ -77,7 +78,8 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
             ]
             row += [f"{setting.scale:g}"] if scaled else []
             for task in tasks:
-                row.append(_spread([s[task] for s in seeds.values() if task in s], brief))
+                measured = [s[task] for s in seeds.values() if task in s]
+                row.append(_spread(measured, brief, as_text[task]))
             placed = [p.kept for s in seeds.values() if (p := results.point(s))]
             rows.append([*row, _spread(placed, brief)])
     seeds = len(results.seeds)
@@ -87,6 +89,10 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
         if unknown
         else ""
     )
+    if "token_probability" in results.primary.values():
+        left_out += (
+            " Token probability is exp of the mean log-likelihood a token, in nats: 1% is −4.6."
+        )
     means = (
         f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
     )
@@ -105,14 +111,14 @@ def base_table(results: Results) -> Table:
         if low is not None and high is not None:
             score = _interval(Interval(value, low, high), partial(value_text, row["metric"]))
         n = row.get("n")
-        chance = percent(float(row.get("chance") or 0.0), digits=2)
+        chance = float(row.get("chance") or 0.0)
         rows.append(
             [
                 row["task"],
                 row.get("role", ABSENT),
                 row["metric"],
                 score,
-                chance,
+                ABSENT if row["metric"] in NO_SHARE else percent(chance, digits=2),
                 f"{n:,}" if n else ABSENT,
             ]
         )
@@ -251,13 +257,17 @@ def _place(by: Mapping[tuple[str, float | None], Comparison], curve: str) -> tup
     return (np.inf if kept is None else -kept.value, 0.0 if area is None else -area.value)
 
 
-def _spread(values: Sequence[float], brief: bool) -> str:
+def _spread(
+    values: Sequence[float], brief: bool, as_text: Callable[[float], str] | None = None
+) -> str:
     if not values:
         return ABSENT
-    told = percent(float(np.mean(values)))
+    as_text = as_text or percent
+    told = as_text(float(np.mean(values)))
     if brief or len(values) == 1:
         return told
-    return f"{told} ({percent(min(values), '')} to {percent(max(values), '')})"
+    low, high = (as_text(value).removesuffix("%") for value in (min(values), max(values)))
+    return f"{told} ({low} to {high})"
 
 
 def _interval(interval: Interval | None, told: Callable[[float], str]) -> str:

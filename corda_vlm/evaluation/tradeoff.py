@@ -108,7 +108,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     floor = bottom - 0.12 * (1.0 - bottom) if chance_is_far else min(-0.03, axes.get_ylim()[0])
     ceiling = 1.0 + 0.12 * (1.0 - floor) if chance_is_far else 1.08
     axes.set_ylim(top=max(ceiling, found[:, 1].max() + 0.02), bottom=floor)
-    axes.set_xlabel(f"accuracy on the new task ({', '.join(results.gain)})")
+    axes.set_xlabel(_new_task(results))
     axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
     several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
     told = "one curve a method over its learning rates"
@@ -181,7 +181,7 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
     first.set_ylim(
         min(-0.05, float(found[:, 1].min()) - 0.02), max(1.08, float(found[:, 1].max()) + 0.03)
     )
-    figure.supxlabel(f"accuracy on the new task ({', '.join(results.gain)})", fontsize=10.5)
+    figure.supxlabel(_new_task(results), fontsize=10.5)
     figure.supylabel("knowledge kept (base model 100%, chance 0%)", fontsize=10.5)
     figure.suptitle(_told(results, kept, aim), fontsize=10, color=INK, x=0.01, ha="left")
     return figure
@@ -236,3 +236,9 @@ def _envelope(means: Mapping[Setting, Point], base: Point) -> list[Point]:
     grid = np.linspace(base.task, max(p.task for p in means.values()), 200)
     kept = Curve(means, base).at(grid)
     return [Point(float(t), float(k)) for t, k in zip(grid, kept, strict=True) if np.isfinite(k)]
+
+
+def _new_task(results: Results) -> str:
+    of_text = {results.primary[task] for task in results.gain} == {"token_probability"}
+    what = "token probability" if of_text else "accuracy"
+    return f"{what} on the new task ({', '.join(results.gain)})"

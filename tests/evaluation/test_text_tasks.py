@@ -343,3 +343,24 @@ def test_refusals(tiny_clip_hf, tiny_processor, tiny_llm, records) -> None:
     short = replace(tiny_llm, processor=replace(tiny_llm.processor, context=5))
     with pytest.raises(DataError, match=r"not one record could be measured|cannot be used"):
         dict(Qa(nobody, template="plain").run(encoder(short.model, short)))
+
+
+def test_a_report_of_probabilities_tells_them_so_that_they_can_be_told_apart(tmp_path):
+    from corda_vlm.evaluation import append_rows, score_row, write_report
+    from corda_vlm.evaluation.scores import Score
+
+    rows = []
+    for method, rate, gained, kept in (("base", None, 0.234, 0.0101), ("lora", 1e-3, 0.4, 0.0094)):
+        for task, role, metric, value in (
+            ("sums", "gain", "token_probability", gained),
+            ("sums", "gain", "perplexity", 1 / gained),
+            ("facts", "retention", "token_probability", kept),
+        ):
+            score = Score(task, metric, value, 0.9 * value, 1.1 * value, 50, role)
+            rows.append(score_row(score, run="r", method=method, learning_rate=rate, seed=0))
+    append_rows(tmp_path / "scores.jsonl", rows)
+    told = write_report(tmp_path).with_suffix(".md").read_text()
+    assert "| lora | 0.001 | 40.0% | 0.940% |" in told
+    assert "| base | – | 23.4% | 1.01% |" in told
+    assert "1% is −4.6" in told
+    assert "| sums | gain | perplexity | 4.274 (3.846 to 4.701) | – | 50 |" in told
