@@ -32,6 +32,7 @@ class Calibration:
         batch_size: records a forward pass.
         precision: of the sums, see `collect_covariance`.
         rounds: disjoint parts of the samples, among which `dynamic_covariance` chooses; other methods take all.
+        blockwise: of a language model: one block at a time, whose sums alone are in memory.
         tokens: which of a language model's tokens count, as in `collect_covariance`; in covariances of the new task too.
         max_tokens, too_long: of conversations, see `ChatOptions`.
     """
@@ -41,6 +42,7 @@ class Calibration:
     batch_size: int = 64
     precision: str = "float32"
     rounds: int = 1
+    blockwise: bool = False
     tokens: str = "all"
     max_tokens: int | None = None
     too_long: str = "skip"

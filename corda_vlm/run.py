@@ -307,6 +307,7 @@ class _Laboratory:
                 find_sites(self.loaded.model, towers=self.experiment.towers),
                 precision=calibration.precision,
                 tokens=calibration.tokens,
+                blockwise=calibration.blockwise,
                 rounds=calibration.rounds if of == "knowledge" else 1,
                 path=self.folder / f"{name}.safetensors",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,14 @@ class NextTokenObjective:
         learnt = labels != IGNORED  # (B, L - 1)
         if not bool(learnt.any()):
             raise DataError("a batch holds no token to learn: all its labels are masked")
-        logits = model(**no_labels(dict(batch)), use_cache=False).logits[:, :-1]
-        # Only where something is learnt: of long prompts the whole (B, L, V) in float32 may not fit.
-        picked, target = logits[learnt], labels[learnt]  # (n, V), (n,)
+        # Only where something is learnt: of long prompts the whole (B, L, V) may not fit.
+        places = learnt.any(0).nonzero()[:, 0]  # (P,)
+        inputs = no_labels(dict(batch))
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits
+        else:
+            logits = model(**inputs, use_cache=False).logits[:, places]
+        picked, target = logits[learnt[:, places]], labels[learnt]  # (n, V), (n,)
         with torch.autocast(picked.device.type, enabled=False):
             loss = F.cross_entropy(picked.float(), target, label_smoothing=self.label_smoothing)
         right = torch.ones_like(learnt)
