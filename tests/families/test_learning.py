@@ -9,7 +9,7 @@ from language_toy import LANGUAGE, VLM, batch_for, make
 from corda_vlm.train.next_token import NextTokenObjective
 
 
-@pytest.mark.parametrize("name", (*LANGUAGE, *VLM))
+@pytest.mark.parametrize("name", [*LANGUAGE, *VLM])
 def test_the_loss_is_that_of_transformers(name):
     model, batch = make(name), batch_for(name, 3)
     batch["labels"][
