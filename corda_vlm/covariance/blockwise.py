@@ -54,7 +54,7 @@ class Call:
 def collect_blockwise(
     job: Calibration, folder: Path, interrupts: Interrupts, show_progress: bool
 ) -> CovarianceStore:
-    """What running `job` in one go gives, to the bit; the store reads from a file for each block in `folder`.
+    """What running `job` in one go gives; the store reads from a file for each block in `folder`.
 
     Raises:
         CordaError: the sites are not in the blocks of a language model, or those cannot run one by one.

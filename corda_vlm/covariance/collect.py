@@ -71,7 +71,7 @@ def collect_covariance(
         checkpoint_share: of the time, at most, for writing checkpoints; 1 writes one after every batch.
         device: of the accumulators, e.g. "cpu" to spare the model's; None for that of the activations.
         blockwise: of a language model: run its blocks one after another over kept hidden states, with the covariances
-            of one of them in memory at a time. The matrices are the same, to the bit. A vision tower and a projector
+            of one of them in memory at a time. The matrices are the same, on a CPU to the bit. A vision tower and projector
             come before the blocks, in one go. Each finished block is a checkpoint, in the folder `PATH.blocks` until
             the last is done, so that the disk holds them twice for a moment; without a `path` they are in the folder of
             the system's temporary files (`TMPDIR`), which had better not be in memory. `checkpoint_share` has no say.
