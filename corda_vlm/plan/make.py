@@ -63,7 +63,8 @@ def plan_adapter(
         rank: of every site, or with `dynamic_rank` their budget: as many parameters as that rank everywhere.
         method: key of `PLAN_METHODS`.
         task_store: covariances of the new task beside those of the knowledge; for "sc-lora" only.
-        dynamic_rank: CorDA++: ranks by compactness, see `ranks.allocate_ranks`. Takes the exact route.
+        dynamic_rank: CorDA++: ranks by compactness and the spectrum of W C', also for a basis on the input side, see
+            `ranks.allocate_ranks`. Takes the exact route.
         dynamic_covariance: CorDA++: each site takes one calibration round, see `ranks.select_covariance`.
         damping: δ, see `AdapterPlan`.
         a_norm: norm of each row of A at the start; B takes the inverse. It decides how far training strays from
