@@ -178,11 +178,15 @@ def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
                 *(_interval(i, percent) for i in intervals),
             ]
         )
-    by = (
-        "the one with the smallest forecast of forgetting"
-        if any(choice.forecast for choice in choices)
-        else "the one that just learns enough"
+    by, least = (
+        "the one with the smallest forecast of forgetting",
+        "the one that just learns enough",
     )
+    foretold = [choice.forecast for choice in choices if choice.setting is not None]
+    if not any(foretold):
+        by = least
+    elif not all(foretold):
+        by += f" (of methods without forecasts {least})"
     return Table(
         f"Of the settings (learning rate × scale) that learn at least 0.95 of {REFERENCE}'s best on {listed(results.selection)}, "
         f"{by}; then measured on the test splits. Last columns: accuracy as a share of the base model's, chance not "

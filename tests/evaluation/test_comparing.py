@@ -9,9 +9,9 @@ import pytest
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import Results, choose, dominates
-from corda_vlm.evaluation.comparing import SeedBootstrap, against, compare
+from corda_vlm.evaluation.comparing import Choice, SeedBootstrap, against, compare
 from corda_vlm.evaluation.frontier import Curve, Point, Setting
-from corda_vlm.evaluation.tables import dominance_table, equal_table
+from corda_vlm.evaluation.tables import chosen_table, dominance_table, equal_table
 
 
 def two_lines(invented: Any, offsets: list[float], seeds_differ: float = 0.0) -> Results:
@@ -197,3 +197,16 @@ def test_a_base_barely_above_chance_has_nothing_to_keep(invented: Any) -> None:
     assert Results.of(barely).known == ("older",)
     without = [{k: v for k, v in row.items() if k != "low"} for row in barely]
     assert Results.of(without).known == ("old", "older"), "no interval, so the value decides"
+
+
+def test_how_models_were_chosen_is_told(invented: Any) -> None:
+    results = two_lines(invented, [0.1])
+    caption = {
+        forecasts: chosen_table(
+            results, [Choice(str(i), Setting(1.0), forecast=f) for i, f in enumerate(forecasts)]
+        ).caption
+        for forecasts in ((True, True), (True, False), (False, False))
+    }
+    assert "smallest forecast of forgetting; then" in caption[True, True]
+    assert "(of methods without forecasts the one that just learns enough)" in caption[True, False]
+    assert "the one that just learns enough; then" in caption[False, False]
