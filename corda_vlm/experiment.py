@@ -91,6 +91,7 @@ class Variant:
         method: key of `METHODS`; None takes the variant's own name.
         rank: None takes the experiment's.
         a_norm, damping, side, beta, freeze_a, dynamic_rank, min_rank, max_rank, dynamic_covariance: as in `prepare_method`.
+        modules_to_save: trained whole beside the adapter, see `attach_adapter`; such a model cannot be scaled.
         anchor: weight of `anchor_penalty` in the loss, for any method; needs the experiment's calibration.
         scales: None takes the evaluation's.
         training: options of `TrainOptions` that differ from the experiment's.
@@ -108,6 +109,7 @@ class Variant:
     min_rank: int = 1
     max_rank: int | None = None
     dynamic_covariance: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
     anchor: float = 0.0
     scales: list[float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -226,6 +228,10 @@ class Experiment:
                     f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "
                     "towards; give it `scales: []`"
                 )
+            if variant.modules_to_save and self.scales_of(name):
+                raise CordaError(
+                    f"variant {name!r} trains modules whole, which cannot be scaled; give it `scales: []`"
+                )
             if method.name == "linear-probe" and variant.anchor:
                 raise CordaError(
                     f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
@@ -261,6 +267,7 @@ class Experiment:
             max_rank=asked.max_rank,
             dynamic_covariance=asked.dynamic_covariance,
             freeze_a=asked.freeze_a,
+            modules_to_save=tuple(asked.modules_to_save),
             show_progress=False,
         )
 

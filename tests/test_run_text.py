@@ -137,6 +137,23 @@ def test_a_llava(tiny_llava, saved, shades, config, tmp_path):
     assert "model.multi_modal_projector.linear_1" in json.dumps(plan)
 
 
+def test_the_projector_is_trained_whole(tiny_llava, saved, shades, config, tmp_path):
+    training = {**LLAVA["training"], "projector_learning_rate": None}
+    whole = {"modules_to_save": ["model.multi_modal_projector"], "learning_rates": [1e-3],
+             "training": {"projector_learning_rate": 1e-4}}  # fmt: skip
+    variants = {"lora": whole, "corda-kpm": whole, "plain": {"method": "lora", "learning_rates": [1e-3]}}  # fmt: skip
+    more = {"towers": ["language"], "training": training}
+    path = config(saved(tiny_llava, "llava"), LLAVA_SUITE, LLAVA, variants=variants, **more)
+    folder = run(path, output=tmp_path / "out")
+    trained = {row["method"]: row["trainable"] for row in read_rows(folder / "scores.jsonl") if row["method"] != "base"}  # fmt: skip
+    projector = sum(p.numel() for p in tiny_llava.model.model.multi_modal_projector.parameters())
+    assert trained["lora"] == trained["corda-kpm"] == trained["plain"] + projector
+    with pytest.raises(CordaError, match="trains modules whole, which cannot be scaled"):
+        run(config(tmp_path / "llava", LLAVA_SUITE, LLAVA, variants=variants, evaluation={"scales": [0.5]}))  # fmt: skip
+    with pytest.raises(CordaError, match="'full' has no modules_to_save"):
+        run(config(tmp_path / "llava", LLAVA_SUITE, LLAVA, variants={"full": whole}))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

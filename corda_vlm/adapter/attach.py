@@ -91,7 +91,7 @@ def attach_adapter(
     if freeze_a:
         _warn_blind_basis(plan)
     ranks = {s.site.name: s.rank for s in plan.sites}
-    whole = _whole_modules(model, modules_to_save, ranks)
+    whole = whole_modules(model, modules_to_save, ranks)
     config = PairedConfig(
         **lora_targets(ranks),
         # the pair is copied in below
@@ -280,7 +280,7 @@ def adapt(
     return attach_adapter(model, plan, **attaching)
 
 
-def _whole_modules(model: nn.Module, names: Sequence[str], sites: Iterable[str]) -> list[str]:
+def whole_modules(model: nn.Module, names: Sequence[str], sites: Iterable[str]) -> list[str]:
     """`names`, once each is a module of its own that holds no site of the plan."""
     bare = base_of(model)
     modules = [name for name, _ in bare.named_modules()]

@@ -26,7 +26,7 @@ class MethodRequest:
         a_norm: norm of each row of A at the start, see `plan_adapter`; None: the method's own.
         dynamic_rank, dynamic_covariance, budget, min_rank, max_rank, side, beta: as in `plan_adapter`.
         rho: of eva, see `attach_eva`.
-        damping, route, base, freeze_a: as in `plan_adapter` and `attach_adapter`.
+        damping, route, base, freeze_a, modules_to_save: as in `plan_adapter` and `attach_adapter`.
         seed: of what is random (LoRA's A, the fast route's starting block).
         plan: the plan that `Method.plan` made for an equal request, so that it is not made again.
     """
@@ -50,6 +50,7 @@ class MethodRequest:
     route: Route = "auto"
     base: str = "untouched"
     freeze_a: bool = False
+    modules_to_save: Sequence[str] = ()
     show_progress: bool = True
     plan: AdapterPlan | None = None
 
@@ -67,7 +68,7 @@ OF_PLANS = (
     "route",
     "side",
 )
-_OPTIONS = (*OF_ADAPTERS, *OF_PLANS, "rho")
+_OPTIONS = (*OF_ADAPTERS, *OF_PLANS, "rho", "modules_to_save")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from corda_vlm.adapter.attach import check_wrapped, lora_targets, wrapping
+from corda_vlm.adapter.attach import check_wrapped, lora_targets, whole_modules, wrapping
 from corda_vlm.adapter.eva import attach_eva
 from corda_vlm.adapter.paired import keep_a_frozen, trained
 from corda_vlm.methods.method import MethodRequest
@@ -27,7 +27,12 @@ def plain(
         sites = find_sites(model, towers=request.towers, roles=request.roles)
         check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
         ranks = {site.name: request.rank for site in sites}
-        config = LoraConfig(**lora_targets(ranks), use_dora=use_dora, init_lora_weights=init)
+        config = LoraConfig(
+            **lora_targets(ranks),
+            use_dora=use_dora,
+            init_lora_weights=init,
+            modules_to_save=whole_modules(model, request.modules_to_save, ranks) or None,
+        )
         # unpacked first: PEFT's LoRA on nn.MultiheadAttention applies the delta of out_proj twice
         with wrapping(model), torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed)

@@ -39,6 +39,7 @@ def prepare_method(
     route: Route = "auto",
     base: str = "untouched",
     freeze_a: bool = False,
+    modules_to_save: Sequence[str] = (),
     show_progress: bool = True,
 ) -> nn.Module:
     """The model ready to train by method `name`, `requires_grad` set; arguments as in `MethodRequest`.
@@ -67,6 +68,7 @@ def prepare_method(
         route=route,
         base=base,
         freeze_a=freeze_a,
+        modules_to_save=tuple(modules_to_save),
         show_progress=show_progress,
     )
     return get_method(name).prepare(model, request).model
@@ -126,9 +128,15 @@ def _planned(
 
     def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
         plan = request.plan or make(model, request)
-        return attach_adapter(model, plan, freeze_a=freeze_a or request.freeze_a, base=request.base)
+        return attach_adapter(
+            model,
+            plan,
+            freeze_a=freeze_a or request.freeze_a,
+            base=request.base,
+            modules_to_save=request.modules_to_save,
+        )
 
-    takes = (*OF_ADAPTERS, *OF_PLANS)
+    takes = (*OF_ADAPTERS, *OF_PLANS, "modules_to_save")
     return Method(name, description, source, covariances, attach, restore, make, takes)
 
 
@@ -158,7 +166,7 @@ METHODS: dict[str, Method] = {
             (),
             plain(),
             restore,
-            takes=OF_ADAPTERS,
+            takes=(*OF_ADAPTERS, "modules_to_save"),
         ),
         Method(
             "dora",
@@ -167,7 +175,7 @@ METHODS: dict[str, Method] = {
             (),
             plain(use_dora=True),
             restore,
-            takes=OF_ADAPTERS,
+            takes=(*OF_ADAPTERS, "modules_to_save"),
         ),
         Method(
             "eva",
