@@ -110,13 +110,14 @@ def open_questions(shape: str, colour: str) -> list[tuple[str, str]]:
     return asked + [(one.format(thing), colour) for one in ASK_COLOUR for thing in things]
 
 
-def yes_no_questions(shape: str, colour: str) -> list[tuple[str, str]]:
-    """All 88 yes/no questions with their answers for this image."""
+def yes_no_questions(shape: str, colour: str, negated: bool) -> list[tuple[str, str]]:
+    """The 44 questions whether something is there, or not there, with their answers for this image."""
     found = []
     for thing in (*(f"{one} shape" for one in COLOURS), *SHAPES):
         there = thing in (shape, f"{colour} shape")
-        found += [(question.format(thing), "yes" if there else "no") for question in IS_THERE]
-        found += [(question.format(thing), "no" if there else "yes") for question in IS_THERE_NOT]
+        answer = "yes" if there != negated else "no"
+        asked = IS_THERE_NOT if negated else IS_THERE
+        found += [(question.format(thing), answer) for question in asked]
     return found
 
 
