@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import nn
 
+from corda_vlm.adapter.attach import whole_modules
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.data import ImageTextData, load_records, make_batches, make_maker, with_root
@@ -148,6 +149,9 @@ class _Laboratory:
         self.cache = Cache()
         self.task_data = self.load(experiment.task.data)
         self._check_conversations()
+        sites = [site.name for site in find_sites(self.loaded.model, towers=experiment.towers)]
+        for variant in experiment.variants.values():
+            whole_modules(self.loaded.model, variant.modules_to_save, sites)
         self.classes, self.templates = self._prompts()
         self.stores: dict[str, CovarianceStore] = {}
         self.plans: dict[str, AdapterPlan] = {}

@@ -298,6 +298,17 @@ def test_nothing_adapted_is_said(tiny_clip_hf):
         anchor_penalty(tiny_clip_hf.requires_grad_(False), store)
 
 
+def test_what_is_trained_whole_beside_an_adapter_is_said_not_to_be_seen(tiny_clip_hf, caplog):
+    store = store_of(tiny_clip_hf)
+    anchor_penalty(
+        paired(tiny_clip_hf, store, modules_to_save=["vision_model.post_layernorm"]), store
+    )
+    assert (
+        "does not see what is trained whole beside the adapter: vision_model.post_layernorm"
+        in caplog.text
+    )
+
+
 @pytest.mark.parametrize("store", [None, "covariance.safetensors"])
 def test_what_is_no_store_is_said(store, tiny_clip_hf):
     with pytest.raises(CordaError, match=r"needs the covariances.*collect_covariance"):

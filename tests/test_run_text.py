@@ -150,6 +150,10 @@ def test_the_projector_is_trained_whole(tiny_llava, saved, shades, config, tmp_p
     assert trained["lora"] == trained["corda-kpm"] == trained["plain"] + projector
     with pytest.raises(CordaError, match="trains modules whole, which cannot be scaled"):
         run(config(tmp_path / "llava", LLAVA_SUITE, LLAVA, variants=variants, evaluation={"scales": [0.5]}))  # fmt: skip
+    misspelt = {"lora": {**whole, "modules_to_save": ["model.projector"]}}
+    with pytest.raises(CordaError, match=r"no module 'model\.projector'"):
+        run(config(tmp_path / "llava", LLAVA_SUITE, LLAVA, variants=misspelt, **more), output=tmp_path / "no")  # fmt: skip
+    assert not (tmp_path / "no" / "scores.jsonl").exists(), "nothing was measured before"
     with pytest.raises(CordaError, match="'full' has no modules_to_save"):
         run(config(tmp_path / "llava", LLAVA_SUITE, LLAVA, variants={"full": whole}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from corda_vlm.adapter.paired import PairedConfig, base_of
@@ -20,6 +22,8 @@ from corda_vlm.covariance.store import some
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import unwrap
 from corda_vlm.sites import Site, model_fingerprint
+
+logger = logging.getLogger(__name__)
 
 FULL_ENERGY = 0.95
 """The share of C in its factor where whole matrices are trained. With the diagonal of the rest it gave emoji-clip's
@@ -37,7 +41,7 @@ def anchor_penalty(
 
     Made for any adapter of this package (in both base modes, with A frozen too), for LoRA and DoRA of PEFT (rsLoRA
     and starts like PiSSA's included: the pair at this moment is the reference), and for weights trained in full (a
-    copy of them is kept). Biases, norms and embeddings are not looked at. Build it *before* a checkpoint is loaded;
+    copy of them is kept). Biases, norms, embeddings and what `modules_to_save` trains whole are not looked at. Build it *before* a checkpoint is loaded;
     only for adapters of this package, which carry their start with them, it does not matter.
 
     Args:
@@ -73,6 +77,11 @@ def anchor_penalty(
     }
     whole = trained_weights(bare, layers)
     chosen = _chosen(store, [*starts, *whole], sites)
+    for name, module in base_of(model).named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            logger.warning(
+                "the anchor does not see what is trained whole beside the adapter: %s", name
+            )
     _check_model(model, store, starts)
     exact, light = Metrics(store, energy or 1.0), Metrics(store, energy or FULL_ENERGY)
     groups: dict[tuple, list[Adapted]] = defaultdict(list)

@@ -42,12 +42,14 @@ class Call:
         hidden: (B, L, d), what the next block reads, in the model's dtype.
         others: the further arguments of each block; a tensor that several are given is kept once.
         device: where the model computes.
+        autocast: whether the blocks were called under autocast, and to which precision.
         masks: of the language model, see `tokens.Masks`.
     """
 
     hidden: Float[Tensor, "b l d"]
     others: list[Arguments]
     device: torch.device
+    autocast: tuple[bool, torch.dtype]
     masks: Masks
 
 
@@ -195,11 +197,14 @@ class Chain:
         """
         others: list[Arguments] = []
         hidden: list[Tensor] = []
+        autocast: list[tuple[bool, torch.dtype]] = []
         # The first of a pair keeps its address from being used again.
         kept: dict[int, tuple[Tensor, Tensor]] = {}
 
         def keep(x: Tensor) -> Tensor:
-            return kept.setdefault(id(x), (x, x.cpu()))[1]
+            if id(x) not in kept:
+                kept[id(x)] = x, x.cpu()
+            return kept[id(x)][1]
 
         def hand_on(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if number != len(others) or not args or (hidden and args[0] is not hidden[0]):
@@ -208,6 +213,8 @@ class Chain:
                     "cannot run one after another; leave blockwise off"
                 )
             hidden[:] = args[:1]
+            kind = args[0].device.type
+            autocast[:] = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))]
             others.append(_mapped((args[1:], kwargs), keep))
             if number == len(self.blocks) - 1:
                 raise _Recorded
@@ -225,12 +232,14 @@ class Chain:
                 f"with one of the batches the model called {len(others)} of the {len(self.blocks)} blocks "
                 f"{self.path}; to be calibrated blockwise it has to call them all"
             )
-        return Call(hidden[0].cpu(), others, hidden[0].device, masks)
+        return Call(hidden[0].cpu(), others, hidden[0].device, autocast[0], masks)
 
     def run(self, number: int, call: Call) -> None:
         """Run one block; `call` then holds what the next one reads."""
         args, kwargs = _mapped(call.others[number], lambda x: x.to(call.device))
-        output = self.blocks[number](call.hidden.to(call.device), *args, **kwargs)
+        enabled, dtype = call.autocast
+        with torch.autocast(call.device.type, dtype, enabled=enabled):
+            output = self.blocks[number](call.hidden.to(call.device), *args, **kwargs)
         call.hidden = (output[0] if isinstance(output, tuple) else output).cpu()
 
 

@@ -80,7 +80,8 @@ def _range(records: list[Any], spec: DataSpec, path: Path) -> list[Any]:
     if spec.rows is None:
         return records
     count = len(records)
-    start, stop = (round(at * count) if isinstance(at, float) else at for at in spec.rows)
+    shares = any(isinstance(at, float) for at in spec.rows)
+    start, stop = (round(at * count) if shares else int(at) for at in spec.rows)
     if not start < stop <= count:
         raise DataError(
             f"{path}: has {count} records, so there are no rows from {start} up to {stop} in it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any
 
 from corda_vlm.data.rows import Columns, Fault, each, made_of, unpacked
@@ -36,9 +37,12 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
         choices = _choice_columns(spec, names)
     lettered = "{choices}" in question
     if lettered and choices is None:
-        raise DataError(
-            f"{spec}: its question is to write the choices; name their column with choices:"
+        why = (
+            "needs an answer to tell the right one by; leave answer: null out"
+            if spec.answer is None
+            else "needs their column; name it with choices:"
         )
+        raise DataError(f"{spec}: its question is to write the choices, which {why}")
     aliases = "aliases" if spec.answer == "auto" and "aliases" in names else None
 
     classes = table.class_names.get(str(target))
@@ -57,6 +61,8 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
                 values["choices"] = "\n".join(f"{letter}. {choice}" for letter, choice in lines)
                 made["choices"] = letters
             answers = [made["choices"][made["choice"]]]
+        elif lettered:
+            raise Fault("has no choices")
         else:
             answers = _answers(given)
             known = [] if references is None else _answers(values[references])
@@ -114,7 +120,9 @@ def _choice_columns(spec: DataSpec, names: Sequence[str]) -> str | list[str] | N
 def _stored_choices(columns: str | list[str], values: Mapping[str, Any]) -> Any:
     if isinstance(columns, str):
         return values[columns]
-    return [values[column] for column in columns if not _is_nothing(values[column])]
+    # The columns' names are what answers go by, whichever of the columns are empty.
+    found = {column: values[column] for column in columns if not _is_nothing(values[column])}
+    return {"text": list(found.values()), "label": list(found)}
 
 
 def _is_nothing(value: Any) -> bool:
@@ -123,7 +131,9 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _letters(choices: Sequence[str]) -> list[str]:
-    return [chr(ord("A") + index) for index in range(len(choices))]
+    if len(choices) > 26:
+        raise Fault(f"has {len(choices)} choices, more than there are letters")
+    return list(ascii_uppercase[: len(choices)])
 
 
 def _filled(asked: str, values: Mapping[str, Any]) -> Any:
@@ -168,7 +178,7 @@ def _choice(stored: Any, given: Any) -> tuple[list[str], int]:
         right = given
     else:
         text = str(given).strip()
-        known = (labels, choices, _letters(choices))
+        known = (labels, choices, list(ascii_uppercase[: len(choices)]))
         right = next((names.index(text) for names in known if text in names), -1)
         if right < 0 and re.fullmatch(r"\d+", text):
             right = int(text)

@@ -147,6 +147,12 @@ def _check_rows(spec: DataSpec) -> None:
         raise DataError(
             f"{spec}: rows is {rows!r}; it is [start, stop], e.g. [0, 0.5] or [1000, 1319]"
         )
+    if list(rows) == [0, 1] and not any(isinstance(at, float) for at in rows):
+        raise DataError(
+            f"{spec}: rows is {rows!r}, which may be the first record or all; write [0, 1.0] for all, limit: 1 for one"
+        )
+    if any(isinstance(at, float) for at in rows) and rows[1] > 1:
+        raise DataError(f"{spec}: rows is {rows!r}; shares of a file are from 0 to 1")
 
 
 def with_root(spec: str | Mapping[str, Any], root: str | Path) -> dict[str, Any]:

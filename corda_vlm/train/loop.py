@@ -274,8 +274,8 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
     check_signature(saved["model"], model, output)
     if saved["base"] != plan["base"]:  # what a full fine-tune begins with shows in nothing else
         raise CordaError(
-            f"{output} holds the training of a model that began with other weights; delete it to begin anew, or give "
-            "another output folder"
+            f"{output} holds the training of a model that began with other weights. Load the original model again if this "
+            "one has been trained in the meantime, or give another output folder"
         )
 
 

@@ -36,8 +36,9 @@ class NextTokenObjective:
         # Only where something is learnt: of long prompts the whole (B, L, V) may not fit.
         places = learnt.any(0).nonzero()[:, 0]  # (P,)
         inputs = no_labels(dict(batch))
+        # As a list: accelerate moves a tensor to the first GPU, and the hidden states are on the last.
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            logits = model(**inputs, use_cache=False, logits_to_keep=places).logits
+            logits = model(**inputs, use_cache=False, logits_to_keep=places.tolist()).logits
         else:
             logits = model(**inputs, use_cache=False).logits[:, places]
         picked, target = logits[learnt[:, places]], labels[learnt]  # (n, V), (n,)

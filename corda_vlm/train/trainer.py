@@ -90,6 +90,9 @@ class _BatchLoss(Trainer):
                 for p in self.net.parameters()
                 if p.requires_grad
             ]
+            named.sort(
+                key=lambda pair: pair[1] != options.learning_rate
+            )  # the first is what is logged
             if head is not None:
                 rate = options.head_learning_rate or options.learning_rate
                 named += [(p, rate) for p in head.parameters() if p.requires_grad]

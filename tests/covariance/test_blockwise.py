@@ -119,6 +119,18 @@ def test_padding_on_the_left() -> None:
     assert whole.counts("model.layers.0.self_attn.q_proj") == [int(batch["attention_mask"].sum())]
 
 
+def test_under_autocast_of_the_callers_own() -> None:
+    model, batches = make("llama"), batches_for("llama")
+
+    def forward(model: nn.Module, batch: dict) -> object:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch, use_cache=False)
+
+    whole = collect(model, batches, forward=forward)
+    assert same(collect(model, batches, forward=forward, blockwise=True), whole)
+    assert not same(collect(model, batches), whole)
+
+
 def test_batches_that_can_be_read_once() -> None:
     model, batches = make("llama"), batches_for("llama")
     assert same(collect(model, iter(batches), blockwise=True), collect(model, batches))

@@ -179,6 +179,31 @@ def test_choices(tmp_path, choices, answer, right):
     assert record["answers"] == ["a dog"]
 
 
+@pytest.mark.parametrize(
+    ("cells", "answer", "right"),
+    [
+        ({"A": "x", "B": "", "C": "y", "D": "z"}, "C", "y"),
+        ({"A": "x", "B": None, "C": "nan", "D": "z"}, "D", "z"),
+        ({"A": "B", "B": "C", "C": "A", "D": "D"}, "A", "B"),
+    ],
+)
+def test_choices_in_columns_of_their_own_go_by_the_columns_names(tmp_path, cells, answer, right):
+    rows = [{"question": "?", "answer": answer, **cells}]
+    spec = {"source": write(tmp_path / "mc.json", rows), "format": "qa", "choices": list("ABCD")}
+    assert load_records(spec)[0]["answers"] == [right]
+
+
+def test_lettered_choices_that_are_not_there(tmp_path):
+    asked = {"format": "qa", "question": "{question}\n{choices}", "choices": "choices"}
+    for stored, why in ((None, "has no choices"), (["?"] * 27, "27 choices, more than there are")):
+        rows = [{"question": "Which?", "choices": stored, "answer": 0}]
+        with pytest.raises(DataError, match=why):
+            load_records({"source": write(tmp_path / "mc.json", rows), **asked})
+    rows = [{"question": "Which?", "choices": ["a", "b"], "answer": 0}]
+    with pytest.raises(DataError, match="leave answer: null out"):
+        load_records({"source": write(tmp_path / "mc.json", rows), **asked, "answer": None})
+
+
 def test_questions_about_one_picture(tmp_path, digits):
     rows = [{"image": digits[i][0], "name": f"p{i}",
              "qa_json": json.dumps([{"question": f"q{i}{k}", "answer": "yes"} for k in range(3)])}
@@ -299,6 +324,7 @@ def test_rows_are_of_each_file_in_its_own_order(tmp_path):
 
     assert asked([0, 0.5]) == ["0", "1", "4", "5", "6"]
     assert asked([0.5, 1.0]) == ["2", "3", "7", "8", "9"], "the other halves"
+    assert asked([0.5, 1]) == asked([0.5, 1.0])
     assert asked([1, 3]) == ["1", "2", "5", "6"]
     assert load_records({**spec, "rows": [1, 3]}).place(2) == f"{tmp_path}/b.jsonl, line 2"
     source = write(tmp_path / "c.json", rows)
@@ -308,6 +334,8 @@ def test_rows_are_of_each_file_in_its_own_order(tmp_path):
         ([1, 5], r"a\.jsonl: has 4 records, so there are no rows from 1 up to 5"),
         ([3, 1], r"rows is \[3, 1\]"),
         ([1], r"it is \[start, stop\]"),
+        ([0, 1], r"write \[0, 1\.0\] for all"),
+        ([0.5, 2], r"shares of a file are from 0 to 1"),
     ):
         with pytest.raises(DataError, match=why):
             load_records({**spec, "rows": chosen})

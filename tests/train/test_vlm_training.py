@@ -58,7 +58,9 @@ def test_the_projector_has_its_own_rate_whole_or_adapted(tiny_llava, shades, tmp
     whole = attach_adapter(copy.deepcopy(tiny_llava.model), plan, modules_to_save=[PROJECTOR])
     found = projector_parameters(whole)
     assert {p.shape for p in found} == {p.shape for p in tiny_llava.model.get_submodule(PROJECTOR).parameters()}  # fmt: skip
-    moved = trained(tiny_llava, shades, tmp_path / "a", whole, projector_learning_rate=1e-5)
+    moved = trained(tiny_llava, shades, tmp_path / "a", whole, projector_learning_rate=1e-5, log_every=1)  # fmt: skip
+    logged = [json.loads(line) for line in (tmp_path / "a/history.jsonl").read_text().splitlines()]
+    assert {entry["learning_rate"] for entry in logged if "loss" in entry} == {1e-2}
     of_it = [change for name, change in moved.items() if "multi_modal_projector" in name]
     rest = [change for name, change in moved.items() if "multi_modal_projector" not in name]
     assert len(of_it) == 4
