@@ -64,7 +64,7 @@ def test_llava_on_digits(small_run, tiny_llava):
     if not asset("model_zoo/shapes-llava").joinpath("data").is_dir():
         pytest.skip("easy-VQA is not here")
     rows = small_run("configs/llava.yaml", tiny_llava, "training.steps=2")
-    assert {row["chance"] for row in rows} == {0.1, 0.23, 0.825}
+    assert {row["chance"] for row in rows} == {0.0}
 
 
 def picture(shade: int) -> bytes:
