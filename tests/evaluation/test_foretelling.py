@@ -24,10 +24,11 @@ def test_rank_correlation_by_hand() -> None:
     assert np.isnan(spearman(np.array([1.0, 1.0]), np.array([1.0, 2.0])))
 
 
-@given(st.lists(st.floats(0.01, 10), min_size=3, max_size=12, unique=True))
+# Whole numbers: two floats that differ by the last bit may have the same logarithm.
+@given(st.lists(st.integers(1, 1000), min_size=3, max_size=12, unique=True))
 @settings(max_examples=50, deadline=None)
-def test_only_the_order_counts(values: list[float]) -> None:
-    first = np.array(values)
+def test_only_the_order_counts(values: list[int]) -> None:
+    first = np.array(values, dtype=float)
     second = np.arange(len(values), dtype=float)
     assert spearman(np.log(first), second) == pytest.approx(spearman(first, second))
     assert spearman(first, -second) == pytest.approx(-spearman(first, second))
