@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,16 @@ class _Laboratory:
         if not isinstance(self.loaded.processor, LanguageProcessor):
             return
         make_maker(self.task_data, self.loaded.processor, chat=self.experiment.chat_of("task"))
-        if (calibration := self.experiment.calibration) is not None:
+        if self.experiment.calibration is not None:
             make_maker(
-                self.load(calibration.data),
-                self.loaded.processor,
-                chat=self.experiment.chat_of("knowledge"),
+                self.knowledge, self.loaded.processor, chat=self.experiment.chat_of("knowledge")
             )
+
+    @cached_property
+    def knowledge(self) -> ImageTextData:
+        """The records that stand for the knowledge to keep."""
+        assert self.experiment.calibration is not None  # checked by Experiment
+        return self.load(self.experiment.calibration.data)
 
     def load(self, spec: str | Mapping[str, Any]) -> ImageTextData:
         """The records of `spec`, which may be relative to the config or to `data_root`."""
@@ -294,7 +299,7 @@ class _Laboratory:
             print(f"covariances of the {of}")
             calibration = self.experiment.calibration
             assert calibration is not None  # checked by Experiment
-            data = self.task_data if of == "task" else self.load(calibration.data)
+            data = self.task_data if of == "task" else self.knowledge
             batches = make_batches(
                 data,
                 self.loaded.processor,
@@ -488,6 +493,11 @@ def _machine(model: nn.Module) -> str:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     models = (
         [
@@ -498,4 +508,4 @@ def _machine(model: nn.Module) -> str:
         if cpuinfo.is_file()
         else []
     )
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return models[0] if models else platform.processor() or platform.machine()

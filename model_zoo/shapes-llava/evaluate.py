@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from corda_vlm import evaluate, load_model
+from corda_vlm.run import cpu_name
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data" / "easy_vqa.parquet"
@@ -33,16 +34,9 @@ METRICS = {"vqa_accuracy": "all", "accuracy_yes_no": "yes_no", "accuracy_other":
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
     return {
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": model,
+        "cpu": cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

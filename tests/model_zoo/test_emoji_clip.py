@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 open_clip = pytest.importorskip("open_clip")
 pq = pytest.importorskip("pyarrow.parquet")
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_zoo" / "emoji-clip"
 MEGABYTE = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def card() -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / "card.yaml").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def metrics() -> dict[str, Any]:
-    return json.loads((FOLDER / "metrics.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

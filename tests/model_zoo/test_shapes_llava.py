@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from corda_vlm import evaluate, load_model
@@ -27,16 +26,6 @@ transformers = pytest.importorskip("transformers")
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_zoo" / "shapes-llava"
 MEGABYTE = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def card() -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / "card.yaml").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def metrics() -> dict[str, Any]:
-    return json.loads((FOLDER / "metrics.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 from dataclasses import replace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from transformers import TrainerCallback
 
 from corda_vlm.data import ChatOptions, ConversationMaker, load_records
@@ -34,17 +30,9 @@ def questions(tmp_path):
 
 
 @pytest.fixture
-def shades(tmp_path):
-    """Pictures that are dark or bright, and two questions about each."""
-    rows = []
-    for shade in (10, 30, 50, 200, 220, 250):
-        buffer = io.BytesIO()
-        Image.new("RGB", (32, 32), (shade,) * 3).save(buffer, "PNG")
-        qa = [{"question": "is there a red circle?", "answer": "yes" if shade > 99 else "no"},
-              {"question": "colour?", "answer": "green" if shade > 99 else "blue"}]  # fmt: skip
-        rows.append({"image": buffer.getvalue(), "qa_json": json.dumps(qa)})
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shades.parquet")
-    return load_records({"source": f"parquet:{tmp_path}/shades.parquet", "format": "qa"})
+def shades(shades):
+    """The pictures of the fixture of that name, with their questions, as records."""
+    return load_records({"source": f"parquet:{shades}", "format": "qa"})
 
 
 def test_the_loss_is_that_of_transformers(tiny_llm, questions) -> None:
