@@ -1,12 +1,13 @@
 """The verbs of the command line: run, sites, calibrate, init, train, evaluate, export, report.
 
 Each is a typed function, each reads the file that the verb before it wrote, and refuses one made from another
-model or other data.
+model or other data. An option that takes several values is given several times, or once with a list in YAML.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -37,8 +38,8 @@ def run(
     Args:
         experiment: a YAML file, e.g. configs/demo.yaml.
         output: folder of the results; default runs/NAME.
-        set: overrides, e.g. --set '[training.steps=10, "seeds=[0]"]'.
-        only: names of the variants to train, or of a study's experiments to run, e.g. --only '[lora]'.
+        set: an override, e.g. --set training.steps=10 --set 'seeds=[0, 1]'.
+        only: names of the variants to train, or of a study's experiments to run, e.g. --only lora.
         fresh: delete the folder's former results first.
         device: cpu, cuda, or auto.
     """
@@ -296,7 +297,7 @@ def train(
         learn: which answers of a conversation are learnt.
         max_tokens: of a conversation; default: the model's context.
         too_long: what to do with longer ones: skip and count them, truncate, or error.
-        modules_to_save: modules trained whole beside the adapter, e.g. '[model.multi_modal_projector]'.
+        modules_to_save: modules trained whole beside the adapter, e.g. model.multi_modal_projector.
         projector_learning_rate: of what is trained of the projector; default: learning_rate.
         gradient_checkpointing: less memory for a third more time.
         gradient_accumulation: batches a step.
@@ -516,23 +517,42 @@ VERBS = {
 
 
 def _as_jsonargparse(args: Sequence[str]) -> list[str]:
-    """Options as people write them: `--dry-run` for `--dry_run=true`."""
+    """Options as people write them: `--dry-run` for `--dry_run=true`, `--only a --only b` for `--only=[a, b]`."""
     verb = VERBS.get(args[0]) if args else None
-    switches = {
-        f"--{name}"
-        for name, parameter in (inspect.signature(verb).parameters.items() if verb else ())
-        if isinstance(parameter.default, bool)
-    }
-    written = []
-    for index, arg in enumerate(args):
-        if arg.startswith("--"):
-            name, equals, value = arg.partition("=")
-            arg = name.replace("-", "_").replace("__", "--", 1) + equals + value
-            follows = args[index + 1] if index + 1 < len(args) else ""
-            if arg in switches and follows.lower() not in ("true", "false"):
+    parameters = inspect.signature(verb).parameters.values() if verb else ()
+    switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+    lists = {f"--{p.name}" for p in parameters if str(p.annotation).startswith("list[")}
+    written: list[str] = []
+    gathered: dict[str, list[Any]] = {}
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.partition("=")
+        if name.startswith("--"):
+            name = name.replace("-", "_").replace("__", "--", 1)
+            if name in lists and (equals or rest):
+                gathered.setdefault(name, []).extend(_items(name, value if equals else rest.pop(0)))
+                continue
+            arg = name + equals + value
+            if arg in switches and (not rest or rest[0].lower() not in ("true", "false")):
                 arg += "=true"
         written.append(arg)
-    return written
+    return written + [f"{name}={json.dumps(items)}" for name, items in gathered.items()]
+
+
+def _items(option: str, text: str) -> list[Any]:
+    """A list in YAML, else the text as its only item."""
+    import yaml
+
+    if not text.startswith("["):
+        return [text]
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise CordaError(
+            f"{option} {text} is not a list in YAML; give each item by itself ({option} ONE {option} TWO), or "
+            'items with brackets in quotes: ["seeds=[0, 1]", rank=8]'
+        ) from None
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

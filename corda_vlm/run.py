@@ -97,10 +97,8 @@ def run(
 
 def command_of(config: str | Path, overrides: Sequence[str]) -> str:
     """What a person types to get the same results."""
-    command = ["corda-vlm", "run", str(config)]
-    if overrides:
-        command += ["--set", json.dumps(list(overrides), ensure_ascii=False)]
-    return shlex.join(command)
+    pairs = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["corda-vlm", "run", str(config), *pairs])
 
 
 def run_experiment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -11,6 +12,9 @@ import torch
 from PIL import Image
 
 from corda_vlm.__main__ import VERBS, _show_warning, main
+from corda_vlm.experiment import load_experiment
+from corda_vlm.files import asset
+from corda_vlm.study import is_study, load_study
 
 DRAWINGS = "parquet:model_zoo/emoji-clip/data/noto.parquet"
 
@@ -124,6 +128,7 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
         (["train", "emoji-clip", "sklearn:digits", "--anchor=30"], "give --covariance"),
         (["run", "configs/none.yaml"], "no file 'configs/none.yaml'"),
         (["report", "nowhere"], "nowhere"),
+        (["run", "configs/demo.yaml", "--set", "[seeds=[0]]"], "is not a list in YAML"),
     ],
 )
 def test_wrong_words_end_with_a_message_and_status_2(args, message, capsys, tmp_path, monkeypatch):
@@ -135,6 +140,34 @@ def test_wrong_words_end_with_a_message_and_status_2(args, message, capsys, tmp_
     assert error.startswith("corda-vlm: ")
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("path", sorted(asset("configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_command_at_the_head_of_a_config(path, monkeypatch):
+    asked = {}
+    for name in ("run.run", "study.run_study"):
+        monkeypatch.setattr(
+            f"corda_vlm.{name}", lambda config, **options: asked.update(options, config=config)
+        )
+    first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").partition("  ")[0]
+    main(shlex.split(first)[1:])
+    assert asked["config"] == f"configs/{path.name}"
+    (load_study if is_study(path) else load_experiment)(path, asked["overrides"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--set", "seeds=[0, 1]", "--set=rank=4", "--only", "lora"],
+        ["--set", '["seeds=[0, 1]", rank=4]', "--only=[lora]"],
+        ["--only", "lora", "--set", '["seeds=[0, 1]"]', "--set", "rank=4"],
+    ],
+)
+def test_an_option_that_may_be_given_many_times(words, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("corda_vlm.run.run", lambda config, **options: asked.update(options))
+    main(["run", *words, "configs/demo.yaml"])
+    assert (asked["overrides"], asked["only"]) == (["seeds=[0, 1]", "rank=4"], ["lora"])
 
 
 def test_help_answers_quickly_and_names_every_verb():
