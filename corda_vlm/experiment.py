@@ -91,8 +91,8 @@ class Variant:
         method: key of `METHODS`; None takes the variant's own name.
         rank: None takes the experiment's.
         a_norm, damping, side, beta, freeze_a, dynamic_rank, min_rank, max_rank, dynamic_covariance: as in `prepare_method`.
-        modules_to_save: trained whole beside the adapter, see `attach_adapter`; such a model cannot be scaled, and
-            anchor and forecast do not see them.
+        modules_to_save: trained whole beside the adapter, see `attach_adapter`; such a model cannot be scaled. Anchor and
+            forecast see them where they are sites or hold sites (LLaVA's projector), and not an output layer.
         anchor: weight of `anchor_penalty` in the loss, for any method; needs the experiment's calibration.
         scales: None takes the evaluation's.
         training: options of `TrainOptions` that differ from the experiment's.

@@ -52,7 +52,7 @@ from corda_vlm.families import LanguageProcessor, Loaded, load_model
 from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan
-from corda_vlm.sites import find_sites, model_fingerprint
+from corda_vlm.sites import Site, find_sites, model_fingerprint
 from corda_vlm.train import Head, train
 from corda_vlm.train.options import HARMLESS
 
@@ -311,7 +311,7 @@ class _Laboratory:
             self.stores[of] = collect_covariance(
                 self.loaded.model,
                 batches,
-                find_sites(self.loaded.model, towers=self.experiment.towers),
+                self._sites(),
                 precision=calibration.precision,
                 tokens=calibration.tokens,
                 blockwise=calibration.blockwise,
@@ -319,6 +319,17 @@ class _Laboratory:
                 path=self.folder / f"{name}.safetensors",
             )
         return self.stores[of]
+
+    def _sites(self) -> list[Site]:
+        """The layers of the chosen towers, and those that a variant trains whole, for its anchor."""
+        model, experiment = self.loaded.model, self.experiment
+        adapted = {site.name for site in find_sites(model, towers=experiment.towers)}
+        whole = {name for v in experiment.variants.values() for name in v.modules_to_save}
+        return [
+            site
+            for site in find_sites(model)
+            if site.name in adapted or any(f"{site.name}.".startswith(f"{n}.") for n in whole)
+        ]
 
     # -------------------------------------------------------------- training
 

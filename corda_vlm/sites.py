@@ -92,8 +92,11 @@ def find_sites(
     return sites
 
 
-def get_linear(model: nn.Module, name: str) -> nn.Linear:
+def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.Linear:
     """The base `nn.Linear` of a site, inside PEFT's wrappers too.
+
+    Args:
+        as_trained: of a module that `modules_to_save` trains whole, PEFT's trained copy, not the original.
 
     Raises:
         NoSitesError: no such layer, or it is a part of a packed attention layer (see `attention.unpacked`).
@@ -108,7 +111,7 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
         child = module._modules.get(key)
         if child is None:
             raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
-        module = _base(child)
+        module = _base(child, as_trained)
     if is_conv1d(module):
         raise NoSitesError(
             f"{name} is a Conv1D, which is no nn.Linear yet; work under corda_vlm.families.attention.unpacked(model)"
@@ -221,13 +224,16 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             yield from _walk(child, f"{prefix}.{key}" if prefix else key, seen)
 
 
-def _base(module: Any) -> nn.Module:
+def _base(module: Any, as_trained: bool = False) -> nn.Module:
     """The layer that a PEFT layer wraps, or the module itself."""
     # By attribute: PEFT's tuner layers have get_base_layer, its ModulesToSaveWrapper original_module.
     if hasattr(module, "get_base_layer"):
         return module.get_base_layer()
     original = module._modules.get("original_module")
-    return module if original is None else original
+    if original is None:
+        return module
+    copies, active = module.modules_to_save, module.active_adapters
+    return copies[active[0]] if as_trained and active and active[0] in copies else original
 
 
 def _signs(weight: Float[Tensor, "out inp"]) -> list[int]:

@@ -298,15 +298,36 @@ def test_nothing_adapted_is_said(tiny_clip_hf):
         anchor_penalty(tiny_clip_hf.requires_grad_(False), store)
 
 
-def test_what_is_trained_whole_beside_an_adapter_is_said_not_to_be_seen(tiny_clip_hf, caplog):
-    store = store_of(tiny_clip_hf)
-    anchor_penalty(
-        paired(tiny_clip_hf, store, modules_to_save=["vision_model.post_layernorm"]), store
-    )
-    assert (
-        "does not see what is trained whole beside the adapter: vision_model.post_layernorm"
-        in caplog.text
-    )
+@pytest.mark.parametrize("method", ["corda-kpm", "lora", "dora"])
+def test_what_is_trained_whole_beside_an_adapter(method, tiny_clip_hf):
+    """One linear layer, and a module that holds two."""
+    store, before = store_of(tiny_clip_hf), weights_of(tiny_clip_hf)
+    whole = ["visual_projection", "vision_model.encoder.layers.0.mlp"]
+    model = prepare_method(
+        method, tiny_clip_hf, rank=2, roles="q,v", store=store, modules_to_save=whole
+    ).model
+    anchor = anchor_penalty(model, store)
+    disturb(model)
+    seen = [name for name in before if name in anchor.sites]
+    assert {"visual_projection", "vision_model.encoder.layers.0.mlp.fc2"} < set(seen)
+    changed = expected({n: before[n] for n in seen}, effective(model, seen), store)
+    agree(anchor, changed, 0.01)  # whole matrices have a truncated factor
+
+    anchor.backward()
+    trained = get_linear(model, "visual_projection", as_trained=True)
+    assert trained is not get_linear(model, "visual_projection")
+    assert trained.weight.grad is not None
+    assert trained.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("whole", ["vision_model.post_layernorm", "visual_projection"])
+def test_what_is_trained_whole_and_not_seen_is_said(whole, tiny_clip_hf, caplog):
+    sites = find_sites(tiny_clip_hf, roles="q,v")
+    store = store_of(tiny_clip_hf, sites)
+    plan = plan_adapter(tiny_clip_hf, store, rank=4, roles="q,v", show_progress=False)
+    anchor = anchor_penalty(attach_adapter(tiny_clip_hf, plan, modules_to_save=[whole]), store)
+    assert set(anchor.sites) == {site.name for site in sites}
+    assert f"does not see {whole}, trained whole beside the adapter" in caplog.text
 
 
 @pytest.mark.parametrize("store", [None, "covariance.safetensors"])

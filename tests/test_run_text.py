@@ -148,6 +148,10 @@ def test_the_projector_is_trained_whole(tiny_llava, saved, shades, config, tmp_p
     trained = {row["method"]: row["trainable"] for row in read_rows(folder / "scores.jsonl") if row["method"] != "base"}  # fmt: skip
     projector = sum(p.numel() for p in tiny_llava.model.model.multi_modal_projector.parameters())
     assert trained["lora"] == trained["corda-kpm"] == trained["plain"] + projector
+    # what is trained whole is not planned, but an anchor holds it
+    store = CovarianceStore.load(folder / "covariance.safetensors")
+    assert "model.multi_modal_projector.linear_1" in store
+    assert "multi_modal_projector" not in (folder / "corda-kpm" / "plan.json").read_text()
     with pytest.raises(CordaError, match="trains modules whole, which cannot be scaled"):
         run(config(tmp_path / "llava", LLAVA_SUITE, LLAVA, variants=variants, evaluation={"scales": [0.5]}))  # fmt: skip
     misspelt = {"lora": {**whole, "modules_to_save": ["model.projector"]}}

@@ -41,8 +41,10 @@ def anchor_penalty(
 
     Made for any adapter of this package (in both base modes, with A frozen too), for LoRA and DoRA of PEFT (rsLoRA
     and starts like PiSSA's included: the pair at this moment is the reference), and for weights trained in full (a
-    copy of them is kept). Biases, norms, embeddings and what `modules_to_save` trains whole are not looked at. Build it *before* a checkpoint is loaded;
-    only for adapters of this package, which carry their start with them, it does not matter.
+    copy of them is kept), and for layers that `modules_to_save` trains whole beside an adapter, such as LLaVA's
+    projector, where the store has their covariance (the originals count as no change). Biases, norms, embeddings and
+    output layers are not looked at. Build it *before* a checkpoint is loaded; only for adapters of this package, which
+    carry their start with them, it does not matter.
 
     Args:
         model: as it is trained; its C go to the device of its weights at the first call.
@@ -76,12 +78,9 @@ def anchor_penalty(
         name: as_adapted(name, layer) for name, layer in layers.items() if layer.active_adapters
     }
     whole = trained_weights(bare, layers)
+    for name in _unseen(model, store, whole):
+        whole.pop(name, None)
     chosen = _chosen(store, [*starts, *whole], sites)
-    for name, module in base_of(model).named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            logger.warning(
-                "the anchor does not see what is trained whole beside the adapter: %s", name
-            )
     _check_model(model, store, starts)
     exact, light = Metrics(store, energy or 1.0), Metrics(store, energy or FULL_ENERGY)
     groups: dict[tuple, list[Adapted]] = defaultdict(list)
@@ -96,7 +95,7 @@ def anchor_penalty(
             by_parent[name.rpartition(".")[0]].append(name)
     parts += [Adapters(group) for group in groups.values()]
     if by_parent:
-        parts.append(Whole(bare, by_parent, whole, light))
+        parts.append(Whole(bare, by_parent, light))
     return Anchor(bare, store, tuple(chosen), parts, energy)
 
 
@@ -177,6 +176,25 @@ class _Part(Protocol):
         ...
 
     def kept(self) -> list[Tensor]: ...
+
+
+def _unseen(model: nn.Module, store: CovarianceStore, whole: Iterable[str]) -> list[str]:
+    """What `modules_to_save` trains and the store does not know, which is also said."""
+    beside = [
+        name for name, m in base_of(model).named_modules() if isinstance(m, ModulesToSaveWrapper)
+    ]
+    found = []
+    for name in beside:
+        layers = [layer for layer in whole if f"{layer}.".startswith(f"{name}.")] or [name]
+        missing = [layer for layer in layers if layer not in store]
+        if missing:
+            logger.warning(
+                "the anchor does not see %s, trained whole beside the adapter: the store has no covariance of %s",
+                name,
+                some(missing),
+            )
+        found += missing
+    return found
 
 
 # ------------------------------------------------------------------ what is refused

@@ -45,26 +45,23 @@ class _Energy(torch.autograd.Function):
 
 
 class Whole:
-    """Weights trained in full, each beside a copy of what it was."""
+    """Weights trained in full, each beside what it was: a copy, or the original that PEFT keeps of `modules_to_save`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        by_parent: dict[str, list[str]],
-        weights: dict[str, Tensor],
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, model: nn.Module, by_parent: dict[str, list[str]], metrics: Metrics) -> None:
         self.model, self.by_parent = model, by_parent
         self.names = tuple(name for names in by_parent.values() for name in names)
         self.before, self.metrics, self.weights = {}, {}, {}
-        for name in self.names:
-            weight = weights[name].detach()
-            size = float(metrics.row_energies(name, weight).sum())
-            self.weights[name] = 1 / size if size > 0 else 0.0
-            self.before[name] = weight.clone()
-            light = metrics.energy < 1
-            dtype = fast_dtype(weight.device) if light else torch.float32
-            self.metrics[name] = metrics.of(name, weight.device, dtype)
+        for parent, names in by_parent.items():
+            first = _weights_below(model, parent, names, as_trained=False)
+            for name, weight in zip(names, first, strict=True):
+                # one that is frozen has its trained copy beside it
+                before = weight.detach().clone() if weight.requires_grad else weight
+                size = float(metrics.row_energies(name, before.detach()).sum())
+                self.weights[name] = 1 / size if size > 0 else 0.0
+                self.before[name] = before
+                light = metrics.energy < 1
+                dtype = fast_dtype(before.device) if light else torch.float32
+                self.metrics[name] = metrics.of(name, before.device, dtype)
 
     def shares(self) -> Iterator[Float[Tensor, " n"]]:
         for parent, names in self.by_parent.items():
@@ -79,17 +76,19 @@ class Whole:
 
     def kept(self) -> list[Tensor]:
         found = [t for m in self.metrics.values() for t in (m.factor, m.rest)]
-        return found + list(self.before.values())
+        return found + [w for w in self.before.values() if not isinstance(w, nn.Parameter)]
 
 
-def _weights_below(model: nn.Module, parent: str, names: Sequence[str]) -> list[Tensor]:
+def _weights_below(
+    model: nn.Module, parent: str, names: Sequence[str], *, as_trained: bool = True
+) -> list[Tensor]:
     """The weights of some layers of one module, packed or not, with their gradients."""
     # looked up at each call: attention may have been packed or unpacked meanwhile
     module = model.get_submodule(parent)
     if is_packed(module):  # split once, or each part's gradient would be as large as the whole
         parts = packed_weights(module)
         return [parts[name.rpartition(".")[2]] for name in names]
-    return [get_linear(model, name).weight for name in names]
+    return [get_linear(model, name, as_trained=as_trained).weight for name in names]
 
 
 def trained_weights(bare: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
