@@ -179,6 +179,13 @@ def loader(auto: str) -> Callable[..., tuple[nn.Module, LanguageProcessor]]:
         config = transformers.AutoConfig.from_pretrained(source)
         if (method := _method(getattr(config, "quantization_config", None))) is not None:
             raise CordaError(f"{source} is quantised ({method}), {_QUANTISED}")
+        sees = getattr(config, "vision_config", None) is not None
+        if sees and (now := transformers.__version__).startswith("4."):
+            # its processors do not say where they put the images into a text, which labels need
+            raise CordaError(
+                f"{source} answers questions about images, which takes transformers 5, and this is {now}: "
+                "`pip install -U transformers`. (CLIP and models of text alone work with 4.57 too.)"
+            )
         model, report = getattr(transformers, auto).from_pretrained(
             source, dtype=dtype, device_map=device_map, output_loading_info=True
         )

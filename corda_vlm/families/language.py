@@ -113,7 +113,10 @@ class LanguageProcessor(Processor):
             moved = found.pop("text_replacement_offsets", None) if offsets else None
         else:
             found = self.tokenizer(
-                [text], add_special_tokens=special_tokens, return_offsets_mapping=offsets
+                [text],
+                add_special_tokens=special_tokens,
+                return_offsets_mapping=offsets,
+                return_token_type_ids=False,  # which transformers 4 adds for models that know none
             )
             moved = [[]]
         sample = _tensors(found, "offset_mapping")

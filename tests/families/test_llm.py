@@ -66,6 +66,11 @@ class TestFolders:
         with pytest.raises(CordaError, match="device_map is for language models"):
             load_model("emoji-clip", device_map="auto")
 
+    def test_images_take_transformers_5(self, monkeypatch):
+        monkeypatch.setattr("transformers.__version__", "4.57.6")
+        with pytest.raises(CordaError, match=r"takes transformers 5, and this is 4\.57\.6"):
+            load_model("shapes-llava")
+
     @pytest.mark.parametrize(
         "name", ["llava", "llava_next", "paligemma", "qwen2_vl", "idefics3", "internvl"]
     )
