@@ -91,7 +91,7 @@ def data_root(tmp_path):
     parquet("VizWiz-VQA/data/val-00000-of-00005.parquet", *[{**listed, "category": "other"}] * 3)
     parquet("OK-VQA/data/val2014-00000-of-00002.parquet", *[{**listed, "question_id": "1"}] * 3)
     science = {"question": "Which is it?", "choices": ["red", "blue", "green"], "answer": 1, "hint": "", "solution": "It is."}  # fmt: skip
-    parquet("ScienceQA-IMG/data/test-00000-of-00001.parquet", *[science] * 3)
+    parquet("ScienceQA/ScienceQA-IMG/test-00000-of-00001.parquet", *[science] * 3)
     bench = {"question": "Which?", "hint": "nan", "answer": "B", "A": "red", "B": "blue", "C": None, "D": "nan", "category": "x"}  # fmt: skip
     parquet("MMBench/en/dev-00000-of-00001.parquet", bench, bench, {**bench, "C": "green"})
     pope = {"question": "Is there a cat?", "answer": "no", "category": "random", "question_id": "1"}
