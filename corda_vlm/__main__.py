@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ def calibrate(
         device_map: auto spreads a language model over all GPUs.
     """
     from corda_vlm.covariance import collect_covariance
-    from corda_vlm.data import ChatOptions, load_records, make_batches
+    from corda_vlm.data import ChatOptions, load_records, losses, make_batches
     from corda_vlm.sites import find_sites
 
     loaded = _loaded(model, dtype, device, device_map)
@@ -131,6 +132,7 @@ def calibrate(
         chat=ChatOptions(chat, max_tokens=max_tokens, too_long=too_long),
     )
     chosen = find_sites(loaded.model, towers=towers, roles=roles)
+    before = _modified(output)
     store = collect_covariance(
         loaded.model,
         batches,
@@ -142,9 +144,10 @@ def calibrate(
         blockwise=blockwise,
     )
     print(store.summary())
-    print(
-        f"\nwrote {output}. Next: corda-vlm init {model} --covariance {output} --output plan.json"
-    )
+    for told in losses(batches.maker):
+        print(told, file=sys.stderr)
+    done = f"{output} was complete before" if before == _modified(output) else f"wrote {output}"
+    _next(done, "init", model, "--covariance", output, "--output", "plan.json")
 
 
 def init(
@@ -230,9 +233,7 @@ def init(
         print(f"\nwrote {picture}")
     if not dry_run:
         plan.save(output)
-        print(
-            f"\nwrote {output}. Next: corda-vlm train {model} DATA --plan {output} --output adapter"
-        )
+        _next(f"wrote {output}", "train", model, "DATA", "--plan", output, "--output", "adapter")
 
 
 def train(
@@ -358,9 +359,9 @@ def train(
         anchor_weight=anchor,
     )
     print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.3f}")
-    print(
-        f"wrote {result.weights}. Next: corda-vlm evaluate {model} SUITE --adapter {result.weights}"
-    )
+    finished = result.resumed_from == result.steps
+    done = f"{output} was finished before" if finished else f"wrote {result.weights}"
+    _next(done, "evaluate", model, "SUITE", "--adapter", str(result.weights))
 
 
 def evaluate(
@@ -503,6 +504,15 @@ def _loaded(model: str, dtype: Dtype, device: str = "cpu", device_map: str | Non
     from corda_vlm.families import load_model
 
     return load_model(model, dtype=getattr(torch, dtype), device=device, device_map=device_map)
+
+
+def _modified(path: str) -> int | None:
+    return Path(path).stat().st_mtime_ns if Path(path).exists() else None
+
+
+def _next(done: str, *words: str) -> None:
+    """What there is now, and the command that goes on from it."""
+    print(f"\n{done}. Next: corda-vlm {shlex.join(words)}")
 
 
 def _name_of(adapter: Path) -> str:

@@ -28,7 +28,7 @@ from torch import nn
 from corda_vlm.adapter.attach import whole_modules
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
-from corda_vlm.data import ImageTextData, load_records, make_batches, make_maker, with_root
+from corda_vlm.data import ImageTextData, load_records, losses, make_batches, make_maker, with_root
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.evaluation import (
     Cache,
@@ -318,6 +318,8 @@ class _Laboratory:
                 rounds=calibration.rounds if of == "knowledge" else 1,
                 path=self.folder / f"{name}.safetensors",
             )
+            for told in losses(batches.maker):
+                print(told)
         return self.stores[of]
 
     def _sites(self) -> list[Site]:

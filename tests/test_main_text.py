@@ -46,6 +46,10 @@ def test_a_language_model_from_sites_to_export(tiny_llm, saved, tmp_path, monkey
     main(["init", model, "--covariance=covariance.safetensors", "--rank=2", "--a-norm=10"])
     main(["train", model, first, "--chat=plain", *FAST, "--gradient-checkpointing"])
     assert json.loads((tmp_path / "adapter" / "train.json").read_text())["options"]["loss"] == "next_token"  # fmt: skip
+    assert "wrote adapter/weights. Next: corda-vlm evaluate" in capsys.readouterr().out
+    main(["train", model, first, "--chat=plain", *FAST, "--gradient-checkpointing"])
+    assert "adapter was finished before. Next:" in capsys.readouterr().out
+    assert "corda-vlm export MODEL" in (tmp_path / "adapter" / "weights" / "README.md").read_text()
     main(["evaluate", model, "suite.yaml", "--adapter=adapter", "--output=scores.jsonl"])
     assert sizes(tmp_path / "scores.jsonl") == {"even": 4}
     main(["export", model, "adapter/weights", "merged"])
@@ -65,6 +69,23 @@ def test_a_language_model_from_sites_to_export(tiny_llm, saved, tmp_path, monkey
         with pytest.raises(SystemExit):
             main([*args, "--output=new"])
         assert message in capsys.readouterr().err
+
+
+def test_what_is_left_out_or_cut_is_counted(tiny_llm, saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = str(saved(tiny_llm, "my llm"))
+    rows = [{"question": f"is {i} even?", "answer": "" if i == 3 else "it may be"} for i in range(12)]  # fmt: skip
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = '{source: "jsonl:qa.jsonl", format: qa, max_bad_share: 0.2}'
+    cut = ["--chat=plain", "--max-tokens=4", "--too-long=truncate"]
+    calibrate = ["calibrate", model, data, "--batch-size=4", *cut]
+    main(calibrate)
+    said = capsys.readouterr()
+    assert "1 record is left out, the first qa.jsonl, line 4" in said.err
+    assert "11 records were cut to 4 tokens" in said.err
+    assert f"wrote covariance.safetensors. Next: corda-vlm init '{model}'" in said.out
+    main(calibrate)
+    assert "covariance.safetensors was complete before. Next:" in capsys.readouterr().out
 
 
 def test_a_llava_from_sites_to_export(tiny_llava, saved, shades, tmp_path, monkeypatch, capsys):

@@ -367,6 +367,8 @@ def wrapping(model: nn.Module) -> Iterator[None]:
     with warnings.catch_warnings():
         # PEFT asks transformers for a name that is going away; nobody who attaches an adapter can help it
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        # a module that is trained whole and tied is saved, exported and loaded as what it has become
+        warnings.filterwarnings("ignore", message=".*ensure_weight_tying")
         yield from _wrapping(model)
 
 

@@ -3,7 +3,7 @@
 `load_records` gives the records (PIL images, texts, labels, conversations), `make_batches` the tensors a model takes.
 """
 
-from corda_vlm.data.batches import BatchLoader, BatchMaker, Maker, make_batches, make_maker
+from corda_vlm.data.batches import BatchLoader, BatchMaker, Maker, losses, make_batches, make_maker
 from corda_vlm.data.chat import TEMPLATES, Chat
 from corda_vlm.data.conversations import ChatOptions, ConversationMaker, no_labels
 from corda_vlm.data.images import to_rgb
@@ -27,6 +27,7 @@ __all__ = [
     "Maker",
     "Record",
     "load_records",
+    "losses",
     "make_batches",
     "make_maker",
     "no_labels",

@@ -37,6 +37,14 @@ class Maker(Protocol):
         ...
 
 
+def losses(maker: Maker) -> list[str]:
+    """What people are told after a pass: records that were of no use, and conversations that were cut."""
+    found = [maker.data.left_out]
+    if isinstance(maker, ConversationMaker) and maker.truncated:
+        found.append(f"{maker.truncated:,} records were cut to {maker.limit:,} tokens")
+    return [f"{maker.data.spec}: {told}" for told in found if told]
+
+
 class BatchMaker:
     """Builds the batch of any set of records.
 

@@ -70,6 +70,15 @@ class ImageTextData(Sequence):
         """How many records are of no use, of those looked at so far."""
         return len(self.bad)
 
+    @property
+    def left_out(self) -> str | None:
+        """What people are told of the records of no use met so far; None where there was none."""
+        if not self.bad:
+            return None
+        index, why = next(iter(self.bad.items()))
+        are = "1 record is" if self.skipped == 1 else f"{self.skipped:,} records are"
+        return f"{are} left out, the first {self.place(index)}: {why}"
+
     def place(self, index: int) -> str:
         """Where a person finds record `index`: the file and the row or line."""
         return self._table.place(int(self._rows[index]))

@@ -126,11 +126,8 @@ def measure(
             evaluator = replace(evaluator, head=head)
         outcomes = tuple(evaluator.outcomes(encoder))
         scores = tuple(o.score(task.name, task.role, resamples=resamples) for o in outcomes)
-        if data.skipped:
-            logger.warning(
-                "task %s: %d records are left out, the first %s: %s",
-                task.name, data.skipped, *next((data.place(i), why) for i, why in data.bad.items()),
-            )  # fmt: skip
+        if data.left_out:
+            logger.warning("task %s: %s", task.name, data.left_out)
         measured += 1
         seconds = time.perf_counter() - started
         if show_progress:

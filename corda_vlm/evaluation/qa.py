@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 METRICS = ("exact_match",)
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(?:the|an|a)\s", re.IGNORECASE)
+_ARTICLES = re.compile(r"\b(?:The|the|An|an|A|a) ")
 
 
 def normalise_answer(answer: str, articles: bool = False) -> str:
     """An answer as it is compared: lower case, no punctuation, single spaces, and no articles unless `articles`.
 
-    As in lm-evaluation-harness's NQ-open, articles are those with a space after them, taken out before punctuation:
-    "vitamin A" keeps its A. White space in a row, which the harness keeps, counts as one here.
+    As in lm-evaluation-harness's NQ-open, articles are those with a space after them, not in capitals, taken out before
+    punctuation: "vitamin A" keeps its A. White space in a row, which the harness keeps, counts as one here.
     """
     found = answer if articles else _ARTICLES.sub("", answer)
     return " ".join(found.lower().translate(_NO_PUNCTUATION).split())

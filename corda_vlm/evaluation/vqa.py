@@ -102,22 +102,45 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     With several references, each by one person: the mean, over the subsets that leave one person out, of
     min(1, number who gave this answer / 3). With one reference: 1 if the two agree, else 0.
 
-    Both sides are normalised. The official script leaves the people's answers as they are but for punctuation, as
-    VQA's own are normalised already; those of other data sets are not.
+    Both sides are normalised. The official script leaves the people's answers as they are but for punctuation, and where
+    all agree even that, as VQA's own are normalised already; those of other data sets are not. An answer of which
+    normalisation leaves nothing ("A", "The", nothing at all) is compared as it is, but for its case.
+
+    Raises:
+        DataError: no reference, or two or three, with which full agreement would be less than 1.
+    """
+    agree = sum(_agrees(answer, references))
+    count = len(references)
+    if count == 1:
+        return float(agree)
+    if count < 4:
+        raise DataError(
+            f"vqa_accuracy is the agreement with ten people's answers, and these are {count}, with which a right answer "
+            "would not score 1; if they are ways to write one answer, take metrics: [exact_match]"
+        )
+    # Leaving out one of those who agree leaves agree - 1, leaving out another leaves all of them.
+    left = agree * min(1.0, (agree - 1) / 3) + (count - agree) * min(1.0, agree / 3)
+    return left / count
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer, normalised, is one of the references, else 0; of none left see `vqa_accuracy`.
 
     Raises:
         DataError: no reference.
     """
+    return float(any(_agrees(answer, references)))
+
+
+def _agrees(answer: str, references: Sequence[str]) -> list[bool]:
+    """Whether each reference is the same answer."""
     if not references:
         raise DataError("an answer cannot be judged without a reference")
     given = normalise_answer(answer)
-    own = [normalise_answer(reference) for reference in references]
-    if len(own) == 1:
-        return float(given == own[0])
-    agree = sum(given == reference for reference in own)
-    # Leaving out one of those who agree leaves agree - 1, leaving out another leaves all of them.
-    left = agree * min(1.0, (agree - 1) / 3) + (len(own) - agree) * min(1.0, agree / 3)
-    return left / len(own)
+    if given:
+        return [given == normalise_answer(reference) for reference in references]
+    bare = answer.strip().lower()
+    return [bool(bare) and bare == reference.strip().lower() for reference in references]
 
 
 def answer_type(references: Sequence[str]) -> str:
@@ -162,14 +185,16 @@ class Vqa(Evaluator):
         """
         chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
         right: list[tuple[float, float, str]] = []
+        agreement = set(self.metrics) != {"exact_match"}
         for record, said in answered(
             Speaker.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
         ):  # fmt: skip
             known_answers = references(record, str(self.data.spec))
-            match = normalise_answer(said) in {normalise_answer(one) for one in known_answers}
-            right.append(
-                (vqa_accuracy(said, known_answers), float(match), answer_type(known_answers))
-            )
+            try:
+                accuracy = vqa_accuracy(said, known_answers) if agreement else 0.0
+            except DataError as error:
+                raise DataError(f"{self.data.spec}: {error}") from error
+            right.append((accuracy, exact_match(said, known_answers), answer_type(known_answers)))
         for metric in self.metrics:
             kind = metric.removeprefix("accuracy_")
             values = [

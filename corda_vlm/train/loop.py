@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 
 from corda_vlm.adapter.attach import base_fingerprint, save_base
 from corda_vlm.anchor import Anchor
-from corda_vlm.data import ImageTextData, make_batches, make_maker
+from corda_vlm.data import ImageTextData, losses, make_batches, make_maker
 from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
@@ -38,6 +39,8 @@ from corda_vlm.train.weights import (
     save_weights,
     signature,
 )
+
+logger = logging.getLogger(__name__)
 
 BEGUN, DONE, HISTORY, WEIGHTS = "train.json", "result.json", "history.jsonl", "weights"
 
@@ -165,6 +168,8 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             watch.close()
+    for told in losses(maker):
+        logger.warning("%s", told)
     done = trainer.state.global_step
     if watch.stopped is not None and done < steps:
         if watch.stopped is SIGTERM:

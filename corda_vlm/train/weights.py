@@ -12,13 +12,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from corda_vlm.adapter.paired import PairedConfig
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.files import atomic_write
+from corda_vlm.files import atomic_write, write_text
 from corda_vlm.train.heads import Head
 
 ADAPTER = "adapter_model.safetensors"
 TRAINED = "trained.safetensors"
 HEAD = "head.safetensors"
+
+
+_CARD = """# An adapter of corda_vlm
+
+Its layers start from a frozen pair of factors, which plain PEFT does not know. `corda_vlm.load_adapter(model, folder)` puts it
+on the model that it was trained on; for plain PEFT, or for a model without an adapter:
+
+    corda-vlm export MODEL FOLDER NEW_FOLDER --format lora      # or: merged
+"""
 
 
 def save_weights(model: nn.Module, head: Head | None, folder: str | Path) -> None:
@@ -34,6 +44,8 @@ def save_weights(model: nn.Module, head: Head | None, folder: str | Path) -> Non
         model.save_pretrained(str(folder), save_embedding_layers=False)
         # safetensors makes files that only their owner may read
         (folder / ADAPTER).chmod((folder / "adapter_config.json").stat().st_mode)
+        if isinstance(model.peft_config[str(model.active_adapter)], PairedConfig):
+            write_text(folder / "README.md", _CARD)  # in place of PEFT's empty model card
     else:
         state = {name: value.detach().cpu().contiguous() for name, value in _trained(model).items()}
         with atomic_write(folder / TRAINED) as partial:

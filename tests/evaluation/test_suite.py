@@ -145,7 +145,7 @@ def test_undecodable_images_are_counted(
     (colour_folder / "red" / "0.png").write_bytes(b"not a picture")
     spec = {"source": f"folder:{colour_folder}", "max_bad_share": 0.1}
     assert evaluate(loaded, suite_of(colour_folder, data=spec))[0].n == 11
-    assert "1 records are left out, the first" in caplog.text
+    assert "1 record is left out, the first" in caplog.text
     with pytest.raises(DataError, match="do not decode"):
         evaluate(loaded, suite_of(colour_folder))
 
