@@ -91,9 +91,10 @@ class Chat:
         """The template in place of the model's own.
 
         Raises:
-            CordaError: the model has none of its own.
+            CordaError: the model has no tokenizer, or no template of its own.
             UnknownNameError: no such template.
         """
+        self.processor.need_tokenizer()  # without one it has no template either
         if self.template == "auto":
             if not getattr(self.processor.templater, "chat_template", None):
                 raise CordaError(

@@ -70,6 +70,11 @@ class LanguageProcessor(Processor):
             return self.whole
         return self.tokenizer
 
+    def need_tokenizer(self) -> None:
+        """Raises `CordaError` if the model came without one."""
+        if isinstance(self.tokenizer, Missing):
+            self.tokenizer()
+
     def encode(
         self,
         text: str,
@@ -161,8 +166,7 @@ class LanguageProcessor(Processor):
     def _check(
         self, text: str, images: Sequence[Any], responses: Sequence[tuple[int, int]] | None
     ) -> None:
-        if isinstance(self.tokenizer, Missing):
-            self.tokenizer()
+        self.need_tokenizer()
         if images and not self.takes_images:
             raise DataError(f"{len(images)} images for a model that reads text alone")
         places = text.count(self.image_token) if self.image_token else 0

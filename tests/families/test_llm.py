@@ -8,10 +8,11 @@ import logging
 import pytest
 import torch
 import transformers as t
-from language_toy import TEXT, make, tokenizer, with_processor
+from language_toy import TEXT, make, picture, tokenizer, with_processor
 from torch import nn
 
 from corda_vlm.adapter import attach_adapter, export_adapter
+from corda_vlm.data import Chat
 from corda_vlm.errors import CordaError
 from corda_vlm.families import FAMILIES, block_rules, detect_family, load_model, register_family
 from corda_vlm.families.llm import LLAMA, family
@@ -111,6 +112,33 @@ class TestFolders:
         for call in (loaded.processor.text, lambda texts: loaded.processor.encode(texts[0])):
             with pytest.raises(CordaError, match="came without the files that this needs"):
                 call(["What"])
+
+    @pytest.mark.parametrize(
+        ("gone", "told"),
+        [
+            (
+                "processor_config.json",
+                r"processor_config\.json \(or preprocessor_config\.json\) was",
+            ),
+            ("tokenizer.json", r"tokenizer\.json, or vocab\.json and merges\.txt, was"),
+            (
+                "processor_config.json tokenizer.json",
+                r"tokenizer\.json, or vocab\.json and merges\.txt, was",
+            ),
+        ],
+    )
+    def test_what_was_looked_for_and_where_is_said(self, tmp_path, gone, told):
+        """The tokenizer first: without one there is no chat template either."""
+        toy = with_processor("llava")
+        toy.whole.chat_template = "{{ messages[0].content }}"
+        toy.model.save_pretrained(tmp_path)
+        toy.whole.save_pretrained(tmp_path)
+        for name in gone.split():
+            (tmp_path / name).unlink()
+        processor = load_model(tmp_path).processor
+        with pytest.raises(CordaError, match=rf"{tmp_path} came without .*{told} looked for"):
+            Chat(processor).check()
+            processor.encode("<image>", [picture()])
 
     def test_weights_that_are_missing(self, folder):
         from safetensors.torch import load_file, save_file
