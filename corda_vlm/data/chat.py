@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ TEMPLATES: Mapping[str, str] = {
 }
 """Templates by name, for models that bring none. "plain": Question and Answer on lines of their own, as a base model
 is asked; "bare": the question as it is, a space, the answer; "vicuna": LLaVA-1.5's."""
+
+
+# Stands for an answer to see what a template writes around one; digits, as templates change letters.
+_PROBE = "0123456789"
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,12 @@ class Chat:
         text = self._opening(messages[:until])
         return Rendered(text, (), self._wants_special_tokens(text))
 
-    def whole(self, messages: Sequence[Message]) -> Rendered:
+    def whole(self, messages: Sequence[Message], learn: str = "all") -> Rendered:
         """The whole conversation, with its answers.
+
+        Args:
+            learn: the answers to find, "all" or the "last". Templates that write earlier answers in other words, e.g.
+                without their reasoning, can only tell the last.
 
         The text ends with a token that ends a turn: the template's own, else the end of text, so that a model that
         learns from it learns to stop.
@@ -146,26 +154,46 @@ class Chat:
                 where it is (e.g. it rewrites earlier turns).
         """
         text = self._render(messages, False)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            last = index == len(messages) - 1
-            opening = self._opening(messages[:index])
-            if not text.startswith(opening):
-                raise DataError(_rewritten(index))
-            content = str(message["content"]).strip()
-            at = text.find(content, len(opening))
-            ending = text if last else self._render(messages[: index + 1], False)
-            if at < 0 or not text.startswith(ending) or at + len(content) > len(ending):
-                raise DataError(_rewritten(index))
-            start = len(opening) if self._opens_answers else at
-            stop = max(len(ending.rstrip()), at + len(content))
-            if last and not text[:stop].endswith(self._endings):
-                text = text[:stop] + (self.processor.tokenizer.eos_token or "")
-                stop = len(text)
-            turns.append(Turn(start, at + len(content), stop))
+        for index in answers if learn == "all" else answers[-1:]:
+            turn = self._turn(text, messages[: index + 1])
+            if turn is None:
+                earlier = index != answers[-1]
+                last = self._turn(text, messages[: answers[-1] + 1]) if earlier else None
+                raise DataError(_rewritten(index, last is not None))
+            if index == len(messages) - 1 and not text[: turn.end].endswith(self._endings):
+                text = text[: turn.end] + (self.processor.tokenizer.eos_token or "")
+                turn = replace(turn, end=len(text))
+            turns.append(turn)
         return Rendered(text, tuple(turns), self._wants_special_tokens(text))
+
+    def _turn(self, text: str, messages: Sequence[Message]) -> Turn | None:
+        """Where the last of these messages, an answer, lies in the text of the whole conversation; None if it is not
+        told.
+
+        What stands around an answer is seen from one that is a probe. There may be more before the answer that ends a
+        conversation (Qwen3 writes empty thoughts there and nowhere else), which the text may lack or the answer itself
+        may bring.
+        """
+        content = str(messages[-1]["content"]).strip()
+        opening = self._opening(messages[:-1])
+        probed = self._render([*messages[:-1], {"role": "assistant", "content": _PROBE}], False)
+        before, probe, after = probed.rpartition(_PROBE)
+        if not probe or not before.startswith(opening) or not text.startswith(opening):
+            return None
+        starts = [len(one) for one in (before, opening) if text.startswith(one)]
+        starts = [start + len(text[start:]) - len(text[start:].lstrip()) for start in starts]
+        at = next((start for start in starts if text.startswith(content, start)), None)
+        if at is None:
+            return None
+        end = content_end = at + len(content)
+        if closing := after.strip():
+            end = text.find(closing, content_end)
+            if end < 0 or text[content_end:end].strip():
+                return None
+            end += len(closing)
+        return Turn(len(opening) if self._opens_answers else at, content_end, end)
 
     def _opening(self, messages: Sequence[Message]) -> str:
         # A space at the end would be a token of its own, and the answer's first word another than in training.
@@ -208,8 +236,9 @@ def _in_text(message: Message, place: str | None) -> Message:
     return {"role": message["role"], "content": "".join(parts)}
 
 
-def _rewritten(index: int) -> str:
+def _rewritten(index: int, last_is_told: bool) -> str:
     return (
         f"the chat template writes message {index} in other words, so that its answer cannot be told from the rest; "
         "choose another template"
+        + (", or learn: last, for the last answer alone" if last_is_told else "")
     )

@@ -170,7 +170,7 @@ class ConversationMaker:
         def rendered(messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
             last = len(messages) - (messages[-1]["role"] == "assistant")
             whole = self.chat.whole(
-                [*messages[:last], {"role": "assistant", "content": answer.strip()}]
+                [*messages[:last], {"role": "assistant", "content": answer.strip()}], "last"
             )
             turn = whole.turns[-1]
             return whole, [(turn.start, turn.content_end)]
@@ -180,9 +180,8 @@ class ConversationMaker:
     def _answers(self, messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
         if not any(message["role"] == "assistant" for message in messages):
             return self.chat.prompt(messages), []
-        whole = self.chat.whole(messages)
-        turns = whole.turns if self.options.learn == "all" else whole.turns[-1:]
-        return whole, [(turn.start, turn.end) for turn in turns]
+        whole = self.chat.whole(messages, self.options.learn)
+        return whole, [(turn.start, turn.end) for turn in whole.turns]
 
     def _made(self, index: int, render: Any, room: int = 0) -> Sample | None:
         record = self.data.get(index)

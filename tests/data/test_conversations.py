@@ -102,6 +102,15 @@ def test_labels_are_exact_where_white_space_merges(tiny_llm, kind):
     assert processor.tokenizer.decode(labels[len(given) :]).strip() == "yes</s>"
 
 
+# As Qwen3's: empty thoughts before the last answer and no other; thoughts that are given are kept there alone.
+THINKS = """{% for m in messages %}{% set content = m['content'] %}{{ '<|im_start|>' + m['role'] + '\n' }}
+{%- if m['role'] == 'assistant' %}{% if '</think>' in content %}{% set thought = content.split('</think>')[0] %}
+{%- set content = content.split('</think>')[-1].strip() %}{% else %}{% set thought = '<think>\n\n' %}{% endif %}
+{%- if loop.last %}{{ thought + '</think>\n\n' }}{% endif %}{% endif %}{{ content + '</s>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+FORGETS_EARLY = "{% for m in messages %}{{ m['role'] }}: {{ '...' if m['role'] == 'assistant' and not loop.last else m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+
+
 def test_the_models_own_template_and_unknown_ones(tiny_llm, tiny_llava, tmp_path, questions):
     with pytest.raises(CordaError, match=r"unknown chat template.*brings none.*plain"):
         Chat(tiny_llm.processor).whole(MESSAGES)
@@ -133,9 +142,33 @@ def test_a_template_that_rewrites_answers_is_refused(tiny_llm):
     forgets = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if loop.last else '...' }}\n{% endfor %}"
     with pytest.raises(DataError, match="writes message 1 in other words"):
         Chat(tiny_llm.processor, forgets).whole(MESSAGES)
+    with pytest.raises(DataError, match=r"message 1 .*or learn: last"):
+        Chat(tiny_llm.processor, FORGETS_EARLY).whole(MESSAGES)
+    whole = Chat(tiny_llm.processor, FORGETS_EARLY).whole(MESSAGES, "last")
+    assert [whole.text[turn.start : turn.end] for turn in whole.turns] == [" dark blue</s>"]
     shouts = "{% for m in messages %}{{ m['content'] | upper }}\n{% endfor %}"
     with pytest.raises(DataError, match="writes message 1 in other words"):
         Chat(tiny_llm.processor, shouts).whole(MESSAGES[:2])
+
+
+@pytest.mark.parametrize("learn", ["all", "last"])
+@pytest.mark.parametrize("answer", ["yes", "hi", "s"])  # two are in the marks beside them as well
+def test_a_template_that_writes_the_last_answer_in_another_way(tiny_llm, learn, answer):
+    """Labels are each answer with its end, and of the last one the empty thoughts that the model is to say too."""
+    chat = Chat(tiny_llm.processor, THINKS)
+    said = [MESSAGES[0], {"role": "assistant", "content": answer}, MESSAGES[2]]
+    whole = chat.whole([*said, {"role": "assistant", "content": answer}], learn)
+    assert whole.text.count("<think>") == 1
+    last = f"<think>\n\n</think>\n\n{answer}</s>"
+    expected = [f"{answer}</s>", last] if learn == "all" else [last]
+    assert [whole.text[turn.start : turn.end] for turn in whole.turns] == expected
+    assert whole.text[: whole.turns[-1].start] == chat.prompt(said).text
+    for turn in whole.turns:
+        assert whole.text[: turn.content_end].endswith(answer)
+        assert whole.text[turn.content_end : turn.end] == "</s>"
+    for thought in ("<think>\nA circle.\n</think>\n\nyes", "<think>\n\n</think>\n\nyes"):
+        (turn,) = chat.whole([MESSAGES[0], {"role": "assistant", "content": thought}], learn).turns
+        assert turn.content_end - turn.start == len(thought)
 
 
 # ------------------------------------------------------------------ batches
