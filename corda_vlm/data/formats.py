@@ -16,7 +16,7 @@ from typing import Any
 from corda_vlm.data.documents import documents
 from corda_vlm.data.messages import chat, llava
 from corda_vlm.data.questions import expanded, qa
-from corda_vlm.data.rows import Columns
+from corda_vlm.data.rows import Columns, unpacked
 from corda_vlm.data.spec import DataSpec, find_one
 from corda_vlm.data.table import Table, pick_column
 
@@ -71,18 +71,26 @@ def _pictures(
 
 
 def _inline_pictures(table: Table) -> list[list[Any]]:
-    """Pictures that messages name themselves: {"type": "image", "image" | "path" | "url": ...}."""
+    """Pictures that messages name themselves."""
     found = []
     for messages in table.columns.get("messages", [None] * table.size):
         own = []
+        messages = unpacked(messages)
         for message in messages if isinstance(messages, (list, tuple)) else ():
             content = message.get("content") if isinstance(message, Mapping) else None
             for part in content if isinstance(content, (list, tuple)) else ():
                 if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-                    value = next((part[k] for k in ("image", "path", "url") if part.get(k)), None)
+                    value = _named(part)
                     own += [] if value is None else [value]
         found.append(own)
     return found
+
+
+def _named(part: Mapping[str, Any]) -> Any:
+    """The picture of {"type": "image", "image" | "path" | "url": ...}, or of OpenAI's {"image_url": {"url": ...}}."""
+    keys = ("image", "path", "url", "image_url")
+    value = next((part[key] for key in keys if part.get(key)), None)
+    return value.get("url") if isinstance(value, Mapping) and "url" in value else value
 
 
 FORMATS: dict[str, Callable[[Table, DataSpec, Callable[[int], int]], Columns]] = {

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from corda_vlm.data.images import UNDECODABLE, to_rgb
-from corda_vlm.data.records import ImageTextData, Record, undecodable
+from corda_vlm.data.images import UNDECODABLE, decoded, undecodable
+from corda_vlm.data.records import ImageTextData, Record
 from corda_vlm.data.rows import Message
 
 _KEEP_PIXELS = 64 << 20
@@ -77,7 +77,7 @@ class InstructionData(ImageTextData):
         kept: dict[int, list[Image.Image]] = self.cache.setdefault("pictures", {})
         key = self.picture_key(index)
         if key not in kept:
-            found = [to_rgb(stored, self._table.base) for stored in self._stored(index)]
+            found = [decoded(stored, self._table.base) for stored in self._stored(index)]
             size = sum(image.width * image.height for image in found)
             if self.cache.get("pixels", 0) + size > _KEEP_PIXELS:
                 return found

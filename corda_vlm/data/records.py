@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from corda_vlm.data.images import UNDECODABLE, to_rgb
+from corda_vlm.data.images import UNDECODABLE, decoded, is_data_url, undecodable
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError
@@ -135,9 +135,9 @@ class ImageTextData(Sequence):
 
     def image(self, index: int) -> Image.Image | None:
         """The picture of record `index` in RGB, None if the data has none. Raises as `to_rgb` does."""
-        return (
-            None if self._image_column is None else to_rgb(self._stored(index)[0], self._table.base)
-        )
+        if self._image_column is None:
+            return None
+        return decoded(self._stored(index)[0], self._table.base)
 
     def select(self, indices: Sequence[int] | range | np.ndarray) -> ImageTextData:
         """The records at `indices`, in that order."""
@@ -193,13 +193,6 @@ class ImageTextData(Sequence):
         )
 
 
-def undecodable(error: BaseException) -> str:
-    """Why a picture does not decode, for people."""
-    # PIL's own words for an unknown format name an address in memory.
-    reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-    return f"no image that can be decoded ({type(error).__name__}: {reason})"
-
-
 def take(values: list[Any] | None, indices: np.ndarray) -> list[Any] | None:
     """The values at `indices`."""
     return None if values is None else [values[int(index)] for index in indices]
@@ -208,6 +201,8 @@ def take(values: list[Any] | None, indices: np.ndarray) -> list[Any] | None:
 def _content(stored: Any, base: Path | None) -> bytes:
     if isinstance(stored, Mapping):
         stored = stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
+    if is_data_url(stored):
+        stored = stored.encode()
     if isinstance(stored, (str, Path)):
         path = Path(stored) if base is None else base / stored
         stored = path.read_bytes() if path.is_file() else b"missing"

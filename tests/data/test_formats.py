@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pyarrow as pa
@@ -92,7 +93,7 @@ def test_a_missing_or_damaged_image_is_a_bad_record(tmp_path, pictures):
     spec = {"source": source, "format": "llava", "root": str(pictures), "max_bad_share": 0.9}
     data = load_records(spec)
     assert len(list(data)) == 1
-    assert "no image that can be decoded" in data.bad[1]
+    assert data.bad[1].startswith("no image that can be decoded: 2.png (Unidentified")
     assert "No such file" in data.bad[2]
     with pytest.raises(DataError, match=r"record 1 \(id r2\)"):
         list(load_records({**spec, "max_bad_share": 0.0}))
@@ -125,6 +126,40 @@ def test_chat_messages(tmp_path, digits):
     data = load_records({"source": write(tmp_path / "chat.jsonl", rows), "format": "chat"})
     assert len(data[0]["images"]) == 1
     assert data[1]["messages"][0]["content"] == "plain"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("part", "refused"),
+    [
+        ({"type": "image", "path": "0.png"}, None),
+        ({"type": "image_url", "image_url": {"url": "0.png", "detail": "low"}}, None),
+        ({"type": "image_url", "image_url": "0.png"}, None),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,PICTURE"}}, None),
+        (
+            {"type": "image_url", "image_url": {"url": "https://a.org/0.png"}},
+            r"https://a\.org/0\.png .*is not fetched; download it and give its path",
+        ),
+        (
+            {"type": "image_url", "image_url": {"url": "data:image/png,%89PNG"}},
+            "read only where it is in base64",
+        ),
+    ],
+)  # fmt: skip
+def test_pictures_within_messages(tmp_path, pictures, part, refused, packed):
+    encoded = base64.b64encode((pictures / "0.png").read_bytes()).decode()
+    part = json.loads(json.dumps(part).replace("PICTURE", encoded))
+    asked = [part, {"type": "text", "text": "What?"}]
+    said = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A zero"}]
+    source = write(tmp_path / "chat.jsonl", [{"messages": json.dumps(said) if packed else said}])
+    data = load_records({"source": source, "format": "chat", "root": str(pictures)})
+    assert data.fingerprint
+    if refused:
+        with pytest.raises(DataError, match=refused):
+            _ = data[0]
+        return
+    assert data[0]["image"].size == (8, 8)
+    assert data[0]["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]  # fmt: skip
 
 
 # ------------------------------------------------------------------ questions
