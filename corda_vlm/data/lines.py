@@ -36,7 +36,10 @@ def read_json(spec: DataSpec, beside: str | Path | None = None) -> Table:
     places: list[str] = []
     paths = find_paths(spec.location, beside)
     for path in paths:
-        found = _parsed(_content(path), str(path))
+        content = _content(path)
+        found = _parsed(content, str(path)) if content.strip() else []
+        if found == []:
+            raise DataError(f"{path}: holds no record; it must be a list of objects")
         lists = [found] if isinstance(found, list) else []
         if isinstance(found, dict):
             lists = [v for v in found.values() if isinstance(v, list) and _all_objects(v)]

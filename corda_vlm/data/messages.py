@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from corda_vlm.data.rows import Columns, Fault, Message, each, unpacked
+from corda_vlm.data.rows import Columns, Fault, Message, each, not_text, unpacked
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError
 
 PLACEHOLDER = "<image>"
+_LEFT_OUT = re.compile(rf"(?m)^(?:{PLACEHOLDER}\s*)+| ?{PLACEHOLDER}")
+"""Placeholders with the white space that is theirs: what follows at the start of a line, else the space before."""
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -21,10 +24,10 @@ _ROLES = {
 def llava(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
     turns = _needed(table, spec, "conversations", "the conversations of LLaVA's JSON")
 
+    read = _without if spec.image is None else _split
+
     def make(row: int) -> dict[str, Any]:
-        messages = [
-            _message(turn, "from", "value", split=True) for turn in _turns(turns[row], "from")
-        ]
+        messages = [_message(turn, "from", "value", read) for turn in _turns(turns[row], "from")]
         return {"messages": _checked(matching(messages, count(row)))}
 
     return each(table, make, ["messages"])
@@ -35,8 +38,9 @@ def chat(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
 
     def make(row: int) -> dict[str, Any]:
         # A text may speak of "<image>" without meaning one; where the record has pictures it means them.
-        split = count(row) > 0
-        messages = [_message(turn, "role", "content", split) for turn in _turns(turns[row], "role")]
+        # Where pictures are left out it is taken for one, so that a model of text alone reads no placeholder.
+        read = _without if spec.image is None else _split if count(row) else _as_it_is
+        messages = [_message(turn, "role", "content", read) for turn in _turns(turns[row], "role")]
         return {"messages": _checked(matching(messages, count(row)))}
 
     return each(table, make, ["messages"])
@@ -61,19 +65,26 @@ def _turns(stored: Any, key: str) -> Sequence[Mapping[str, Any]]:
     return found
 
 
-def _message(turn: Mapping[str, Any], role_key: str, content_key: str, split: bool) -> Message:
+Part = dict[str, Any]
+
+
+def _message(
+    turn: Mapping[str, Any], role_key: str, content_key: str, read: Callable[[str], list[Part]]
+) -> Message:
     role = _ROLES.get(str(turn[role_key]))
     if role is None:
         raise Fault(f"has the role {turn[role_key]!r}; known are {', '.join(_ROLES)}")
     stored = turn.get(content_key)
     if stored is None:
         raise Fault(f"has a message without {content_key!r}")
-    parts: list[dict[str, Any]] = []
+    if not isinstance(stored, (str, list, tuple, Mapping)):
+        raise not_text(content_key, stored)
+    parts: list[Part] = []
     for part in stored if isinstance(stored, (list, tuple)) else [stored]:
         if isinstance(part, str):
-            parts += _split(part) if split else [{"type": "text", "text": part}]
+            parts += read(part)
         elif isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            parts.append({"type": "image"})
+            parts += [] if read is _without else [{"type": "image"}]
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         else:
@@ -83,15 +94,24 @@ def _message(turn: Mapping[str, Any], role_key: str, content_key: str, split: bo
     return {"role": role, "content": "".join(part["text"] for part in parts)}
 
 
-def _split(text: str) -> list[dict[str, Any]]:
+def _as_it_is(text: str) -> list[Part]:
+    return [{"type": "text", "text": text}]
+
+
+def _without(text: str) -> list[Part]:
+    """Text without `<image>`, for records whose pictures are left out."""
+    return _as_it_is(_LEFT_OUT.sub("", text).strip() if PLACEHOLDER in text else text)
+
+
+def _split(text: str) -> list[Part]:
     """Text with `<image>` as parts; the line break beside a placeholder goes, as templates write their own."""
-    parts: list[dict[str, Any]] = []
+    parts: list[Part] = []
     for index, piece in enumerate(text.split(PLACEHOLDER)):
         if index:
             parts.append({"type": "image"})
         if piece.strip():
             parts.append({"type": "text", "text": piece.strip() if PLACEHOLDER in text else piece})
-    return parts or [{"type": "text", "text": text}]
+    return parts or _as_it_is(text)
 
 
 def _checked(messages: list[Message]) -> list[Message]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-from corda_vlm.data.rows import Columns, Fault, each, made_of, unpacked
+from corda_vlm.data.rows import Columns, Fault, each, made_of, not_text, unpacked
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError, UnknownNameError
@@ -76,7 +76,11 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
         if (target or references) and (not answers or not answers[0].strip()):
             raise Fault("has an empty answer")
         asked = _filled(question, values)
-        asked = asked.strip() if isinstance(asked, str) else ""
+        if _is_nan(asked) or asked is None:
+            asked = ""
+        if not isinstance(asked, str):
+            raise not_text("question", asked)
+        asked = asked.strip()
         if not asked:
             raise Fault("has an empty question")
         made["question"] = asked
@@ -127,7 +131,11 @@ def _stored_choices(columns: str | list[str], values: Mapping[str, Any]) -> Any:
 
 def _is_nothing(value: Any) -> bool:
     """Tables that went through pandas say "nan" where a cell is empty."""
-    return value is None or value != value or (isinstance(value, str) and value in ("", "nan"))
+    return value is None or _is_nan(value) or (isinstance(value, str) and value in ("", "nan"))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
 
 
 def _letters(choices: Sequence[str]) -> list[str]:
@@ -149,9 +157,13 @@ def _filled(asked: str, values: Mapping[str, Any]) -> Any:
 
 def _answers(stored: Any) -> list[str]:
     """Answers from a string, a number, a list of those or of VQA's {"answer": ...}, or TriviaQA's {"value", "aliases"}."""
-    if stored is None:
+    # The word "nan" stays, unlike in columns of choices, of which some are empty on purpose: every question is to have an
+    # answer, and "nan" may be one (the bread).
+    if stored is None or _is_nan(stored):
         return []
     if isinstance(stored, Mapping):
+        if not {"answer", "value", "aliases"} & set(stored):
+            raise not_text("answer", stored)
         if "answer" in stored:
             return _answers(stored["answer"])
         return list(

@@ -17,6 +17,12 @@ class Fault(ValueError):
     """Why one row is no usable record."""
 
 
+def not_text(what: str, stored: Any) -> Fault:
+    """The fault of a value of another type, e.g. "its question is an int, not text"."""
+    kind = type(stored).__name__
+    return Fault(f"its {what} is {'an' if kind[0] in 'aeiou' else 'a'} {kind}, not text")
+
+
 Columns = tuple[dict[str, list[Any]], dict[int, str]]
 
 

@@ -29,8 +29,9 @@ class DataSpec:
             Paths may be relative to the file that names them or to what ships with the package, and may hold
             `~` and environment variables.
         split: the part to read: the source's own split, a value of a column named `split`, or a key of `splits`.
-        image, text, label: columns; "auto" finds the usual names, None leaves the thing out. `text` may be a
-            format string over the columns, e.g. "a photo of a {class_name}".
+        image, text, label: columns; "auto" finds the usual names, None leaves the thing out (pictures of "llava" and
+            "chat" with the `<image>` that stand for them in texts). `text` may be a format string over the columns,
+            e.g. "a photo of a {class_name}".
         where: only records whose columns have these values: {column: value or list of values}.
         classes: class names in index order, or a file of them (JSON list, or one a line). Without it, string
             labels are numbered in sorted order.

@@ -72,6 +72,7 @@ def test_llava_json(tmp_path, pictures):
         (asks(1) | {"conversations": []}, "holds no message"),
         (asks(1) | {"conversations": [{"from": "cat", "value": "x"}]}, "role 'cat'"),
         (asks(1) | {"conversations": [{"value": "x"}]}, "without 'from'"),
+        (asks(1, answer=5), "its value is an int, not text"),
         (asks(1) | {"conversations": [{"from": "gpt", "value": "a <image>"}]}, "image in an answer"),
     ],
 )  # fmt: skip
@@ -162,6 +163,32 @@ def test_pictures_within_messages(tmp_path, pictures, part, refused, packed):
     assert data[0]["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<image>\nWhat is it?", "What is it?"),
+        ("What is it?\n<image>", "What is it?"),
+        ("<image><image>\nAlike?", "Alike?"),
+        ("This <image>\nand <image>: alike?", "This\nand: alike?"),
+        ("One\n<image>\ntwo", "One\ntwo"),
+        (" as it is ", " as it is "),
+    ],
+)
+def test_pictures_left_out_take_their_places_with_them(tmp_path, text, left):
+    """So that a model of text alone can read what was written about pictures."""
+    turns = asks(0, text)["conversations"]
+    spec = {"source": write(tmp_path / "a.json", [asks(0, text)]), "image": None}
+    (record,) = load_records({**spec, "format": "llava"})
+    assert record["messages"][0] == {"role": "user", "content": left}
+    assert record["images"] == []
+    said = [{"role": role, "content": turn["value"]} for role, turn in zip(("user", "assistant"), turns, strict=True)]  # fmt: skip
+    inline = [{"type": "image", "path": "0.png"}, {"type": "text", "text": "What?"}]
+    more = [{"role": "user", "content": inline}, {"role": "assistant", "content": "A digit."}]
+    source = write(tmp_path / "chat.json", [{"images": ["0.png"], "messages": said + more}])
+    (record,) = load_records({**spec, "source": source, "format": "chat"})
+    assert [m["content"] for m in record["messages"]] == [left, "A digit.", "What?", "A digit."]
+
+
 # ------------------------------------------------------------------ questions
 
 
@@ -181,6 +208,27 @@ def test_questions_with_answers_and_aliases(tmp_path):
     assert [m["role"] for m in only[0]["messages"]] == ["user"]
     both = load_records({"source": source, "format": "qa", "answer": "{answer}!"})
     assert both[0]["answers"] == ["Onion!"]
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"answer": float("nan")}, "has an empty answer"),
+        ({"answer": {"x": 1}}, "its answer is a dict, not text"),
+        ({"answer": "x", "question": 5}, "its question is an int, not text"),
+        ({"answer": "x", "question": float("nan")}, "has an empty question"),
+    ],
+)
+def test_what_is_no_question_or_answer_is_said(tmp_path, record, told):
+    source = write(tmp_path / "qa.json", [{"question": "?", **record}])
+    with pytest.raises(DataError, match=told):
+        load_records({"source": source, "format": "qa"})
+
+
+def test_the_word_nan_is_an_answer_and_the_number_none(tmp_path):
+    rows = [{"question": "Which bread?", "answer": "nan", "answers": ["nan", float("nan"), "naan"]}]
+    source = write(tmp_path / "qa.json", rows)
+    assert load_records({"source": source, "format": "qa"})[0]["answers"] == ["nan", "naan"]
 
 
 def test_the_ten_answers_of_vqa_stay_ten(tmp_path):
@@ -278,6 +326,10 @@ def test_what_is_not_there_is_said(tmp_path):
     (tmp_path / "one.json").write_text("{}")
     with pytest.raises(DataError, match=r"one\.json: must be a list of objects"):
         load_records({"source": f"json:{tmp_path}/one.json", "format": "qa"})
+    for nothing in ("[]", "", "\n"):
+        (tmp_path / "none.json").write_text(nothing)
+        with pytest.raises(DataError, match=r"none\.json: holds no record"):
+            load_records({"source": f"json:{tmp_path}/none.json", "format": "qa"})
     empty = write(tmp_path / "empty.jsonl", [{"question": "?", "answer": []}])
     with pytest.raises(DataError, match="line 1: has an empty answer"):
         load_records({"source": empty, "format": "qa"})
