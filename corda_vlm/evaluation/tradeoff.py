@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -183,7 +185,10 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
     )
     figure.supxlabel(_new_task(results), fontsize=10.5)
     figure.supylabel("knowledge kept (base model 100%, chance 0%)", fontsize=10.5)
-    figure.suptitle(_told(results, kept, aim), fontsize=10, color=INK, x=0.01, ha="left")
+    letters = int(12.5 * figure.get_figwidth())  # of this size on a line
+    told = (wrap(line, letters) for line in _told(results, kept, aim).splitlines())
+    text = "\n".join(chain.from_iterable(told))
+    figure.suptitle(text, fontsize=10, color=INK, x=0.01, ha="left")
     return figure
 
 
