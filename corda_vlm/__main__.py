@@ -540,14 +540,16 @@ def _as_jsonargparse(args: Sequence[str]) -> list[str]:
         name, equals, value = arg.partition("=")
         if name.startswith("--"):
             name = name.replace("-", "_").replace("__", "--", 1)
-            if name in lists and (equals or rest):
+            if name in lists and (equals or (rest and not rest[0].startswith("--"))):
                 gathered.setdefault(name, []).extend(_items(name, value if equals else rest.pop(0)))
                 continue
             arg = name + equals + value
             if arg in switches and (not rest or rest[0].lower() not in ("true", "false")):
                 arg += "=true"
         written.append(arg)
-    return written + [f"{name}={json.dumps(items)}" for name, items in gathered.items()]
+    return written + [
+        f"{name}={json.dumps(items, ensure_ascii=False)}" for name, items in gathered.items()
+    ]
 
 
 def _items(option: str, text: str) -> list[Any]:
@@ -557,7 +559,7 @@ def _items(option: str, text: str) -> list[Any]:
     if not text.startswith("["):
         return [text]
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=yaml.BaseLoader)  # every item as it is written
     except yaml.YAMLError:
         raise CordaError(
             f"{option} {text} is not a list in YAML; give each item by itself ({option} ONE {option} TWO), or "

@@ -311,7 +311,7 @@ class _Laboratory:
             self.stores[of] = collect_covariance(
                 self.loaded.model,
                 batches,
-                self._sites(),
+                self._sites(of),
                 precision=calibration.precision,
                 tokens=calibration.tokens,
                 blockwise=calibration.blockwise,
@@ -322,16 +322,19 @@ class _Laboratory:
                 print(told)
         return self.stores[of]
 
-    def _sites(self) -> list[Site]:
-        """The layers of the chosen towers, and those that a variant trains whole, for its anchor."""
+    def _sites(self, of: str) -> list[Site]:
+        """The layers of the chosen towers; of the knowledge also those that a variant trains whole and looks at."""
         model, experiment = self.loaded.model, self.experiment
-        adapted = {site.name for site in find_sites(model, towers=experiment.towers)}
-        whole = {name for v in experiment.variants.values() for name in v.modules_to_save}
-        return [
-            site
-            for site in find_sites(model)
-            if site.name in adapted or any(f"{site.name}.".startswith(f"{n}.") for n in whole)
-        ]
+        adapted = find_sites(model, towers=experiment.towers)
+        if of != "knowledge" or not isinstance(self.loaded.processor, LanguageProcessor):
+            return adapted  # batches for one tower of a CLIP do not reach another
+        whole = tuple(
+            f"{name}."
+            for variant in experiment.variants.values()
+            if variant.anchor or experiment.forecast
+            for name in variant.modules_to_save
+        )
+        return [s for s in find_sites(model) if s in adapted or f"{s.name}.".startswith(whole)]
 
     # -------------------------------------------------------------- training
 

@@ -111,7 +111,7 @@ def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.L
         child = module._modules.get(key)
         if child is None:
             raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
-        module = _base(child, as_trained)
+        module = inner_layer(child, as_trained=as_trained)
     if is_conv1d(module):
         raise NoSitesError(
             f"{name} is a Conv1D, which is no nn.Linear yet; work under corda_vlm.families.attention.unpacked(model)"
@@ -208,7 +208,7 @@ def _weights(model: nn.Module) -> dict[str, Float[Tensor, "out inp"]]:
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    module = _base(module)
+    module = inner_layer(module)
     if id(module) in seen:  # a shared layer is one site, under its first name
         return
     seen.add(id(module))
@@ -224,16 +224,18 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             yield from _walk(child, f"{prefix}.{key}" if prefix else key, seen)
 
 
-def _base(module: Any, as_trained: bool = False) -> nn.Module:
-    """The layer that a PEFT layer wraps, or the module itself."""
+def inner_layer(module: Any, *, as_trained: bool = False) -> nn.Module:
+    """The layer that a PEFT layer wraps, or the module itself; `as_trained` as in `get_linear`."""
     # By attribute: PEFT's tuner layers have get_base_layer, its ModulesToSaveWrapper original_module.
     if hasattr(module, "get_base_layer"):
         return module.get_base_layer()
     original = module._modules.get("original_module")
     if original is None:
         return module
+    if not as_trained:
+        return original
     copies, active = module.modules_to_save, module.active_adapters
-    return copies[active[0]] if as_trained and active and active[0] in copies else original
+    return copies[active[0]] if active and active[0] in copies else original
 
 
 def _signs(weight: Float[Tensor, "out inp"]) -> list[int]:

@@ -320,6 +320,33 @@ def test_what_is_trained_whole_beside_an_adapter(method, tiny_clip_hf):
     assert trained.weight.grad.abs().sum() > 0
 
 
+def test_packed_attention_in_a_module_that_peft_trains_whole(tiny_open_clip):
+    """The original counts as no change, also for an anchor that is made after training."""
+    store = store_of(tiny_open_clip)
+    block = "visual.transformer.resblocks.0"
+    config = LoraConfig(r=2, target_modules=r".*resblocks\.1\.mlp\.c_fc", modules_to_save=[block])
+    model = get_peft_model(tiny_open_clip, config)
+    early = anchor_penalty(model, store)
+    disturb(model)
+    late = anchor_penalty(model, store).report()
+    assert f"{block}.attn.q_proj" in late
+    for name, share in early.report().items():
+        if name.startswith(f"{block}."):
+            assert late[name] == pytest.approx(share, rel=1e-4), name
+            assert share > 1e-6
+
+
+def test_a_module_that_is_not_trained_now_is_not_told_of(tiny_clip_hf, caplog):
+    store = store_of(tiny_clip_hf)
+    first = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["visual_projection"])
+    model = get_peft_model(tiny_clip_hf, first)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.set_adapter("other")
+    anchor = anchor_penalty(model, store)
+    assert all(name.endswith("v_proj") for name in anchor.sites)
+    assert "does not see" not in caplog.text
+
+
 @pytest.mark.parametrize("whole", ["vision_model.post_layernorm", "visual_projection"])
 def test_what_is_trained_whole_and_not_seen_is_said(whole, tiny_clip_hf, caplog):
     sites = find_sites(tiny_clip_hf, roles="q,v")

@@ -170,6 +170,16 @@ def test_an_option_that_may_be_given_many_times(words, monkeypatch):
     assert (asked["overrides"], asked["only"]) == (["seeds=[0, 1]", "rank=4"], ["lora"])
 
 
+@pytest.mark.parametrize("words", [["--set", "title=a 😀"], ["--set", "[title=a 😀]"]])
+def test_what_stands_in_a_list_stays_as_it_was_written(words, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("corda_vlm.run.run", lambda config, **options: asked.update(options))
+    main(["run", "configs/demo.yaml", *words, "--only", "[2024-01-01, no]"])
+    assert (asked["overrides"], asked["only"]) == (["title=a 😀"], ["2024-01-01", "no"])
+    with pytest.raises(SystemExit):  # the next option is no value
+        main(["run", "configs/demo.yaml", "--only", "--fresh"])
+
+
 def test_help_answers_quickly_and_names_every_verb():
     printed = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "corda_vlm", "--help"],

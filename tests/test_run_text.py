@@ -139,7 +139,7 @@ def test_a_llava(tiny_llava, saved, shades, config, tmp_path):
 
 def test_the_projector_is_trained_whole(tiny_llava, saved, shades, config, tmp_path):
     training = {**LLAVA["training"], "projector_learning_rate": None}
-    whole = {"modules_to_save": ["model.multi_modal_projector"], "learning_rates": [1e-3],
+    whole = {"modules_to_save": ["model.multi_modal_projector"], "learning_rates": [1e-3], "anchor": 1,
              "training": {"projector_learning_rate": 1e-4}}  # fmt: skip
     variants = {"lora": whole, "corda-kpm": whole, "plain": {"method": "lora", "learning_rates": [1e-3]}}  # fmt: skip
     more = {"towers": ["language"], "training": training}

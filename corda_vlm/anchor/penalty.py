@@ -75,7 +75,9 @@ def anchor_penalty(
     bare = unwrap(model)
     layers = {name: m for name, m in base_of(model).named_modules() if isinstance(m, LoraLayer)}
     starts = {
-        name: as_adapted(name, layer) for name, layer in layers.items() if layer.active_adapters
+        name: as_adapted(name, layer)
+        for name, layer in layers.items()
+        if any(adapter in layer.lora_A for adapter in layer.active_adapters)
     }
     whole = trained_weights(bare, layers)
     for name in _unseen(model, store, whole):
@@ -181,7 +183,10 @@ class _Part(Protocol):
 def _unseen(model: nn.Module, store: CovarianceStore, whole: Iterable[str]) -> list[str]:
     """What `modules_to_save` trains and the store does not know, which is also said."""
     beside = [
-        name for name, m in base_of(model).named_modules() if isinstance(m, ModulesToSaveWrapper)
+        name
+        for name, module in base_of(model).named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        and any(parameter.requires_grad for parameter in module.parameters())
     ]
     found = []
     for name in beside:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from corda_vlm.anchor.metric import Metric, Metrics, fast_dtype
 from corda_vlm.errors import CordaError
 from corda_vlm.families.attention import is_packed, packed_weights
-from corda_vlm.sites import find_sites, get_linear
+from corda_vlm.sites import find_sites, get_linear, inner_layer
 
 _BLOCK = 2**20
 """Entries at a time: what is written between the steps stays in a processor's cache."""
@@ -51,12 +51,15 @@ class Whole:
         self.model, self.by_parent = model, by_parent
         self.names = tuple(name for names in by_parent.values() for name in names)
         self.before, self.metrics, self.weights = {}, {}, {}
+        self.copied: set[str] = set()
         for parent, names in by_parent.items():
             first = _weights_below(model, parent, names, as_trained=False)
             for name, weight in zip(names, first, strict=True):
-                # one that is frozen has its trained copy beside it
-                before = weight.detach().clone() if weight.requires_grad else weight
-                size = float(metrics.row_energies(name, before.detach()).sum())
+                before = weight.detach()
+                if weight.requires_grad:  # one that is frozen has its trained copy beside it
+                    before = before.clone()
+                    self.copied.add(name)
+                size = float(metrics.row_energies(name, before).sum())
                 self.weights[name] = 1 / size if size > 0 else 0.0
                 self.before[name] = before
                 light = metrics.energy < 1
@@ -76,7 +79,7 @@ class Whole:
 
     def kept(self) -> list[Tensor]:
         found = [t for m in self.metrics.values() for t in (m.factor, m.rest)]
-        return found + [w for w in self.before.values() if not isinstance(w, nn.Parameter)]
+        return found + [self.before[name] for name in self.copied]
 
 
 def _weights_below(
@@ -84,7 +87,9 @@ def _weights_below(
 ) -> list[Tensor]:
     """The weights of some layers of one module, packed or not, with their gradients."""
     # looked up at each call: attention may have been packed or unpacked meanwhile
-    module = model.get_submodule(parent)
+    module = model
+    for key in parent.split(".") if parent else ():
+        module = inner_layer(module._modules[key], as_trained=as_trained)
     if is_packed(module):  # split once, or each part's gradient would be as large as the whole
         parts = packed_weights(module)
         return [parts[name.rpartition(".")[2]] for name in names]

@@ -86,7 +86,7 @@ def _message(
         elif isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
             parts += [] if read is _without else [{"type": "image"}]
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
+            parts += _without(part["text"]) if read is _without else _as_it_is(part["text"])
         else:
             raise Fault(f"has a part that is neither text nor image: {part!r:.80}")
     if any(part["type"] == "image" for part in parts):

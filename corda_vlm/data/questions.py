@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+import numpy as np
+
 from corda_vlm.data.rows import Columns, Fault, each, made_of, not_text, unpacked
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
@@ -135,7 +137,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and value != value
+    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
 def _letters(choices: Sequence[str]) -> list[str]:

@@ -77,12 +77,12 @@ _CONTRACTIONS = {spelt.replace("'", ""): spelt for spelt in _SINGLE.split()} | {
 }
 
 
-def normalise_answer(answer: str) -> str:
+def normalise_answer(answer: str, articles: bool = False) -> str:
     """An answer as the official VQA evaluation compares it: punctuation, numbers, articles, contractions.
 
     Punctuation that touches a space is deleted, other punctuation becomes a space; where the answer holds a number
     with a thousands comma all punctuation is deleted. Number words up to ten become digits ("none" is 0), articles
-    go, and contractions without their apostrophe get it.
+    go unless `articles`, and contractions without their apostrophe get it.
     """
     found = answer.replace("\n", " ").replace("\t", " ").strip()
     thousands = _THOUSANDS.search(found) is not None
@@ -93,33 +93,32 @@ def normalise_answer(answer: str) -> str:
     # The official expression also means to spare the period after a digit, but its look-behind is misspelt.
     plain = _PERIOD.sub("", plain)
     words = [_NUMBERS.get(word, word) for word in plain.lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(
+        _CONTRACTIONS.get(word, word) for word in words if articles or word not in _ARTICLES
+    )
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """The accuracy of one answer, from 0 to 1.
 
     With several references, each by one person: the mean, over the subsets that leave one person out, of
-    min(1, number who gave this answer / 3). With one reference: 1 if the two agree, else 0.
+    min(1, number who gave this answer / 3). Of fewer than four people, where three others cannot agree, it is the share of
+    the others. With one reference: 1 if the two agree, else 0. (Ways to write one answer are for `exact_match`.)
 
     Both sides are normalised. The official script leaves the people's answers as they are but for punctuation, and where
     all agree even that, as VQA's own are normalised already; those of other data sets are not. An answer of which
-    normalisation leaves nothing ("A", "The", nothing at all) is compared as it is, but for its case.
+    normalisation leaves nothing keeps its articles ("A" is right where "a." is), and silence is never right.
 
     Raises:
-        DataError: no reference, or two or three, with which full agreement would be less than 1.
+        DataError: no reference.
     """
     agree = sum(_agrees(answer, references))
     count = len(references)
     if count == 1:
         return float(agree)
-    if count < 4:
-        raise DataError(
-            f"vqa_accuracy is the agreement with ten people's answers, and these are {count}, with which a right answer "
-            "would not score 1; if they are ways to write one answer, take metrics: [exact_match]"
-        )
+    enough = min(3, count - 1)
     # Leaving out one of those who agree leaves agree - 1, leaving out another leaves all of them.
-    left = agree * min(1.0, (agree - 1) / 3) + (count - agree) * min(1.0, agree / 3)
+    left = agree * min(1.0, (agree - 1) / enough) + (count - agree) * min(1.0, agree / enough)
     return left / count
 
 
@@ -139,8 +138,8 @@ def _agrees(answer: str, references: Sequence[str]) -> list[bool]:
     given = normalise_answer(answer)
     if given:
         return [given == normalise_answer(reference) for reference in references]
-    bare = answer.strip().lower()
-    return [bool(bare) and bare == reference.strip().lower() for reference in references]
+    bare = normalise_answer(answer, articles=True)
+    return [bool(bare) and bare == normalise_answer(one, articles=True) for one in references]
 
 
 def answer_type(references: Sequence[str]) -> str:
@@ -185,16 +184,12 @@ class Vqa(Evaluator):
         """
         chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
         right: list[tuple[float, float, str]] = []
-        agreement = set(self.metrics) != {"exact_match"}
         for record, said in answered(
             Speaker.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
         ):  # fmt: skip
             known_answers = references(record, str(self.data.spec))
-            try:
-                accuracy = vqa_accuracy(said, known_answers) if agreement else 0.0
-            except DataError as error:
-                raise DataError(f"{self.data.spec}: {error}") from error
-            right.append((accuracy, exact_match(said, known_answers), answer_type(known_answers)))
+            accuracy, match = vqa_accuracy(said, known_answers), exact_match(said, known_answers)
+            right.append((accuracy, match, answer_type(known_answers)))
         for metric in self.metrics:
             kind = metric.removeprefix("accuracy_")
             values = [

@@ -120,6 +120,7 @@ def train(
     if (output / DONE).is_file():
         return _finished(output, model, objective)
 
+    known = losses(maker)
     count = len(data)
     per_epoch = -(-count // options.batch_size)
     steps = options.steps or max(
@@ -169,7 +170,8 @@ def train(
         finally:
             watch.close()
     for told in losses(maker):
-        logger.warning("%s", told)
+        if told not in known:  # of an earlier training on the same records
+            logger.warning("%s", told)
     done = trainer.state.global_step
     if watch.stopped is not None and done < steps:
         if watch.stopped is SIGTERM:

@@ -182,7 +182,7 @@ def test_pictures_left_out_take_their_places_with_them(tmp_path, text, left):
     assert record["messages"][0] == {"role": "user", "content": left}
     assert record["images"] == []
     said = [{"role": role, "content": turn["value"]} for role, turn in zip(("user", "assistant"), turns, strict=True)]  # fmt: skip
-    inline = [{"type": "image", "path": "0.png"}, {"type": "text", "text": "What?"}]
+    inline = [{"type": "image", "path": "0.png"}, {"type": "text", "text": "<image>\nWhat?"}]
     more = [{"role": "user", "content": inline}, {"role": "assistant", "content": "A digit."}]
     source = write(tmp_path / "chat.json", [{"images": ["0.png"], "messages": said + more}])
     (record,) = load_records({**spec, "source": source, "format": "chat"})

@@ -45,7 +45,7 @@ def test_vqa_accuracy_of_ten_people(agree: int, accuracy: float) -> None:
 
 
 @given(
-    st.lists(st.sampled_from(["yes", "no", "2", "red"]), min_size=4, max_size=10),
+    st.lists(st.sampled_from(["yes", "no", "2", "red"]), min_size=2, max_size=10),
     st.sampled_from(["yes", "two", "the red"]),
 )
 def test_vqa_accuracy_is_the_mean_over_leaving_one_out(people: list[str], answer: str) -> None:
@@ -53,7 +53,7 @@ def test_vqa_accuracy_is_the_mean_over_leaving_one_out(people: list[str], answer
     each = []
     for one in range(len(people)):
         others = people[:one] + people[one + 1 :]
-        each.append(min(1, others.count(given_answer) / 3))
+        each.append(min(1, others.count(given_answer) / min(3, len(others))))
     assert vqa.vqa_accuracy(answer, people) == pytest.approx(np.mean(each))
 
 
@@ -62,8 +62,8 @@ def test_vqa_with_one_reference_and_types() -> None:
     assert vqa.vqa_accuracy("square", ["circle"]) == 0.0
     with pytest.raises(DataError, match="without a reference"):
         vqa.vqa_accuracy("x", [])
-    with pytest.raises(DataError, match=r"these are 2, .*\[exact_match\]"):
-        vqa.vqa_accuracy("x", ["x", "an x"])
+    assert vqa.vqa_accuracy("x", ["x", "an x"]) == 1.0
+    assert vqa.vqa_accuracy("x", ["x", "y"]) == 0.5
     assert vqa.exact_match("x", ["y", "An x"]) == 1.0
     assert vqa.answer_type(["yes"] * 6 + ["red"] * 4) == "yes_no"
     assert vqa.answer_type(["two"]) == "number"
@@ -72,7 +72,7 @@ def test_vqa_with_one_reference_and_types() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "reference", "right"),
-    [("A", "A", 1.0), ("a.", "A", 0.0), ("", "A", 0.0), ("The", "A", 0.0), ("", "", 0.0), ("a", "A", 1.0)],
+    [("A", "A", 1.0), ("a.", "A", 1.0), ("(A)", "A", 1.0), ("", "A", 0.0), ("The", "A", 0.0), ("", "", 0.0)],
 )  # fmt: skip
 def test_vqa_where_normalising_leaves_nothing(answer: str, reference: str, right: float) -> None:
     assert vqa.vqa_accuracy(answer, [reference]) == right
