@@ -405,6 +405,7 @@ def evaluate(
         check_scales,
         load_trained,
         measure,
+        read_rows,
         score_row,
     )
 
@@ -418,6 +419,8 @@ def evaluate(
     trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
     method = "base" if adapter is None else _name_of(Path(adapter))
     cache = Cache()
+    before = [] if output is None else read_rows(output, missing_ok=True)
+    added = 0
     for scale in strengths:
         if scales is not None:
             print(f"scale {scale:g}")
@@ -442,7 +445,12 @@ def evaluate(
                         score_row(score, run=Path(output).stem, method=method, scale=scale)
                         for score in result.scores
                     ]
+                    rows = [row for row in rows if row not in before]
                     append_rows(output, rows)
+                    added += len(rows)
+    if output is not None:
+        same = "" if added else ", which has the same already"
+        print(f"\nadded {added} scores to {output}{same}")
 
 
 def _numbers(what: str, text: str) -> list[float]:

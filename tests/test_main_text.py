@@ -52,6 +52,10 @@ def test_a_language_model_from_sites_to_export(tiny_llm, saved, tmp_path, monkey
     assert "corda-vlm export MODEL" in (tmp_path / "adapter" / "weights" / "README.md").read_text()
     main(["evaluate", model, "suite.yaml", "--adapter=adapter", "--output=scores.jsonl"])
     assert sizes(tmp_path / "scores.jsonl") == {"even": 4}
+    rows = (tmp_path / "scores.jsonl").read_text()
+    main(["evaluate", model, "suite.yaml", "--adapter=adapter", "--output=scores.jsonl"])
+    assert (tmp_path / "scores.jsonl").read_text() == rows
+    assert "added 0 scores to scores.jsonl, which has the same already" in capsys.readouterr().out
     main(["export", model, "adapter/weights", "merged"])
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     before = transformers.AutoModelForCausalLM.from_pretrained(model)
