@@ -52,7 +52,7 @@ from corda_vlm.families import LanguageProcessor, Loaded, load_model
 from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan
-from corda_vlm.sites import Site, find_sites, model_fingerprint
+from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import Head, train
 from corda_vlm.train.options import HARMLESS
 
@@ -328,13 +328,13 @@ class _Laboratory:
         adapted = find_sites(model, towers=experiment.towers)
         if of != "knowledge" or not isinstance(self.loaded.processor, LanguageProcessor):
             return adapted  # batches for one tower of a CLIP do not reach another
-        whole = tuple(
-            f"{name}."
+        whole = [
+            name
             for variant in experiment.variants.values()
             if variant.anchor or experiment.forecast
             for name in variant.modules_to_save
-        )
-        return [s for s in find_sites(model) if s in adapted or f"{s.name}.".startswith(whole)]
+        ]
+        return [s for s in find_sites(model) if s in adapted or lies_in(s.name, whole)]
 
     # -------------------------------------------------------------- training
 

@@ -121,6 +121,11 @@ def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.L
     return module
 
 
+def lies_in(site: str, modules: Iterable[str]) -> bool:
+    """Is the site one of these modules of the bare model, or in one of them?"""
+    return f"{site}.".startswith(tuple(f"{module}." for module in modules))
+
+
 def site_shape(model: nn.Module, name: str) -> tuple[int, int]:
     """(out, in) of a site's weight, packed or not.
 

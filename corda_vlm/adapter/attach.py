@@ -45,7 +45,7 @@ from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families.attention import pack, unpack
 from corda_vlm.files import read_json, write_json
 from corda_vlm.plan import AdapterPlan, plan_adapter
-from corda_vlm.sites import find_sites, model_fingerprint
+from corda_vlm.sites import find_sites, lies_in, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def whole_modules(model: nn.Module, names: Sequence[str], sites: Iterable[str]) 
             raise CordaError(
                 f"modules_to_save: peft would take {others[0]!r} for {name!r} as well, which ends alike"
             )
-        inside = [site for site in sites if site == name or site.startswith(f"{name}.")]
+        inside = [site for site in sites if lies_in(site, [name])]
         if inside:
             raise CordaError(
                 f"{inside[0]} has an adapter in the plan and would be trained whole as well, as a part of {name!r}; plan "

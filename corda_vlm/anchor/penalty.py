@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from corda_vlm.adapter.paired import PairedConfig, base_of
 from corda_vlm.anchor.adapters import Adapted, Adapters, as_adapted
 from corda_vlm.anchor.metric import Metrics
-from corda_vlm.anchor.whole import Whole, trained_weights
+from corda_vlm.anchor.whole import Whole, trained_sites
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.covariance.store import some
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import unwrap
-from corda_vlm.sites import Site, model_fingerprint
+from corda_vlm.sites import Site, lies_in, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,9 @@ def anchor_penalty(
         for name, layer in layers.items()
         if any(adapter in layer.lora_A for adapter in layer.active_adapters)
     }
-    whole = trained_weights(bare, layers)
-    for name in _unseen(model, store, whole):
-        whole.pop(name, None)
+    whole = trained_sites(bare, layers)
+    unseen = _unseen(model, store, whole)
+    whole = [name for name in whole if name not in unseen]
     chosen = _chosen(store, [*starts, *whole], sites)
     _check_model(model, store, starts)
     exact, light = Metrics(store, energy or 1.0), Metrics(store, energy or FULL_ENERGY)
@@ -190,7 +190,7 @@ def _unseen(model: nn.Module, store: CovarianceStore, whole: Iterable[str]) -> l
     ]
     found = []
     for name in beside:
-        layers = [layer for layer in whole if f"{layer}.".startswith(f"{name}.")] or [name]
+        layers = [layer for layer in whole if lies_in(layer, [name])] or [name]
         missing = [layer for layer in layers if layer not in store]
         if missing:
             logger.warning(

@@ -96,9 +96,9 @@ def _weights_below(
     return [get_linear(model, name, as_trained=as_trained).weight for name in names]
 
 
-def trained_weights(bare: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Tensor]:
-    """Site name -> weight, for sites without an adapter whose weight is trained."""
-    found = {}
+def trained_sites(bare: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
+    """Names of the sites without an adapter whose weight is trained."""
+    found = []
     for site in find_sites(bare):
         (weight,) = _weights_below(bare, site.name.rpartition(".")[0], [site.name])
         if not weight.requires_grad:
@@ -107,5 +107,5 @@ def trained_weights(bare: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, 
             raise CordaError(
                 f"{site.name!r} has an adapter, and its base weight is trained as well; freeze one of the two"
             )
-        found[site.name] = weight
+        found.append(site.name)
     return found

@@ -24,10 +24,13 @@ _ROLES = {
 def llava(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
     turns = _needed(table, spec, "conversations", "the conversations of LLaVA's JSON")
 
-    read = _without if spec.image is None else _split
+    without = spec.image is None
 
     def make(row: int) -> dict[str, Any]:
-        messages = [_message(turn, "from", "value", read) for turn in _turns(turns[row], "from")]
+        messages = [
+            _message(turn, "from", "value", split=True, without=without)
+            for turn in _turns(turns[row], "from")
+        ]
         return {"messages": _checked(matching(messages, count(row)))}
 
     return each(table, make, ["messages"])
@@ -39,8 +42,10 @@ def chat(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
     def make(row: int) -> dict[str, Any]:
         # A text may speak of "<image>" without meaning one; where the record has pictures it means them.
         # Where pictures are left out it is taken for one, so that a model of text alone reads no placeholder.
-        read = _without if spec.image is None else _split if count(row) else _as_it_is
-        messages = [_message(turn, "role", "content", read) for turn in _turns(turns[row], "role")]
+        messages = [
+            _message(turn, "role", "content", split=count(row) > 0, without=spec.image is None)
+            for turn in _turns(turns[row], "role")
+        ]
         return {"messages": _checked(matching(messages, count(row)))}
 
     return each(table, make, ["messages"])
@@ -69,8 +74,9 @@ Part = dict[str, Any]
 
 
 def _message(
-    turn: Mapping[str, Any], role_key: str, content_key: str, read: Callable[[str], list[Part]]
+    turn: Mapping[str, Any], role_key: str, content_key: str, *, split: bool, without: bool
 ) -> Message:
+    """A message; `split`: `<image>` in a text is a picture; `without`: pictures and their `<image>` are left out."""
     role = _ROLES.get(str(turn[role_key]))
     if role is None:
         raise Fault(f"has the role {turn[role_key]!r}; known are {', '.join(_ROLES)}")
@@ -82,13 +88,15 @@ def _message(
     parts: list[Part] = []
     for part in stored if isinstance(stored, (list, tuple)) else [stored]:
         if isinstance(part, str):
-            parts += read(part)
+            parts += _split(part) if split and not without else _as_it_is(part)
         elif isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            parts += [] if read is _without else [{"type": "image"}]
+            parts.append({"type": "image"})
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            parts += _without(part["text"]) if read is _without else _as_it_is(part["text"])
+            parts += _as_it_is(part["text"])
         else:
             raise Fault(f"has a part that is neither text nor image: {part!r:.80}")
+    if without:
+        parts = [{**part, "text": _without(part["text"])} for part in parts if "text" in part]
     if any(part["type"] == "image" for part in parts):
         return {"role": role, "content": parts}
     return {"role": role, "content": "".join(part["text"] for part in parts)}
@@ -98,9 +106,9 @@ def _as_it_is(text: str) -> list[Part]:
     return [{"type": "text", "text": text}]
 
 
-def _without(text: str) -> list[Part]:
+def _without(text: str) -> str:
     """Text without `<image>`, for records whose pictures are left out."""
-    return _as_it_is(_LEFT_OUT.sub("", text).strip() if PLACEHOLDER in text else text)
+    return _LEFT_OUT.sub("", text).strip() if PLACEHOLDER in text else text
 
 
 def _split(text: str) -> list[Part]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Batch, Masking, unwrap
-from corda_vlm.families.hub import Missing, or_missing, tokenizer_of
+from corda_vlm.families.hub import or_missing, tokenizer_of
 from corda_vlm.families.language import (
     IGNORED,
     LanguageProcessor,
@@ -207,7 +207,7 @@ def processor(source: str | Path, model: nn.Module) -> LanguageProcessor:
     import transformers
 
     def words() -> Any:
-        return _or_absent(
+        return or_missing(
             lambda: tokenizer_of(source, transformers),
             f"{source} came without the files that this needs: for texts, tokenizer.json, or vocab.json and "
             "merges.txt, was looked for. Put them beside its weights.",
@@ -215,7 +215,7 @@ def processor(source: str | Path, model: nn.Module) -> LanguageProcessor:
 
     if getattr(unwrap(model).config, "vision_config", None) is None:
         return language_processor(model, words())
-    whole = _or_absent(
+    whole = or_missing(
         lambda: transformers.AutoProcessor.from_pretrained(source),
         f"{source} came without the files that this needs: for images, processor_config.json (or "
         "preprocessor_config.json) was looked for. Put it beside its weights.",
@@ -224,22 +224,6 @@ def processor(source: str | Path, model: nn.Module) -> LanguageProcessor:
     if tokenizer is None:  # a folder without an image processor still reads text
         tokenizer = words()
     return language_processor(model, tokenizer, whole)
-
-
-class _Absent(Missing):
-    """A `Missing` that says which files were looked for, and where."""
-
-    def __init__(self, error: Exception, told: str) -> None:
-        super().__init__(error)
-        self.told = told
-
-    def __call__(self, *args: object, **kwargs: object) -> Any:
-        raise CordaError(self.told) from self.error
-
-
-def _or_absent(load: Callable[[], Any], told: str) -> Any:
-    found = or_missing(load)
-    return _Absent(found.error, told) if isinstance(found, Missing) else found
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -42,22 +42,25 @@ def tokenizer_of(source: str | Path, transformers: Any) -> Any:
 class Missing:
     """Stands for a processor that could not be loaded: using it says so."""
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+    def __init__(self, error: Exception, told: str) -> None:
+        self.error, self.told = error, told
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        raise CordaError(
-            "the model came without the files that this needs (preprocessor_config.json for images; tokenizer.json, "
-            "or vocab.json and merges.txt, for texts). Put them beside its weights."
-        ) from self.error
+        raise CordaError(self.told) from self.error
 
 
-def or_missing(load: Callable[[], Any]) -> Any:
-    """What `load` gives, or its stand-in: a model can be adapted without it."""
+_ANY_FILE = (
+    "the model came without the files that this needs (preprocessor_config.json for images; tokenizer.json, "
+    "or vocab.json and merges.txt, for texts). Put them beside its weights."
+)
+
+
+def or_missing(load: Callable[[], Any], told: str = _ANY_FILE) -> Any:
+    """What `load` gives, or its stand-in, which says `told` when it is used: a model can be adapted without it."""
     try:
         return load()
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        return Missing(error)
+        return Missing(error, told)
 
 
 def image_size(vision: Any) -> tuple[int, int]:
