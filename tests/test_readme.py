@@ -44,6 +44,27 @@ def test_the_verbs_of_the_readme_run_one_after_another(tmp_path, monkeypatch, ca
     assert (tmp_path / "plan.png").is_file()
 
 
+@pytest.mark.parametrize(
+    "block", [b for language, b in BLOCKS if language == "sh" and "corda-vlm calibrate" in b]
+)
+def test_what_a_command_reads_was_written_by_one_before_it_in_its_block(block):
+    """An older file of that name, e.g. of the block before, would be taken without a word."""
+    written: set[str] = set()
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        given = dict(zip(words, words[1:], strict=False))
+        read = {
+            given[option] for option in ("--plan", "--covariance", "--adapter") if option in given
+        }
+        if words[1] == "export":
+            read.add(words[3].removesuffix("/weights"))
+        assert read <= written, f"{line}: nothing in this block writes {sorted(read - written)}"
+        if "--dry-run" not in words:
+            written |= {given[option] for option in ("--output", "--picture") if option in given}
+            if words[1] == "calibrate":
+                written.add(given.get("--output", "covariance.safetensors"))
+
+
 @pytest.mark.parametrize("words", [w for w in COMMANDS if "run" in w], ids=" ".join)
 def test_the_experiments_of_the_readme_exist(words):
     assert load_experiment(words[-1]).variants
