@@ -8,9 +8,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1900
+"""Characters of a message: it has to fit a screen, whatever somebody's file or a library put into it."""
+
 
 class CordaError(ValueError):
     """Base class: the input or the request is wrong, and the message says how to put it right."""
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if len(text) > LONGEST:  # what is wrong stands at its beginning, what to do at its end
+            text = f"{text[: LONGEST - 500]} … {text[-450:]}"
+        super().__init__(text)
 
 
 class UnknownNameError(CordaError):

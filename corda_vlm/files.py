@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.processes import Process, this_process
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOCK, HOLDER = ".corda_vlm.lock", ".corda_vlm.holder"
+"""Names of a lock and of who holds it (see `corda_vlm.locks`): in a folder as they are, of a file after its name."""
+
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+_NUMBERS = itertools.count()
 
 _PACKAGE = Path(__file__).resolve().parent
 # An install carries `model_zoo/`, `eval/` and `configs/` inside the package; a checkout has them beside it.
@@ -40,14 +53,114 @@ def resolve(path: str | Path, beside: str | Path | None = None) -> Path:
     Raises:
         CordaError: it is in none of them; the message lists where was looked.
     """
-    tried = [Path(path).expanduser()]
-    if beside is not None:
-        tried.append(Path(beside).parent / path)
-    tried.append(_ASSETS / path)
-    for candidate in tried:
-        if candidate.exists():
-            return candidate
-    raise CordaError(f"no file {str(path)!r}; looked at: {', '.join(map(str, tried))}")
+    try:
+        tried = [Path(path).expanduser()]
+        if beside is not None:
+            tried.append(Path(beside).parent / path)
+        tried.append(_ASSETS / path)
+        for candidate in tried:
+            if candidate.exists():
+                return candidate
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, ~ of no user
+        reason = getattr(error, "strerror", None) or error
+        raise CordaError(f"{shown(path)} is no path: {reason}") from error
+    raise CordaError(f"no file {shown(path)!r}; looked at: {', '.join(map(shown, tried))}")
+
+
+def shown(path: str | Path) -> str:
+    """A path as a message says it: without characters that do not print, and not longer than a line or two."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(path))
+    return text if len(text) <= 300 else f"{text[:150]} … {text[-100:]}"
+
+
+def entries(folder: str | Path) -> list[Path]:
+    """What lies in a folder, in order, but for partial files and locks, which are nobody's work."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not is_ours_for_now(path.name))
+
+
+def is_ours_for_now(name: str) -> bool:
+    """Is this the name of a partial file or folder, or of a lock? They come and go with a process."""
+    return name.startswith(".") and (
+        name.endswith((_PARTIAL, _REPLACED)) or LOCK in name or HOLDER in name
+    )
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove the partial files and folders in `folder` whose writers have ended, killed half way.
+
+    Those of living processes stay, and those of other hosts, of which nothing is known here.
+    """
+    with suppress(OSError), os.scandir(folder) as found:
+        for entry in found:
+            if not entry.name.endswith(_PARTIAL):
+                continue
+            writer = Process.parse(entry.name.removesuffix(_PARTIAL).rpartition(".")[2])
+            if writer is not None and writer.is_gone:
+                _remove(Path(entry.path))
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it is there and can be; never raises, as it runs while errors pass through."""
+    with suppress(OSError, ValueError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that says whose it is and that no other write has at this time."""
+    # Cut, as a name is at most 255 bytes long on most systems.
+    stem = path.name.encode()[:120].decode(errors="ignore")
+    return path.with_name(f".{stem}.{next(_NUMBERS)}.{this_process()}{_PARTIAL}")
+
+
+def _target(path: str | Path) -> Path:
+    """Where a write to `path` goes, its folder made; what dead writers left there is gone.
+
+    Raises:
+        CordaError: no file can be written there.
+    """
+    if "\0" in str(path):
+        raise CordaError(f"{shown(path)} is no path: it holds a NUL character")
+    path = Path(path)
+    try:
+        # Through a link to the file it names, which else would be replaced by the new one.
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    sweep(path.parent)
+    return path
+
+
+def cannot_write(path: str | Path, error: Exception) -> CordaError:
+    """What went wrong in writing `path`, and what to do about it."""
+    # Some libraries raise errors of their own, with the system's reason in the text alone.
+    number = error.errno if isinstance(error, OSError) else None
+    told = str(error).lower()
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    if number in (errno.ENOTDIR, errno.EEXIST):
+        above = next((p for p in Path(path).parents if p.exists() and not p.is_dir()), None)
+        if above is not None:
+            reason = f"{shown(above)} is a file, not a folder"
+        remedy = "name a path whose folders are folders"
+    elif number == errno.EISDIR:
+        reason, remedy = "it is a folder", "name a file"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS) or "denied" in told:
+        remedy = "choose a folder that you may write to"
+    elif number == errno.ENAMETOOLONG:
+        remedy = "choose a shorter name"
+    elif number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "os error 28" in told:
+        remedy = "free some space or choose another folder, then run the same command again"
+    else:
+        remedy = "choose another place, then run the same command again"
+    return CordaError(
+        f"could not write {shown(path)}: {reason}. What was there before, if anything, is untouched; {remedy}."
+    )
 
 
 @contextmanager
@@ -55,26 +168,94 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it onto `path` only when the block ends well.
 
     A reader, or a process killed at any moment, sees the old file or the new one, never a part.
-    The partial file is removed when the block raises (a full disk included).
+    The partial file is removed when the block raises (a full disk included); one that a kill left
+    behind is removed by whoever writes into the folder next.
+
+    Raises:
+        CordaError: nothing can be written there: no permission, no space, a folder or a device of that name.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = _target(path)
+    partial = _partial(path)
     try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise OSError(None, f"it is {kind}, not a file")
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors makes files that only their owner may read
-        with partial.open("rb") as written:
+        with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk by its own error
-        raise CordaError(
-            f"could not write {path}: {getattr(error, 'strerror', None) or error}. The former file, if any, is untouched; "
-            "free some space or choose another folder, then run the same command again."
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` that takes its place when the block ends well, and else is removed.
+
+    What was at `path` is replaced as a whole; a kill in between leaves the old folder or the new one, or for the
+    moment between two renames neither: the next call puts the old one back first.
+
+    Raises:
+        CordaError: nothing can be written there.
+    """
+    path = _target(path)
+    partial = _partial(path)
+    replaced = replaced_folder(path)
+    try:
+        put_back(path)
+        _remove(replaced)
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            path.rename(replaced)
+        try:
+            partial.rename(path)
+        except OSError:
+            put_back(path)
+            raise
+        _remove(replaced)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+    finally:
+        _remove(partial)
+
+
+def replaced_folder(path: Path) -> Path:
+    """Where `atomic_folder` keeps what it replaces, for the moment between two renames."""
+    return path.with_name(f".{path.name}{_REPLACED}")
+
+
+def put_back(path: Path) -> None:
+    """Undo a replacement of the folder `path` that a kill or an error interrupted between its two renames."""
+    replaced = replaced_folder(path)
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to `path` as safetensors, atomically, readable by whom the umask lets.
+
+    Args:
+        tensors: on any device, with any strides; two that share memory are refused by safetensors.
+        metadata: kept in the header.
+
+    Raises:
+        CordaError: nothing can be written there.
+    """
+    from safetensors.torch import (
+        save_file,
+    )  # torch takes seconds, and most of what is in here needs none
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as partial:
+        save_file(plain, partial, metadata=dict(metadata or {"format": "pt"}))
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -94,12 +275,33 @@ def read_json(path: str | Path, what: str = "JSON") -> Any:
     Raises:
         ForeignFileError: no file, not UTF-8, or not JSON; `what` names the kind of file in the message.
     """
-    path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ForeignFileError(f"no {what} file at {path}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = read_bytes(path, what)
+        return json.loads(content.decode("utf-8"))
+    # RecursionError: lists in lists in lists, thousands deep
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        if isinstance(error, CordaError):
+            raise
         raise ForeignFileError(
-            f"{path} is not a {what} file ({error}); it may be truncated or of another kind. Make it again."
+            f"{shown(path)} is not a {what} file ({shown(str(error))}); it may be truncated or of another kind. Make it again."
         ) from error
+
+
+def read_bytes(path: str | Path, what: str = "") -> bytes:
+    """The bytes of a plain file.
+
+    Raises:
+        ForeignFileError: no file, a folder, a device, or not readable; `what` names the kind of file in the message.
+    """
+    what = what and f"{what} "
+    try:
+        if not os.path.lexists(path):
+            raise ForeignFileError(f"no {what}file at {shown(path)}")
+        if not Path(path).is_file():
+            raise ForeignFileError(f"{shown(path)} is no file; a {what}file was expected")
+        return Path(path).read_bytes()
+    except ForeignFileError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ForeignFileError(f"the {what}file {shown(path)} cannot be read: {reason}") from error

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 import subprocess
 import sys
 import time
@@ -9,7 +11,19 @@ import pytest
 from safetensors import SafetensorError
 
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
-from corda_vlm.files import asset, atomic_write, read_json, resolve, write_json
+from corda_vlm.files import (
+    asset,
+    atomic_folder,
+    atomic_write,
+    entries,
+    read_json,
+    resolve,
+    save_tensors,
+    sweep,
+    write_json,
+    write_text,
+)
+from corda_vlm.processes import this_process
 
 
 def test_asset_finds_shipped_files_and_lists_the_folder_otherwise():
@@ -74,6 +88,111 @@ def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
     writer.wait()
     time.sleep(0.05)
     assert read_json(target) == list(range(10))
+    assert len(list(tmp_path.iterdir())) == 2, "a kill leaves its partial file"
+    assert entries(tmp_path) == [target], "which is nobody's work"
+    write_json(tmp_path / "another.json", 1)
+    assert len(list(tmp_path.iterdir())) == 2, "and goes with the next write into the folder"
+
+
+def test_only_what_dead_writers_left_is_swept(tmp_path):
+    mine, child = this_process(), os.fork()
+    if child == 0:
+        (tmp_path / f".a.0.{this_process()}.partial").touch()
+        (tmp_path / f".folder.0.{this_process()}.partial" / "deep").mkdir(parents=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    living = tmp_path / f".b.0.{mine}.partial"
+    elsewhere = tmp_path / f".c.0.another_host-{2**22 + 1}-17.partial"
+    of_somebody = tmp_path / ".notes.partial"
+    for kept in (living, elsewhere, of_somebody):
+        kept.touch()
+    assert len(list(tmp_path.iterdir())) == 5
+    sweep(tmp_path)
+    assert set(tmp_path.iterdir()) == {living, elsewhere, of_somebody}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_tensors_are_readable_by_whom_the_umask_lets(tmp_path, umask):
+    import torch
+    from safetensors.torch import load_file
+
+    former = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"w": torch.arange(6.0).view(2, 3).T})
+    finally:
+        os.umask(former)
+    mode = stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode)
+    assert oct(mode) == oct(0o666 & ~umask)
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["w"], torch.arange(6.0).view(2, 3).T)
+
+
+def test_a_write_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "elsewhere" / "real.json")
+    write_json(tmp_path / "link.json", 5)
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_json(tmp_path / "elsewhere" / "real.json") == 5
+
+
+UNUSABLE = {
+    "a folder": ("folder", "it is a folder"),
+    "a parent that is a file": ("file.json/x/y.json", "file.json is a file, not a folder"),
+    "a device": ("/dev/full", "a device or a pipe"),
+    "below a device": ("/dev/null/x", "/dev/null is a file, not a folder"),
+    "too long a name": ("x" * 300, "choose a shorter name"),
+    "too long a path": ("x/" * 4000 + "y", "choose a shorter name"),
+    "a NUL": ("a\0b", "NUL"),
+    "a loop of links": ("loop/x", "could not write"),
+    "no system that can be written to": ("/proc/corda/x", "could not write"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_place_that_cannot_be_written_is_named(tmp_path, case):
+    name, reason = UNUSABLE[case]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.json").write_text("1")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.iterdir())
+    for write in (lambda path: write_text(path, "x"), _write_folder):
+        if case in ("a folder", "a device") and write is _write_folder:
+            continue
+        with pytest.raises(CordaError, match=reason) as raised:
+            write(name if name.startswith("/") else tmp_path / name)
+        assert len(str(raised.value)) < 2000
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def _write_folder(path):
+    with atomic_folder(path) as partial:
+        (partial / "x").touch()
+
+
+def test_a_folder_without_permission_says_so_and_hides_no_error(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)  # used to be raised in place of the first
+    with pytest.raises(CordaError, match=r"Permission denied.*you may write to"):
+        write_text(tmp_path / "a", "x")
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "out"
+    for name in "ab":
+        with atomic_folder(target) as partial:
+            (partial / name).touch()
+        assert [p.name for p in target.iterdir()] == [name]
+    with pytest.raises(CordaError, match="No space"), atomic_folder(target) as partial:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_messages_fit_a_screen():
+    assert len(str(CordaError("x" * 10_000))) < 2000
+    assert len(str(UnknownNameError("site", "y" * 5000, map(str, range(5000))))) < 2000
 
 
 def test_read_json_names_a_truncated_file(tmp_path):
@@ -88,3 +207,30 @@ def test_an_unknown_name_lists_the_choices_and_the_nearest():
     message = str(UnknownNameError("method", "corda-kmp", ["lora", "corda-kpm"]))
     assert "corda-kpm, lora" in message
     assert "Did you mean 'corda-kpm'?" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", b"[" * 100_000, b'{"a":', b"1" * 10_000, b"", b"\0"],
+    ids=["not UTF-8", "deep", "cut", "a number of ten thousand digits", "empty", "NUL"],
+)
+def test_read_json_names_what_is_no_json(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(ForeignFileError, match=r"plan\.json is not a plan file") as raised:
+        read_json(tmp_path / "plan.json", "plan")
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "x" * 300, "a\0b", "loop"])
+def test_read_json_names_what_is_no_file(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ForeignFileError):
+        read_json(tmp_path / name, "plan")
+
+
+def test_resolve_names_what_is_no_path():
+    for path in ("x" * 300, "a\0b", "~nosuchuser/x"):
+        with pytest.raises(CordaError):
+            resolve(path)

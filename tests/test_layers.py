@@ -13,7 +13,9 @@ PACKAGE = Path(corda_vlm.__file__).parent
 # From the bottom up. A module may import those on its own level's left, never those on its right.
 ORDER = (
     "errors",
+    "processes",
     "files",
+    "locks",
     "decompose",
     "ranks",
     "families",
