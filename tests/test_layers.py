@@ -16,6 +16,7 @@ ORDER = (
     "processes",
     "files",
     "locks",
+    "jsonl",
     "decompose",
     "ranks",
     "families",

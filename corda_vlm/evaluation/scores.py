@@ -7,11 +7,7 @@ the same examples.
 
 from __future__ import annotations
 
-import errno
-import json
-import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from corda_vlm.errors import CordaError, DataError, ForeignFileError
-
-logger = logging.getLogger(__name__)
+from corda_vlm.errors import DataError
+from corda_vlm.jsonl import append_jsonl, is_number, read_jsonl, wrong_field
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -214,66 +209,12 @@ def score_row(
 
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a scores file in one write, and force them to the disk.
-
-    A line torn by a kill during an earlier write is cut off first, else the new row would be glued
-    to it and both lost.
+    """Add rows to a scores file in one write, see `append_jsonl`.
 
     Raises:
         CordaError: a value is NaN, Inf or no JSON; or the disk is full.
     """
-    path = Path(path)
-    try:
-        text = "".join(
-            json.dumps(dict(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows
-        )
-    except (TypeError, ValueError) as error:
-        raise CordaError(f"a score for {path} cannot be written as JSON: {error}") from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
-        # One write to a descriptor in append mode: concurrent runs do not interleave within a line.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            content = text.encode()
-            written = os.write(descriptor, content)
-            if written < len(content):  # the disk filled up half-way
-                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CordaError(
-            f"could not add to {path}: {error.strerror or error}. The rows before are untouched; free "
-            "some space and run the same command again."
-        ) from error
-
-
-def _is_row(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _cut_torn_line(path: Path) -> None:
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        keep = content.rfind(b"\n") + 1
-        torn = content[keep:]
-        if not torn:
-            return
-        if _is_row(torn):  # only its newline is missing; the file position is at the end
-            file.write(b"\n")
-            return
-        logger.warning(
-            "%s: its last line was cut short by an interruption and is dropped (%d bytes)",
-            path, len(torn),
-        )  # fmt: skip
-        file.truncate(keep)
+    append_jsonl(path, rows, "score")
 
 
 def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[dict[str, Any]]:
@@ -282,29 +223,28 @@ def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[dict[str, A
     Raises:
         ForeignFileError: no such file (unless `missing_ok`), or a line that is not a score.
     """
-    path = Path(path)
-    if not path.exists():
-        if missing_ok:
-            return []
-        raise ForeignFileError(f"no scores at {path}; evaluate a model into it first")
-    *lines, rest = path.read_bytes().split(b"\n")
-    if _is_row(rest):
-        lines.append(rest)
-    elif rest:
-        logger.warning("%s: its last line was cut short by an interruption and is dropped", path)
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            missing = {"method", "task", "metric", "value"} - set(row)
-        except (ValueError, TypeError) as error:
-            raise ForeignFileError(f"{path}, line {number}, is not a score: {error}") from error
-        if missing:
-            raise ForeignFileError(
-                f"{path}, line {number}, is not a score: no {', '.join(sorted(missing))}"
-            )
-        rows.append(row)
-    return rows
+    hint = "evaluate a model into it first"
+    return read_jsonl(path, "score", check=_not_a_score, missing_ok=missing_ok, hint=hint)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value) and value == int(value)
+
+
+_NEEDED = {"method": _is_name, "task": _is_name, "metric": _is_name, "value": is_number}
+_OPTIONAL = {
+    "learning_rate": is_number, "seed": _is_count, "scale": is_number, "low": is_number, "high": is_number,
+    "n": _is_count, "steps": _is_count, "chance": is_number, "forecast": is_number,
+    "role": lambda role: isinstance(role, str) and role in ROLES,
+}  # fmt: skip
+
+
+def _not_a_score(row: Mapping[str, Any]) -> str | None:
+    return wrong_field(row, _NEEDED, _OPTIONAL)
 
 
 def done(

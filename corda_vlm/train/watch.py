@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.files import write_text
+from corda_vlm.jsonl import append_jsonl, is_number, read_jsonl, write_jsonl, wrong_field
 from corda_vlm.train.options import TrainOptions
 
 PENALTIES = ("anchor", "extra_loss")
@@ -67,7 +65,7 @@ class Watch(TrainerCallback):
         self.history = [
             entry for entry in read_history(self.path) if entry["step"] <= state.global_step
         ]
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.history))
+        write_jsonl(self.path, self.history, "history entry")
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -159,14 +157,7 @@ class Watch(TrainerCallback):
 
     def _note(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise CordaError(
-                f"could not write {self.path}: {error}. The checkpoints are untouched: free some space and "
-                "run the same command again."
-            ) from error
+        append_jsonl(self.path, [entry], "history entry")
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -175,22 +166,17 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         ForeignFileError: another line is no entry.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            entry["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ForeignFileError(
-                f"{path}, line {number}: no entry of a training's history"
-            ) from error
-        entries.append(entry)
-    return entries
+    return read_jsonl(path, "history entry", check=_not_an_entry, missing_ok=True)
+
+
+def _not_an_entry(row: Mapping[str, Any]) -> str | None:
+    return wrong_field(row, {"step": is_number}, dict.fromkeys(_NUMBERS, is_number))
+
+
+_NUMBERS = (
+    "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second", "eval_loss", "eval_accuracy",
+    *PENALTIES,
+)  # fmt: skip
 
 
 @contextmanager

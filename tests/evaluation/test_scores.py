@@ -170,6 +170,24 @@ def test_a_foreign_line_is_named(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "absent.jsonl", missing_ok=True) == []
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", 3), ("method", ""), ("method", None), ("task", ["digits"]), ("metric", {"top1": 1}), ("value", "0.5"),
+        ("value", True), ("value", None), ("value", 10**400), ("learning_rate", "fast"), ("seed", 0.5), ("seed", [0]),
+        ("scale", "half"), ("low", "0"), ("high", []), ("n", "many"), ("chance", {}), ("forecast", "none"), ("role", "gian"),
+        ("role", ["gain"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_named_with_its_line(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps(row()) + "\n" + json.dumps({**row(), field: value}) + "\n")
+    with pytest.raises(
+        ForeignFileError, match=rf"scores\.jsonl, line 2, is not a score: its {field} is "
+    ):
+        read_rows(path)
+
+
 def test_nan_is_refused_and_nothing_written(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     append_rows(path, [row()])

@@ -22,6 +22,7 @@ from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
 from corda_vlm.train import TrainingInterrupted, TrainOptions, TrainResult, train
+from corda_vlm.train.watch import read_history
 
 FAST = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
 
@@ -310,3 +311,20 @@ def test_the_weights_of_another_plan_are_not_taken_for_this_ones(
             train(
                 other, digits, processor, options=options, output_dir=tmp_path, show_progress=False
             )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"loss": 1.0}', "no step"),
+        ('{"step": "one"}', "its step is 'one'"),
+        ('{"step": 1, "loss": [1]}', r"its loss is \[1\]"),
+        ('{"step": 1, "loss": NaN}', "holds NaN"),
+        ("[1]", "no JSON object"),
+    ],
+)
+def test_a_line_that_is_no_entry_of_a_history_is_named(tmp_path, line, message):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 3}\n')
+    with pytest.raises(ForeignFileError, match=rf"line 2, is not a history entry: .*{message}"):
+        read_history(path)
