@@ -165,7 +165,7 @@ def train(
     checkpoint = last_checkpoint(output)
     with as_it_was(model), less_memory, stop_on_signal(watch):
         try:
-            trainer.seconds = _seconds(checkpoint)
+            trainer.restore(checkpoint)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             watch.close()
@@ -304,11 +304,6 @@ def last_checkpoint(output: Path) -> Path | None:
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
-
-
-def _seconds(checkpoint: Path | None) -> float:
-    path = None if checkpoint is None else checkpoint / "seconds.txt"
-    return float(path.read_text()) if path is not None and path.is_file() else 0.0
 
 
 def _finish(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +88,16 @@ class PenaltyMixin:
                 f"{name!r} is {float(value.detach())} at step {self.state.global_step + 1}: the weights have grown "  # type: ignore[attr-defined]
                 "beyond all measure; lower the learning rate"
             )
-        term.seen.append(value.detach())
+        term.seen.append(value.detach().float())
+
+    def penalties_seen(self) -> dict[str, list[float]]:
+        """The unweighted values since they were last logged, for a checkpoint."""
+        return {name: [float(v) for v in term.seen] for name, term in self._terms().items()}
+
+    def see_penalties(self, values: Mapping[str, list[Tensor]]) -> None:
+        """Take up the values that `penalties_seen` gave before a training was interrupted."""
+        for name, term in self._terms().items():
+            term.seen = list(values.get(name, ()))
 
     def _terms(self) -> dict[str, _Term]:
         # made on demand, as a mixin that has no say in how its Trainer is constructed

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families.base import evaluating, unwrap
+from corda_vlm.files import read_json, write_json
 from corda_vlm.train.model import projector_parameters
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
@@ -73,7 +74,7 @@ class _BatchLoss(Trainer):
         with self.autocast():
             loss, right = self.objective(unwrap(model), inputs)
         if model.training:
-            self.loss_seen.append(loss.detach())
+            self.loss_seen.append(loss.detach().float())
         return (loss, right) if return_outputs else loss
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -151,7 +152,6 @@ class _BatchLoss(Trainer):
         # Not the Trainer's own, which pickles its arguments and renames a full model's weights.
         assert output_dir is not None
         save_weights(self.net, self.objective.head, output_dir)
-        (Path(output_dir) / SECONDS).write_text(f"{self.seconds}\n", encoding="utf-8")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -172,8 +172,42 @@ class _BatchLoss(Trainer):
 class CordaTrainer(AnchorMixin, _BatchLoss):
     """`_BatchLoss` with terms that look at the weights."""
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # the losses and penalties of the steps that no entry of the history tells yet
+        progress = {
+            "seconds": self.seconds,
+            "loss": [float(loss) for loss in self.loss_seen],
+            "penalties": self.penalties_seen(),
+        }
+        write_json(Path(str(output_dir)) / PROGRESS, progress)
 
-SECONDS = "seconds.txt"
+    def restore(self, checkpoint: Path | None) -> None:
+        """Go on from the progress that a checkpoint holds; None, or a checkpoint without one, begins at zero.
+
+        Raises:
+            ForeignFileError: it is damaged.
+        """
+        path = None if checkpoint is None else checkpoint / PROGRESS
+        if path is None or not path.is_file():
+            return
+        saved = read_json(path, "training progress")
+        try:
+            self.seconds = float(saved["seconds"])
+            self.loss_seen = [self._scalar(value) for value in saved["loss"]]
+            self.see_penalties(
+                {n: [self._scalar(v) for v in of] for n, of in saved["penalties"].items()}
+            )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ForeignFileError(
+                f"{path} is damaged; delete the folder {path.parent}, and the training goes on from what was before it"
+            ) from error
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(float(value), dtype=torch.float32, device=self.args.device)
+
+
+PROGRESS = "progress.json"
 
 
 def make_trainer(

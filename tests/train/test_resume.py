@@ -17,10 +17,13 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from corda_vlm.adapter import attach_adapter
+from corda_vlm.anchor import anchor_penalty
+from corda_vlm.covariance import collect_covariance
 from corda_vlm.data import load_records
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
+from corda_vlm.sites import find_sites
 from corda_vlm.train import TrainingInterrupted, TrainOptions, TrainResult, train
 from corda_vlm.train.watch import read_history
 
@@ -115,6 +118,56 @@ def test_an_interrupted_training_ends_where_the_uninterrupted_one_does(
     assert done.resumed_from == done.steps == 10
     same(trained(model), trained(again), rtol=0, atol=0)
     assert done.history == result.history
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("killed_at", [1, 4, 5, 6, 9])
+def test_a_resumed_history_is_the_uninterrupted_one_to_the_digit(
+    tiny_open_clip, digits, held_out, processor, tmp_path, killed_at, accumulated
+):
+    """Entries are means over the steps since the one before, wherever in between the training was cut and resumed."""
+    sites = find_sites(tiny_open_clip, towers="vision")
+    pixels = {"pixel_values": torch.randn(64, 3, 32, 32)}
+    store = collect_covariance(tiny_open_clip, [pixels], sites, show_progress=False)
+    options = TrainOptions(
+        steps=10, batch_size=16, learning_rate=1e-2, save_every=2, log_every=5, eval_every=4, bf16=False,
+        gradient_accumulation=accumulated,
+    )  # fmt: skip
+
+    def run(folder: Path, *callbacks: TrainerCallback) -> TrainResult:
+        model = prepare_method("lora", copy.deepcopy(tiny_open_clip), rank=4, towers="vision")
+        grown = next(p for p in model.parameters() if p.requires_grad)
+        return train(
+            model, digits, processor, options=options, output_dir=folder, eval_data=held_out,
+            anchor=anchor_penalty(model, store), anchor_weight=1.0, extra_loss=lambda: grown.square().mean(),
+            callbacks=callbacks, show_progress=False,
+        )  # fmt: skip
+
+    def entries(found: list[dict]) -> list[dict]:
+        clocks = ("seconds", "samples_per_second")
+        return [{k: v for k, v in entry.items() if k not in clocks} for entry in found]
+
+    expected = run(tmp_path / "straight").history
+    assert [entry["step"] for entry in expected] == [4, 5, 8, 10, 10]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "cut", Stop(killed_at))
+    history = tmp_path / "cut" / "history.jsonl"
+    with history.open("a") as file:
+        file.write('{"step": 99, "lo')  # as a kill in the midst of an entry leaves it
+    result = run(tmp_path / "cut")
+    assert result.resumed_from == (killed_at // 2 * 2 or None)
+    assert entries(result.history) == entries(expected)
+    assert read_history(history) == result.history
+
+
+def test_damaged_progress_is_named(lora, tiny_open_clip, digits, processor, tmp_path):
+    base = copy.deepcopy(tiny_open_clip)
+    options = {"options": TrainOptions(**FAST, save_every=2), "output_dir": tmp_path}
+    with pytest.raises(RuntimeError, match="killed"):
+        train(lora(tiny_open_clip), digits, processor, callbacks=[Stop(5)], **options)
+    (tmp_path / "checkpoint-4" / "progress.json").write_text('{"seconds": 1, "loss": 3}')
+    with pytest.raises(ForeignFileError, match=r"progress\.json is damaged; delete the folder"):
+        train(lora(base), digits, processor, **options)
 
 
 def test_only_what_was_trained_is_written(tiny_open_clip, digits, processor, tmp_path):
