@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from corda_vlm.errors import CordaError
+from corda_vlm.precision import Bf16
 
 if TYPE_CHECKING:
     from corda_vlm.families import Loaded
@@ -83,7 +84,7 @@ def calibrate(
     towers: str | None = None,
     roles: str | None = None,
     rounds: int = 1,
-    precision: Literal["float32", "float64", "bf16"] = "float32",
+    precision: Literal["float32", "float64", "bf16", "auto"] = "float32",
     blockwise: bool = False,
     tokens: Literal["all", "prompt", "response", "image", "text"] = "all",
     chat: str = "auto",
@@ -106,7 +107,8 @@ def calibrate(
         towers: only these, separated by commas.
         roles: only these, separated by commas.
         rounds: disjoint calibration rounds, for CorDA++ to choose from.
-        precision: of the sums; bf16 is the fastest.
+        precision: of the sums; bf16 is the fastest where the device multiplies it faster, which auto finds out, and too
+            coarse for kpm.
         blockwise: of a language model: one block at a time, whose sums alone are in memory.
         tokens: of a language model: which tokens count; padding never does.
         chat: the chat template: auto for the model's own, plain, bare, chatml, vicuna, or a .jinja file.
@@ -249,7 +251,7 @@ def train(
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     weight_decay: float = 0.0,
-    bf16: bool = True,
+    bf16: Bf16 = "auto",
     seed: int = 0,
     freeze_a: bool = False,
     anchor: float = 0.0,
@@ -285,7 +287,7 @@ def train(
         batch_size: records a step.
         learning_rate: the peak rate.
         weight_decay: of AdamW.
-        bf16: train under bfloat16 autocast.
+        bf16: train under bfloat16 autocast: true, false, or auto, where the device multiplies bfloat16 faster.
         seed: of the data order.
         freeze_a: train B only.
         anchor: weight of the penalty on changed outputs on the knowledge; needs --covariance.
@@ -375,7 +377,7 @@ def evaluate(
     data_root: str | None = None,
     missing: Literal["error", "skip"] = "error",
     batch_size: int = 64,
-    bf16: bool = False,
+    bf16: Bf16 = "auto",
     dtype: Dtype = "float32",
     device: str = "auto",
     device_map: str | None = None,
@@ -393,7 +395,7 @@ def evaluate(
         data_root: the folder that {data_root} stands for in the suite.
         missing: whether a task without its data is an error or is skipped.
         batch_size: examples a forward pass.
-        bf16: run under bfloat16 autocast.
+        bf16: run under bfloat16 autocast: true, false, or auto, where the device multiplies bfloat16 faster.
         dtype: of the weights in memory.
         device: cpu, cuda, or auto.
         device_map: auto spreads a language model over all GPUs.
@@ -538,7 +540,7 @@ def _as_jsonargparse(args: Sequence[str]) -> list[str]:
     """Options as people write them: `--dry-run` for `--dry_run=true`, `--only a --only b` for `--only=[a, b]`."""
     verb = VERBS.get(args[0]) if args else None
     parameters = inspect.signature(verb).parameters.values() if verb else ()
-    switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+    switches = {f"--{p.name}" for p in parameters if p.annotation in ("bool", "Bf16")}
     lists = {f"--{p.name}" for p in parameters if str(p.annotation).startswith("list[")}
     written: list[str] = []
     gathered: dict[str, list[Any]] = {}
@@ -552,7 +554,7 @@ def _as_jsonargparse(args: Sequence[str]) -> list[str]:
                 gathered.setdefault(name, []).extend(_items(name, value if equals else rest.pop(0)))
                 continue
             arg = name + equals + value
-            if arg in switches and (not rest or rest[0].lower() not in ("true", "false")):
+            if arg in switches and (not rest or rest[0].lower() not in ("true", "false", "auto")):
                 arg += "=true"
         written.append(arg)
     return written + [

@@ -16,6 +16,7 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import TOKENS
 from corda_vlm.files import resolve
 from corda_vlm.methods import METHODS, MethodRequest
+from corda_vlm.precision import Bf16, check_bf16
 from corda_vlm.train import TrainOptions
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -74,12 +75,15 @@ class Evaluation:
         scales: strengths besides 1 at which every trained model is measured, without training it again
             (WiSE-FT): 0 is the model before training.
         batch_size: examples a forward pass.
-        bf16: run the model under bfloat16 autocast.
+        bf16: run the model under bfloat16 autocast; "auto" as in `TrainOptions`.
     """
 
     scales: list[float] = field(default_factory=list)
     batch_size: int = 256
-    bf16: bool = False
+    bf16: Bf16 = "auto"
+
+    def __post_init__(self) -> None:
+        check_bf16(self.bf16)
 
 
 @dataclass(frozen=True)
@@ -308,7 +312,9 @@ class Experiment:
             if name not in known or name in ("learning_rate", "seed"):
                 choices = set(known) - {"learning_rate", "seed"}
                 raise UnknownNameError(f"option in the training of {variant!r}", name, choices)
-            if not _fits(value := given[name], known[name].default):
+            if known[name].type == "Bf16":
+                check_bf16(given[name], f"bf16 in the training of {variant!r}")
+            elif not _fits(value := given[name], known[name].default):
                 raise CordaError(f"the training of {variant!r}: {name} cannot be {value!r}")
         return TrainOptions(**given, learning_rate=learning_rate, seed=seed)
 

@@ -52,9 +52,12 @@ from corda_vlm.families import LanguageProcessor, Loaded, load_model
 from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan
+from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import Head, train
 from corda_vlm.train.options import HARMLESS
+
+_PRECISIONS = ("float32", "bfloat16 (autocast)")
 
 SCORES, RESOLVED, MADE_FROM = "scores.jsonl", "config.yaml", "made-from.json"
 
@@ -155,6 +158,10 @@ class _Laboratory:
         self.stores: dict[str, CovarianceStore] = {}
         self.plans: dict[str, AdapterPlan] = {}
         self._check_sources()
+        self.bf16 = {
+            "trained in": self._bf16("trained in", experiment.training.get("bf16", "auto")),
+            "measured in": self._bf16("measured in", experiment.evaluation.bf16),
+        }
 
     def _check_sources(self) -> None:
         """Refuse to add to scores of another model, other training data or other tasks under the same names."""
@@ -177,6 +184,14 @@ class _Laboratory:
                 "another folder with --output, or --fresh to delete them and begin anew"
             )
         write_json(path, now)
+
+    def _bf16(self, fact: str, wanted: Bf16) -> bool:
+        """Whether to run under bfloat16; where the config leaves it open as the folder began, on whatever machine."""
+        path = self.folder / "run.json"
+        former = read_json(path, "description of a run") if path.is_file() else {}
+        if wanted == "auto" and isinstance(former, dict) and former.get(fact) in _PRECISIONS:
+            return former[fact] == _PRECISIONS[True]
+        return takes_bf16(wanted, next(self.loaded.model.parameters()).device)
 
     def _check_conversations(self) -> None:
         """Refuse what a model that generates text cannot read, before anything is measured."""
@@ -224,6 +239,7 @@ class _Laboratory:
                 "suite": f"{self.suite.name}, version {self.suite.version}",
                 "seeds": experiment.seeds,
                 "machine": _machine(self.loaded.model),
+                **{fact: _PRECISIONS[bf16] for fact, bf16 in self.bf16.items()},
                 "versions": {
                     name: version(name) for name in ("corda-vlm", "torch", "transformers", "peft")
                 },
@@ -258,7 +274,7 @@ class _Laboratory:
             tasks=remaining,
             data_root=self.experiment.data_root,
             batch_size=self.experiment.evaluation.batch_size,
-            bf16=self.experiment.evaluation.bf16,
+            bf16=self.bf16["measured in"],
             cache=self.cache,
             head=head,
             show_progress=show,
@@ -391,13 +407,14 @@ class _Laboratory:
         request = replace(self._request(training.variant), seed=training.seed)
         # a copy: adapters and full fine-tuning change the model in place
         prepared = method.prepare(copy.deepcopy(self.loaded.model), request)
+        options = experiment.train_options(training.variant, training.learning_rate, training.seed)
+        if options.bf16 == "auto":
+            options = replace(options, bf16=self.bf16["trained in"])
         result = train(
             prepared.model,
             self.task_data,
             self.loaded.processor,
-            options=experiment.train_options(
-                training.variant, training.learning_rate, training.seed
-            ),
+            options=options,
             output_dir=folder,
             classes=self.classes,
             templates=self.templates,

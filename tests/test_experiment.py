@@ -91,7 +91,11 @@ def test_trainings_go_seed_by_seed():
         ({"training__step": 3}, UnknownNameError, "option in the training.*Did you mean 'steps'"),
         ({"training__steps": -3}, CordaError, "steps is -3"),
         ({"training__steps": "ten"}, CordaError, "steps cannot be 'ten'"),
-        ({"training__bf16": "maybe"}, CordaError, "bf16 cannot be 'maybe'"),
+        (
+            {"training__bf16": "maybe"},
+            CordaError,
+            "bf16 in the training of 'corda-kpm' 'maybe'.*auto, false, true",
+        ),
         (
             {"variants__base": {"method": "lora", "learning_rates": [1]}},
             CordaError,

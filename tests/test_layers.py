@@ -17,6 +17,7 @@ ORDER = (
     "files",
     "locks",
     "jsonl",
+    "precision",
     "decompose",
     "ranks",
     "families",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 
@@ -52,7 +53,7 @@ def test_what_a_command_reads_was_written_by_one_before_it_in_its_block(block):
     written: set[str] = set()
     for line in block.splitlines():
         words = shlex.split(line, comments=True)
-        given = dict(zip(words, words[1:], strict=False))
+        given = dict(itertools.pairwise(words))
         read = {
             given[option] for option in ("--plan", "--covariance", "--adapter") if option in given
         }

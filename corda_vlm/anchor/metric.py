@@ -106,16 +106,6 @@ def _dense(matrix: Float[Tensor, "inp inp"], dtype: torch.dtype) -> Metric:
 _APART = 4
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where products in it are faster; never in place of an exact C."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-        fast = device.type == "cpu" and has_amx is not None and has_amx()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def check_width(store: CovarianceStore, name: str, weight: Tensor) -> None:
     if (width := store.entries(store.stream_of(name))[0].size) != weight.shape[1]:
         raise ForeignFileError(

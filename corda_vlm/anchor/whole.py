@@ -11,9 +11,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from corda_vlm.anchor.metric import Metric, Metrics, fast_dtype
+from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.errors import CordaError
 from corda_vlm.families.attention import is_packed, packed_weights
+from corda_vlm.precision import fast_dtype
 from corda_vlm.sites import find_sites, get_linear, inner_layer
 
 _BLOCK = 2**20

@@ -22,6 +22,7 @@ from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
 from corda_vlm.families import Batch, detect_family, token_masks
 from corda_vlm.families.base import evaluating
+from corda_vlm.precision import takes_bf16
 from corda_vlm.sites import Site, find_sites, model_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -65,7 +66,9 @@ def collect_covariance(
             `families.token_masks`; a part of what identifies the data.
         rounds: deal the batches, in turn, to this many covariances a stream. With a `path` those on the CPU are in
             mapped files beside it meanwhile, and in memory one triangle at a time.
-        precision: "float32", "float64", or "bf16" (products in bfloat16 on a CPU and TF32 on CUDA, float32 sums).
+        precision: "float32", "float64", "bf16" (products in bfloat16 on a CPU and TF32 on CUDA, float32 sums), or
+            "auto": "bf16" where the device multiplies bfloat16 faster, else "float32". The rounding of "bf16" covers
+            the smallest directions, which the knowledge-preserved mode reads: it is for instruction-previewed mode.
         store: add to this one; it is left as it is.
         path: file for checkpoints and for the result, which then stays on disk until asked for.
         checkpoint_share: of the time, at most, for writing checkpoints; 1 writes one after every batch.
@@ -97,6 +100,9 @@ def collect_covariance(
         raise CalibrationError(
             f"give masks= or tokens={tokens!r}, not both: either says what counts"
         )
+    if precision == "auto":
+        fast = device or next(model.parameters()).device
+        precision = "bf16" if takes_bf16("auto", fast) else "float32"
     family = detect_family(model) if forward is None or masks is None else None
     source = Source(batches)
     if tokens != "all":

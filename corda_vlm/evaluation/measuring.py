@@ -26,6 +26,7 @@ from corda_vlm.evaluation.retrieval import Retrieval
 from corda_vlm.evaluation.scores import RESAMPLES, Outcome, Score, value_text
 from corda_vlm.evaluation.suite import TEXT_TASKS, Suite, Task, check_keys, load_suite
 from corda_vlm.evaluation.zero_shot import ZeroShot
+from corda_vlm.precision import Bf16, takes_bf16
 
 if TYPE_CHECKING:
     from corda_vlm.families.base import Loaded, Processor
@@ -63,7 +64,7 @@ def measure(
     family: str = "auto",
     tasks: Sequence[str] | None = None,
     batch_size: int = 64,
-    bf16: bool = False,
+    bf16: Bf16 = "auto",
     limit: int | None = None,
     data_root: str | Path | None = None,
     missing: str = "error",
@@ -80,6 +81,8 @@ def measure(
         suite: a name of eval/suites, a path, a mapping or a `Suite`.
         processor: what `load_model` returned beside the model; needed unless `model` is its whole answer.
         tasks: names of the tasks to measure; all by default.
+        bf16: run the model under bfloat16 autocast, see `corda_vlm.precision`; similarities and probabilities are
+            computed in float32 all the same.
         limit: at most so many examples a task, for a quick look; the suite's own limits stay.
         data_root: overrides the suite's.
         missing: "error", or "skip" to go on without the tasks whose data is not there (warned of).
@@ -150,10 +153,14 @@ def task_data(task: Task, data_root: str, cache: Cache, limit: int | None = None
     return _load(task.data, task.source, data_root, cache, _least(limit, task.limit))
 
 
-def _encoder(model: Any, processor: Processor | None, family: str, **options: Any) -> Encoder:
+def _encoder(
+    model: Any, processor: Processor | None, family: str, bf16: Bf16, **options: Any
+) -> Encoder:
     from corda_vlm.families import family_of
     from corda_vlm.families.base import Loaded
 
+    net = model.model if isinstance(model, Loaded) else model
+    options["bf16"] = takes_bf16(bf16, next(net.parameters()).device)
     if isinstance(model, Loaded):
         return Encoder(model.model, model.family, processor or model.processor, **options)
     if processor is None:

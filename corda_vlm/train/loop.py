@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -23,6 +23,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.files import read_json, write_json
+from corda_vlm.precision import takes_bf16
 from corda_vlm.train.heads import Template
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.next_token import chat_options
@@ -99,6 +100,7 @@ def train(
         TrainingInterrupted: Ctrl-C.
     """
     output = Path(output_dir)
+    options = replace(options, bf16=_bf16(options, output, model))
     family = detect_family(unwrap(model))
     objective = make_objective(options, model, family, processor, data, classes, templates)
     check_trainable(model, objective, options)
@@ -222,6 +224,16 @@ def _kept(options: TrainOptions) -> dict[str, Any]:
     """The options that decide about the weights, as JSON gives them back."""
     kept = {name: value for name, value in asdict(options).items() if name not in HARMLESS}
     return json.loads(json.dumps(kept))
+
+
+def _bf16(options: TrainOptions, output: Path, model: nn.Module) -> bool:
+    """Whether this training runs under bfloat16; where it is left open, what the folder's training began with."""
+    if options.bf16 == "auto" and (output / BEGUN).is_file():
+        saved = read_json(output / BEGUN, "training plan")
+        before = saved.get("options") if isinstance(saved, dict) else None
+        if isinstance(before, dict) and isinstance(bf16 := before.get("bf16"), bool):
+            return bf16
+    return takes_bf16(options.bf16, next(model.parameters()).device)
 
 
 def _anchored(anchor: Anchor | None, weight: float, every: int) -> dict[str, Any] | None:

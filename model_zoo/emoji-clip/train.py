@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import math
 import platform
 import random
@@ -40,6 +41,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from corda_vlm.precision import takes_bf16
 
 HERE = Path(__file__).resolve().parent
 STYLES = (
@@ -313,14 +316,20 @@ def encode_texts(model: Any, texts: Tensor) -> Tensor:
 
 
 def contrastive_loss(
-    model: Any, images: Tensor, texts: Tensor, kept: Tensor | None, weight: float, scale: float
+    model: Any,
+    images: Tensor,
+    texts: Tensor,
+    kept: Tensor | None,
+    weight: float,
+    scale: float,
+    bf16: bool,
 ) -> tuple[Tensor, Tensor]:
     """Symmetric CLIP loss of both drawings with the caption, plus drawing with drawing.
 
     `images` holds the first drawings of the n emoji and then the second ones. Returns the loss and
     the share of images whose own caption scores highest in the batch.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         image, text = encode_images(model.visual, images, kept), encode_texts(model, texts)
     image = F.normalize(image.float(), dim=-1)  # (2n, E)
     text = F.normalize(text.float(), dim=-1)  # (n, E)
@@ -510,6 +519,7 @@ def train(options: Options, data_dir: Path, out: Path, *, compiled: bool, thread
         log.flush()
         print(record, flush=True)
 
+    bf16 = takes_bf16("auto", "cpu")
     loss_of = torch.compile(contrastive_loss, dynamic=False) if compiled else contrastive_loss
     parameters = list(model.parameters())
     started, marked, recent = time.monotonic() - seconds, time.monotonic(), []
@@ -522,7 +532,7 @@ def train(options: Options, data_dir: Path, out: Path, *, compiled: bool, thread
             noise = torch.rand(len(pixels), 16, generator=generator)
             kept = noise.topk(options.patches_kept, dim=1).indices
         loss, right = loss_of(
-            model, pixels, texts, kept, options.image_image_weight, options.image_image_scale
+            model, pixels, texts, kept, options.image_image_weight, options.image_image_scale, bf16
         )
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -562,6 +572,7 @@ def train(options: Options, data_dir: Path, out: Path, *, compiled: bool, thread
 
 def main() -> None:
     """Read the options and train."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=HERE / "data")
     parser.add_argument("--out", type=Path, required=True)

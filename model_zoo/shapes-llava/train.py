@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import platform
 import random
 import shutil
@@ -51,6 +52,8 @@ from shapes import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from corda_vlm.precision import takes_bf16
 
 HERE = Path(__file__).resolve().parent
 EMOJI_CLIP = HERE.parent / "emoji-clip"
@@ -401,7 +404,7 @@ def answer_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, vocabulary) where a learnt token comes next, and those tokens (n,), in order."""
     inner, (mask, positions) = model.model, frame
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=takes_bf16("auto", "cpu")):
         features = torch.stack(list(inner.get_image_features(pixels).pooler_output))  # (B, 16, D)
         embed = inner.get_input_embeddings()
         head = embed(packing.head).expand(len(ids), -1, -1)  # (B, P, D)
@@ -630,6 +633,7 @@ def train(options: Options, data: Path, out: Path, threads: int) -> None:
 
 def main() -> None:
     """Read the options and train."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=HERE / "data" / "easy_vqa.parquet")
     parser.add_argument("--out", type=Path, required=True)

@@ -256,9 +256,12 @@ def test_frozen_batch_norms_keep_their_statistics(
     assert torch.equal(norm.running_mean, torch.zeros(3))
 
 
-def test_math_attention_where_it_is_the_faster_one(tiny_open_clip):
-    def taken(side, **options):
-        return takes_math(TrainOptions(steps=1, **options), tiny_open_clip, (side, side))
+def test_math_attention_where_it_is_the_faster_one(tiny_open_clip, monkeypatch):
+    monkeypatch.setattr("corda_vlm.train.trainer.bf16_is_faster", lambda device: True)
+
+    def taken(side, bf16=True, **options):
+        options = TrainOptions(steps=1, bf16=bf16, **options)
+        return takes_math(options, tiny_open_clip, (side, side))
 
     assert taken(32)  # 16 patches of 8 pixels
     assert not taken(224)  # 784 patches

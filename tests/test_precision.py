@@ -1,0 +1,155 @@
+"""bfloat16 where it is worth it: found out by a product, said once, and kept by a training that goes on elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from corda_vlm import precision
+from corda_vlm.anchor import whole
+from corda_vlm.errors import UnknownNameError
+from corda_vlm.precision import Speeds, fast_dtype, speeds, takes_bf16
+
+SLOW, FAST = Speeds("cpu", 1.0, 30.0), Speeds("cpu", 5.0, 1.0)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this machine one that multiplies bfloat16 at given speeds."""
+
+    def become(measured: Speeds) -> None:
+        precision._say.cache_clear()
+        monkeypatch.setattr(precision, "speeds", lambda kind, index=None: measured)
+
+    yield become
+    precision._say.cache_clear()
+
+
+def test_auto_asks_the_machine_and_says_so_once(machine, caplog):
+    caplog.set_level(logging.INFO, "corda_vlm")
+    machine(SLOW)
+    assert not takes_bf16("auto", "cpu")
+    assert not takes_bf16("auto", torch.device("cpu"))
+    assert caplog.messages == ["float32: bfloat16 is 30 times slower on this processor"]
+    assert fast_dtype("cpu") == torch.float32
+    machine(FAST)
+    assert takes_bf16("auto", "cpu")
+    assert caplog.messages[1:] == ["bfloat16: bfloat16 is 5 times faster on this processor"]
+    assert fast_dtype("cpu") == torch.bfloat16
+
+
+def test_what_is_asked_for_is_done_with_a_warning_where_it_is_slow(machine, recwarn):
+    machine(FAST)
+    assert takes_bf16(True, "cpu")
+    assert not takes_bf16(False, "cpu")
+    machine(SLOW)
+    assert not takes_bf16(False, "cpu")
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="30 times slower on this processor; leave it at auto"):
+        assert takes_bf16(True, "cpu")
+    with pytest.raises(UnknownNameError, match=r"value of bf16 'fast'.*auto, false, true"):
+        takes_bf16("fast", "cpu")  # type: ignore[arg-type]
+
+
+def test_barely_faster_is_not_worth_the_conversions():
+    assert not Speeds("cpu", 1.1, 1.0).worth_it
+    assert Speeds("cpu", 1.3, 1.0).worth_it
+
+
+def test_a_device_without_bfloat16():
+    absent = Speeds("mps", 0.0, float("inf"))
+    assert not absent.worth_it
+    assert str(absent) == "bfloat16 does not exist on mps"
+
+
+def test_the_product_is_timed_once_and_leaves_no_trace():
+    torch.manual_seed(3)
+    threads, generator = torch.get_num_threads(), torch.random.get_rng_state()
+    speeds.cache_clear()
+    first = speeds("cpu")
+    assert 0 < first.float32 < 1
+    assert first.bfloat16 > 0
+    assert speeds("cpu") is first
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.random.get_rng_state(), generator)
+
+
+def test_a_processor_of_avx2_takes_float32():
+    """oneDNN and ATen held to AVX2 are such a processor, whichever this one is."""
+    held = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}  # fmt: skip
+    code = "from corda_vlm.precision import speeds; print(speeds('cpu').ratio)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **held}, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert float(ran.stdout) < 1
+
+
+def test_the_anchor_of_whole_matrices_asks_the_same(machine):
+    assert whole.fast_dtype is fast_dtype
+
+
+def test_attention_asks_the_same(machine, tiny_open_clip):
+    from corda_vlm.train import TrainOptions
+    from corda_vlm.train.trainer import takes_math
+
+    options = TrainOptions(steps=1, bf16=True)
+    machine(FAST)
+    assert takes_math(options, tiny_open_clip, (32, 32))
+    assert not takes_math(replace(options, bf16=False), tiny_open_clip, (32, 32))
+    machine(SLOW)
+    assert not takes_math(options, tiny_open_clip, (32, 32))
+
+
+def test_a_training_that_goes_on_elsewhere_keeps_its_precision(
+    machine, tiny_open_clip, tmp_path, monkeypatch
+):
+    """Begun where bfloat16 is fast and gone on with where it is slow, the weights are those of one machine."""
+    from corda_vlm.files import read_json, write_json
+    from corda_vlm.train import TrainOptions
+    from corda_vlm.train.loop import BEGUN, _bf16
+
+    options = TrainOptions(steps=1)
+    machine(FAST)
+    assert _bf16(options, tmp_path, tiny_open_clip)
+    write_json(tmp_path / BEGUN, {"options": {"bf16": True}})
+    machine(SLOW)
+    assert _bf16(options, tmp_path, tiny_open_clip)
+    assert not _bf16(options, tmp_path / "another", tiny_open_clip)
+    assert not _bf16(replace(options, bf16=False), tmp_path, tiny_open_clip)
+    assert read_json(tmp_path / BEGUN) == {"options": {"bf16": True}}
+
+
+def test_calibration_leaves_float32_where_bfloat16_is_fast(machine, tiny_clip_hf):
+    from corda_vlm.covariance import collect_covariance
+
+    batches = [{"pixel_values": torch.randn(8, 3, 32, 32), "input_ids": torch.ones(8, 12, dtype=torch.long)}] * 3  # fmt: skip
+
+    def precision_of(wanted: str) -> str:
+        return collect_covariance(
+            tiny_clip_hf, batches, precision=wanted, show_progress=False
+        ).precision
+
+    machine(FAST)
+    assert precision_of("auto") == "bf16"
+    machine(SLOW)
+    assert precision_of("auto") == "float32"
+
+
+def test_evaluation_asks_the_same(machine, tiny_open_clip):
+    from corda_vlm.evaluation import measuring
+
+    def encoder(bf16) -> bool:
+        made = measuring._encoder(tiny_open_clip, object(), "auto", bf16)  # type: ignore[arg-type]
+        return made.bf16
+
+    machine(SLOW)
+    assert not encoder("auto")
+    machine(FAST)
+    assert encoder("auto")
+    assert not encoder(False)
