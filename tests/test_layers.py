@@ -18,6 +18,7 @@ ORDER = (
     "locks",
     "jsonl",
     "precision",
+    "distributed",
     "decompose",
     "ranks",
     "families",

@@ -215,6 +215,9 @@ class Adapters:
         ]
         return [tensor for tensor in found if tensor is not None]
 
+    def sketch(self) -> list[float]:
+        return [site.size for site in self.sites] + [n for m, _ in self.runs for n in m.sketch()]
+
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Several adapters of one layer as one."""

@@ -32,6 +32,14 @@ class Metric:
             return out.copy_(torch.addmm(y, light, self.rest))
         return torch.addcmul(y.float(), x, self.rest, out=out)
 
+    @torch.no_grad()
+    def sketch(self) -> list[float]:
+        """`u C uᵀ` of a few fixed random u of unit size: of two other matrices they are others."""
+        generator = torch.Generator().manual_seed(0)
+        width = len(self.factor)
+        u = torch.randn(_SKETCHED, width, generator=generator).to(self.rest.device) / width**0.5
+        return (self.times(u) * u).sum(1, dtype=torch.float64).tolist()
+
 
 class Metrics:
     """The metric of each stream, made once."""
@@ -104,6 +112,7 @@ def _dense(matrix: Float[Tensor, "inp inp"], dtype: torch.dtype) -> Metric:
 
 
 _APART = 4
+_SKETCHED = 3
 
 
 def check_width(store: CovarianceStore, name: str, weight: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,6 +159,13 @@ class Anchor:
         }
         return {name: found[name] for name in self.sites}
 
+    def sketch(self) -> list[float]:
+        """A few numbers of each matrix and layer: anchors that differ in the knowledge, the layers or what counts as no
+        change differ in one of them by more than rounding."""
+        names = hashlib.blake2b(repr((self.sites, self.energy)).encode(), digest_size=6)
+        numbers = [number for part in self._parts for number in part.sketch()]
+        return [float(int(names.hexdigest(), 16)), *numbers]
+
     @property
     def nbytes(self) -> int:
         """Memory that it keeps between two calls."""
@@ -178,6 +186,7 @@ class _Part(Protocol):
         ...
 
     def kept(self) -> list[Tensor]: ...
+    def sketch(self) -> list[float]: ...
 
 
 def _unseen(model: nn.Module, store: CovarianceStore, whole: Iterable[str]) -> list[str]:

@@ -82,6 +82,9 @@ class Whole:
         found = [t for m in self.metrics.values() for t in (m.factor, m.rest)]
         return found + [self.before[name] for name in self.copied]
 
+    def sketch(self) -> list[float]:
+        return [*self.weights.values(), *(n for m in self.metrics.values() for n in m.sketch())]
+
 
 def _weights_below(
     model: nn.Module, parent: str, names: Sequence[str], *, as_trained: bool = True

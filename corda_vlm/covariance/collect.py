@@ -19,7 +19,14 @@ from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Interrupts,
 from corda_vlm.covariance.observe import Observer
 from corda_vlm.covariance.store import CovarianceStore, some
 from corda_vlm.covariance.tokens import Masks
-from corda_vlm.errors import CalibrationError, ForeignFileError
+from corda_vlm.distributed import (
+    gathered,
+    has_group,
+    made_everywhere,
+    same_everywhere,
+    world_size,
+)
+from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, detect_family, token_masks
 from corda_vlm.families.base import evaluating
 from corda_vlm.precision import takes_bf16
@@ -55,6 +62,9 @@ def collect_covariance(
     flight and write; a second one stops at once. A finished file is returned without running the model. One
     process at a time may use a path.
 
+    In a distributed run every process collects from the batches that it is given, and nothing is summed over them: all
+    have to be given the same, which is checked, and none may write a file that another writes too.
+
     Args:
         batches: mappings as the model takes them, moved to the model's device here; e.g. of `make_batches`. To go on
             after a stop they have to come in the same order again. Their attribute `fingerprint`, if any, says
@@ -83,7 +93,8 @@ def collect_covariance(
         The store; loaded lazily from `path` if there is one.
 
     Raises:
-        CordaError: blockwise, and the sites are not in blocks of a language model that can run one by one.
+        CordaError: blockwise, and the sites are not in blocks of a language model that can run one by one; a distributed
+            run whose processes were given different batches, or that cannot compare them.
         CalibrationError: no batches, a batch that is no mapping, NaN or Inf in an input (names site and batch), a
             site that no token reached, padding that cannot be told, more rounds than batches.
         ForeignFileError: `path` holds something else, or a calibration of another model, of other data or settings.
@@ -104,7 +115,7 @@ def collect_covariance(
         fast = device or next(model.parameters()).device
         precision = "bf16" if takes_bf16("auto", fast) else "float32"
     family = detect_family(model) if forward is None or masks is None else None
-    source = Source(batches)
+    source = made_everywhere("the calibration batches", lambda: Source(batches))
     if tokens != "all":
         source.fingerprint += f"-{tokens}"
     job = Calibration(
@@ -123,6 +134,7 @@ def collect_covariance(
     if store is not None:
         _check_base(store, model, job.sites, rounds)
     path = None if path is None else Path(path)
+    _check_processes(source, path)
     saved = None
     if path is not None and path.exists():
         saved = CovarianceStore.load(path, model=model, unfinished=True)
@@ -219,6 +231,35 @@ def _run(
 
 
 # ------------------------------------------------------------------ checks
+
+
+def _check_processes(source: Source, path: Path | None) -> None:
+    """Raise `CordaError`, on every process alike, unless all of a distributed run collect the same."""
+    processes = world_size()
+    if processes == 1:
+        return
+    once = (
+        "Calibrate before the run, in one process (collect_covariance(..., path=...) or `corda-vlm calibrate`), and let "
+        "every process load the file: CovarianceStore.load(path)"
+    )
+    if not has_group():
+        raise CordaError(
+            f"this is one of {processes} processes, whose batches cannot be compared, as torch.distributed has no process "
+            f"group yet. {once}"
+        )
+    same_everywhere("the calibration batches", source.fingerprint, once)
+    finished = made_everywhere("the file of covariances", lambda: _is_finished(path))
+    written = "" if path is None or finished else str(path.absolute())
+    paths = gathered("the path of the covariances", written)
+    if any(paths.count(other) > 1 for other in paths if other):
+        raise CordaError(f"{processes} processes would write {path} at the same time. {once}")
+
+
+def _is_finished(path: Path | None) -> bool:
+    if path is None or not path.is_file():
+        return False
+    progress = CovarianceStore.load(path, unfinished=True).progress
+    return progress is not None and progress.complete
 
 
 def _check_base(

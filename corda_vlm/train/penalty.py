@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore
+from corda_vlm.distributed import alike_everywhere, made_everywhere
 from corda_vlm.errors import CordaError
 from corda_vlm.sites import Site
 
@@ -34,9 +35,10 @@ class PenaltyMixin:
 
         class Mine(PenaltyMixin, Trainer): pass
 
-    A penalty has a backward pass of its own, after that of the step's last batch and before gradients are clipped.
-    So it does not matter how the Trainer computes its loss or how many batches it accumulates, every process of a
-    distributed training adds the same gradient, and losses, those of evaluations too, are logged without it.
+    A penalty has a backward pass of its own, before that of the step's last batch. So it does not matter how the Trainer
+    computes its loss or how many batches it accumulates, and losses, those of evaluations too, are logged without it.
+    Of several processes each adds its gradient before DistributedDataParallel takes the mean over all of them: they
+    stay alike to the bit, also on machines that round differently. FSDP and DeepSpeed are refused.
     """
 
     def penalise(self, name: str, penalty: Penalty, weight: float = 1.0, *, every: int = 1) -> None:
@@ -49,20 +51,24 @@ class PenaltyMixin:
                 takes rare large gradients for noise and answers them with somewhat smaller steps: keep it below 5.
 
         Raises:
-            CordaError: a weight that is negative or not finite, `every` below 1.
+            CordaError: a weight that is negative or not finite, `every` below 1, or a training that cuts weights into
+                pieces (FSDP, DeepSpeed).
         """
         check_weight(weight, name)
+        _refuse_pieces(self, name)
         if every < 1:
             raise CordaError(f"{name!r}: every is {every}; it counts steps, from 1 on")
         self._terms()[name] = _Term(penalty, weight, every)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            trains = getattr(self.optimizer, "train", None)  # type: ignore[attr-defined]
+            if callable(trains):  # schedule-free optimisers keep other weights for evaluations
+                trains()
             for name, term in self._terms().items():
                 if term.weight > 0 and self.state.global_step % term.every == 0:  # type: ignore[attr-defined]
                     self._minimise(name, term)
-        return loss
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -70,11 +76,6 @@ class PenaltyMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _minimise(self, name: str, term: _Term) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # type: ignore[attr-defined]
-            raise CordaError(
-                f"{name!r} looks at whole weights, which DeepSpeed and FSDP cut into pieces; train with one process, "
-                "or with plain DistributedDataParallel"
-            )
         weight = term.every * term.weight
         # not `backward()` of its own: in float16 the accelerator scales gradients
         through = self.accelerator.backward  # type: ignore[attr-defined]
@@ -131,14 +132,51 @@ class AnchorMixin(PenaltyMixin):
             weight: 0 only logs it, as a forecast of forgetting.
             every: as in `penalise`; worth it for full fine-tuning on a CPU, where the anchor takes a tenth of a step.
             sites, energy: as in `anchor_penalty`, which also says what is raised.
+
+        Raises:
+            CordaError: as `penalise`; or processes of a distributed training whose matrices differ, on all of them.
         """
         check_weight(weight, "anchor")
-        if isinstance(store, Anchor):
-            anchor = store
-        else:
-            anchor = anchor_penalty(self.model, store, sites=sites, energy=energy)  # type: ignore[attr-defined]
+        _refuse_pieces(self, "anchor")
+
+        def made() -> Anchor:
+            if isinstance(store, Anchor):
+                return store
+            return anchor_penalty(self.model, store, sites=sites, energy=energy)  # type: ignore[attr-defined]
+
+        anchor = made_everywhere("the anchor", made)
+        alike_everywhere(
+            "the matrices of the anchor",
+            anchor.sketch(),
+            "Each would hold to another knowledge. Calibrate once, in one process (collect_covariance(..., path=...) or "
+            "`corda-vlm calibrate`), and let every process load that file: CovarianceStore.load(path)",
+        )
         self.penalise("anchor", anchor, weight, every=every)
         return anchor
+
+
+def _refuse_pieces(trainer: Any, name: str) -> None:
+    """Raise `CordaError` where no process has the whole weights that a penalty looks at."""
+    args, accelerator = trainer.args, trainer.accelerator
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    model = type(trainer.model).__name__
+    pieces = {
+        "FSDP": bool(args.fsdp) or trainer.is_fsdp_enabled or kind in ("FSDP", "XLA_FSDP"),
+        "DeepSpeed": bool(args.deepspeed) or trainer.is_deepspeed_enabled or kind == "DEEPSPEED",
+        "Megatron": kind == "MEGATRON_LM",
+        f"{model}, a wrapped model,": model in _WRAPPERS,
+        "a model of distributed tensors": any(
+            hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters()
+        ),
+    }
+    if found := [what for what, there in pieces.items() if there]:
+        raise CordaError(
+            f"{name!r} looks at whole weights, of which {found[0]} leaves each process a piece; train with one process, or "
+            "with plain DistributedDataParallel"
+        )
+
+
+_WRAPPERS = ("FullyShardedDataParallel", "XlaFullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def check_weight(weight: float, name: str) -> None:
