@@ -118,14 +118,19 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{stem}.{next(_NUMBERS)}.{this_process()}{_PARTIAL}")
 
 
+def check_path(path: str | Path) -> None:
+    """Raise `CordaError` for what no system takes as a path."""
+    if "\0" in str(path) or not str(path):
+        raise CordaError(f"{shown(path)!r} is no path: it is empty or holds a NUL character")
+
+
 def _target(path: str | Path) -> Path:
     """Where a write to `path` goes, its folder made; what dead writers left there is gone.
 
     Raises:
         CordaError: no file can be written there.
     """
-    if "\0" in str(path):
-        raise CordaError(f"{shown(path)} is no path: it holds a NUL character")
+    check_path(path)
     path = Path(path)
     try:
         # Through a link to the file it names, which else would be replaced by the new one.
