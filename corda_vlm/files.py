@@ -102,6 +102,25 @@ def sweep(folder: str | Path) -> None:
                 _remove(Path(entry.path))
 
 
+def clear(folder: str | Path, *, last: str = "") -> None:
+    """Remove what lies in a folder, `last` at the end of all; locks stay with their holders.
+
+    Raises:
+        CordaError: something there cannot be removed.
+    """
+    try:
+        for path in sorted(entries(folder), key=lambda path: path.name == last):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise CordaError(
+            f"could not remove {shown(error.filename or folder)}: {error.strerror}. Remove {shown(folder)} by hand, or "
+            "give another folder"
+        ) from error
+
+
 def _remove(path: Path) -> None:
     """Remove a file or folder if it is there and can be; never raises, as it runs while errors pass through."""
     with suppress(OSError, ValueError):

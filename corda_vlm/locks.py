@@ -30,11 +30,13 @@ from corda_vlm.processes import Process, this_process
 
 logger = logging.getLogger(__name__)
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ORPHANS = 10.0
 """Seconds to wait where the holder is dead: workers of its may hold the lock until they notice."""
 
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -153,17 +155,32 @@ def _taken(place: Path, path: Path) -> bool:
         except Timeout:
             return False
         except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                raise cannot_write(path, error) from error
-            logger.warning(
-                "%s: this file system has no locks; let no other process write there meanwhile",
-                path,
-            )
             lock = None
+            number = error.errno if isinstance(error, OSError) else errno.ENOSYS
+            if number in _NO_LOCKS:
+                logger.warning(
+                    "%s: this file system has no locks; let no other process write there", path
+                )
+            elif number not in _NOT_WRITABLE:
+                raise cannot_write(path, error) from error
+            elif number != errno.EROFS and os.access(place.parent, os.W_OK):
+                return _left_by_another_user(place)
+            # Where nobody can write, nobody need be kept from it; what is finished can still be read.
         _held[place] = _Held(lock, os.getpid())
+        if lock is None:
+            return True
         with suppress(OSError):  # a full disk: what is going to be written will say so
             _holder(place).write_text(json.dumps(_about_this()), encoding="utf-8")
         return True
+
+
+def _left_by_another_user(place: Path) -> bool:
+    """A lock file that this user may not open: removed if its holder is dead. Returns False, for not taken yet."""
+    process = Process.parse(str(_read(place).get("process")))
+    if process is not None and process.is_gone:
+        with suppress(OSError):
+            place.unlink()
+    return False
 
 
 def _let_go(place: Path) -> None:
@@ -173,12 +190,13 @@ def _let_go(place: Path) -> None:
         if held.times or held.process != os.getpid():
             return
         del _held[place]
+        if held.lock is None:
+            return
         # Removed while it is held: whoever has opened it by now finds it gone, and makes another.
         for file in (_holder(place), place):
             with suppress(OSError):
                 file.unlink()
-        if held.lock is not None:
-            held.lock.release()
+        held.lock.release()
 
 
 # ------------------------------------------------------------------ who holds it

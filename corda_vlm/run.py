@@ -11,7 +11,6 @@ import hashlib
 import json
 import platform
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -49,7 +48,8 @@ from corda_vlm.evaluation.scores import value_text
 from corda_vlm.evaluation.suite import Task
 from corda_vlm.experiment import Experiment, Training, load_experiment
 from corda_vlm.families import LanguageProcessor, Loaded, load_model
-from corda_vlm.files import read_json, resolve, write_json, write_text
+from corda_vlm.files import clear, entries, read_json, resolve, write_json, write_text
+from corda_vlm.locks import locks
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.precision import Bf16, takes_bf16
@@ -104,6 +104,7 @@ def command_of(config: str | Path, overrides: Sequence[str]) -> str:
     return shlex.join(["corda-vlm", "run", str(config), *pairs])
 
 
+@locks("folder", inside=True)
 def run_experiment(
     experiment: Experiment,
     folder: Path,
@@ -460,7 +461,7 @@ def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
     path = folder / RESOLVED
     now = yaml.safe_load(_dumped(experiment))
     if fresh and path.is_file():
-        shutil.rmtree(folder)
+        clear(folder, last=RESOLVED)  # a kill on the way leaves what says whose the folder is
     if path.is_file():
         # read as an experiment: what the config could not yet say when it was written has its default
         former = yaml.safe_load(_dumped(load_experiment(path.resolve())))
@@ -477,7 +478,7 @@ def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
             )
         # variants that were left out this time keep their results, so they may not come back changed
         now["variants"] = {**former["variants"], **now["variants"]}
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif entries(folder):
         raise CordaError(
             f"{folder} is not empty and holds no run; give another folder with --output"
         )

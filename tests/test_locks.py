@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from corda_vlm.errors import CordaError
 from corda_vlm.files import entries
@@ -145,3 +147,31 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, ca
     with locked(tmp_path / "x"):
         pass
     assert "has no locks" in caplog.text
+
+
+def test_where_nobody_can_write_nobody_is_kept_out(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with locked(tmp_path / "finished.safetensors"), locked(tmp_path, inside=True):
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_lock_of_another_user_who_is_dead_is_removed(tmp_path, monkeypatch):
+    child = holding(tmp_path / "x", tmp_path / "ready")
+    acquire, refused = FileLock.acquire, []
+
+    def refuse(self, *args, **kwargs):
+        if Path(self.lock_file).exists():
+            refused.append(self)
+            raise PermissionError(13, "Permission denied")
+        return acquire(self, *args, **kwargs)
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(LockedError, match=f"process {child}"), locked(tmp_path / "x"):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with locked(tmp_path / "x"):
+        assert len(refused) == 2

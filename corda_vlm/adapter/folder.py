@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from corda_vlm.errors import CordaError
 from corda_vlm.families import convert
 from corda_vlm.families.open_clip_config import open_clip_config
-from corda_vlm.files import asset, write_json
+from corda_vlm.files import asset, atomic_folder, entries, replaced_folder, write_json
+from corda_vlm.locks import locked
 
 REPORT = "corda_export.json"  # marks a folder as ours, so that a later export may replace it
 
@@ -87,37 +87,15 @@ def new_folder(directory: Path) -> Iterator[Path]:
     Raises:
         CordaError: `directory` holds something that is no export of ours, or writing failed.
     """
-    if directory.is_file():
-        raise CordaError(f"{directory} is a file; name a folder")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / REPORT).is_file():
-        beside = ", ".join(sorted(p.name for p in directory.iterdir())[:4])
-        raise CordaError(
-            f"{directory} is not empty and no export of corda_vlm (it has {beside}); name a new folder"
-        )
-    partial = directory.with_name(f".{directory.name}.partial")
-    replaced = directory.with_name(f".{directory.name}.replaced")
-    if (
-        replaced.exists() and not directory.exists()
-    ):  # a process was killed between the two renames below
-        replaced.rename(directory)
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if directory.exists():
-            directory.rename(replaced)
-        try:
-            partial.rename(directory)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(directory)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise CordaError(
-            f"could not write {directory}: {getattr(error, 'strerror', None) or error}. What was there is untouched; free some "
-            "space or name another folder, then export again."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    with locked(directory):
+        # Also what a kill left behind between the two renames of a replacement.
+        where = directory if directory.exists() else replaced_folder(directory)
+        if directory.is_file():
+            raise CordaError(f"{directory} is a file; name a folder")
+        if entries(where) and not (where / REPORT).is_file():
+            beside = ", ".join(path.name for path in entries(where)[:4])
+            raise CordaError(
+                f"{directory} is not empty and no export of corda_vlm (it has {beside}); name a new folder"
+            )
+        with atomic_folder(directory) as partial:
+            yield partial

@@ -18,12 +18,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from corda_vlm.covariance.checkpoint import Calibration, Interrupts, sweep
+from corda_vlm.covariance.checkpoint import Calibration, Interrupts
 from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CordaError
 from corda_vlm.families import Batch, unwrap
 from corda_vlm.families.attention import unpacked
+from corda_vlm.files import sweep
 from corda_vlm.sites import Site
 
 _TOWER = "language"
@@ -104,6 +105,7 @@ def folder_of(path: str | Path) -> Path:
 
 def discard(folder: Path) -> None:
     """Remove the files of `collect_blockwise`."""
+    sweep(folder)
     for file in folder.glob("*.safetensors"):
         file.unlink()
     with suppress(OSError):  # it never was, or holds something of somebody else's
@@ -111,7 +113,6 @@ def discard(folder: Path) -> None:
 
 
 def _finished(job: Calibration, file: Path, sites: Sequence[Site]) -> bool:
-    sweep(file)
     if not file.exists():
         return False
     job.check_resumable(CovarianceStore.load(file, model=job.model), file, sites)

@@ -23,6 +23,7 @@ from corda_vlm.covariance.store import CovarianceStore, some
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
 from corda_vlm.families import Batch
+from corda_vlm.files import sweep
 from corda_vlm.sites import Site
 
 # ------------------------------------------------------------------ the data
@@ -221,7 +222,7 @@ class Checkpoint:
         self._share, self._observer, self._source, self._base = share, observer, source, base
         self._took, self._ended = 0.0, time.monotonic()
         if self._path is not None:
-            sweep(self._path)
+            sweep(self._path.parent)
 
     def after_batch(self) -> None:
         if self._took <= self._share * (time.monotonic() - self._ended) or self._share == 1:
@@ -244,12 +245,6 @@ class Checkpoint:
             f"calibration stopped after {done}{f' of {total}' if total else ''} batches; they are saved in "
             f"{self._path}. Run the same command again to go on from there"
         )
-
-
-def sweep(path: Path) -> None:
-    """Remove what writes that were killed half way have left beside `path`."""
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        partial.unlink(missing_ok=True)
 
 
 class Interrupts:

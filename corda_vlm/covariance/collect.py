@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from corda_vlm.covariance.blockwise import collect_blockwise, discard, folder_of
-from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Interrupts, Source, sweep
+from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Interrupts, Source
 from corda_vlm.covariance.observe import Observer
 from corda_vlm.covariance.store import CovarianceStore, some
 from corda_vlm.covariance.tokens import Masks
@@ -29,12 +29,14 @@ from corda_vlm.distributed import (
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, detect_family, token_masks
 from corda_vlm.families.base import evaluating
+from corda_vlm.locks import locks
 from corda_vlm.precision import takes_bf16
 from corda_vlm.sites import Site, find_sites, model_fingerprint
 
 _log = logging.getLogger(__name__)
 
 
+@locks("path")
 def collect_covariance(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -161,7 +163,6 @@ def collect_covariance(
         if path is None:
             return result
         result.save(path)
-        sweep(path)
         if blockwise:
             discard(folder_of(path))
         if interrupts.asked:

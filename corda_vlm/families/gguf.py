@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
 from corda_vlm.errors import CordaError
+from corda_vlm.files import atomic_folder
+from corda_vlm.locks import locked
 
 _SAMPLE = 1 << 20
+_PATIENCE = 600.0  # seconds for another process to convert the same file
 
 
 def cache_folder() -> Path:
@@ -36,21 +38,15 @@ def converted(path: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     _check(path)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        _convert(path, partial)
-        try:
-            partial.rename(folder)
-        except OSError:
+        with locked(folder, wait=_PATIENCE):
             if not (folder / "config.json").is_file():  # another process was quicker
-                raise
-    except CordaError:
-        raise
-    except OSError as error:
+                with atomic_folder(folder) as partial:
+                    _convert(path, partial)
+    except CordaError as error:
         raise CordaError(
-            f"could not keep the converted {path.name} in {folder.parent}: {error.strerror or error}. Free some space, or "
-            "name another folder by the environment variable CORDA_VLM_CACHE"
+            f"the converted {path.name} could not be kept: {error} The environment variable CORDA_VLM_CACHE names "
+            "another folder"
         ) from error
     except Exception as error:  # transformers' and gguf's own errors are of every kind
         reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -58,8 +54,6 @@ def converted(path: Path) -> Path:
             f"{path} does not load as a language model ({type(error).__name__}: {reason}); it may be truncated, or of an "
             "architecture that transformers does not read from GGUF"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

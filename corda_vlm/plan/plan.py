@@ -21,6 +21,7 @@ from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
 from corda_vlm.files import atomic_write, read_json, write_text
+from corda_vlm.locks import locks
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.sites import Site, model_fingerprint
 
@@ -191,6 +192,7 @@ class AdapterPlan:
                 "for this one."
             )
 
+    @locks("path")
     def save(self, path: str | Path) -> Path:
         """Write `path` (JSON) and the factors beside it (`.safetensors`), each atomically; return `path`."""
         path = Path(path)

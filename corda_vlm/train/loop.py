@@ -23,6 +23,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.files import read_json, write_json
+from corda_vlm.locks import locks
 from corda_vlm.precision import takes_bf16
 from corda_vlm.train.heads import Template
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
@@ -50,6 +51,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C: the checkpoint is saved, and the message says how to go on."""
 
 
+@locks("output_dir", inside=True)
 def train(
     model: nn.Module,
     data: ImageTextData,

@@ -32,6 +32,8 @@ from corda_vlm.errors import (
     CordaError,
     ForeignFileError,
 )
+from corda_vlm.locks import LockedError
+from corda_vlm.processes import this_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no full rank")
 
@@ -191,13 +193,34 @@ def test_checkpoints_are_written_when_cheap(
 
 
 def test_leftovers_of_killed_writes_are_swept(tmp_path: Path) -> None:
-    (tmp_path / ".c.safetensors.123.partial").write_bytes(b"half")
-    (tmp_path / ".other.safetensors.123.partial").write_bytes(b"half")
+    child = os.fork()
+    if child == 0:
+        (tmp_path / f".c.safetensors.0.{this_process()}.partial").write_bytes(b"half")
+        os._exit(0)
+    os.waitpid(child, 0)
+    living = f".other.safetensors.0.{this_process()}.partial"
+    (tmp_path / living).write_bytes(b"half")
     collect(toy(), toy_batches(3), path=tmp_path / "c.safetensors")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        ".other.safetensors.123.partial",
-        "c.safetensors",
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [living, "c.safetensors"]
+
+
+def test_a_second_process_is_told_who_calibrates(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+
+    def forward(model: nn.Module, batch: dict) -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                with pytest.raises(LockedError, match=f"written by process {os.getppid()}"):
+                    collect(toy(), toy_batches(3), path=path)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        model(batch["input_ids"])
+
+    collect(toy(), toy_batches(1), path=path, forward=forward)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
 
 
 def test_ctrl_c_finishes_the_batch_and_saves(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

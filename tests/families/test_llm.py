@@ -281,7 +281,7 @@ class TestGGUF:
         monkeypatch.setattr(module, "_convert", stop)
         with pytest.raises(CordaError, match=r"No space left on device.*CORDA_VLM_CACHE"):
             load_model(file[0])
-        assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+        assert not (tmp_path / "cache").exists()
 
     def test_a_truncated_file(self, file):
         path, _ = file
