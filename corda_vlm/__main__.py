@@ -14,6 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -204,6 +205,7 @@ def init(
     """
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.evaluation.heatmap import plan_heatmap
+    from corda_vlm.locks import locked
     from corda_vlm.plan import plan_adapter
 
     loaded = _loaded(model, dtype, device)
@@ -211,30 +213,32 @@ def init(
         None if path is None else CovarianceStore.load(path, model=loaded.model)
         for path in (covariance, task_covariance)
     )
-    plan = plan_adapter(
-        loaded.model,
-        store,
-        mode=mode,
-        rank=rank,
-        method=method,
-        task_store=task_store,
-        a_norm=a_norm,
-        damping=damping,
-        side=side,
-        beta=beta,
-        towers=towers,
-        roles=roles,
-        dynamic_rank=dynamic_rank,
-        budget=budget,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        dynamic_covariance=dynamic_covariance,
-    )
-    print(plan.table())
-    if picture is not None and plan_heatmap({Path(output).stem: plan}, Path(picture)):
-        print(f"\nwrote {picture}")
+    with nullcontext() if dry_run else locked(output):
+        plan = plan_adapter(
+            loaded.model,
+            store,
+            mode=mode,
+            rank=rank,
+            method=method,
+            task_store=task_store,
+            a_norm=a_norm,
+            damping=damping,
+            side=side,
+            beta=beta,
+            towers=towers,
+            roles=roles,
+            dynamic_rank=dynamic_rank,
+            budget=budget,
+            min_rank=min_rank,
+            max_rank=max_rank,
+            dynamic_covariance=dynamic_covariance,
+        )
+        print(plan.table())
+        if picture is not None and plan_heatmap({Path(output).stem: plan}, Path(picture)):
+            print(f"\nwrote {picture}")
+        if not dry_run:
+            plan.save(output)
     if not dry_run:
-        plan.save(output)
         _next(f"wrote {output}", "train", model, "DATA", "--plan", output, "--output", "adapter")
 
 
@@ -410,6 +414,8 @@ def evaluate(
         read_rows,
         score_row,
     )
+    from corda_vlm.jsonl import PATIENCE
+    from corda_vlm.locks import locked
 
     strengths = (1.0,) if scales is None else check_scales(_numbers("scales", scales))
     if scales is not None and adapter is None:
@@ -421,7 +427,9 @@ def evaluate(
     trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
     method = "base" if adapter is None else _name_of(Path(adapter))
     cache = Cache()
-    before = [] if output is None else read_rows(output, missing_ok=True)
+    if output is not None:  # before anything is measured for it
+        with locked(output, wait=PATIENCE):
+            read_rows(output, missing_ok=True)
     added = 0
     for scale in strengths:
         if scales is not None:
@@ -447,8 +455,10 @@ def evaluate(
                         score_row(score, run=Path(output).stem, method=method, scale=scale)
                         for score in result.scores
                     ]
-                    rows = [row for row in rows if row not in before]
-                    append_rows(output, rows)
+                    with locked(output, wait=PATIENCE):  # others may add to it meanwhile
+                        before = read_rows(output, missing_ok=True)
+                        rows = [row for row in rows if row not in before]
+                        append_rows(output, rows)
                     added += len(rows)
     if output is not None:
         same = "" if added else ", which has the same already"
@@ -497,14 +507,18 @@ def report(folder: str) -> None:
         folder: of the run, e.g. runs/demo.
     """
     from corda_vlm.evaluation import summary_table, write_report
+    from corda_vlm.locks import locked
     from corda_vlm.study import OVERVIEW, write_overview
 
-    if (Path(folder) / OVERVIEW).is_file():
-        for scores in sorted(Path(folder).glob("*/scores.jsonl")):
-            print(f"wrote {write_report(scores.parent)}")
-        print(f"wrote {write_overview(folder)}")
-        return
-    page = write_report(folder)
+    if not Path(folder).is_dir():
+        raise CordaError(f"no folder {folder}; give that of a run or a study, e.g. runs/demo")
+    with locked(folder, inside=True):
+        if (Path(folder) / OVERVIEW).is_file():
+            for scores in sorted(Path(folder).glob("*/scores.jsonl")):
+                print(f"wrote {write_report(scores.parent)}")
+            print(f"wrote {write_overview(folder)}")
+            return
+        page = write_report(folder)
     print(f"{summary_table(folder)}\n\nwrote {page}")
 
 

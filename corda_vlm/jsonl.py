@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.files import write_text
+from corda_vlm.files import shown, write_text
+from corda_vlm.locks import locked
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds to wait for another process that adds to the same file."""
 
 Row = dict[str, Any]
 Check = Callable[[Row], str | None]
@@ -76,7 +80,7 @@ def read_jsonl(
 def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:
     """Add rows to a file of JSON lines in one write, and force them to the disk.
 
-    A line torn by a kill during an earlier write is cut off first, else the new row would be glued to it and both lost.
+    Another process that writes there is waited for. A line torn by a kill during an earlier write is cut off first, else the new row would be glued to it and both lost.
 
     Raises:
         CordaError: a value is NaN, Inf or no JSON, and nothing is written; or the disk is full.
@@ -85,24 +89,24 @@ def append_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]], what: str)
     content = _dumped(path, rows, what).encode()
     if not content:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
-        # One write to a descriptor in append mode: concurrent runs do not interleave within a line.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    with locked(path, wait=PATIENCE):
         try:
-            written = os.write(descriptor, content)
-            if written < len(content):  # the disk filled up half-way
-                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as error:  # of a name with a NUL
-        raise CordaError(
-            f"could not add to {path}: {getattr(error, 'strerror', None) or error}. The rows before are untouched; free some space or give "
-            "another folder, and run the same command again."
-        ) from error
+            _cut_torn_line(path)
+            # One write to a descriptor in append mode: a reader sees whole rows, or a torn last one.
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                written = os.write(descriptor, content)
+                if written < len(content):  # the disk filled up half-way
+                    os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise CordaError(
+                f"could not add to {shown(path)}: {error.strerror or error}. The rows before are untouched; free some space "
+                "or give another folder, and run the same command again."
+            ) from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]], what: str) -> None:
