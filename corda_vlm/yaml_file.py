@@ -1,0 +1,142 @@
+"""YAML as this package reads it: plain values, within bounds, every key once.
+
+YAML can name classes to be made, repeat parts of itself so that a few lines stand for gigabytes, and nest without
+end. Files of other people are read here, so none of that is taken.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from corda_vlm.errors import CordaError
+
+# The same in C where the package yaml was built with it, some ten times faster.
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+MOST_BYTES = 10_000_000
+MOST_VALUES = 300_000
+"""Values of a document once its aliases are written out."""
+MOST_LEVELS = 60
+
+
+class _Loader(_SafeLoader):
+    """The safe loader, which takes the last of two equal keys without a word, but for that."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                # as it is written: 1 and '1' are two keys
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value[:100]!r} stands here twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, what: str = "the text") -> Any:
+    """The value that a YAML document stands for: mappings, lists, strings, numbers, truth values, dates, None.
+
+    Args:
+        what: names the document in messages.
+
+    Raises:
+        CordaError: not YAML, a key that stands twice in one mapping, a tag that asks for a class, or a document that is
+            too deep or, with its aliases written out, too large.
+    """
+    try:
+        _check_depth(text, what)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node, what)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except CordaError:
+        raise
+    except Exception as error:  # of every kind: of `!!int ''` an IndexError, of `!!timestamp x` an AttributeError
+        raise CordaError(f"{what} is not YAML: {str(error)[:500]}") from error
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The value that a YAML file holds, see `parse_yaml`.
+
+    Raises:
+        CordaError: no regular file that can be read, not UTF-8, above 10 MB, or as of `parse_yaml`.
+    """
+    return parse_yaml(read_small_text(path), str(path))
+
+
+def read_small_text(path: str | Path) -> str:
+    """The text of a file that people write by hand.
+
+    Raises:
+        CordaError: no regular file (a device or a pipe may never end), not UTF-8, above 10 MB, or it cannot be read.
+    """
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CordaError(f"{path} is no file that holds text; give the path of one")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise CordaError(f"{path} is above {MOST_BYTES // 1_000_000} MB; is it another file?")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CordaError(f"{path} is not YAML or text: it is not UTF-8 ({error})") from error
+    except OSError as error:
+        raise CordaError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CordaError:
+        raise
+    except ValueError as error:  # a NUL within the path
+        raise CordaError(f"no file can be called {str(path)[:200]!r}: {error}") from error
+
+
+def _check_depth(text: str, what: str) -> None:
+    """Before anything is built of it, which goes a level down for each level."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MOST_LEVELS:
+            raise CordaError(
+                f"{what} is nested more than {MOST_LEVELS} levels deep; nothing that is read here is"
+            )
+
+
+def _check_size(root: Any, what: str) -> None:
+    """Refuse aliases that multiply: a value counts as often as it is referred to."""
+    sizes: dict[int, int] = {}
+    open_above: set[int] = set()
+
+    def size(node: Any) -> int:
+        if id(node) in open_above:
+            raise CordaError(f"{what} has an alias for something that it lies in")
+        if (known := sizes.get(id(node))) is not None:
+            return known
+        total = 1
+        if not isinstance(node, yaml.ScalarNode):
+            open_above.add(id(node))
+            pairs = isinstance(node, yaml.MappingNode)
+            for item in node.value:
+                total += size(item[0]) + size(item[1]) if pairs else size(item)
+            open_above.discard(id(node))
+        if total > MOST_VALUES:
+            raise CordaError(
+                f"{what} holds more than {MOST_VALUES:,} values once its aliases are written out"
+            )
+        sizes[id(node)] = total
+        return total
+
+    size(root)
