@@ -12,6 +12,16 @@ LONGEST = 1900
 """Characters of a message: it has to fit a screen, whatever somebody's file or a library put into it."""
 
 
+MOST_CHOICES = 60
+"""Names that a message lists."""
+
+
+def brief(value: object, most: int = 100) -> str:
+    """A value as messages show it: on one line and short, whatever it is."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 20]} … {text[-15:]}"
+
+
 class CordaError(ValueError):
     """Base class: the input or the request is wrong, and the message says how to put it right."""
 
@@ -26,11 +36,15 @@ class UnknownNameError(CordaError):
     """A name that is not among the choices; the message lists them and the nearest one."""
 
     def __init__(self, kind: str, name: object, choices: Iterable[str], hint: str = "") -> None:
-        listed = sorted(choices)
-        close = difflib.get_close_matches(str(name), listed, n=1)
+        listed = sorted(map(str, choices))
+        close = difflib.get_close_matches(str(name)[:100], listed, n=1)
         guess = f" Did you mean {close[0]!r}?" if close else ""
+        more = len(listed) - MOST_CHOICES
+        if more > 0:  # of thousands, those that may be meant
+            near = difflib.get_close_matches(str(name)[:100], listed, n=MOST_CHOICES, cutoff=0.0)
+            listed = [*sorted(near), f"and {more:,} more"]
         super().__init__(
-            f"unknown {kind} {name!r}; choose one of: {', '.join(listed)}.{guess}"
+            f"unknown {kind} {brief(name)}; choose one of: {', '.join(listed)}.{guess}"
             + (f" {hint}" if hint else "")
         )
 

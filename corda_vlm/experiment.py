@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-
-from corda_vlm.data import ChatOptions, parse_spec
-from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families import TOKENS
+from corda_vlm.data.chat_options import ChatOptions, MaxTokens, TooLong
+from corda_vlm.data.spec import parse_spec
+from corda_vlm.errors import CordaError, UnknownNameError, brief
+from corda_vlm.families.tokens import Tokens
 from corda_vlm.files import resolve
 from corda_vlm.methods import METHODS, MethodRequest
-from corda_vlm.precision import Bf16, check_bf16
-from corda_vlm.train import TrainOptions
+from corda_vlm.methods.method import Portion, Side
+from corda_vlm.names import check_name
+from corda_vlm.options import (
+    Count,
+    Items,
+    NotNegative,
+    Positive,
+    Seed,
+    Text,
+    check_options,
+    read_options,
+)
+from corda_vlm.precision import Bf16
+from corda_vlm.train.options import TrainOptions
+from corda_vlm.yaml_file import parse_yaml, read_yaml
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """What the weights of a model are kept in."""
+Precision = Literal["float32", "float64", "bf16", "auto"]
+Scales = Annotated[list[float], Items(distinct=True)]
 
 
 @dataclass(frozen=True)
@@ -39,14 +51,18 @@ class Calibration:
     """
 
     data: str | dict[str, Any]
-    samples: int = 256
-    batch_size: int = 64
-    precision: str = "float32"
-    rounds: int = 1
+    samples: Count = 256
+    batch_size: Count = 64
+    precision: Precision = "float32"
+    rounds: Count = 1
     blockwise: bool = False
-    tokens: str = "all"
-    max_tokens: int | None = None
-    too_long: str = "skip"
+    tokens: Tokens = "all"
+    max_tokens: MaxTokens | None = None
+    too_long: TooLong = "skip"
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        parse_spec(self.data)
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,12 @@ class NewTask:
     """
 
     data: str | dict[str, Any]
-    classes: list[str] | str | None = None
-    templates: list[str] | str | None = None
+    classes: Annotated[list[Text], Items(least=1)] | Text | None = None
+    templates: Annotated[list[Text], Items(least=1)] | Text | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        parse_spec(self.data)
 
 
 @dataclass(frozen=True)
@@ -78,12 +98,12 @@ class Evaluation:
         bf16: run the model under bfloat16 autocast; "auto" as in `TrainOptions`.
     """
 
-    scales: list[float] = field(default_factory=list)
-    batch_size: int = 256
+    scales: Scales = field(default_factory=list)
+    batch_size: Count = 256
     bf16: Bf16 = "auto"
 
     def __post_init__(self) -> None:
-        check_bf16(self.bf16)
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -102,22 +122,25 @@ class Variant:
         training: options of `TrainOptions` that differ from the experiment's.
     """
 
-    learning_rates: list[float]
+    learning_rates: Annotated[list[Positive], Items(distinct=True)]
     method: str | None = None
-    rank: int | None = None
-    a_norm: float | None = None
-    damping: float = 1e-4
-    side: str | None = None
-    beta: float | None = None
+    rank: Count | None = None
+    a_norm: Positive | None = None
+    damping: NotNegative = 1e-4
+    side: Side | None = None
+    beta: Portion | None = None
     freeze_a: bool = False
     dynamic_rank: bool = False
-    min_rank: int = 1
-    max_rank: int | None = None
+    min_rank: Count = 1
+    max_rank: Count | None = None
     dynamic_covariance: bool = False
-    modules_to_save: list[str] = field(default_factory=list)
-    anchor: float = 0.0
-    scales: list[float] | None = None
+    modules_to_save: Annotated[list[Text], Items(distinct=True)] = field(default_factory=list)
+    anchor: NotNegative = 0.0
+    scales: Scales | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -163,15 +186,15 @@ class Experiment:
     """
 
     name: str
-    model: str
+    model: Text
     task: NewTask
-    suite: str
+    suite: Text
     variants: dict[str, Variant]
     title: str | None = None
     calibration: Calibration | None = None
-    towers: list[str] | None = None
-    rank: int = 16
-    seeds: list[int] = field(default_factory=lambda: [0])
+    towers: Annotated[list[Text], Items(least=1, distinct=True)] | None = None
+    rank: Count = 16
+    seeds: Annotated[list[Seed], Items(least=1, distinct=True)] = field(default_factory=lambda: [0])
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     forecast: bool = False
@@ -182,65 +205,82 @@ class Experiment:
     data_root: str | None = None
 
     def __post_init__(self) -> None:
+        check_options(self)
+        check_name(self.name, "the experiment's name")
         if not self.variants:
             raise CordaError(f"experiment {self.name!r} has no variants: nothing to train")
         if self.calibration is not None:
-            if (tokens := self.calibration.tokens) not in TOKENS:
-                raise UnknownNameError("choice of tokens in the calibration", tokens, TOKENS)
             self.chat_of("knowledge")  # raises
-        for name, variant in self.variants.items():
-            if name in ("base", "", ".", "..") or "/" in name or "\\" in name:
+        for name in self.variants:
+            self._check_variant(name)
+
+    def _check_variant(self, name: str) -> None:
+        if name == "base":
+            raise CordaError("a variant cannot be called 'base': that is the model before training")
+        check_name(name, "a variant's name")
+        variant = self.variants[name]
+        method = METHODS.get(self.method_of(name))
+        if method is None:
+            raise UnknownNameError(f"method of variant {name!r}", self.method_of(name), METHODS)
+        if not variant.learning_rates:
+            raise CordaError(f"variant {name!r} has no learning rates")
+        self._check_calibration(name)
+        for scale in self.scales_of(name):
+            if not 0 < scale < 1:
                 raise CordaError(
-                    f"a variant cannot be called {name!r}: it names a folder, and 'base' is the model before training"
+                    f"variant {name!r}: scales hold {scale}; give strengths between 0 (the base model) and 1 (as "
+                    "trained), both of which are measured anyway"
                 )
-            method = METHODS.get(self.method_of(name))
-            if method is None:
-                raise UnknownNameError(f"method of variant {name!r}", self.method_of(name), METHODS)
-            if not variant.learning_rates:
-                raise CordaError(f"variant {name!r} has no learning rates")
-            if self.calibration is None and (method.needs_store or variant.anchor or self.forecast):
-                why = (
-                    f"is {method.name}, which takes its directions from data"
-                    if method.needs_store
-                    else "has an anchor to that knowledge"
-                    if variant.anchor
-                    else "is to log a forecast of forgetting"
-                )
-                raise CordaError(
-                    f"variant {name!r} {why}, and the experiment has no `calibration`; say there which data stands "
-                    "for the knowledge to keep"
-                )
-            if not (math.isfinite(variant.anchor) and variant.anchor >= 0):
-                raise CordaError(
-                    f"variant {name!r}: anchor {variant.anchor} must be a finite weight, 0 or more"
-                )
-            if variant.dynamic_covariance and self.calibration and self.calibration.rounds < 2:
-                raise CordaError(
-                    f"variant {name!r} chooses among calibration rounds, and there is one; give calibration.rounds, e.g. 4, "
-                    "or leave dynamic_covariance out"
-                )
-            for scale in self.scales_of(name):
-                if not 0 < scale < 1:
-                    raise CordaError(
-                        f"variant {name!r}: scales hold {scale}; give strengths between 0 (the base model) and 1 (as "
-                        "trained), both of which are measured anyway"
-                    )
-            method.check_options(self.request(name))
-            options = self.train_options(name, variant.learning_rates[0], 0)
-            self._check_loss(name, options.loss)
-            if options.loss == "linear" and self.scales_of(name):
-                raise CordaError(
-                    f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "
-                    "towards; give it `scales: []`"
-                )
-            if variant.modules_to_save and self.scales_of(name):
-                raise CordaError(
-                    f"variant {name!r} trains modules whole, which cannot be scaled; give it `scales: []`"
-                )
-            if method.name == "linear-probe" and variant.anchor:
-                raise CordaError(
-                    f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
-                )
+        if variant.max_rank is not None and variant.max_rank < variant.min_rank:
+            raise CordaError(
+                f"variant {name!r}: max_rank {variant.max_rank} is below min_rank {variant.min_rank}"
+            )
+        method.check_options(self.request(name))
+        self._check_training(name)
+        if method.name == "linear-probe" and variant.anchor:
+            raise CordaError(
+                f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
+            )
+
+    def _check_calibration(self, name: str) -> None:
+        variant, method = self.variants[name], METHODS[self.method_of(name)]
+        if self.calibration is None and (method.needs_store or variant.anchor or self.forecast):
+            why = (
+                f"is {method.name}, which takes its directions from data"
+                if method.needs_store
+                else "has an anchor to that knowledge"
+                if variant.anchor
+                else "is to log a forecast of forgetting"
+            )
+            raise CordaError(
+                f"variant {name!r} {why}, and the experiment has no `calibration`; say there which data stands "
+                "for the knowledge to keep"
+            )
+        if variant.dynamic_covariance and self.calibration and self.calibration.rounds < 2:
+            raise CordaError(
+                f"variant {name!r} chooses among calibration rounds, and there is one; give calibration.rounds, e.g. 4, "
+                "or leave dynamic_covariance out"
+            )
+
+    def _check_training(self, name: str) -> None:
+        variant = self.variants[name]
+        folders = [Training(name, "", rate, 0).folder for rate in variant.learning_rates]
+        if len(set(folders)) < len(folders):
+            raise CordaError(
+                f"variant {name!r}: learning rates that are equal to six digits would share a folder; "
+                "give one of them"
+            )
+        (loss,) = {self.train_options(name, rate, 0).loss for rate in variant.learning_rates}
+        self._check_loss(name, loss)
+        if loss == "linear" and self.scales_of(name):
+            raise CordaError(
+                f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "
+                "towards; give it `scales: []`"
+            )
+        if variant.modules_to_save and self.scales_of(name):
+            raise CordaError(
+                f"variant {name!r} trains modules whole, which cannot be scaled; give it `scales: []`"
+            )
 
     def _check_loss(self, variant: str, loss: str) -> None:
         kind = parse_spec(self.task.data).format
@@ -307,26 +347,14 @@ class Experiment:
         given = {"template": self.chat, **self.training, **self.variants[variant].training}
         if self.method_of(variant) == "linear-probe":
             given["loss"] = "linear"  # there is nothing else to train
-        known = TrainOptions.__dataclass_fields__
-        for name in given:
-            if name not in known or name in ("learning_rate", "seed"):
-                choices = set(known) - {"learning_rate", "seed"}
-                raise UnknownNameError(f"option in the training of {variant!r}", name, choices)
-            if known[name].type == "Bf16":
-                check_bf16(given[name], f"bf16 in the training of {variant!r}")
-            elif not _fits(value := given[name], known[name].default):
-                raise CordaError(f"the training of {variant!r}: {name} cannot be {value!r}")
-        return TrainOptions(**given, learning_rate=learning_rate, seed=seed)
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Is `value` of the kind of an option with this default? Those without a default are numbers."""
-    if isinstance(default, (bool, str)):
-        return isinstance(value, type(default))
-    if isinstance(default, tuple):
-        return isinstance(value, (list, tuple)) and len(value) == len(default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number or (value is None and default is None)
+        for name in ("learning_rate", "seed"):
+            if name in given:
+                known = set(TrainOptions.__dataclass_fields__) - {"learning_rate", "seed"}
+                raise UnknownNameError(f"option in the training of {variant!r}", name, known)
+        where = f"the training of {variant!r}"
+        return read_options(
+            TrainOptions, {**given, "learning_rate": learning_rate, "seed": seed}, where
+        )
 
 
 def load_experiment(
@@ -353,10 +381,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         CordaError: no such file, not YAML, or not a mapping.
     """
     path = resolve(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CordaError(f"{path} is not YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise CordaError(f"{path} must be a mapping of the options of an experiment")
     return content
@@ -370,44 +395,33 @@ def apply_overrides(content: dict[str, Any], overrides: Mapping[str, Any] | Sequ
 
 
 def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:
-    """An experiment from a mapping; `where` names it in errors."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    """An experiment from a mapping; `where` names it in errors.
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--experiment", type=Experiment)
-    try:
-        # a copy: jsonargparse writes what it makes of the values into the mapping
-        parsed = parser.parse_object({"experiment": copy.deepcopy(dict(content))})
-        found = parser.instantiate(parsed).experiment
-        return _with_data_as_written(found, content)
-    except ArgumentError as error:
-        if isinstance(error.__cause__, CordaError):
-            raise error.__cause__ from error
-        lines = (line.strip() for line in str(error).replace("experiment.", "").splitlines())
-        raise CordaError(f"{where}: {' '.join(lines)}") from error
-
-
-def _with_data_as_written(experiment: Experiment, content: Mapping[str, Any]) -> Experiment:
-    """jsonargparse reads strings within a mapping as YAML, which makes a mapping of `answer: "{a}"`."""
-    given = {}
-    for name in ("task", "calibration"):
-        if (part := getattr(experiment, name)) is not None:
-            given[name] = replace(part, data=content[name]["data"])
-    return replace(experiment, **given)
+    Raises:
+        CordaError: as of `load_experiment`.
+    """
+    return read_options(Experiment, content, where)
 
 
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise CordaError(f"an override is written KEY=VALUE, e.g. training.steps=10; got {text!r}")
-    return key, yaml.safe_load(value)
+        raise CordaError(
+            f"an override is written KEY=VALUE, e.g. training.steps=10; got {brief(text)}"
+        )
+    return key, parse_yaml(value, f"the value of {brief(key)}")
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
+    if len(parents) > _MOST_PARENTS:
+        raise CordaError(f"{brief(key)} leads deeper than any option of an experiment lies")
     for parent in parents:
         inner = content.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise CordaError(f"{key}: {parent!r} is {inner!r}, which has no keys")
+            raise CordaError(f"{key}: {parent!r} is {brief(inner)}, which has no keys")
         content = inner
     content[last] = value
+
+
+_MOST_PARENTS = 10

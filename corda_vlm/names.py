@@ -6,7 +6,9 @@ from corda_vlm.errors import CordaError
 
 MOST_CHARACTERS = 100
 _MOST_BYTES = 200  # file systems take 255, and what is written beside a file has a longer name
-_RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in "123456789"}
+_RESERVED = {"con", "prn", "aux", "nul"} | {
+    f"{port}{n}" for port in ("com", "lpt") for n in "123456789"
+}
 
 
 def check_name(name: object, what: str) -> str:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from corda_vlm.errors import CordaError, UnknownNameError, shown
+from corda_vlm.errors import CordaError, UnknownNameError, brief
 
 T = TypeVar("T")
 
@@ -55,12 +55,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Items:
-    """How many items a list has, and whether each may stand in it but once."""
+    """How many items a list (or characters a text) has, and whether each may stand in it but once."""
 
     least: int = 0
     distinct: bool = False
 
 
+Text = Annotated[str, Items(least=1)]
+"""Not empty."""
 Count = Annotated[int, Range(at_least=1)]
 Whole = Annotated[int, Range(at_least=0)]
 Seed = Annotated[int, Range(at_least=0, below=2**32)]
@@ -70,10 +72,14 @@ NotNegative = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(at_least=0, below=1)]
 
 
-def check_options(options: Any) -> None:
-    """Raise a `CordaError` for the first value of a dataclass that is not of its declared type or out of its bounds."""
-    hints = _hints(type(options))
-    for field in fields(options):
+def check_options(options: Any, kind: type | None = None) -> None:
+    """Raise a `CordaError` for the first value of a dataclass that is not of its declared type or out of its bounds.
+
+    Args:
+        kind: look only at what this class declares, a parent of the dataclass.
+    """
+    hints = _hints(kind or type(options))
+    for field in fields(kind or options):
         fitted(getattr(options, field.name), hints[field.name], field.name)
 
 
@@ -118,7 +124,7 @@ def fitted(value: Any, kind: Any, name: str, where: str = "") -> Any:
     except _WrongTypeError:
         prefix = f"{where}: " if where else ""
         raise CordaError(
-            f"{prefix}{name} cannot be {shown(value)}; it must be {_described(kind)}"
+            f"{prefix}{name} cannot be {brief(value)}; it must be {_described(kind)}"
             + (" (text goes in quotes)" if _takes_text(kind) and not isinstance(value, str) else "")
         ) from None
 
@@ -147,10 +153,12 @@ def _fitted(value: Any, kind: Any, name: str, where: str) -> Any:
     if origin in (list, Sequence, tuple):
         return _sequence(value, origin, args, name, where)
     if origin in (dict, Mapping):
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, Mapping):
+            raise _WrongTypeError
+        if args[0] is str and not all(isinstance(key, str) for key in value):
             raise _WrongTypeError
         return {key: fitted(one, args[1], f"{name}.{key}", where) for key, one in value.items()}
-    if is_dataclass(kind) and isinstance(kind, type):
+    if isinstance(kind, type) and is_dataclass(kind):
         if isinstance(value, kind):
             return value
         if not isinstance(value, Mapping):
@@ -182,11 +190,15 @@ def _number(value: Any) -> float:
 def _one_of(value: Any, kinds: Sequence[Any], name: str, where: str) -> Any:
     """As the first of `kinds` that it is; whatever else is wrong with one of that kind is raised."""
     told: CordaError | None = None
+    others = [kind for kind in kinds if kind is not type(None)]
     for kind in kinds:
         try:
             return _fitted(value, kind, name, where)
         except _WrongTypeError:
             continue
+        except UnknownNameError as error:
+            if len(others) == 1:  # else its choices are not all there are
+                told = told or error
         except CordaError as error:
             told = told or error
     if told is not None:
@@ -212,14 +224,14 @@ def _sequence(value: Any, origin: Any, args: tuple[Any, ...], name: str, where: 
 
 def _check_bound(value: Any, bound: Any, name: str) -> None:
     if isinstance(bound, Range) and not bound.holds(value):
-        raise CordaError(f"{name} is {shown(value)}; it must be {bound}")
+        raise CordaError(f"{name} is {brief(value)}; it must be {bound}")
     if isinstance(bound, Items):
         if len(value) < bound.least:
-            raise CordaError(f"{name} is {shown(value)}; it needs at least {bound.least}")
+            raise CordaError(f"{name} is {brief(value)}; it needs at least {bound.least}")
         if bound.distinct:
             twice = [one for place, one in enumerate(value) if one in value[:place]]
             if twice:
-                raise CordaError(f"{name} holds {shown(twice[0])} twice; each counts once")
+                raise CordaError(f"{name} holds {brief(twice[0])} twice; each counts once")
 
 
 @cache

@@ -14,18 +14,16 @@ experiments of it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.evaluation import Results, leading_finding, read_rows
 from corda_vlm.experiment import Experiment, apply_overrides, parse_experiment, read_config
 from corda_vlm.files import read_json, resolve, write_json, write_text
-from corda_vlm.run import SCORES, command_of, run_experiment
+from corda_vlm.names import check_name
 
 OVERVIEW = "study.json"
 _KEYS = ("name", "title", "defaults", "experiments")
@@ -67,8 +65,12 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         if key not in _KEYS:
             raise UnknownNameError(f"key in study {path}", key, _KEYS)
     name, defaults, experiments = (content.get(key) for key in ("name", "defaults", "experiments"))
-    if not isinstance(name, str) or not name:
+    if name is None:
         raise CordaError(f"study {path}: no name; it names the folder of the results")
+    check_name(name, f"the name of study {path}")
+    title = content.get("title")
+    if title is not None and not isinstance(title, str):
+        raise CordaError(f"study {path}: title must be text, in quotes if need be")
     if not isinstance(experiments, Mapping) or not experiments:
         raise CordaError(
             f"study {path}: `experiments` must be a mapping of at least one experiment"
@@ -79,14 +81,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         )
     found = {}
     for key, own in experiments.items():
+        check_name(key, f"an experiment's name in study {path}")
         if not isinstance(own, Mapping):
             raise CordaError(f"study {path}, experiment {key!r}: must be a mapping")
-        merged: dict[str, Any] = {**(defaults or {}), **own, "name": str(key)}
-        # a copy without the aliases that experiments may share
-        merged = yaml.safe_load(yaml.safe_dump(merged, sort_keys=False))
+        merged: dict[str, Any] = {**(defaults or {}), **own, "name": key}
+        merged = copy.deepcopy(merged)  # of defaults that experiments share
         apply_overrides(merged, overrides)
-        found[str(key)] = parse_experiment(merged, f"study {path}, experiment {key!r}")
-    return Study(name, found, content.get("title"))
+        found[key] = parse_experiment(merged, f"study {path}, experiment {key!r}")
+    return Study(name, found, title)
 
 
 def run_study(
@@ -105,6 +107,8 @@ def run_study(
 
     The others, and what is raised, as in `corda_vlm.run.run`.
     """
+    from corda_vlm.run import command_of, run_experiment
+
     study = load_study(config, overrides)
     for name in only or ():
         if name not in study.experiments:
@@ -133,6 +137,9 @@ def write_overview(folder: str | Path) -> Path:
     Raises:
         ForeignFileError: not the folder of a study.
     """
+    from corda_vlm.evaluation import Results, leading_finding, read_rows
+    from corda_vlm.run import SCORES
+
     folder = Path(folder)
     study = read_json(folder / OVERVIEW, "list of a study's experiments")
     lines = [f"# {study['title']}", ""]

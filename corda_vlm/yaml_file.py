@@ -6,6 +6,7 @@ end. Files of other people are read here, so none of that is taken.
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Hashable
 from pathlib import Path
@@ -24,6 +25,10 @@ MOST_VALUES = 300_000
 MOST_LEVELS = 60
 
 
+# YAML 1.1, which PyYAML reads, makes text of 1e-3: it wants 1.0e-3.
+_EXPONENT = re.compile(r"[-+]?(?:\d+|\d*\.\d+|\d+\.)[eE][-+]?\d+\Z")
+
+
 class _Loader(_SafeLoader):
     """The safe loader, which takes the last of two equal keys without a word, but for that."""
 
@@ -38,6 +43,9 @@ class _Loader(_SafeLoader):
                     )
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def parse_yaml(text: str, what: str = "the text") -> Any:
@@ -58,12 +66,14 @@ def parse_yaml(text: str, what: str = "the text") -> Any:
             if node is None:
                 return None
             _check_size(node, what)
-            return loader.construct_document(node)
+            return _unshared(loader.construct_document(node))
         finally:
             loader.dispose()
     except CordaError:
         raise
-    except Exception as error:  # of every kind: of `!!int ''` an IndexError, of `!!timestamp x` an AttributeError
+    except (
+        Exception
+    ) as error:  # of every kind: of `!!int ''` an IndexError, of `!!timestamp x` an AttributeError
         raise CordaError(f"{what} is not YAML: {str(error)[:500]}") from error
 
 
@@ -99,6 +109,13 @@ def read_small_text(path: str | Path) -> str:
         raise
     except ValueError as error:  # a NUL within the path
         raise CordaError(f"no file can be called {str(path)[:200]!r}: {error}") from error
+
+
+def _unshared(value: Any) -> Any:
+    """With aliases written out, so that changing one place changes no other."""
+    if isinstance(value, dict):
+        return {key: _unshared(one) for key, one in value.items()}
+    return [_unshared(one) for one in value] if isinstance(value, list) else value
 
 
 def _check_depth(text: str, what: str) -> None:

@@ -13,6 +13,10 @@ PACKAGE = Path(corda_vlm.__file__).parent
 # From the bottom up. A module may import those on its own level's left, never those on its right.
 ORDER = (
     "errors",
+    "lazy",
+    "names",
+    "options",
+    "yaml_file",
     "processes",
     "files",
     "locks",

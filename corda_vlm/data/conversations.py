@@ -12,45 +12,15 @@ import numpy as np
 from torch import Tensor
 
 from corda_vlm.data.chat import Chat, Rendered
+from corda_vlm.data.chat_options import ChatOptions
 from corda_vlm.data.instruction import InstructionData
 from corda_vlm.data.records import ImageTextData
 from corda_vlm.data.rows import Message
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.errors import DataError
 from corda_vlm.families.base import Processor
 from corda_vlm.families.language import ALONG_TOKENS, IGNORED, LanguageProcessor, Sample
 
 logger = logging.getLogger(__name__)
-
-LEARN = ("all", "last")
-TOO_LONG = ("skip", "truncate", "error")
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """How conversations become tokens.
-
-    Attributes:
-        template: "auto" for the model's own chat template, or one of `corda_vlm.data.chat.TEMPLATES`, or a file.
-        learn: which answers are labelled, "all" or the "last" of each conversation.
-        max_tokens: the most tokens of a sequence; None takes the model's context.
-        too_long: what to do with a longer one: "skip" and count it, "truncate" its end (never within an image;
-            counted), or "error".
-    """
-
-    template: str = "auto"
-    learn: str = "all"
-    max_tokens: int | None = None
-    too_long: str = "skip"
-
-    def __post_init__(self) -> None:
-        for what, value, choices in (
-            ("choice of answers to learn", self.learn, LEARN),
-            ("choice for sequences that are too long", self.too_long, TOO_LONG),
-        ):
-            if value not in choices:
-                raise UnknownNameError(what, value, choices)
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise CordaError(f"max_tokens is {self.max_tokens}; it must be at least 2")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.files import asset, resolve
+from corda_vlm.options import check_options
 
 KINDS = ("sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "text")
 """The kinds of sources; `corda_vlm.data.readers.READERS` has a reader for each."""
@@ -68,8 +69,8 @@ class DataSpec:
     text: str | None = "auto"
     label: str | None = "auto"
     where: Mapping[str, Any] = field(default_factory=dict)
-    classes: Sequence[str] | str | None = None
-    names: Mapping[str, str] | Sequence[str] | str | None = None
+    classes: Sequence[Any] | str | None = None
+    names: Mapping[Any, Any] | Sequence[Any] | str | None = None
     splits: Mapping[str, float | int] | None = None
     limit: int | None = None
     per_class: int | None = None
@@ -118,6 +119,7 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
                 f"data without a source: {options}; give e.g. source: parquet:images.parquet"
             )
         found = DataSpec(**{**options, "source": str(options["source"])})
+    check_options(found)
     if found.kind not in KINDS or not found.location:
         raise UnknownNameError(
             "data source",

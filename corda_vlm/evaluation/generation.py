@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corda_vlm.data import ChatOptions, ConversationMaker, no_labels
-from corda_vlm.errors import CordaError, DataError
+from corda_vlm.errors import DataError
 from corda_vlm.evaluation.speaker import Speaker, some
 from corda_vlm.families.base import unwrap
 from corda_vlm.families.language import Sample
@@ -116,18 +116,3 @@ def before_any(text: str, stop: Sequence[str]) -> str:
     """The text up to the first of the stop strings."""
     ends = [at for string in stop if (at := text.find(string)) >= 0]
     return text[: min(ends)] if ends else text
-
-
-def check_options(
-    what: str, numbers: Mapping[str, int], stop: Sequence[str], least: int = 1
-) -> None:
-    """Refuse numbers below `least` and empty stop strings."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise CordaError(
-                f"{name} of {what} is {value!r}; it must be a whole number of at least {least}"
-            )
-    if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
-        raise CordaError(
-            f"stop of {what} must be a list of strings that are not empty, got {stop!r}"
-        )

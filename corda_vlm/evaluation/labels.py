@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.files import asset, resolve
+from corda_vlm.yaml_file import read_small_text, read_yaml
 
 OPENAI = "openai_imagenet"
 SIMPLE = "simple_imagenet"
@@ -50,7 +49,7 @@ def load_templates(source: str | Sequence[str], beside: Path | None = None) -> t
         templates = [template("{}") for template in chosen]
     else:
         lines = _find(source, "templates", ".txt", "template list", (OPENAI, SIMPLE), beside)
-        templates = [line.strip() for line in lines.read_text(encoding="utf-8").splitlines()]
+        templates = [line.strip() for line in read_small_text(lines).splitlines()]
         templates = [line for line in templates if line and not line.startswith("#")]
     for template in templates:
         if template.replace("{}", "", 1).count("{") or template.count("{}") != 1:
@@ -74,10 +73,7 @@ def load_class_names(source: str, beside: Path | None = None) -> tuple[str, ...]
 
         return tuple(IMAGENET_CLASSNAMES)
     path = _find(source, "class_names", ".yaml", "class names", (OPENAI,), beside)
-    try:
-        names = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CordaError(f"{path} is not YAML: {error}") from error
+    names = read_yaml(path)
     if isinstance(names, Mapping) and names:
         return {str(own): str(name) for own, name in names.items()}
     if isinstance(names, Sequence) and not isinstance(names, str) and names:

@@ -15,6 +15,8 @@ from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
 from corda_vlm.evaluation.generation import references
+from corda_vlm.evaluation.kinds import CHOICE_METRICS, ChoiceOptions, LikelihoodOptions
+from corda_vlm.evaluation.kinds import LIKELIHOOD_METRICS as METRICS
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker, some
 from corda_vlm.families.base import unwrap
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("token_probability", "log_likelihood", "log_likelihood_per_token")
-CHOICE_METRICS = ("acc", "acc_norm")
 FLOOR = -100.0
 """The log-likelihood of a token where the model's output is NaN or Inf: less than any that is worth telling apart."""
 
@@ -82,7 +82,7 @@ def likelihoods(speaker: Speaker, samples: Sequence[Sample]) -> list[Likelihood]
 
 
 @dataclass(frozen=True)
-class AnswerLikelihood(Evaluator):
+class AnswerLikelihood(LikelihoodOptions, Evaluator):
     """How probable the right answer is after the question; of several right ones the most probable counts.
 
     token_probability: exp of the mean over questions of the log-likelihood per token, from 0 to 1. A ratio of two
@@ -91,22 +91,14 @@ class AnswerLikelihood(Evaluator):
     log_likelihood_per_token: the mean over questions of that divided by the answer's tokens.
 
     Only the answer's own characters are scored, not the token that ends the turn.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        most_answers: only the first so many of a question's right answers; None takes all.
     """
 
     data: InstructionData
     metrics: Sequence[str] = METRICS
-    template: str = "auto"
-    max_tokens: int | None = None
-    most_answers: int | None = None
 
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "likelihood")
-        if self.most_answers is not None and self.most_answers < 1:
-            raise CordaError(f"most_answers is {self.most_answers}; it must be at least 1")
+        super().__post_init__()
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each question.
@@ -128,23 +120,19 @@ class AnswerLikelihood(Evaluator):
 
 
 @dataclass(frozen=True)
-class MultipleChoice(Evaluator):
+class MultipleChoice(ChoiceOptions, Evaluator):
     """The most probable of a question's choices.
 
     acc: by the log-likelihood of the whole choice; acc_norm: by that divided by the choice's characters, as
     lm-evaluation-harness has it. Of equals the first counts.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
     """
 
     data: InstructionData
     metrics: Sequence[str] = CHOICE_METRICS
-    template: str = "auto"
-    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         known(self.metrics, CHOICE_METRICS, "multiple-choice")
+        super().__post_init__()
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric whether each question was answered rightly.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.evaluation import likelihood, perplexity, qa, vqa
 from corda_vlm.evaluation.encoder import Cache, Encoder
 from corda_vlm.evaluation.evaluator import Evaluator
 from corda_vlm.evaluation.labels import (
@@ -24,7 +25,7 @@ from corda_vlm.evaluation.labels import (
 )
 from corda_vlm.evaluation.retrieval import Retrieval
 from corda_vlm.evaluation.scores import RESAMPLES, Outcome, Score, value_text
-from corda_vlm.evaluation.suite import TEXT_TASKS, Suite, Task, check_keys, load_suite
+from corda_vlm.evaluation.suite import Suite, Task, check_keys, load_suite
 from corda_vlm.evaluation.zero_shot import ZeroShot
 from corda_vlm.precision import Bf16, takes_bf16
 
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
     from corda_vlm.families.base import Loaded, Processor
 
 logger = logging.getLogger(__name__)
+
+TEXT_TASKS: dict[str, Any] = {
+    "vqa": vqa.Vqa,
+    "qa": qa.Qa,
+    "likelihood": likelihood.AnswerLikelihood,
+    "multiple_choice": likelihood.MultipleChoice,
+    "perplexity": perplexity.Perplexity,
+}
+"""Kind of task for models that generate text -> what measures it, with the options of `kinds.TEXT_OPTIONS`."""
 
 
 @dataclass(frozen=True)

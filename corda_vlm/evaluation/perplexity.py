@@ -12,6 +12,8 @@ from corda_vlm.data import ChatOptions, ConversationMaker
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
+from corda_vlm.evaluation.kinds import PERPLEXITY_METRICS as METRICS
+from corda_vlm.evaluation.kinds import PerplexityOptions
 from corda_vlm.evaluation.likelihood import likelihoods
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker, some
@@ -20,11 +22,9 @@ from corda_vlm.families.language import IGNORED, Sample
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
 
-METRICS = ("token_probability", "perplexity")
-
 
 @dataclass(frozen=True)
-class Perplexity(Evaluator):
+class Perplexity(PerplexityOptions, Evaluator):
     """Perplexity over all tokens of all documents, or of the answers of conversations.
 
     perplexity: exp of the mean negative log-likelihood over all tokens, so long documents count for more; lower is
@@ -33,23 +33,14 @@ class Perplexity(Evaluator):
     A sequence longer than the window is read in windows that overlap: each token is predicted once, in the first
     window that reaches it, with at least window − stride tokens before it but at the start. The first token of a
     sequence is never predicted.
-
-    Attributes:
-        window: tokens of a window; None takes the model's context.
-        stride: tokens between the starts of two windows, below the window; None takes half of it.
-        template: as of `ChatOptions`, for conversations.
     """
 
     data: InstructionData
     metrics: Sequence[str] = METRICS
-    window: int | None = None
-    stride: int | None = None
-    template: str = "auto"
 
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "perplexity")
-        if self.window is not None and self.window < 2:
-            raise CordaError(f"window is {self.window}; it must be at least 2")
+        super().__post_init__()
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric the log-likelihood of each document, weighted by its tokens.

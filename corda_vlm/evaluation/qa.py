@@ -14,14 +14,14 @@ from corda_vlm.data import ChatOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
-from corda_vlm.evaluation.generation import answered, check_options, references
+from corda_vlm.evaluation.generation import answered, references
+from corda_vlm.evaluation.kinds import QA_METRICS as METRICS
+from corda_vlm.evaluation.kinds import QaOptions
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
-
-METRICS = ("exact_match",)
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:The|the|An|an|A|a) ")
@@ -54,28 +54,15 @@ def exact_match(answer: str, references: Sequence[str], *, articles: bool = Fals
 
 
 @dataclass(frozen=True)
-class Qa(Evaluator):
-    """Open questions, answered freely, by exact match with any of the known answers.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        max_new_tokens, stop: of an answer; the harness stops at a line's end, a period and a comma.
-        articles: articles count, as in the harness's TriviaQA; without, they do not, as in its NQ-open.
-        chance: what a blind guess gives, for what is kept.
-    """
+class Qa(QaOptions, Evaluator):
+    """Open questions, answered freely, by exact match with any of the known answers."""
 
     data: InstructionData
     metrics: Sequence[str] = METRICS
-    template: str = "auto"
-    max_tokens: int | None = None
-    max_new_tokens: int = 32
-    stop: Sequence[str] = ("\n", ".", ",")
-    articles: bool = False
-    chance: float = 0.0
 
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "qa")
-        check_options("a qa task", {"max_new_tokens": self.max_new_tokens}, self.stop)
+        super().__post_init__()
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield whether each question was answered rightly.

@@ -17,15 +17,13 @@ from torch import Tensor
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
+from corda_vlm.evaluation.kinds import RETRIEVAL_METRICS as METRICS
 from corda_vlm.evaluation.scores import Outcome
 
 if TYPE_CHECKING:
     from corda_vlm.data import ImageTextData
 
 logger = logging.getLogger(__name__)
-
-DIRECTIONS = ("image_to_text", "text_to_image")
-METRICS = tuple(f"{direction}_recall@{k}" for direction in DIRECTIONS for k in (1, 5, 10))
 
 
 @dataclass(frozen=True)

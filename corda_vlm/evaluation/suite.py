@@ -7,32 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.evaluation import likelihood, perplexity, qa, retrieval, vqa, zero_shot
+from corda_vlm.evaluation.kinds import KINDS, TEXT_OPTIONS
 from corda_vlm.evaluation.scores import ROLES
 from corda_vlm.files import asset
-
-KINDS = {
-    "zero_shot": zero_shot.METRICS,
-    "retrieval": retrieval.METRICS,
-    "vqa": vqa.METRICS,
-    "qa": qa.METRICS,
-    "likelihood": likelihood.METRICS,
-    "multiple_choice": likelihood.CHOICE_METRICS,
-    "perplexity": perplexity.METRICS,
-}
-"""Kind of task -> its metrics."""
-
-TEXT_TASKS: dict[str, Any] = {
-    "vqa": vqa.Vqa,
-    "qa": qa.Qa,
-    "likelihood": likelihood.AnswerLikelihood,
-    "multiple_choice": likelihood.MultipleChoice,
-    "perplexity": perplexity.Perplexity,
-}
-"""Kind of task for models that generate text -> what measures it; its fields are the task's `options`."""
+from corda_vlm.options import read_options
+from corda_vlm.yaml_file import read_yaml
 
 _ONE = ("zero_shot", "vqa")  # kinds that measure one metric unless asked for more
 
@@ -44,7 +24,7 @@ class Task:
     Attributes:
         name: how tables call it.
         role: one of `ROLES`: "gain", "retention", "selection".
-        kind: "zero_shot" or "retrieval", or for models that generate text one of `TEXT_TASKS`.
+        kind: "zero_shot" or "retrieval", or for models that generate text one of `kinds.TEXT_OPTIONS`.
         data: what `corda_vlm.data.load_records` takes; `{data_root}` in its strings is filled in.
         classes: zero-shot only: a list in the order of the labels; the name of a file in eval/class_names or
             its path; "openai_imagenet"; or a mapping with `names` (any of those) or `from` ("data", or another
@@ -52,7 +32,7 @@ class Task:
         templates: zero-shot only: a list, "openai_imagenet", or the name of a file in eval/templates.
         metrics: what is measured; tasks are compared by the first.
         limit: at most so many examples.
-        options: of a kind of `TEXT_TASKS`, e.g. `{template: plain, max_new_tokens: 8}`.
+        options: of a kind of `kinds.TEXT_OPTIONS`, e.g. `{template: plain, max_new_tokens: 8}`.
         source: the suite's file that says so; paths may be relative to it.
     """
 
@@ -111,10 +91,7 @@ def load_suite(source: str | Path | Mapping[str, Any] | Suite) -> Suite:
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> Suite:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CordaError(f"suite {path} is not YAML: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise CordaError(f"suite {path} must be a mapping with name, version and tasks")
     return _parse(content, f"suite {path}", path, below)
@@ -194,12 +171,11 @@ def _check_options(content: Mapping[str, Any], where: str) -> None:
     if "options" not in content:
         return
     options, kind = content["options"], content["kind"]
-    if kind not in TEXT_TASKS:
+    if kind not in TEXT_OPTIONS:
         raise CordaError(f"{where}: a {kind} task takes no options")
     if not isinstance(options, Mapping):
         raise CordaError(f"{where}: options must be a mapping, got {options!r}")
-    known = [f.name for f in fields(TEXT_TASKS[kind]) if f.name not in ("data", "metrics")]
-    check_keys(options, known, (), f"options of {where}")
+    read_options(TEXT_OPTIONS[kind], options, f"options of {where}")
 
 
 def check_keys(

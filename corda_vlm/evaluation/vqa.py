@@ -13,15 +13,14 @@ from corda_vlm.data import ChatOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
-from corda_vlm.evaluation.generation import answered, check_options, references
+from corda_vlm.evaluation.generation import answered, references
+from corda_vlm.evaluation.kinds import VQA_METRICS as METRICS
+from corda_vlm.evaluation.kinds import VqaOptions
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.speaker import Speaker
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
-
-ANSWER_TYPES = ("yes_no", "number", "other")
-METRICS = ("vqa_accuracy", "exact_match", *(f"accuracy_{kind}" for kind in ANSWER_TYPES))
 
 # The tables of the official evaluation, oddities included: only the same tables give the same numbers.
 _NUMBERS = {
@@ -152,29 +151,19 @@ def answer_type(references: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Vqa(Evaluator):
+class Vqa(VqaOptions, Evaluator):
     """Questions about pictures, answered freely.
 
     vqa_accuracy: see `vqa_accuracy`. exact_match: the share whose normalised answer is one of the normalised
     references. accuracy_yes_no, accuracy_number, accuracy_other: vqa_accuracy over the questions of that type alone.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        max_new_tokens, stop: of an answer.
-        chance: what a blind guess gives, for what is kept; it cannot be told from the data.
     """
 
     data: InstructionData
     metrics: Sequence[str] = ("vqa_accuracy",)
-    template: str = "auto"
-    max_tokens: int | None = None
-    max_new_tokens: int = 16
-    stop: Sequence[str] = ("\n",)
-    chance: float = 0.0
 
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "vqa")
-        check_options("a vqa task", {"max_new_tokens": self.max_new_tokens}, self.stop)
+        super().__post_init__()
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each question.

@@ -15,14 +15,13 @@ from torch import Tensor
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
+from corda_vlm.evaluation.kinds import ZERO_SHOT_METRICS as METRICS
 from corda_vlm.evaluation.scores import Outcome
 
 if TYPE_CHECKING:
     from corda_vlm.data import ImageTextData
 
 logger = logging.getLogger(__name__)
-
-METRICS = ("top1", "top5", "mean_per_class")
 
 
 @dataclass(frozen=True)

@@ -6,294 +6,46 @@ your own) and pass it to `register_family`.
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-import yaml
-from torch import nn
+from corda_vlm.lazy import names_of
 
-from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families.base import (
-    TOKENS,
-    Batch,
-    Family,
-    Loaded,
-    Masking,
-    Processor,
-    Rule,
-    block_rules,
-    token_masks,
-    unwrap,
-)
-from corda_vlm.families.clip_hf import CLIP_HF, SIGLIP_HF
-from corda_vlm.families.clip_open import CLIP_OPEN
-from corda_vlm.families.decoder import config_of
-from corda_vlm.families.gguf import converted
-from corda_vlm.families.language import LanguageProcessor
-from corda_vlm.families.llava import LLAVA
-from corda_vlm.families.llm import LLM
-from corda_vlm.files import asset
+if TYPE_CHECKING:
+    from corda_vlm.families.base import (
+        Batch,
+        Family,
+        Loaded,
+        Masking,
+        Processor,
+        Rule,
+        block_rules,
+        token_masks,
+        unwrap,
+    )
+    from corda_vlm.families.language import LanguageProcessor
+    from corda_vlm.families.load import load_model
+    from corda_vlm.families.registry import FAMILIES, detect_family, family_of, register_family
+    from corda_vlm.families.tokens import TOKENS
 
-__all__ = [
-    "FAMILIES",
-    "TOKENS",
-    "Batch",
-    "Family",
-    "LanguageProcessor",
-    "Loaded",
-    "Masking",
-    "Processor",
-    "Rule",
-    "block_rules",
-    "detect_family",
-    "family_of",
-    "load_model",
-    "register_family",
-    "token_masks",
-    "unwrap",
-]
-
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (CLIP_HF, SIGLIP_HF, CLIP_OPEN, LLAVA, LLM)
+_HOMES = {
+    "FAMILIES": "registry",
+    "TOKENS": "tokens",
+    "Batch": "base",
+    "Family": "base",
+    "LanguageProcessor": "language",
+    "Loaded": "base",
+    "Masking": "base",
+    "Processor": "base",
+    "Rule": "base",
+    "block_rules": "base",
+    "detect_family": "registry",
+    "family_of": "registry",
+    "load_model": "load",
+    "register_family": "registry",
+    "token_masks": "base",
+    "unwrap": "base",
 }
 
-_FORMS = (
-    "A model is: a built-in name; a folder in the format of transformers (config.json) or open_clip "
-    "(open_clip_config.json); a GGUF file of a language model; 'ORG/NAME' of a transformers model on the Hugging Face hub; "
-    "'MODEL/TAG' of open_clip, e.g. 'ViT-B-32/laion2b_s34b_b79k'; or 'hf-hub:ORG/NAME' of open_clip."
-)
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def register_family(family: Family) -> Family:
-    """Make `family` known to `detect_family`, `find_sites` and `load_model`. Returns it.
-
-    Raises:
-        CordaError: another family has that name.
-    """
-    if FAMILIES.setdefault(family.name, family) is not family:
-        raise CordaError(f"a family named {family.name!r} is registered already")
-    return family
-
-
-def detect_family(model: nn.Module) -> Family:
-    """The family of a model, which may be wrapped by PEFT.
-
-    Raises:
-        CordaError: no family knows the class, or the family cannot adapt this model; says why.
-    """
-    bare = unwrap(model)
-    for family in FAMILIES.values():
-        if family.matches(bare):
-            if reason := family.refuses(bare):
-                raise CordaError(f"{type(bare).__name__} cannot be adapted: {reason}")
-            return family
-    known = "; ".join(f"{name} ({', '.join(family.classes)})" for name, family in FAMILIES.items())
-    raise CordaError(
-        f"no family knows the model class {type(bare).__module__}.{type(bare).__name__}. Families: {known}. "
-        "To add one, declare a corda_vlm.families.Family (its rules say which layers are adapted and which of "
-        "them read one input) and pass it to corda_vlm.families.register_family; for a language model "
-        "corda_vlm.families.llm says how in three lines."
-    )
-
-
-def family_of(family: str | Family, model: nn.Module) -> Family:
-    """The family as given, by name, or detected from the model for `"auto"`.
-
-    Raises:
-        UnknownNameError: no family of that name.
-    """
-    return _chosen(family) or detect_family(model)
-
-
-def load_model(
-    source: str | Path,
-    *,
-    family: str | Family = "auto",
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    device_map: Any = None,
-) -> Loaded:
-    """Load a model and what feeds it.
-
-    Args:
-        source: "emoji-clip" or another built-in name (add "-hf" for the same weights as a transformers
-            `CLIPModel`), a folder, an id on a hub, or a GGUF file, which is converted once (see `families.gguf`).
-        dtype: a language model of billions of parameters wants torch.bfloat16.
-        device: "auto" is the first GPU, if there is one, else the CPU.
-        device_map: of transformers, e.g. "auto" to spread a language model over all GPUs; then `device` is not looked at.
-        family: which family's format to expect where a folder holds more than one.
-
-    Raises:
-        UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
-        CordaError: the folder is in no known format, its weights are quantised or incomplete, a hub cannot be reached,
-            or there is no such device.
-    """
-    how = _How(dtype, device_map)
-    device = _usable(device)
-    text = str(source).removeprefix("local-dir:")
-    path = Path(text).expanduser()
-    zoo = _zoo()
-    if text in zoo:  # before a folder of that name in the working directory, which is './NAME'
-        loaded = _load_zoo(zoo[text], family, how)
-    elif path.is_dir():
-        loaded = _load_folder(path, family, how)
-    elif path.suffix == ".gguf" and path.is_file():
-        source = converted(path)
-        loaded = _load_folder(source, family, how)
-    elif text.endswith("-hf") and text.removesuffix("-hf") in zoo:
-        loaded = _load_converted(zoo[text.removesuffix("-hf")], how)
-    elif text.startswith("hf-hub:"):
-        loaded = _load_remote(CLIP_OPEN, text, how)
-    elif "/" in text:
-        loaded = _load_remote(_remote_family(text, family), text, how)
-    else:
-        raise UnknownNameError("model", text, [*zoo, *(f"{name}-hf" for name in zoo)], _FORMS)
-    model, processor, found = loaded
-    # Not to the dtype, which its family loaded it in: a language model keeps its rotary frequencies in float32.
-    if device_map is None:
-        model = model.to(device)
-    return Loaded(model.eval(), processor, found, str(source))
-
-
-@dataclass(frozen=True)
-class _How:
-    dtype: torch.dtype
-    device_map: Any
-
-    def load(self, family: Family, source: str | Path) -> tuple[nn.Module, Processor]:
-        if self.device_map is None:
-            return family.load(source, self.dtype)
-        if "device_map" not in inspect.signature(family.load).parameters:
-            raise CordaError(f"device_map is for language models; {family.name} takes device=")
-        return family.load(source, self.dtype, device_map=self.device_map)
-
-
-def _usable(device: str | torch.device) -> torch.device:
-    """`device`, once a number could be put there: better told before a model is read than after."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CordaError(
-            f"device {str(device)!r} cannot be used ({reason}); give auto, cpu, or cuda or cuda:N where there is such a GPU"
-        ) from error
-
-
-_Parts = tuple[nn.Module, Processor, Family]
-
-
-def _zoo() -> dict[str, Path]:
-    """Built-in models: the folders of the model zoo that have a card."""
-    return {
-        card.parent.name: card.parent for card in sorted(asset("model_zoo").glob("*/card.yaml"))
-    }
-
-
-def _load_zoo(folder: Path, family: str | Family, how: _How) -> _Parts:
-    """A built-in model, or for a card without weights the hub model that it names as its `source`."""
-    if not any(known.reads(folder) for known in FAMILIES.values()):
-        source = yaml.safe_load((folder / "card.yaml").read_text(encoding="utf-8")).get("source")
-        if isinstance(source, str):
-            return _load_remote(_remote_family(source, family), source, how)
-    return _load_folder(folder, family, how)
-
-
-def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
-    found = _chosen(family) or next((one for one in FAMILIES.values() if one.reads(folder)), None)
-    if found is None:
-        beside = sorted(entry.name for entry in folder.iterdir())
-        hint = (
-            "It holds an adapter: load the model it was trained on, then corda_vlm.load_adapter(model, folder)."
-            if "adapter_config.json" in beside
-            else f"It has: {', '.join(beside[:12]) or 'nothing'}."
-        )
-        raise CordaError(
-            f"{folder} is no model of a known format. Expected open_clip's files (open_clip_config.json and "
-            "open_clip_model.safetensors) or those of transformers (config.json with a known model_type, and "
-            f"model.safetensors). {_of_unknown_type(folder)}{hint}"
-        )
-    try:
-        return (*how.load(found, folder), found)
-    except CordaError:
-        raise
-    except Exception as error:  # a library's own errors are of every kind
-        raise CordaError(
-            f"the model in {folder} does not load as {found.name}; its files may be truncated or belong to "
-            f"another model ({type(error).__name__}: {_first_line(error)})"
-        ) from error
-
-
-def _of_unknown_type(folder: Path) -> str:
-    """What to say of a `config.json` whose model_type no family has."""
-    kind = config_of(folder).get("model_type")
-    known = [kind for family in FAMILIES.values() for kind in family.model_types]
-    if not kind or any(kind in family.model_types for family in FAMILIES.values()):
-        return ""
-    return (
-        f"Its model_type is {kind!r}; known are CLIP's and SigLIP's and {', '.join(known)}, and corda_vlm.families.llm "
-        "says how to declare another. "
-    )
-
-
-def _load_converted(folder: Path, how: _How) -> _Parts:
-    from corda_vlm.families.convert import convert_loaded
-
-    model, _, _ = _load_folder(folder, CLIP_OPEN, how)
-    model, processor = convert_loaded(model)
-    return model.to(how.dtype), processor, CLIP_HF
-
-
-def _chosen(family: str | Family) -> Family | None:
-    """The family asked for, None for "auto"."""
-    if isinstance(family, Family) or family == "auto":
-        return None if isinstance(family, str) else family
-    if family not in FAMILIES:
-        raise UnknownNameError("family", family, ["auto", *FAMILIES])
-    return FAMILIES[family]
-
-
-def _remote_family(source: str, family: str | Family) -> Family | None:
-    """Which library to ask for a name with a slash: open_clip knows its models; None where the hub has to say."""
-    if (chosen := _chosen(family)) is not None:
-        return chosen
-    import open_clip
-
-    if source.split("/")[0] in open_clip.list_models():
-        return CLIP_OPEN
-    if source.count("/") > 1 or source.startswith((".", "~")):
-        raise CordaError(f"no folder {source!r}. {_FORMS}")
-    return None
-
-
-def _hub_family(source: str) -> Family:
-    """The family of a hub model, by its configuration; CLIP's loader knows more kinds than are declared."""
-    from transformers import PretrainedConfig
-
-    kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    return next((family for family in FAMILIES.values() if kind in family.model_types), CLIP_HF)
-
-
-def _load_remote(family: Family | None, source: str, how: _How) -> _Parts:
-    try:
-        model, processor = how.load(family or _hub_family(source), source)
-    except CordaError:
-        raise
-    except Exception as error:  # a library's own errors are of every kind
-        raise CordaError(
-            f"could not load {source!r} from its hub ({type(error).__name__}: {_first_line(error)}), and no folder "
-            f"of that name is here. Check the name and the network, or download it and give its folder. {_FORMS}"
-        ) from error
-    return (
-        model,
-        processor,
-        detect_family(model),
-    )  # transformers loads SigLIP by the same call as CLIP
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
+__getattr__, __dir__ = names_of(__name__, _HOMES)

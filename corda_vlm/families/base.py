@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.families.tokens import TOKENS
 
 Batch = Mapping[str, Any]
 """A batch as the models take it: `pixel_values` (B, 3, H, W), `input_ids` (B, L), `attention_mask` (B, L), …
@@ -28,8 +29,6 @@ them, with what belongs to them (`image_sizes`, `image_grid_thw`, …), and `lab
 
 Masking = Callable[[Batch], Mapping[str, Bool[Tensor, "b l"]]]
 """batch -> tower -> (B, L) True on tokens that count, or no entry where every token counts."""
-
-TOKENS = ("all", "prompt", "response", "image", "text")
 
 
 @dataclass(frozen=True)

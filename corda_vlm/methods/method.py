@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from torch import nn
-
-from corda_vlm.covariance import CovarianceStore
-from corda_vlm.decompose import check_scale
 from corda_vlm.errors import CordaError
-from corda_vlm.plan import AdapterPlan, Route
-from corda_vlm.ranks import Bound
+from corda_vlm.options import Count, Items, NotNegative, Positive, Range, Seed, Text, check_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.plan import AdapterPlan
+
+Side = Literal["output", "input", "auto"]
+Portion = Annotated[float, Range(at_least=0, at_most=1)]
+Names = Annotated[Sequence[Text], Items(distinct=True)]
 
 
 @dataclass(frozen=True)
-class MethodRequest:
-    """What `prepare_method` was asked for; each method takes what it knows.
+class MethodOptions:
+    """What a method may be asked for; each takes what it knows.
 
     Attributes:
         rank: of the adapters; alpha is the same, so scaling is 1.
-        store: covariances, of what comes first in `Method.covariances`.
-        task_store: those of the task, for a method that has both in `Method.covariances`.
         towers, roles: which sites, as in `find_sites`; None: all.
         a_norm: norm of each row of A at the start, see `plan_adapter`; None: the method's own.
         dynamic_rank, dynamic_covariance, budget, min_rank, max_rank, side, beta: as in `plan_adapter`.
         rho: of eva, see `attach_eva`.
         damping, route, base, freeze_a, modules_to_save: as in `plan_adapter` and `attach_adapter`.
         seed: of what is random (LoRA's A, the fast route's starting block).
+    """
+
+    rank: Count = 16
+    towers: Names | str | None = None
+    roles: Names | str | None = None
+    a_norm: Positive | None = None
+    dynamic_rank: bool = False
+    dynamic_covariance: bool = False
+    budget: Count | None = None
+    min_rank: Count | Mapping[str, Count] = 1
+    max_rank: Count | Mapping[str, Count] | None = None
+    side: Side | None = None
+    beta: Portion | None = None
+    rho: Annotated[float, Range(at_least=1)] | None = None
+    damping: NotNegative = 1e-4
+    seed: Seed = 0
+    route: Literal["auto", "exact", "fast"] = "auto"
+    base: str = "untouched"
+    freeze_a: bool = False
+    modules_to_save: Names = ()
+    show_progress: bool = True
+
+
+@dataclass(frozen=True)
+class MethodRequest(MethodOptions):
+    """What `prepare_method` was asked for, and what there is to do it with.
+
+    Attributes:
+        store: covariances, of what comes first in `Method.covariances`.
+        task_store: those of the task, for a method that has both in `Method.covariances`.
         plan: the plan that `Method.plan` made for an equal request, so that it is not made again.
     """
 
-    rank: int = 16
     store: CovarianceStore | None = None
     task_store: CovarianceStore | None = None
-    towers: Sequence[str] | str | None = None
-    roles: Sequence[str] | str | None = None
-    a_norm: float | None = None
-    dynamic_rank: bool = False
-    dynamic_covariance: bool = False
-    budget: int | None = None
-    min_rank: Bound = 1
-    max_rank: Bound | None = None
-    side: str | None = None
-    beta: float | None = None
-    rho: float | None = None
-    damping: float = 1e-4
-    seed: int = 0
-    route: Route = "auto"
-    base: str = "untouched"
-    freeze_a: bool = False
-    modules_to_save: Sequence[str] = ()
-    show_progress: bool = True
     plan: AdapterPlan | None = None
 
 
@@ -141,4 +156,4 @@ class Method:
                 raise CordaError(
                     f"method {self.name!r} has no {option}= (got {value!r}); leave it out"
                 )
-        check_scale(request.damping, request.a_norm)
+        check_options(request, MethodOptions)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from corda_vlm.adapter.attach import attach_adapter, restore
-from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import UnknownNameError
-from corda_vlm.methods.bare import cannot_detach, freeze, full, unfreeze
-from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodRequest
-from corda_vlm.methods.plain import eva, plain
-from corda_vlm.plan import AdapterPlan, Route, plan_adapter
-from corda_vlm.ranks import Bound
+from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodRequest, Side
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.plan import AdapterPlan, Route
+    from corda_vlm.ranks import Bound
 
 
 def prepare_method(
@@ -31,7 +32,7 @@ def prepare_method(
     budget: int | None = None,
     min_rank: Bound = 1,
     max_rank: Bound | None = None,
-    side: str | None = None,
+    side: Side | None = None,
     beta: float | None = None,
     rho: float | None = None,
     damping: float = 1e-4,
@@ -91,6 +92,22 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+def _later(module: str, name: str, **options: Any) -> Callable[..., Any]:
+    """A function of another module, imported when it is called: to know the methods takes no PyTorch.
+
+    With `options` it is what that function makes of them that is called.
+    """
+
+    def call(*args: Any) -> Any:
+        found = getattr(import_module(f"corda_vlm.{module}"), name)
+        return (found(**options) if options else found)(*args)
+
+    return call
+
+
+_restore = _later("adapter.attach", "restore")
+
+
 def _planned(
     name: str,
     description: str,
@@ -103,6 +120,8 @@ def _planned(
     """A method whose adapter is attached from a plan."""
 
     def make(model: nn.Module, request: MethodRequest) -> AdapterPlan:
+        from corda_vlm.plan import plan_adapter
+
         return plan_adapter(
             model,
             request.store,
@@ -127,6 +146,8 @@ def _planned(
         )
 
     def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
+        from corda_vlm.adapter.attach import attach_adapter
+
         plan = request.plan or make(model, request)
         return attach_adapter(
             model,
@@ -137,7 +158,7 @@ def _planned(
         )
 
     takes = (*OF_ADAPTERS, *OF_PLANS, "modules_to_save")
-    return Method(name, description, source, covariances, attach, restore, make, takes)
+    return Method(name, description, source, covariances, attach, _restore, make, takes)
 
 
 METHODS: dict[str, Method] = {
@@ -148,24 +169,24 @@ METHODS: dict[str, Method] = {
             "every parameter of the chosen towers is trained",
             "the usual baseline",
             (),
-            full,
-            cannot_detach,
+            _later("methods.bare", "full"),
+            _later("methods.bare", "cannot_detach"),
         ),
         Method(
             "linear-probe",
             "the model is frozen, only a classification head on its embeddings is trained",
             "CLIP, arXiv 2103.00020",
             (),
-            freeze,
-            unfreeze,
+            _later("methods.bare", "freeze"),
+            _later("methods.bare", "unfreeze"),
         ),
         Method(
             "lora",
             "low-rank adapter, A random and B zero",
             "LoRA, arXiv 2106.09685",
             (),
-            plain(),
-            restore,
+            _later("methods.plain", "plain", use_dora=False),
+            _restore,
             takes=(*OF_ADAPTERS, "modules_to_save"),
         ),
         Method(
@@ -173,8 +194,8 @@ METHODS: dict[str, Method] = {
             "LoRA, with magnitude and direction of the weights apart",
             "DoRA, arXiv 2402.09353",
             (),
-            plain(use_dora=True),
-            restore,
+            _later("methods.plain", "plain", use_dora=True),
+            _restore,
             takes=(*OF_ADAPTERS, "modules_to_save"),
         ),
         Method(
@@ -182,8 +203,8 @@ METHODS: dict[str, Method] = {
             "LoRA, A the directions in which the new task's activations vary most, ranks by their share of variance",
             "EVA, arXiv 2410.07170",
             ("task",),
-            eva,
-            restore,
+            _later("methods.plain", "eva"),
+            _restore,
             takes=(*OF_ADAPTERS, "rho"),
         ),
         Method(
@@ -191,8 +212,8 @@ METHODS: dict[str, Method] = {
             "LoRA, B the smallest output directions of W and frozen, A zero",
             "MiCA, arXiv 2604.01694",
             (),
-            plain(init="mica"),
-            restore,
+            _later("methods.plain", "plain", init="mica"),
+            _restore,
             takes=("roles",),  # A alone is trained, and from zero
         ),
         _planned(

@@ -1,21 +1,32 @@
 """Training: transformers' Trainer with losses for models that compare images with texts."""
 
-from corda_vlm.train.heads import DEFAULT_TEMPLATES, Head, Template, prompt_logits
-from corda_vlm.train.loop import TrainingInterrupted, train
-from corda_vlm.train.losses import contrastive_loss
-from corda_vlm.train.options import TrainOptions, TrainResult
-from corda_vlm.train.penalty import AnchorMixin, PenaltyMixin
+from __future__ import annotations
 
-__all__ = [
-    "DEFAULT_TEMPLATES",
-    "AnchorMixin",
-    "Head",
-    "PenaltyMixin",
-    "Template",
-    "TrainOptions",
-    "TrainResult",
-    "TrainingInterrupted",
-    "contrastive_loss",
-    "prompt_logits",
-    "train",
-]
+from typing import TYPE_CHECKING
+
+from corda_vlm.lazy import names_of
+
+if TYPE_CHECKING:
+    from corda_vlm.train.heads import DEFAULT_TEMPLATES, Head, Template, prompt_logits
+    from corda_vlm.train.loop import TrainingInterrupted, train
+    from corda_vlm.train.losses import contrastive_loss
+    from corda_vlm.train.options import TrainOptions, TrainResult
+    from corda_vlm.train.penalty import AnchorMixin, PenaltyMixin
+
+_HOMES = {
+    "DEFAULT_TEMPLATES": "heads",
+    "AnchorMixin": "penalty",
+    "Head": "heads",
+    "PenaltyMixin": "penalty",
+    "Template": "heads",
+    "TrainOptions": "options",
+    "TrainResult": "options",
+    "TrainingInterrupted": "loop",
+    "contrastive_loss": "losses",
+    "prompt_logits": "heads",
+    "train": "loop",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = names_of(__name__, _HOMES)

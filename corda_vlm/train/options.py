@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.precision import Bf16, check_bf16
-from corda_vlm.train.heads import Head
+from corda_vlm.data.chat_options import Learn, MaxTokens, TooLong
+from corda_vlm.errors import CordaError
+from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Share, check_options
+from corda_vlm.precision import Bf16
 
-LOSSES = ("prompt", "linear", "contrastive", "next_token")
-SCHEDULES = ("cosine", "linear", "constant")
-AUGMENTS = ("none", "light")
+if TYPE_CHECKING:
+    from corda_vlm.train.heads import Head
+
+Loss = Literal["prompt", "linear", "contrastive", "next_token"]
+Schedule = Literal["cosine", "linear", "constant"]
+Augment = Literal["none", "light"]
+Attention = Literal["auto", "math", "default"]
+Workers = Annotated[int, Range(at_least=0, at_most=256)]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 @dataclass(frozen=True)
@@ -59,60 +66,43 @@ class TrainOptions:
         workers: threads that decode and preprocess images that are not kept.
     """
 
-    loss: str = "prompt"
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    head_learning_rate: float | None = None
-    projector_learning_rate: float | None = None
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0
+    loss: Loss = "prompt"
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch_size: Count = 64
+    learning_rate: Positive = 1e-3
+    head_learning_rate: Positive | None = None
+    projector_learning_rate: Positive | None = None
+    schedule: Schedule = "cosine"
+    warmup_ratio: Share = 0.05
+    weight_decay: NotNegative = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    max_grad_norm: NotNegative = 1.0
+    label_smoothing: Share = 0.0
     train_head: bool = False
     mask_duplicates: bool = True
-    augment: str = "none"
+    augment: Augment = "none"
     bf16: Bf16 = "auto"
-    attention: str = "auto"
-    gradient_accumulation: int = 1
+    attention: Attention = "auto"
+    gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
-    eval_every: int | None = None
-    save_every: int | None = None
-    log_every: int = 10
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    log_every: Count = 10
     template: str = "auto"
-    learn: str = "all"
-    max_tokens: int | None = None
-    too_long: str = "skip"
-    seed: int = 0
-    cache_mb: float = 512.0
-    workers: int = 0
+    learn: Learn = "all"
+    max_tokens: MaxTokens | None = None
+    too_long: TooLong = "skip"
+    seed: Seed = 0
+    cache_mb: NotNegative = 512.0
+    workers: Workers = 0
 
     def __post_init__(self) -> None:
-        for what, value, choices in (
-            ("loss", self.loss, LOSSES),
-            ("schedule", self.schedule, SCHEDULES),
-            ("augmentation", self.augment, AUGMENTS),
-            ("attention", self.attention, ("auto", "math", "default")),
-        ):
-            if value not in choices:
-                raise UnknownNameError(what, value, choices)
-        check_bf16(self.bf16)
+        check_options(self)
         if (self.steps is None) == (self.epochs is None):
             raise CordaError(
                 f"give steps or epochs, one of the two (steps={self.steps}, epochs={self.epochs})"
             )
-        rates = ("learning_rate", "head_learning_rate", "projector_learning_rate")
-        every = ("eval_every", "save_every", "log_every")
-        for name in ("steps", "epochs", "batch_size", *rates, "gradient_accumulation", *every):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise CordaError(f"{name} is {value}; it must be above 0")
-        for name in ("warmup_ratio", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise CordaError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
         if self.train_head and self.loss != "prompt":
             raise CordaError(
                 f"train_head belongs to the prompt loss, and this is the {self.loss} loss: "

@@ -95,7 +95,7 @@ def test_answer_likelihood_by_hand(tiny_llm, records) -> None:
     assert score.value == pytest.approx(math.sqrt(0.5 * math.sqrt(1 / 8)), rel=1e-5)
     assert 0 < score.low <= score.value <= score.high <= 1
     assert score.chance == 0
-    first = AnswerLikelihood(data, ("log_likelihood",), "plain", most_answers=1)
+    first = AnswerLikelihood(data, ("log_likelihood",), template="plain", most_answers=1)
     assert dict(first.run(encoder(model, tiny_llm)))["log_likelihood"] == pytest.approx(
         math.log(1 / 8), rel=1e-5
     )
@@ -310,7 +310,7 @@ def test_refusals(tiny_clip_hf, tiny_processor, tiny_llm, records) -> None:
         return {"name": "s", "version": 1, "tasks": [{**task, **changes}]}
 
     for bad, told in (
-        ({"options": {"stride": 3}}, "unknown key in options of .*stride.*max_new_tokens"),
+        ({"options": {"stride": 3}}, "unknown option in options of .*stride.*max_new_tokens"),
         ({"options": 3}, "options must be a mapping"),
         ({"metrics": ["f1"]}, "unknown metric"),
         (

@@ -88,3 +88,14 @@ def batch():
         ids[row, end] = 99
         ids[row, end + 1 :] = 0
     return {"pixel_values": torch.randn(3, 3, 32, 32), "input_ids": ids}
+
+
+@pytest.fixture
+def registry():
+    """The registered families, as they are again afterwards."""
+    from corda_vlm.families import FAMILIES
+
+    before = dict(FAMILIES)
+    yield FAMILIES
+    FAMILIES.clear()
+    FAMILIES.update(before)

@@ -201,10 +201,7 @@ class TestUnknownArchitectures:
         with pytest.raises(CordaError, match=r"MixtralForCausalLM.*register_family.*families\.llm"):
             detect_family(model)
 
-    def test_and_that_works(self, monkeypatch):
-        import corda_vlm.families as families
-
-        monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    def test_and_that_works(self, registry):
         model = t.GraniteForCausalLM(t.GraniteConfig(**TEXT))
         register_family(
             family("mine", ("granite",), block_rules(r"model\.layers", "language", LLAMA))

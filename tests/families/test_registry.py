@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-import corda_vlm.families as families
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families import FAMILIES, detect_family, family_of, load_model, register_family
+from corda_vlm.families import (
+    FAMILIES,
+    detect_family,
+    family_of,
+    load_model,
+    register_family,
+    sources,
+)
 from corda_vlm.families.base import Rule
 from corda_vlm.sites import find_sites
-
-
-@pytest.fixture
-def registry(monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
-    return families.FAMILIES
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ class TestNames:
                 (tmp_path / name / file).write_text(
                     "source: nobody/some-clip\n" if name == "hub-clip" else "{}\n"
                 )
-        monkeypatch.setattr(families, "asset", lambda path: tmp_path)
+        monkeypatch.setattr(sources, "asset", lambda path: tmp_path)
         return tmp_path
 
     def test_an_unknown_name_lists_the_zoo_and_the_forms(self, zoo):

@@ -1,0 +1,192 @@
+"""One way to load a model of any family."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from corda_vlm.errors import CordaError
+from corda_vlm.families.base import Family, Loaded, Processor
+from corda_vlm.families.clip_hf import CLIP_HF
+from corda_vlm.families.clip_open import CLIP_OPEN
+from corda_vlm.families.decoder import config_of
+from corda_vlm.families.gguf import converted
+from corda_vlm.families.registry import FAMILIES, chosen, detect_family
+from corda_vlm.families.sources import FORMS, built_in, check_source
+from corda_vlm.yaml_file import read_yaml
+
+
+def load_model(
+    source: str | Path,
+    *,
+    family: str | Family = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    device_map: Any = None,
+) -> Loaded:
+    """Load a model and what feeds it.
+
+    Args:
+        source: "emoji-clip" or another built-in name (add "-hf" for the same weights as a transformers
+            `CLIPModel`), a folder, an id on a hub, or a GGUF file, which is converted once (see `families.gguf`).
+        dtype: a language model of billions of parameters wants torch.bfloat16.
+        device: "auto" is the first GPU, if there is one, else the CPU.
+        device_map: of transformers, e.g. "auto" to spread a language model over all GPUs; then `device` is not looked at.
+        family: which family's format to expect where a folder holds more than one.
+
+    Raises:
+        UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
+        CordaError: the folder is in no known format, its weights are quantised or incomplete, a hub cannot be reached,
+            or there is no such device.
+    """
+    check_source(source)
+    how = _How(dtype, device_map)
+    device = _usable(device)
+    text = str(source).removeprefix("local-dir:")
+    path = Path(text).expanduser()
+    zoo = built_in()
+    if text in zoo:  # before a folder of that name in the working directory, which is './NAME'
+        loaded = _load_zoo(zoo[text], family, how)
+    elif path.is_dir():
+        loaded = _load_folder(path, family, how)
+    elif path.suffix == ".gguf" and path.is_file():
+        source = converted(path)
+        loaded = _load_folder(source, family, how)
+    elif text.endswith("-hf") and text.removesuffix("-hf") in zoo:
+        loaded = _load_converted(zoo[text.removesuffix("-hf")], how)
+    elif text.startswith("hf-hub:"):
+        loaded = _load_remote(CLIP_OPEN, text, how)
+    else:
+        loaded = _load_remote(_remote_family(text, family), text, how)
+    model, processor, found = loaded
+    # Not to the dtype, which its family loaded it in: a language model keeps its rotary frequencies in float32.
+    if device_map is None:
+        model = model.to(device)
+    return Loaded(model.eval(), processor, found, str(source))
+
+
+@dataclass(frozen=True)
+class _How:
+    dtype: torch.dtype
+    device_map: Any
+
+    def load(self, family: Family, source: str | Path) -> tuple[nn.Module, Processor]:
+        if self.device_map is None:
+            return family.load(source, self.dtype)
+        if "device_map" not in inspect.signature(family.load).parameters:
+            raise CordaError(f"device_map is for language models; {family.name} takes device=")
+        return family.load(source, self.dtype, device_map=self.device_map)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """`device`, once a number could be put there: better told before a model is read than after."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CordaError(
+            f"device {str(device)!r} cannot be used ({reason}); give auto, cpu, or cuda or cuda:N where there is such a GPU"
+        ) from error
+
+
+_Parts = tuple[nn.Module, Processor, Family]
+
+
+def _load_zoo(folder: Path, family: str | Family, how: _How) -> _Parts:
+    """A built-in model, or for a card without weights the hub model that it names as its `source`."""
+    if not any(known.reads(folder) for known in FAMILIES.values()):
+        card = read_yaml(folder / "card.yaml")
+        source = card.get("source") if isinstance(card, dict) else None
+        if isinstance(source, str):
+            return _load_remote(_remote_family(source, family), source, how)
+    return _load_folder(folder, family, how)
+
+
+def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
+    found = chosen(family) or next((one for one in FAMILIES.values() if one.reads(folder)), None)
+    if found is None:
+        beside = sorted(entry.name for entry in folder.iterdir())
+        hint = (
+            "It holds an adapter: load the model it was trained on, then corda_vlm.load_adapter(model, folder)."
+            if "adapter_config.json" in beside
+            else f"It has: {', '.join(beside[:12]) or 'nothing'}."
+        )
+        raise CordaError(
+            f"{folder} is no model of a known format. Expected open_clip's files (open_clip_config.json and "
+            "open_clip_model.safetensors) or those of transformers (config.json with a known model_type, and "
+            f"model.safetensors). {_of_unknown_type(folder)}{hint}"
+        )
+    try:
+        return (*how.load(found, folder), found)
+    except CordaError:
+        raise
+    except Exception as error:  # a library's own errors are of every kind
+        raise CordaError(
+            f"the model in {folder} does not load as {found.name}; its files may be truncated or belong to "
+            f"another model ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _of_unknown_type(folder: Path) -> str:
+    """What to say of a `config.json` whose model_type no family has."""
+    kind = config_of(folder).get("model_type")
+    known = [kind for family in FAMILIES.values() for kind in family.model_types]
+    if not kind or any(kind in family.model_types for family in FAMILIES.values()):
+        return ""
+    return (
+        f"Its model_type is {kind!r}; known are CLIP's and SigLIP's and {', '.join(known)}, and corda_vlm.families.llm "
+        "says how to declare another. "
+    )
+
+
+def _load_converted(folder: Path, how: _How) -> _Parts:
+    from corda_vlm.families.convert import convert_loaded
+
+    model, _, _ = _load_folder(folder, CLIP_OPEN, how)
+    model, processor = convert_loaded(model)
+    return model.to(how.dtype), processor, CLIP_HF
+
+
+def _remote_family(source: str, family: str | Family) -> Family | None:
+    """Which library to ask for a name with a slash: open_clip knows its models; None where the hub has to say."""
+    if (asked := chosen(family)) is not None:
+        return asked
+    import open_clip
+
+    return CLIP_OPEN if source.split("/")[0] in open_clip.list_models() else None
+
+
+def _hub_family(source: str) -> Family:
+    """The family of a hub model, by its configuration; CLIP's loader knows more kinds than are declared."""
+    from transformers import PretrainedConfig
+
+    kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+    return next((family for family in FAMILIES.values() if kind in family.model_types), CLIP_HF)
+
+
+def _load_remote(family: Family | None, source: str, how: _How) -> _Parts:
+    try:
+        model, processor = how.load(family or _hub_family(source), source)
+    except CordaError:
+        raise
+    except Exception as error:  # a library's own errors are of every kind
+        raise CordaError(
+            f"could not load {source!r} from its hub ({type(error).__name__}: {_first_line(error)}), and no folder "
+            f"of that name is here. Check the name and the network, or download it and give its folder. {FORMS}"
+        ) from error
+    return (
+        model,
+        processor,
+        detect_family(model),
+    )  # transformers loads SigLIP by the same call as CLIP
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
