@@ -101,7 +101,7 @@ def calibrate(
     Args:
         model: a built-in name, a folder, or an id on a hub.
         data: images, texts or both, e.g. folder:photos, or a mapping like '{source: "parquet:x.parquet", split: train}'; for
-            a model that generates text with a format: llava, chat, qa or text.
+            a model that generates text with a format:, e.g. llava, chat, qa, alpaca or text.
         output: the file to write, and to go on from.
         samples: at most so many records, drawn at random.
         batch_size: records a forward pass.

@@ -291,7 +291,7 @@ class Experiment:
             )
         if kind is None and loss == "next_token":
             raise CordaError(
-                f"variant {variant!r} has the next_token loss; say which format: the task's data has (llava, chat, qa or text)"
+                f"variant {variant!r} has the next_token loss; say which format: the task's data has, e.g. llava, chat, qa or alpaca"
             )
 
     def method_of(self, variant: str) -> str:

@@ -140,7 +140,7 @@ class Chat:
         return Rendered(text, (), self._wants_special_tokens(text))
 
     def whole(self, messages: Sequence[Message], learn: str = "all") -> Rendered:
-        """The whole conversation, with its answers.
+        """The whole conversation, with its answers that are to be learnt.
 
         Args:
             learn: the answers to find, "all" or the "last". Templates that write earlier answers in other words, e.g.
@@ -154,7 +154,7 @@ class Chat:
                 where it is (e.g. it rewrites earlier turns).
         """
         text = self._render(messages, False)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [i for i, message in enumerate(messages) if is_learnt(message)]
         turns = []
         for index in answers if learn == "all" else answers[-1:]:
             turn = self._turn(text, messages[: index + 1])
@@ -219,21 +219,25 @@ class Chat:
             raise DataError(f"the chat template does not take it ({error})") from error
 
 
+def is_learnt(message: Message) -> bool:
+    """Is this an answer, and one to be learnt?"""
+    return message["role"] == "assistant" and message.get("learn", True)
+
+
 def _in_parts(message: Message) -> Message:
     content = message["content"]
-    if isinstance(content, str):
-        return {"role": message["role"], "content": [{"type": "text", "text": content}]}
-    return message
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {"role": message["role"], "content": parts}
 
 
 def _in_text(message: Message, place: str | None) -> Message:
     content = message["content"]
-    if isinstance(content, str):
-        return message
-    if place is None:
-        raise DataError("has an image, and this model reads text alone")
-    parts = [f"{place}\n" if part["type"] == "image" else part["text"] for part in content]
-    return {"role": message["role"], "content": "".join(parts)}
+    if not isinstance(content, str):
+        if place is None:
+            raise DataError("has an image, and this model reads text alone")
+        parts = [f"{place}\n" if part["type"] == "image" else part["text"] for part in content]
+        content = "".join(parts)
+    return {"role": message["role"], "content": content}
 
 
 def _rewritten(index: int, last_is_told: bool) -> str:

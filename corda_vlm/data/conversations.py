@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from corda_vlm.data.chat import Chat, Rendered
+from corda_vlm.data.chat import Chat, Rendered, is_learnt
 from corda_vlm.data.chat_options import ChatOptions
 from corda_vlm.data.instruction import InstructionData
 from corda_vlm.data.records import ImageTextData
 from corda_vlm.data.rows import Message
+from corda_vlm.data.spec import FORMATS
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Processor
 from corda_vlm.families.language import ALONG_TOKENS, IGNORED, LanguageProcessor, Sample
@@ -74,7 +75,7 @@ class ConversationMaker:
             )
         if not isinstance(data, InstructionData):
             raise DataError(
-                f"{data.spec}: this model generates text; say which format: the records have (llava, chat, qa or text)"
+                f"{data.spec}: this model generates text; say which format: the records have ({', '.join(FORMATS)})"
             )
         if data.has_images and not processor.takes_images:
             raise DataError(
@@ -148,7 +149,7 @@ class ConversationMaker:
         return self._made(index, rendered)
 
     def _answers(self, messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
-        if not any(message["role"] == "assistant" for message in messages):
+        if not any(map(is_learnt, messages)):
             return self.chat.prompt(messages), []
         whole = self.chat.whole(messages, self.options.learn)
         return whole, [(turn.start, turn.end) for turn in whole.turns]

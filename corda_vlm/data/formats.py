@@ -1,9 +1,10 @@
 """What the rows of a source mean for a model that generates text: conversations, questions, documents.
 
-Each format turns a table into one with the columns `messages` (list of {"role", "content"}), or `text` for plain
-documents, and `question`, `answers`, `choices`, `choice` where the data has them. `content` is a string, or a list of
-{"type": "image"} and {"type": "text", "text": ...} where pictures belong to the message. Rows that cannot be used are
-kept as faults of the table, so that they are counted and named as undecodable pictures are.
+Each format turns a table into one with the columns `messages` (list of {"role", "content"}, with "learn": False on
+answers that are not to be learnt), or `text` for plain documents, and `question`, `answers`, `choices`, `choice` where
+the data has them. `content` is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} where pictures
+belong to the message. Rows that cannot be used are kept as faults of the table, so that they are counted and named as
+undecodable pictures are.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from corda_vlm.data.columns import asked_column, filled
 from corda_vlm.data.documents import documents
-from corda_vlm.data.messages import chat, llava
+from corda_vlm.data.instructions import alpaca, prompt_completion
+from corda_vlm.data.messages import chat, llava, sharegpt, with_system
 from corda_vlm.data.questions import expanded, qa
-from corda_vlm.data.rows import Columns, unpacked
+from corda_vlm.data.rows import Columns, Fault, unpacked
 from corda_vlm.data.spec import DataSpec, find_one
 from corda_vlm.data.table import Table, pick_column
 
@@ -38,6 +41,8 @@ def conversations(table: Table, spec: DataSpec, beside: str | Path | None = None
         table = expanded(table, spec)
     count, stored = _pictures(table, spec)
     columns, faults = FORMATS[str(spec.format)](table, spec, count)
+    columns["messages"], more = _with_system(table, spec, columns["messages"])
+    faults |= more
     return replace(
         table,
         columns={**table.columns, **columns},
@@ -51,8 +56,8 @@ def _pictures(
 ) -> tuple[Callable[[int], int], Callable[[int], list[Any]] | None]:
     """How many pictures a row has, without reading any, and what is stored for them."""
     column = pick_column(table, "images", spec.image, spec)
-    if column is None and spec.format == "chat" and spec.image == "auto":
-        inline = _inline_pictures(table)
+    if column is None and spec.format in _TALKS and spec.image == "auto":
+        inline = _inline_pictures(table, spec)
         return (lambda row: len(inline[row])), ((lambda row: inline[row]) if any(inline) else None)
     if column is None:
         return (lambda row: 0), None
@@ -70,13 +75,34 @@ def _pictures(
     return (lambda row: len(stored(row))), stored
 
 
-def _inline_pictures(table: Table) -> list[list[Any]]:
+def _with_system(
+    table: Table, spec: DataSpec, conversations: list[Any]
+) -> tuple[list[Any], dict[int, str]]:
+    """The conversations with the system text of their rows before them, and the rows of which that cannot be done."""
+    names = list(table.columns)
+    asked = spec.system and asked_column(spec.system, _SYSTEM, names, spec, "system")
+    if not asked:
+        return conversations, {}
+    faults: dict[int, str] = {}
+    made = []
+    for row, messages in enumerate(conversations):
+        stored = filled(asked, {name: column[row] for name, column in table.columns.items()})
+        try:
+            made.append(messages and with_system(messages, stored, asked))
+        except Fault as fault:
+            made.append(None)
+            faults[row] = str(fault)
+    return made, faults
+
+
+def _inline_pictures(table: Table, spec: DataSpec) -> list[list[Any]]:
     """Pictures that messages name themselves."""
+    columns = [table.columns.get(name, [None] * table.size) for name in _TALKS[str(spec.format)]]
     found = []
-    for messages in table.columns.get("messages", [None] * table.size):
+    for row in range(table.size):
         own = []
-        messages = unpacked(messages)
-        for message in messages if isinstance(messages, (list, tuple)) else ():
+        lists = [unpacked(column[row]) for column in columns]
+        for message in [m for one in lists if isinstance(one, (list, tuple)) for m in one]:
             content = message.get("content") if isinstance(message, Mapping) else None
             for part in content if isinstance(content, (list, tuple)) else ():
                 if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
@@ -95,7 +121,19 @@ def _named(part: Mapping[str, Any]) -> Any:
 
 FORMATS: dict[str, Callable[[Table, DataSpec, Callable[[int], int]], Columns]] = {
     "llava": llava,
+    "sharegpt": sharegpt,
     "chat": chat,
     "qa": qa,
+    "alpaca": alpaca,
+    "prompt_completion": prompt_completion,
 }
 """Formats of conversations; "text" makes documents."""
+
+_TALKS = {
+    "sharegpt": ("conversations",),
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+}
+"""Where messages of these formats, which may name pictures themselves, are."""
+
+_SYSTEM = ("system", "system_prompt")

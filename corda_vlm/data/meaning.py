@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from corda_vlm.data.columns import formatted
 from corda_vlm.data.spec import DataSpec, find_one
 from corda_vlm.data.table import Table, shuffled_within_classes
 from corda_vlm.errors import DataError
@@ -119,12 +120,7 @@ def _formatted(
     values = {name: column[row] for name, column in table.columns.items()}
     if labels is not None and class_names is not None:
         values["class_name"] = class_names[labels[index]]
-    try:
-        return template.format(**values)
-    except (KeyError, IndexError, ValueError) as error:
-        raise DataError(
-            f"text {template!r}: cannot be filled in ({error}); the columns are {', '.join(sorted(values))}"
-        ) from error
+    return formatted(template, values, "text ")
 
 
 def sample(spec: DataSpec, labels: list[int] | None, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Conversations: LLaVA's JSON and chat messages."""
+"""Conversations: LLaVA's JSON, ShareGPT's, and chat messages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from corda_vlm.data.columns import is_empty
 from corda_vlm.data.rows import Columns, Fault, Message, each, not_text, unpacked
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
@@ -17,69 +18,103 @@ _LEFT_OUT = re.compile(rf"(?m)^(?:{PLACEHOLDER}\s*)+| ?{PLACEHOLDER}")
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "system": "system", "tool": "tool",
+    "chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
 
 
 def llava(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
-    turns = _needed(table, spec, "conversations", "the conversations of LLaVA's JSON")
+    """LLaVA's JSON: every `<image>` in a text is the place of a picture."""
+    return _conversations(table, spec, count, "conversations", split=lambda row: True)
 
-    without = spec.image is None
 
-    def make(row: int) -> dict[str, Any]:
-        messages = [
-            _message(turn, "from", "value", split=True, without=without)
-            for turn in _turns(turns[row], "from")
-        ]
-        return {"messages": _checked(matching(messages, count(row)))}
-
-    return each(table, make, ["messages"])
+def sharegpt(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
+    """ShareGPT's conversations, of turns with `from` and `value`."""
+    return _conversations(table, spec, count, "conversations", split=lambda row: count(row) > 0)
 
 
 def chat(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
-    turns = _needed(table, spec, "messages", "chat messages")
+    """Chat messages of `role` and `content`, as OpenAI and TRL have them."""
+    return _conversations(table, spec, count, "messages", split=lambda row: count(row) > 0)
+
+
+def _conversations(
+    table: Table,
+    spec: DataSpec,
+    count: Callable[[int], int],
+    column: str,
+    split: Callable[[int], bool],
+) -> Columns:
+    """One conversation a row. `split`: does `<image>` in this row's texts stand for a picture?
+
+    A text may speak of "<image>" without meaning one; where the record has pictures it means them. Where pictures are
+    left out it is taken for one, so that a model of text alone reads no placeholder.
+    """
+    turns = needed(table, spec, column)
+    tools = table.columns.get("tools")
 
     def make(row: int) -> dict[str, Any]:
-        # A text may speak of "<image>" without meaning one; where the record has pictures it means them.
-        # Where pictures are left out it is taken for one, so that a model of text alone reads no placeholder.
-        messages = [
-            _message(turn, "role", "content", split=count(row) > 0, without=spec.image is None)
-            for turn in _turns(turns[row], "role")
-        ]
-        return {"messages": _checked(matching(messages, count(row)))}
+        if tools is not None and tools[row] not in (None, "", [], "[]"):
+            raise Fault("names tools, which are not written into a prompt")
+        messages = messages_of(turns[row], spec, split=split(row))
+        return {"messages": checked(matching(messages, count(row)))}
 
     return each(table, make, ["messages"])
 
 
-def _needed(table: Table, spec: DataSpec, column: str, what: str) -> Sequence[Any]:
-    if column not in table.columns:
-        raise DataError(
-            f"{spec}: has no column {column!r} with {what}; its columns are {', '.join(table.names)}. "
-            f"Is it of another format than {spec.format!r}?"
-        )
-    return table.columns[column]
-
-
-def _turns(stored: Any, key: str) -> Sequence[Mapping[str, Any]]:
+def messages_of(stored: Any, spec: DataSpec, *, split: bool) -> list[Message]:
+    """The messages of a list of turns, or of such a list written as JSON."""
     found = unpacked(stored)
     if not isinstance(found, (list, tuple)) or not found:
         raise Fault("holds no message")
-    for turn in found:
-        if not isinstance(turn, Mapping) or key not in turn:
-            raise Fault(f"holds a message without {key!r}")
-    return found
+    return [_message(turn, spec, split=split) for turn in found]
+
+
+_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "llava": ("conversations",),
+    "sharegpt": ("conversations",),
+    "chat": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
+"""The columns by which a format is known."""
+
+
+def needed(table: Table, spec: DataSpec, column: str) -> Sequence[Any]:
+    """A column of the format's.
+
+    Raises:
+        DataError: it is not there; the message names the formats whose columns are.
+    """
+    if column in table.columns:
+        return table.columns[column]
+    fitting = [name for name, its in _COLUMNS.items() if set(its) <= set(table.columns)]
+    raise DataError(
+        f"{spec}: has no column {column!r}, which format: {spec.format} reads; its columns are "
+        f"{', '.join(table.names)}. "
+        + (
+            f"They are those of format: {' or '.join(fitting)}"
+            if fitting
+            else f"Is it of another format than {spec.format!r}?"
+        )
+    )
 
 
 Part = dict[str, Any]
 
 
-def _message(
-    turn: Mapping[str, Any], role_key: str, content_key: str, *, split: bool, without: bool
-) -> Message:
-    """A message; `split`: `<image>` in a text is a picture; `without`: pictures and their `<image>` are left out."""
-    role = _ROLES.get(str(turn[role_key]))
+def _message(turn: Any, spec: DataSpec, *, split: bool) -> Message:
+    """A message; `split`: `<image>` in a text is a picture. Pictures and their `<image>` are left out with image: null."""
+    usual, other = ("from", "value"), ("role", "content")
+    if spec.format not in ("llava", "sharegpt"):
+        usual, other = other, usual
+    if not isinstance(turn, Mapping) or not (usual[0] in turn or other[0] in turn):
+        raise Fault(f"holds a message without {usual[0]!r}")
+    role_key, content_key = usual if usual[0] in turn else other
+    role, without = _ROLES.get(str(turn[role_key])), spec.image is None
     if role is None:
-        raise Fault(f"has the role {turn[role_key]!r}; known are {', '.join(_ROLES)}")
+        raise Fault(f"has the role {turn[role_key]!r:.80}; known are {', '.join(_ROLES)}")
+    if turn.get("tool_calls"):
+        raise Fault("has a message that calls tools, which are not written into a prompt")
     stored = turn.get(content_key)
     if stored is None:
         raise Fault(f"has a message without {content_key!r}")
@@ -97,9 +132,36 @@ def _message(
             raise Fault(f"has a part that is neither text nor image: {part!r:.80}")
     if without:
         parts = [{**part, "text": _without(part["text"])} for part in parts if "text" in part]
-    if any(part["type"] == "image" for part in parts):
-        return {"role": role, "content": parts}
-    return {"role": role, "content": "".join(part["text"] for part in parts)}
+    shows = any(part["type"] == "image" for part in parts)
+    message: Message = {
+        "role": role,
+        "content": parts if shows else "".join(part["text"] for part in parts),
+    }
+    if turn.get("weight") == 0:  # as OpenAI's data mark answers that are not to be learnt
+        message["learn"] = False
+    return message
+
+
+def asks(text: str, pictures: int, spec: DataSpec) -> Message:
+    """A question, with the places of its pictures where `<image>` stands in it, else before it."""
+    if spec.image is None or not pictures:
+        return {"role": "user", "content": bare(text, pictures, spec)}
+    if PLACEHOLDER in text:
+        return {"role": "user", "content": _split(text)}
+    places = [{"type": "image"} for _ in range(pictures)]
+    return {"role": "user", "content": [*places, *_as_it_is(text)]}
+
+
+def bare(text: str, pictures: int, spec: DataSpec) -> str:
+    """A text without the `<image>` that stand for the pictures of its record, or for those that are left out."""
+    return _without(text) if pictures or spec.image is None else text
+
+
+def says(text: str, pictures: int, spec: DataSpec) -> Message:
+    """An answer, in which no picture has a place."""
+    if pictures and PLACEHOLDER in text:
+        raise Fault("has an image in an answer")
+    return {"role": "assistant", "content": bare(text, pictures, spec)}
 
 
 def _as_it_is(text: str) -> list[Part]:
@@ -122,7 +184,20 @@ def _split(text: str) -> list[Part]:
     return parts or _as_it_is(text)
 
 
-def _checked(messages: list[Message]) -> list[Message]:
+def with_system(messages: list[Message], stored: Any, column: str) -> list[Message]:
+    """The messages after a system text, where there is one."""
+    if is_empty(stored):
+        return messages
+    if not isinstance(stored, str):
+        raise not_text(column, stored)
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": stored}, *messages]
+    if messages[0]["content"] != stored:
+        raise Fault(f"its messages begin with another system text than its {column}")
+    return messages
+
+
+def checked(messages: list[Message]) -> list[Message]:
     for message in messages:
         content = message["content"]
         if message["role"] == "assistant" and isinstance(content, str) and not content.strip():

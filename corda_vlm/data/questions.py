@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
-import numpy as np
-
+from corda_vlm.data.columns import asked_column, filled, is_empty, is_nan, is_nothing
+from corda_vlm.data.messages import asks, bare, checked, matching, says
 from corda_vlm.data.rows import Columns, Fault, each, made_of, not_text, unpacked
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError, UnknownNameError
 
+logger = logging.getLogger(__name__)
+
 _QUESTION = ("question", "query", "prompt", "instruction", "problem")
 _TARGET = (
-    "multiple_choice_answer", "answer", "answerKey", "response", "output", "solution", "class_name", "label",
+    "multiple_choice_answer", "answer", "answerKey", "response", "output", "completion", "solution", "class_name", "label",
 )  # fmt: skip
 _REFERENCES = ("answers", "answer_list", "references")
 _CHOICES = ("choices", "options")
@@ -24,16 +27,18 @@ _CHOICES = ("choices", "options")
 
 def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
     names = list(table.columns)
-    question = _asked(spec.question, _QUESTION, names, spec, "question")
+    question = asked_column(spec.question, _QUESTION, names, spec, "question")
     if question is None:
         raise DataError(
             f"{spec}: has no question column; its columns are {', '.join(table.names)}: "
             "name it with question: (a column, or a sentence such as 'What is this?' or 'Of {subject}: {problem}')"
         )
+    if spec.question == "auto":
+        _must_ask_all(table, spec, question)
     target = references = choices = None
     if spec.answer is not None:
         asked = "auto" if spec.answer == "auto" else spec.answer
-        target = _asked(asked, _TARGET, names, spec, "answer")
+        target = asked_column(asked, _TARGET, names, spec, "answer")
         if spec.answer == "auto":
             references = next((name for name in _REFERENCES if name in names), None)
         choices = _choice_columns(spec, names)
@@ -52,8 +57,10 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
     def make(row: int) -> dict[str, Any]:
         values = {name: column[row] for name, column in table.columns.items()}
         made: dict[str, Any] = {}
-        given = None if target is None else _filled(target, values)
+        given = None if target is None else filled(target, values)
         if classes is not None and isinstance(given, int):
+            if not 0 <= given < len(classes):
+                raise Fault(f"its {target} is {given}, and there are {len(classes)} classes")
             given = classes[given]
         if choices is not None and (stored := _stored_choices(choices, values)) is not None:
             made["choices"], made["choice"] = _choice(stored, given)
@@ -66,50 +73,67 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
         elif lettered:
             raise Fault("has no choices")
         else:
-            answers = _answers(given)
-            known = [] if references is None else _answers(values[references])
+            answers = answers_of(given)
+            known = [] if references is None else answers_of(values[references])
             if known:  # what is to be learnt comes first; it is one of the references, not one more
                 first = answers[:1]
                 if first and first[0] in known:
                     known.remove(first[0])
                 answers = first + known
-            more = [] if aliases is None else _answers(values[aliases])
+            more = [] if aliases is None else answers_of(values[aliases])
             answers += [alias for alias in dict.fromkeys(more) if alias not in answers]
         if (target or references) and (not answers or not answers[0].strip()):
             raise Fault("has an empty answer")
-        asked = _filled(question, values)
-        if _is_nan(asked) or asked is None:
+        asked = filled(question, values)
+        if is_nan(asked) or asked is None:
             asked = ""
         if not isinstance(asked, str):
             raise not_text("question", asked)
-        asked = asked.strip()
-        if not asked:
-            raise Fault("has an empty question")
-        made["question"] = asked
-        pictures = count(row)
-        content: Any = asked
-        if pictures:
-            places = [{"type": "image"} for _ in range(pictures)]
-            content = [*places, {"type": "text", "text": asked}]
-        made["messages"] = [{"role": "user", "content": content}]
-        if answers:
-            made["answers"] = answers
-            made["messages"].append({"role": "assistant", "content": answers[0]})
-        return made
+        return made | question_and_answers(asked, answers, count(row), spec)
 
     names = ["messages", "question", "answers"] + (["choices", "choice"] if choices else [])
     return each(table, make, names)
 
 
-def _asked(
-    asked: str, usual: Sequence[str], names: Sequence[str], spec: DataSpec, what: str
-) -> str | None:
-    """A column, or a sentence, which may be a format string over the columns."""
-    if asked == "auto":
-        return next((name for name in usual if name in names), None)
-    if "{" not in asked and " " not in asked.strip() and asked not in names:
-        raise UnknownNameError(f"{what} column of {spec}", asked, names)
-    return asked
+def question_and_answers(
+    asked: str, answers: Sequence[str], pictures: int, spec: DataSpec
+) -> dict[str, Any]:
+    """The columns of one question; the first of its answers is the one to learn."""
+    question = bare(asked, pictures, spec).strip()
+    if not question:
+        raise Fault("has an empty question")
+    messages = [asks(asked.strip(), pictures, spec)]
+    made: dict[str, Any] = {"question": question}
+    if answers:
+        messages.append(says(answers[0], pictures, spec))
+        made["answers"] = [messages[1]["content"], *answers[1:]]
+    return {**made, "messages": checked(matching(messages, pictures))}
+
+
+def _must_ask_all(table: Table, spec: DataSpec, question: str) -> None:
+    """Nothing that a question needs may be left out without a word.
+
+    Raises:
+        DataError: the columns are those of another format, in which the question is more than one column.
+    """
+    has = {name for name, values in table.columns.items() if not all(map(is_empty, values))}
+    more = sorted(has & {"input", "context", "history"})
+    if question == "instruction" and more:
+        raise DataError(
+            f"{spec}: has the columns of Alpaca's data, of which format: qa would ask the instruction without its "
+            f"{' and '.join(more)}; write format: alpaca, or name what to ask, e.g. question: "
+            f"'{{instruction}}' or '{{instruction}} {{{more[0]}}}'"
+        )
+    talks = any(isinstance(value, (list, tuple)) for value in table.columns[question])
+    if question == "prompt" and talks:
+        raise DataError(
+            f"{spec}: its prompt is a list of messages, as TRL has them; write format: prompt_completion"
+        )
+    for column in sorted(has & {"context", "passage", "hint"}):
+        logger.warning(
+            "%s: its column %r is not asked; question: '{%s} {%s}' asks it too",
+            *(spec, column, column, question),
+        )
 
 
 def _choice_columns(spec: DataSpec, names: Sequence[str]) -> str | list[str] | None:
@@ -127,17 +151,8 @@ def _stored_choices(columns: str | list[str], values: Mapping[str, Any]) -> Any:
     if isinstance(columns, str):
         return values[columns]
     # The columns' names are what answers go by, whichever of the columns are empty.
-    found = {column: values[column] for column in columns if not _is_nothing(values[column])}
+    found = {column: values[column] for column in columns if not is_nothing(values[column])}
     return {"text": list(found.values()), "label": list(found)}
-
-
-def _is_nothing(value: Any) -> bool:
-    """Tables that went through pandas say "nan" where a cell is empty."""
-    return value is None or _is_nan(value) or (isinstance(value, str) and value in ("", "nan"))
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, (float, np.floating)) and bool(np.isnan(value))
 
 
 def _letters(choices: Sequence[str]) -> list[str]:
@@ -146,33 +161,22 @@ def _letters(choices: Sequence[str]) -> list[str]:
     return list(ascii_uppercase[: len(choices)])
 
 
-def _filled(asked: str, values: Mapping[str, Any]) -> Any:
-    if "{" not in asked:
-        return values.get(asked, asked)
-    try:
-        return asked.format(**{k: "" if _is_nothing(v) else v for k, v in values.items()})
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{asked!r}: cannot be filled in ({error}); the columns are {', '.join(sorted(values))}"
-        ) from error
-
-
-def _answers(stored: Any) -> list[str]:
+def answers_of(stored: Any) -> list[str]:
     """Answers from a string, a number, a list of those or of VQA's {"answer": ...}, or TriviaQA's {"value", "aliases"}."""
     # The word "nan" stays, unlike in columns of choices, of which some are empty on purpose: every question is to have an
     # answer, and "nan" may be one (the bread).
-    if stored is None or _is_nan(stored):
+    if stored is None or is_nan(stored):
         return []
     if isinstance(stored, Mapping):
         if not {"answer", "value", "aliases"} & set(stored):
             raise not_text("answer", stored)
         if "answer" in stored:
-            return _answers(stored["answer"])
+            return answers_of(stored["answer"])
         return list(
-            dict.fromkeys([*_answers(stored.get("value")), *_answers(stored.get("aliases"))])
+            dict.fromkeys([*answers_of(stored.get("value")), *answers_of(stored.get("aliases"))])
         )
     if isinstance(stored, (list, tuple)):
-        return [answer for item in stored for answer in _answers(item)]
+        return [answer for item in stored for answer in answers_of(item)]
     if isinstance(stored, bool):
         return ["yes" if stored else "no"]
     return [str(stored)]

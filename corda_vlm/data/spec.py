@@ -15,7 +15,7 @@ from corda_vlm.options import check_options
 KINDS = ("sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "text")
 """The kinds of sources; `corda_vlm.data.readers.READERS` has a reader for each."""
 
-FORMATS = ("llava", "chat", "qa", "text")
+FORMATS = ("llava", "sharegpt", "chat", "qa", "alpaca", "prompt_completion", "text")
 """What rows mean for a model that generates text; `corda_vlm.data.formats.FORMATS` has a function for each."""
 
 
@@ -47,10 +47,13 @@ class DataSpec:
         root: the folder of a torchvision data set; of records with paths of pictures, the folder that these are
             relative to (else that of the file).
         download: let torchvision fetch what is not in `root`.
-        format: what a row means for a model that generates text: "llava" (`conversations` with `<image>`), "chat"
-            (`messages` of role and content), "qa" (question and answers), "text" (a document). None: images with
-            texts or labels.
-        question, answer: with "qa": columns, or sentences, which may be format strings over the columns, e.g.
+        format: what a row means for a model that generates text: "llava" (`conversations` with `<image>`), "sharegpt"
+            (`conversations`), "chat" (`messages` of role and content), "qa" (question and answers), "alpaca"
+            (`instruction`, `input`, `output`, perhaps `history`), "prompt_completion" (TRL's, texts or messages), "text"
+            (a document). None: images with texts or labels.
+        system: the column with the system text of a conversation, or a sentence for all; "auto" takes `system` or
+            `system_prompt` where there is one, None none.
+        question, answer: with "qa" (and "alpaca", for `instruction` with its `input`, and `output`): columns, or sentences, which may be format strings over the columns, e.g.
             "What is this?" about labelled images; "auto" finds the usual names. Of a column of class numbers the
             class's name is the answer.
         choices: with "qa": the column that lists a question's choices, or columns of one choice each, of which empty ones
@@ -80,6 +83,7 @@ class DataSpec:
     root: str | None = None
     download: bool = False
     format: str | None = None
+    system: str | None = "auto"
     question: str = "auto"
     answer: str | None = "auto"
     choices: str | Sequence[str] = "auto"

@@ -65,7 +65,7 @@ def make_next_token(
     if not isinstance(data, InstructionData):
         raise DataError(
             f"{data.spec}: the next_token loss needs conversations, questions or documents; say which format: the "
-            "records have (llava, chat, qa or text)"
+            "records have, e.g. llava, chat, qa or alpaca"
         )
     return NextTokenObjective(options.label_smoothing)
 

@@ -319,7 +319,9 @@ def test_what_is_not_there_is_said(tmp_path):
         load_records({"source": source, "format": "qa", "question": "asked"})
     with pytest.raises(DataError, match="no column 'conversations'"):
         load_records({"source": source, "format": "llava"})
-    with pytest.raises(UnknownNameError, match="data format 'squad'; choose one of: chat, llava"):
+    with pytest.raises(
+        UnknownNameError, match="data format 'squad'; choose one of: alpaca, chat, llava"
+    ):
         load_records({"source": source, "format": "squad"})
     with pytest.raises(DataError, match=r"say which format"):
         load_records(source)
