@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from corda_vlm.errors import CordaError
 from corda_vlm.precision import Bf16
+from corda_vlm.progress import be_quiet
 
 if TYPE_CHECKING:
     from corda_vlm.families import Loaded
@@ -450,6 +451,7 @@ def evaluate(
                 show_progress=True,
             )
             for result in results:
+                print(f"  {result}")
                 if output is not None:
                     rows = [
                         score_row(score, run=Path(output).stem, method=method, scale=scale)
@@ -600,15 +602,24 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. Wrong input ends with its message and status 2, Ctrl-C with status 130."""
     from jsonargparse import auto_cli
 
+    given = list(sys.argv[1:] if args is None else args)
+    quiet = "--quiet" in given
+    be_quiet(quiet)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _show_warning
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("corda_vlm").setLevel(logging.WARNING if quiet else logging.INFO)
+    if quiet or not sys.stderr.isatty():  # bars of others: a log wants lines
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     try:
         auto_cli(
             VERBS,  # pyright: ignore[reportArgumentType]
-            args=_as_jsonargparse(sys.argv[1:] if args is None else args),
+            args=_as_jsonargparse([arg for arg in given if arg != "--quiet"]),
             prog="corda-vlm",
+            description="Every verb takes --quiet: results, warnings and errors alone, no progress. What takes long tells "
+            "how far it is every half minute where the standard error is a file, and TQDM_DISABLE=1 turns that off.",
         )
     except CordaError as error:
         print(f"corda-vlm: {error}", file=sys.stderr)

@@ -313,7 +313,6 @@ class Experiment:
             dynamic_covariance=asked.dynamic_covariance,
             freeze_a=asked.freeze_a,
             modules_to_save=tuple(asked.modules_to_save),
-            show_progress=False,
         )
 
     def chat_of(self, data: str) -> ChatOptions:

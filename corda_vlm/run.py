@@ -11,7 +11,6 @@ import hashlib
 import json
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -53,6 +52,7 @@ from corda_vlm.locks import locks
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.precision import Bf16, takes_bf16
+from corda_vlm.progress import note
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import Head, train
 from corda_vlm.train.options import HARMLESS
@@ -137,8 +137,7 @@ class _Laboratory:
 
     def __init__(self, experiment: Experiment, folder: Path, config: Path, device: str) -> None:
         self.experiment, self.folder, self.config = experiment, folder, config
-        self.show_progress = sys.stderr.isatty()  # a log file wants lines, not a bar
-        print(
+        note(
             f"{experiment.title or experiment.name}: {experiment.model} on {device}, into {folder}"
         )
         self.suite: Suite = load_suite(experiment.suite)
@@ -250,8 +249,8 @@ class _Laboratory:
     # -------------------------------------------------------------- measuring
 
     def measure_base(self) -> None:
-        print("the model before training")
-        self._measure(self.loaded.model, method="base")
+        note("the model before training")
+        self._measure(self.loaded.model, tell=True, method="base")
 
     def _measure(
         self,
@@ -259,10 +258,10 @@ class _Laboratory:
         *,
         head: Head | None = None,
         scale: float = 1.0,
-        show: bool = True,
+        tell: bool = False,
         **labels: Any,
     ) -> list[dict[str, Any]]:
-        """Measure what is not measured yet; rows are written task by task. Returns all rows of this model."""
+        """Measure what is not measured yet; rows are written, and told, task by task. Returns all rows of this model."""
         path = self.folder / SCORES
         identity = {key: labels.get(key) for key in ("method", "learning_rate", "seed")}
         identity["scale"] = scale
@@ -278,7 +277,7 @@ class _Laboratory:
             bf16=self.bf16["measured in"],
             cache=self.cache,
             head=head,
-            show_progress=show,
+            show_progress=True,
         )
         for result in results if remaining else ():
             rows = [
@@ -286,6 +285,8 @@ class _Laboratory:
                 for score in result.scores
             ]
             append_rows(path, rows)
+            if tell:
+                note(f"  {result}")
         return [
             row
             for row in read_rows(path)
@@ -311,7 +312,7 @@ class _Laboratory:
     def store(self, of: str) -> CovarianceStore:
         """The covariances of the "knowledge" to keep or of the new "task", from disk if they are there."""
         if of not in self.stores:
-            print(f"covariances of the {of}")
+            note(f"covariances of the {of}")
             calibration = self.experiment.calibration
             assert calibration is not None  # checked by Experiment
             data = self.task_data if of == "task" else self.knowledge
@@ -336,7 +337,7 @@ class _Laboratory:
                 path=self.folder / f"{name}.safetensors",
             )
             for told in losses(batches.maker):
-                print(told)
+                note(told)
         return self.stores[of]
 
     def _sites(self, of: str) -> list[Site]:
@@ -389,17 +390,13 @@ class _Laboratory:
         rows = read_rows(self.folder / SCORES)
         left = [training for training in trainings if not self._is_measured(training, rows)]
         if len(left) < len(trainings):
-            print(
-                f"{len(trainings) - len(left)} of {len(trainings)} trainings are finished already"
-            )
+            note(f"{len(trainings) - len(left)} of {len(trainings)} trainings are finished already")
         started = time.perf_counter()
         for number, training in enumerate(left, start=1):
             told = self._train(training)
             passed = time.perf_counter() - started
             ahead = passed / number * (len(left) - number) / 60
-            print(
-                f"[{number}/{len(left)}] {training}: {told}; about {ahead:.1f} min left", flush=True
-            )
+            note(f"[{number}/{len(left)}] {training}: {told}; about {ahead:.1f} min left")
 
     def _train(self, training: Training) -> str:
         experiment = self.experiment
@@ -421,7 +418,6 @@ class _Laboratory:
             templates=self.templates,
             anchor=(anchor := self._anchor(training, prepared.model)),
             anchor_weight=experiment.variants[training.variant].anchor,
-            show_progress=self.show_progress,
         )
         facts: dict[str, Any] = {
             "method": training.variant,
@@ -438,7 +434,7 @@ class _Laboratory:
         measured = []
         for scale in (1.0, *experiment.scales_of(training.variant)):
             with trained.at_scale(scale) as head:
-                rows = self._measure(trained.model, head=head, scale=scale, show=False, **facts)
+                rows = self._measure(trained.model, head=head, scale=scale, **facts)
             measured.append(rows)
         first = {row["task"]: row for row in reversed(measured[0]) if row["role"] != "selection"}
         told = ", ".join(

@@ -23,6 +23,7 @@ ORDER = (
     "jsonl",
     "precision",
     "distributed",
+    "progress",
     "decompose",
     "ranks",
     "families",

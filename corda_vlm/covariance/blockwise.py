@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from corda_vlm.covariance.checkpoint import Calibration, Interrupts
 from corda_vlm.covariance.store import CovarianceStore, Progress
@@ -25,6 +24,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families import Batch, unwrap
 from corda_vlm.families.attention import unpacked
 from corda_vlm.files import sweep
+from corda_vlm.progress import Meter
 from corda_vlm.sites import Site
 
 _TOWER = "language"
@@ -54,9 +54,7 @@ class Call:
     masks: Masks
 
 
-def collect_blockwise(
-    job: Calibration, folder: Path, interrupts: Interrupts, show_progress: bool
-) -> CovarianceStore:
+def collect_blockwise(job: Calibration, folder: Path, interrupts: Interrupts) -> CovarianceStore:
     """What running `job` in one go gives; the store reads from a file for each block in `folder`.
 
     Raises:
@@ -75,8 +73,11 @@ def collect_blockwise(
     names = list(parts)[: list(parts).index(missing[-1]) + 1] if missing else []
     calls: list[Call] = []
     total = None if job.source.total is None else job.source.total * len(names)
-    bar = tqdm(desc="covariance", total=total, unit="batch", disable=not show_progress)
-    with bar, unpacked(job.model), torch.no_grad():
+    with (
+        Meter("covariance", total, unit="batch") as meter,
+        unpacked(job.model),
+        torch.no_grad(),
+    ):
         for number, name in enumerate(names):
             steps = _advance(chain, number - 1, calls) if number else _record(job, chain, calls)
             observing = job.observing(parts[name], scratch=folder)
@@ -89,7 +90,7 @@ def collect_blockwise(
                         )
                     with nullcontext() if observer is None else observer.step(masks):
                         run()
-                    bar.update()
+                    meter.update()
                 job.check_batches(len(calls))
                 if observer is not None:
                     observer.store(data=job.source.fingerprint, base=job.base).save(files[name])

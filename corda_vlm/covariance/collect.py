@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from corda_vlm.covariance.blockwise import collect_blockwise, discard, folder_of
 from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Interrupts, Source
@@ -31,6 +30,7 @@ from corda_vlm.families import Batch, detect_family, token_masks
 from corda_vlm.families.base import evaluating
 from corda_vlm.locks import locks
 from corda_vlm.precision import takes_bf16
+from corda_vlm.progress import Meter, shown
 from corda_vlm.sites import Site, find_sites, model_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -150,15 +150,15 @@ def collect_covariance(
                 f"{path} is the checkpoint of a calibration in one go, which cannot go on blockwise. Leave blockwise off, "
                 "give another path, or delete the file to start anew"
             )
-    with Interrupts(active=path is not None) as interrupts, evaluating(model):
+    with shown(show_progress), Interrupts(active=path is not None) as interrupts, evaluating(model):
         if not blockwise:
-            result = _in_one_go(job, path, saved, checkpoint_share, interrupts, show_progress)
+            result = _in_one_go(job, path, saved, checkpoint_share, interrupts)
         elif path is not None:
-            result = collect_blockwise(job, folder_of(path), interrupts, show_progress)
+            result = collect_blockwise(job, folder_of(path), interrupts)
         else:
             # The store holds its files open; where open files cannot be removed, they stay.
             with TemporaryDirectory(prefix="corda_vlm-", ignore_cleanup_errors=True) as folder:
-                result = collect_blockwise(job, Path(folder), interrupts, show_progress)
+                result = collect_blockwise(job, Path(folder), interrupts)
         _warn_if_scarce(result)
         if path is None:
             return result
@@ -176,14 +176,13 @@ def _in_one_go(
     saved: CovarianceStore | None,
     checkpoint_share: float,
     interrupts: Interrupts,
-    show_progress: bool,
 ) -> CovarianceStore:
     """Observe all sites at once, writing checkpoints to the path."""
     scratch = None if path is None else path.absolute().parent
     with job.observing(job.sites, scratch=scratch, saved=saved) as observer:
         checkpoint = Checkpoint(path, checkpoint_share, observer, job.source, job.base)
         try:
-            _run(job, observer, checkpoint, interrupts, show_progress)
+            _run(job, observer, checkpoint, interrupts)
         except Exception as error:
             # What was counted before is sound, unless an accumulator was left half way. Keep it.
             if observer.consistent:
@@ -204,19 +203,11 @@ def _run(
     observer: Observer,
     checkpoint: Checkpoint,
     interrupts: Interrupts,
-    show_progress: bool,
 ) -> None:
     """Run the batches that are left, until they end or an interrupt asks to stop."""
     done, began = observer.batches, time.monotonic()
-    bar = tqdm(
-        total=job.source.total,
-        initial=done,
-        desc="covariance",
-        unit="batch",
-        disable=not show_progress,
-        leave=True,
-    )
-    with bar, torch.no_grad():
+    meter = Meter("covariance", job.source.total, unit="batch", initial=done)
+    with meter, torch.no_grad():
         remaining = job.batches(done)
         while not interrupts.asked:
             batch = next(remaining, None)
@@ -224,10 +215,8 @@ def _run(
                 break
             with observer.step(job.masks(batch)):
                 job.forward(job.model, batch)
-            bar.set_postfix_str(
-                f"{observer.tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False
-            )
-            bar.update()
+            speed = observer.tokens / (time.monotonic() - began)
+            meter.update(tokens=f"{speed:,.0f}/s")
             checkpoint.after_batch()
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.families.base import Family, Processor, evaluating
+from corda_vlm.progress import advance
 
 _ClassifierKey = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -62,6 +63,7 @@ class Encoder:
             with self._running():
                 vectors = self.family.encode_image(self.model, self._cast(pixels.to(self.device)))
             found.append(F.normalize(vectors.float(), dim=-1).cpu())
+            advance(len(pixels))
         return torch.cat(found)
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:

@@ -28,6 +28,7 @@ from corda_vlm.evaluation.scores import RESAMPLES, Outcome, Score, value_text
 from corda_vlm.evaluation.suite import Suite, Task, check_keys, load_suite
 from corda_vlm.evaluation.zero_shot import ZeroShot
 from corda_vlm.precision import Bf16, takes_bf16
+from corda_vlm.progress import Meter, shown
 
 if TYPE_CHECKING:
     from corda_vlm.families.base import Loaded, Processor
@@ -52,6 +53,14 @@ class TaskResult:
     scores: tuple[Score, ...]
     outcomes: tuple[Outcome, ...]
     seconds: float
+
+    def __str__(self) -> str:
+        """One line: each metric with its interval."""
+        line = ", ".join(
+            f"{s.metric} {value_text(s.metric, s.value)} ({value_text(s.metric, s.low)} to {value_text(s.metric, s.high)})"
+            for s in self.scores
+        )
+        return f"{self.task.name}: {line}; {self.scores[0].n:,} examples in {self.seconds:.0f} s"
 
 
 def evaluate(
@@ -101,6 +110,7 @@ def measure(
         cache: shared between the evaluations of a study, so that images are decoded once.
         head: a classifier trained on the new task, image embeddings -> logits; in place of the prompts it judges the
             zero-shot tasks that do not measure retention.
+        show_progress: how far each task is.
 
     Raises:
         UnknownNameError: no such suite or task.
@@ -137,18 +147,14 @@ def measure(
         evaluator = _evaluator(task, data, suite, root, encoder.cache)
         if head is not None and isinstance(evaluator, ZeroShot) and task.role != "retention":
             evaluator = replace(evaluator, head=head)
-        outcomes = tuple(evaluator.outcomes(encoder))
+        examples = None if task.kind == "multiple_choice" else len(data)  # each choice is one
+        with shown(show_progress), Meter(task.name, examples, unit="example"):
+            outcomes = tuple(evaluator.outcomes(encoder))
         scores = tuple(o.score(task.name, task.role, resamples=resamples) for o in outcomes)
         if data.left_out:
             logger.warning("task %s: %s", task.name, data.left_out)
         measured += 1
         seconds = time.perf_counter() - started
-        if show_progress:
-            line = ", ".join(
-                f"{s.metric} {value_text(s.metric, s.value)} ({value_text(s.metric, s.low)} to {value_text(s.metric, s.high)})"
-                for s in scores
-            )
-            print(f"  {task.name}: {line}; {scores[0].n:,} examples in {seconds:.0f} s", flush=True)
         yield TaskResult(task, scores, outcomes, seconds)
     if chosen and not measured:
         raise DataError(f"no task of suite {suite.name} has its data under {root!r}; set data_root")

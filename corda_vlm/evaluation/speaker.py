@@ -13,6 +13,7 @@ from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.families.base import evaluating, unwrap
 from corda_vlm.families.language import LanguageProcessor, Sample
+from corda_vlm.progress import advance
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Speaker:
                     for name, tensor in moved.items()
                 }
             yield chosen, moved
+            advance(len(chosen))
 
     def windows(self, count: int) -> Iterator[range]:
         """The records 0 … count − 1, so many at a time that their samples fit in memory and still sort by length."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ def tokenizer_of(source: str | Path, transformers: Any) -> Any:
         # transformers 5 makes a tokenizer of special tokens alone where there are no files: every text is unknown
         raise ValueError(f"{source} has no vocabulary")
     return words
+
+
+@contextmanager
+def without_bars(source: str | Path) -> Iterator[None]:
+    """transformers' own bars are left out where there is nothing to download, as that is a matter of seconds."""
+    from transformers.utils import logging
+
+    if not Path(source).exists() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 class Missing:

@@ -16,6 +16,7 @@ from corda_vlm.families.clip_hf import CLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
 from corda_vlm.families.decoder import config_of
 from corda_vlm.families.gguf import converted
+from corda_vlm.families.hub import without_bars
 from corda_vlm.families.registry import FAMILIES, chosen, detect_family
 from corda_vlm.families.sources import FORMS, built_in, check_source
 from corda_vlm.yaml_file import read_yaml
@@ -76,11 +77,11 @@ class _How:
     device_map: Any
 
     def load(self, family: Family, source: str | Path) -> tuple[nn.Module, Processor]:
-        if self.device_map is None:
-            return family.load(source, self.dtype)
-        if "device_map" not in inspect.signature(family.load).parameters:
+        options = {} if self.device_map is None else {"device_map": self.device_map}
+        if options and "device_map" not in inspect.signature(family.load).parameters:
             raise CordaError(f"device_map is for language models; {family.name} takes device=")
-        return family.load(source, self.dtype, device_map=self.device_map)
+        with without_bars(source):
+            return family.load(source, self.dtype, **options)
 
 
 def _usable(device: str | torch.device) -> torch.device:

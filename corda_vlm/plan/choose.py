@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import CordaError
+from corda_vlm.progress import track
 
 WIDEST = 1024  # inputs whose compactness is computed without being asked for: a tenth of a second a stream
 
@@ -93,7 +93,6 @@ def choose_covariances(
     store: CovarianceStore | None,
     damping: float,
     dynamic: bool,
-    show_progress: bool = False,
 ) -> ChosenCovariances:
     """The store's covariances for the sites of `weights`: pooled, or with `dynamic` each site's best round.
 
@@ -121,8 +120,7 @@ def choose_covariances(
                 "dynamic_covariance chooses among calibration rounds, and these covariances hold one; collect them "
                 "with rounds=4 (calibrate --rounds 4), or leave dynamic_covariance off"
             )
-        progress = tqdm(streams.items(), "rounds", disable=not show_progress, leave=False)
-        for stream, members in progress:
+        for stream, members in track(streams.items(), "rounds", unit="stream"):
             try:
                 selections |= ranks.select_covariance(
                     _candidates(store, stream), members, damping=damping
@@ -179,11 +177,10 @@ def choose_ranks(
     min_rank: ranks.Bound | None = 1,
     max_rank: ranks.Bound | None = None,
     damping: float,
-    show_progress: bool = False,
 ) -> dict[str, int]:
     """Site -> rank: the budget shared out by compactness, see `ranks.allocate_ranks`."""
     spectra, compactness = {}, {}
-    for name, weight in tqdm(weights.items(), "spectra", disable=not show_progress, leave=False):
+    for name, weight in track(weights.items(), "spectra", unit="site"):
         if name in covariances.selections:
             spectra[name] = covariances.selections[name].spectrum
         else:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.decompose import (
@@ -26,6 +25,7 @@ from corda_vlm.families.attention import unpacked
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, SIDES, Basis, Route
 from corda_vlm.plan.choose import choose_covariances, choose_ranks, rank_budget
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
+from corda_vlm.progress import shown, track
 from corda_vlm.ranks import Bound
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
@@ -100,7 +100,7 @@ def plan_adapter(
     for given, of in ((store, "covariances"), (task_store, "task's covariances")):
         if given is not None:
             check_made_from(fingerprint, given, of)
-    with unpacked(model):
+    with shown(show_progress), unpacked(model):
         sites = find_sites(model, towers=towers, roles=roles)
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
@@ -114,7 +114,7 @@ def plan_adapter(
             min_rank=min_rank,
             max_rank=max_rank,
         )
-        covariances = choose_covariances(weights, store, damping, dynamic_covariance, show_progress)
+        covariances = choose_covariances(weights, store, damping, dynamic_covariance)
         tasks = choose_covariances(weights, task_store, damping, False)
         ranks_of = dict.fromkeys(weights, rank)
         if allowed is not None:
@@ -126,11 +126,10 @@ def plan_adapter(
                 min_rank=min_rank,
                 max_rank=max_rank,
                 damping=damping,
-                show_progress=show_progress,
             )
             route = "exact"
         planned, factors = [], {}
-        for site in tqdm(sites, "plan", unit="site", disable=not show_progress, leave=False):
+        for site in track(sites, "plan", unit="site"):
             weight, covariance = weights[site.name], covariances[site.name]
             if method == "olora":
                 factor = _olora(weight, ranks_of[site.name], a_norm)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from corda_vlm.jsonl import append_jsonl, is_number, read_jsonl, write_jsonl, wrong_field
+from corda_vlm.progress import Meter, shown
 from corda_vlm.train.options import TrainOptions
 
 PENALTIES = ("anchor", "extra_loss")
@@ -46,7 +46,7 @@ class Watch(TrainerCallback):
         self.show_progress = show_progress
         self.history: list[dict[str, Any]] = []
         self.stopped: signal.Signals | None = None
-        self._bar: tqdm | None = None
+        self._meter: Meter | None = None
 
     @property
     def seconds(self) -> float:
@@ -66,16 +66,8 @@ class Watch(TrainerCallback):
             entry for entry in read_history(self.path) if entry["step"] <= state.global_step
         ]
         write_jsonl(self.path, self.history, "history entry")
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            leave=False,  # an experiment trains many times, and says in a line how each went
-            mininterval=0.5,
-            dynamic_ncols=True,
-            disable=not self.show_progress,
-        )
+        with shown(self.show_progress):
+            self._meter = Meter("training", state.max_steps, initial=state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_began = time.perf_counter()
@@ -88,8 +80,8 @@ class Watch(TrainerCallback):
         )
         batches = self.trainer.batches
         self._samples += sum(len(batches.indices(n)) for n in micro if n < len(batches))
-        if self._bar is not None:
-            self._bar.update()
+        if self._meter is not None:
+            self._meter.update()
         last = step >= state.max_steps
         control.should_log |= last  # a training shorter than `log_every` has a history too
         if self.measure and (last or (options.eval_every and step % options.eval_every == 0)):
@@ -133,23 +125,23 @@ class Watch(TrainerCallback):
         }
         trainer.loss_seen.clear()
         self._note(entry)
-        if self._bar is not None:
-            shown = {
+        if self._meter is not None:
+            facts = {
                 "loss": f"{entry['loss']:.3f}",
                 "lr": f"{entry['learning_rate']:.1e}",
                 "samples": f"{entry['samples_per_second']:.0f}/s",
             }
             if "anchor" in entry:
-                shown["anchor"] = f"{entry['anchor']:.2g}"
-            self._bar.set_postfix(shown, refresh=False)
+                facts["anchor"] = f"{entry['anchor']:.2g}"
+            self._meter.update(0, **facts)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._meter is not None:
+            self._meter.close()
+            self._meter = None
 
     def _epoch(self, step: int) -> float:
         batches = self.trainer.batches
