@@ -408,12 +408,11 @@ def evaluate(
     from corda_vlm.evaluation import (
         Cache,
         Trained,
-        append_rows,
+        add_result,
         check_scales,
         load_trained,
         measure,
         read_rows,
-        score_row,
     )
     from corda_vlm.jsonl import PATIENCE
     from corda_vlm.locks import locked
@@ -453,14 +452,9 @@ def evaluate(
             for result in results:
                 print(f"  {result}")
                 if output is not None:
-                    rows = [
-                        score_row(score, run=Path(output).stem, method=method, scale=scale)
-                        for score in result.scores
-                    ]
-                    with locked(output, wait=PATIENCE):  # others may add to it meanwhile
-                        before = read_rows(output, missing_ok=True)
-                        rows = [row for row in rows if row not in before]
-                        append_rows(output, rows)
+                    rows = add_result(
+                        output, result, run=Path(output).stem, method=method, scale=scale
+                    )
                     added += len(rows)
     if output is not None:
         same = "" if added else ", which has the same already"

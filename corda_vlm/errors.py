@@ -61,5 +61,9 @@ class ForeignFileError(CordaError):
     """A file that is corrupt, truncated, or was made from another model, other data or another mode."""
 
 
+class NotFiniteError(CordaError):
+    """A loss, weights or outputs that are NaN or Inf: the model diverged, or its numbers are too small for it."""
+
+
 class DataError(CordaError):
     """Training, calibration or evaluation data that cannot be read as described."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import platform
 import shlex
 import time
@@ -27,21 +28,21 @@ from corda_vlm.adapter.attach import whole_modules
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.data import ImageTextData, load_records, losses, make_batches, make_maker, with_root
-from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation import (
     Cache,
     Suite,
     Trained,
-    append_rows,
+    add_result,
     done,
     load_suite,
     measure,
     read_rows,
-    score_row,
     summary_table,
     task_data,
     write_report,
 )
+from corda_vlm.evaluation.diverged import note_diverged, read_diverged
 from corda_vlm.evaluation.labels import load_class_names, load_templates, match_labels
 from corda_vlm.evaluation.scores import value_text
 from corda_vlm.evaluation.suite import Task
@@ -280,11 +281,7 @@ class _Laboratory:
             show_progress=True,
         )
         for result in results if remaining else ():
-            rows = [
-                score_row(score, run=self.experiment.name, scale=scale, **labels)
-                for score in result.scores
-            ]
-            append_rows(path, rows)
+            add_result(path, result, run=self.experiment.name, scale=scale, **labels)
             if tell:
                 note(f"  {result}")
         return [
@@ -388,12 +385,27 @@ class _Laboratory:
 
     def train_all(self, trainings: Sequence[Training]) -> None:
         rows = read_rows(self.folder / SCORES)
-        left = [training for training in trainings if not self._is_measured(training, rows)]
+        diverged = read_diverged(self.folder)
+        gone = [t for t in trainings if (t.variant, t.learning_rate, t.seed) in diverged]
+        left = [t for t in trainings if t not in gone and not self._is_measured(t, rows)]
         if len(left) < len(trainings):
-            note(f"{len(trainings) - len(left)} of {len(trainings)} trainings are finished already")
+            note(
+                f"{len(trainings) - len(left)} of {len(trainings)} trainings are finished already"
+                + (f", {len(gone)} of them diverged" if gone else "")
+            )
         started = time.perf_counter()
         for number, training in enumerate(left, start=1):
-            told = self._train(training)
+            try:
+                told = self._train(training)
+            except NotFiniteError as error:  # the others of a sweep go on
+                note_diverged(
+                    self.folder,
+                    method=training.variant,
+                    learning_rate=training.learning_rate,
+                    seed=training.seed,
+                    reason=str(error),
+                )
+                told = f"diverged. {error}"
             passed = time.perf_counter() - started
             ahead = passed / number * (len(left) - number) / 60
             note(f"[{number}/{len(left)}] {training}: {told}; about {ahead:.1f} min left")
@@ -430,6 +442,8 @@ class _Laboratory:
         if anchor is not None:
             with torch.no_grad():
                 facts["forecast"] = float(anchor())
+            if not math.isfinite(facts["forecast"]):
+                raise NotFiniteError(f"the forecast of forgetting is {facts['forecast']}")
         trained = Trained(prepared.model, result.head and result.head.cpu(), self.loaded.model)
         measured = []
         for scale in (1.0, *experiment.scales_of(training.variant)):

@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.evaluation.markup import link, markdown
 from corda_vlm.experiment import Experiment, apply_overrides, parse_experiment, read_config
 from corda_vlm.files import read_json, resolve, write_json, write_text
 from corda_vlm.names import check_name
 
 OVERVIEW = "study.json"
+PICTURES = {"tradeoff.png": "task accuracy against knowledge kept"}
+"""Of each experiment's pictures those that the overview shows, with what they show."""
 _KEYS = ("name", "title", "defaults", "experiments")
 
 
@@ -137,23 +140,40 @@ def write_overview(folder: str | Path) -> Path:
     Raises:
         ForeignFileError: not the folder of a study.
     """
-    from corda_vlm.evaluation import Results, leading_finding, read_rows
+    from corda_vlm.evaluation import Results, leading_finding
     from corda_vlm.run import SCORES
 
     folder = Path(folder)
-    study = read_json(folder / OVERVIEW, "list of a study's experiments")
-    lines = [f"# {study['title']}", ""]
-    for name, title in study["experiments"].items():
-        lines += [f"## {title}", ""]
-        scores = folder / name / SCORES
-        if not scores.is_file():
+    title, experiments = _listed(folder / OVERVIEW)
+    lines = [f"# {markdown(title)}", ""]
+    for name, own in experiments.items():
+        lines += [f"## {markdown(own)}", ""]
+        if not (folder / name / SCORES).is_file():
             lines += ["Not run yet.", ""]
             continue
-        results = Results.of(read_rows(scores))
+        results = Results.read(folder / name)
         trained = [seeds for of in results.trained.values() for seeds in of.values()]
+        count = f"{sum(map(len, trained)):,} models measured"
+        count += f", {len(results.diverged):,} diverged" if results.diverged else ""
         lines += [leading_finding(results), ""]
-        lines += [f"{sum(map(len, trained)):,} models measured. [Report]({name}/report.md).", ""]
-        if (folder / name / "tradeoff.png").is_file():
-            lines += [f"![{title}: task accuracy against knowledge kept]({name}/tradeoff.png)", ""]
+        lines += [f"{count}. [Report]({link(f'{name}/report.md')}).", ""]
+        for picture in PICTURES:
+            if (folder / name / picture).is_file():
+                alt = markdown(f"{own}: {PICTURES[picture]}")
+                lines += [f"![{alt}]({link(f'{name}/{picture}')})", ""]
     write_text(folder / "report.md", "\n".join(lines))
     return folder / "report.md"
+
+
+def _listed(path: Path) -> tuple[str, dict[str, str]]:
+    """The title of a study, and its experiments: name -> title."""
+    study = read_json(path, "list of a study's experiments")
+    experiments = study.get("experiments") if isinstance(study, dict) else None
+    if not isinstance(experiments, dict) or not isinstance(study.get("title"), str):
+        raise ForeignFileError(
+            f"{path} must hold a mapping with title and experiments; run the study again"
+        )
+    for name, title in experiments.items():
+        if not isinstance(title, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise ForeignFileError(f"{path}: {name!r} is no name of an experiment with its title")
+    return study["title"], experiments

@@ -1,4 +1,8 @@
-"""Measuring what a model gained and what it kept: suites, scores with intervals, and the report."""
+"""Measuring what a model gained and what it kept: suites, scores with intervals, and the report.
+
+
+Names are imported on first use: a suite that is misspelt is an error before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ if TYPE_CHECKING:
     from corda_vlm.evaluation.comparing import against, choose, compare, dominates
     from corda_vlm.evaluation.convergence import steps_to_loss
     from corda_vlm.evaluation.encoder import Cache
+    from corda_vlm.evaluation.findings import leading_finding
     from corda_vlm.evaluation.frontier import Results
     from corda_vlm.evaluation.measuring import TaskResult, evaluate, measure, task_data
-    from corda_vlm.evaluation.report import leading_finding, summary_table, write_report
+    from corda_vlm.evaluation.report import summary_table, write_report
+    from corda_vlm.evaluation.score_file import add_result
     from corda_vlm.evaluation.scores import (
         Interval,
         Outcome,
@@ -37,6 +43,7 @@ _HOMES = {
     "Task": "suite",
     "TaskResult": "measuring",
     "Trained": "trained",
+    "add_result": "score_file",
     "against": "comparing",
     "append_rows": "scores",
     "bootstrap": "scores",
@@ -46,7 +53,7 @@ _HOMES = {
     "dominates": "comparing",
     "done": "scores",
     "evaluate": "measuring",
-    "leading_finding": "report",
+    "leading_finding": "findings",
     "load_suite": "suite",
     "load_trained": "trained",
     "measure": "measuring",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import PercentFormatter
+from matplotlib import rc_context
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from corda_vlm.files import atomic_write
 
@@ -20,6 +23,31 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "d")
 # The three of the demo look the same in every report.
 FIRST = ("corda-kpm", "lora", "full")
 INK, FAINT = "#222222", "#767676"
+
+
+@contextmanager
+def literal_text() -> Iterator[None]:
+    """Within it, text in pictures is what it says: names come from users, and `$x_1$` is a name, no formula.
+
+    Every function that draws is decorated with it; so numbers on logarithmic axes are `plain_powers`, as matplotlib's own
+    are formulas. A sign that the font does not have becomes a box, without a warning for each.
+    """
+    with rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def plain_powers(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers."""
+    axis.set_major_formatter(_PlainPowers())
+    axis.set_minor_formatter(_PlainPowers(minor_thresholds=(1, 0.4)))
+
+
+class _PlainPowers(LogFormatter):
+    """0.01 for 1e-02, wherever matplotlib would write a number at all."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}".replace("-", "−") if super().__call__(x, pos) else ""
 
 
 def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -49,8 +77,8 @@ def frame(axes: Any) -> None:
 
 
 def percent() -> Any:
-    """Shares as whole percents."""
-    return PercentFormatter(xmax=1.0, decimals=0, symbol="%")
+    """Shares in percent, with decimals where the axis is so short that it has marks between whole percents."""
+    return FuncFormatter(lambda share, _: f"{100 * share + 0.0:.5g}%")
 
 
 def save(figure: Any, path: Path) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from corda_vlm.evaluation.finite import FiniteCheck
 from corda_vlm.families.base import Family, Processor, evaluating
 from corda_vlm.progress import advance
 
@@ -57,17 +58,26 @@ class Encoder:
         return next(self.model.parameters()).device
 
     def images(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> Float[Tensor, "n d"]:
-        """Unit vectors of batches of pixels, taken one by one so that a large data set never lies in memory."""
-        found = []
+        """Unit vectors of batches of pixels, taken one by one so that a large data set never lies in memory.
+
+        Raises:
+            NotFiniteError: the model's output is NaN or Inf.
+        """
+        found, check = [], FiniteCheck("images")
         for pixels in batches:
             with self._running():
                 vectors = self.family.encode_image(self.model, self._cast(pixels.to(self.device)))
+            check(vectors)
             found.append(F.normalize(vectors.float(), dim=-1).cpu())
             advance(len(pixels))
         return torch.cat(found)
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Unit vectors of texts."""
+        """Unit vectors of texts.
+
+        Raises:
+            NotFiniteError: the model's output is NaN or Inf.
+        """
         chunks = [texts[at : at + self.batch_size] for at in range(0, len(texts), self.batch_size)]
         return torch.cat([self._text_batch(self._tokens(chunk)).cpu() for chunk in chunks])
 
@@ -102,6 +112,7 @@ class Encoder:
     def _text_batch(self, tokens: _Tokens) -> Float[Tensor, "n d"]:
         with self._running():
             vectors = self.family.encode_text(self.model, tokens.to(self.device).batch)
+        FiniteCheck("texts")(vectors)
         return F.normalize(vectors.float(), dim=-1)
 
     def _cast(self, pixels: Tensor) -> Tensor:

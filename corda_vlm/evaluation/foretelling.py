@@ -10,8 +10,17 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from corda_vlm.evaluation.drawing import FAINT, frame, percent, save, styles
+from corda_vlm.evaluation.drawing import (
+    FAINT,
+    frame,
+    literal_text,
+    percent,
+    plain_powers,
+    save,
+    styles,
+)
 from corda_vlm.evaluation.frontier import Results
+from corda_vlm.evaluation.markup import shortened
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ def _ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return (np.cumsum(counts) - (counts + 1) / 2)[places]
 
 
+@literal_text()
 def forecast_picture(results: Results, path: Path) -> Foretold | None:
     """Draw forecast against kept share, one mark a trained model. Gives what was drawn, None if there was nothing."""
     found = foretold(results)
@@ -69,24 +79,30 @@ def forecast_picture(results: Results, path: Path) -> Foretold | None:
     if drawable.sum() < 2:
         return None
     methods = list(dict.fromkeys(found.methods))
+    names: list[str] = []
     look = styles(list(results.trained))
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axes = figure.subplots()
     for method in methods:
         of = drawable & np.array([name == method for name in found.methods])
         colour, marker = look[method]
+        names.append(shortened(method))
         axes.plot(
             found.forecasts[of], found.kept[of], linestyle="", marker=marker, color=colour,
-            markersize=6.5, markeredgecolor="white", markeredgewidth=0.6, alpha=0.9, label=method,
+            markersize=6.5, markeredgecolor="white", markeredgewidth=0.6, alpha=0.9, label=str(len(names)),
         )  # fmt: skip
     axes.set_xscale("log")
+    plain_powers(axes.xaxis)
     axes.yaxis.set_major_formatter(percent())
     axes.axhline(0.0, color=FAINT, linewidth=1, linestyle=":")
     axes.set_xlabel("forecast: relative change of the layers' outputs on the calibration data")
     axes.set_ylabel("knowledge kept, as tested")
     frame(axes)
-    axes.legend(
+    legend = axes.legend(
         loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5, handletextpad=0.3
     )
+    # not as labels of what is drawn: one that begins with "_" would be left out
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
     save(figure, path)
     return found

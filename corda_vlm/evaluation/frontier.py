@@ -21,13 +21,18 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from corda_vlm.errors import DataError
+from corda_vlm.evaluation.diverged import Trained as TrainedKey
+from corda_vlm.evaluation.diverged import read_diverged
+from corda_vlm.evaluation.scores import Interval, gain_of, interval_of, read_rows
 
+SCORES = "scores.jsonl"
 BASE = "base"
 REFERENCE = "lora"
 
@@ -38,6 +43,10 @@ class Setting:
 
     learning_rate: float | None
     scale: float = 1.0
+
+
+Place = tuple[str, Setting, int | None, str]
+"""Method, setting, seed and task: where one score of a trained model stands."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,11 @@ class Results:
         trained: method -> setting -> seed -> task -> score, in the order they were measured.
         base_rows: the base model's rows as they are, with intervals.
         forecasts: (method, learning rate, seed) -> the anchor's value at the end of training, where it was noted.
+        diverged: (method, learning rate, seed) -> why that training came to nothing; its scores, if it has any, are left
+            out, and a setting of which a seed diverged has no point: the seeds that survive are no fair sample of it.
+        gains: (method, setting, seed, task) -> how far the trained model is above the base model, paired over the examples,
+            where the rows tell it.
+        intervals: the same key -> the trained model's own interval over examples, where the rows tell it.
     """
 
     gain: tuple[str, ...]
@@ -70,10 +84,25 @@ class Results:
     base: Mapping[str, float]
     trained: Mapping[str, Mapping[Setting, Mapping[int | None, Mapping[str, float]]]]
     base_rows: Sequence[Mapping[str, Any]]
-    forecasts: Mapping[tuple[str, float | None, int | None], float] = field(default_factory=dict)
+    forecasts: Mapping[TrainedKey, float] = field(default_factory=dict)
+    diverged: Mapping[TrainedKey, str] = field(default_factory=dict)
+    gains: Mapping[Place, Interval] = field(default_factory=dict)
+    intervals: Mapping[Place, Interval] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Results:
+    def read(cls, run_dir: str | Path) -> Results:
+        """The results in a run's folder: its scores, and its trainings that diverged.
+
+        Raises:
+            ForeignFileError: no scores, or a line that is none.
+            DataError: the base model was not measured on some task that a trained model was.
+        """
+        return cls.of(read_rows(Path(run_dir) / SCORES), read_diverged(run_dir))
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Mapping[str, Any]], diverged: Mapping[TrainedKey, str] | None = None
+    ) -> Results:
         """Arrange rows of scores.jsonl. Of rows measured twice the last counts.
 
         Raises:
@@ -85,11 +114,14 @@ class Results:
         base: dict[str, float] = {}
         base_rows: dict[tuple[str, str], Mapping[str, Any]] = {}
         trained: dict[str, dict[Setting, dict[int | None, dict[str, float]]]] = {}
-        forecasts: dict[tuple[str, float | None, int | None], float] = {}
+        forecasts: dict[TrainedKey, float] = {}
+        gains: dict[Place, Interval] = {}
+        intervals: dict[Place, Interval] = {}
+        diverged = dict(diverged or {})
         for row in rows:
             task, metric = row["task"], row["metric"]
             if primary.setdefault(task, metric) == metric:
-                names = roles.setdefault(row.get("role", "retention"), [])
+                names = roles.setdefault(row.get("role") or "retention", [])
                 if task not in names:
                     names.append(task)
                 chance[task] = float(row.get("chance") or 0.0)
@@ -100,12 +132,20 @@ class Results:
             if row["method"] == BASE:
                 base[task] = float(row["value"])
             else:
-                setting = Setting(row.get("learning_rate"), float(row.get("scale", 1.0)))
+                key = (row["method"], row.get("learning_rate"), row.get("seed"))
+                if key in diverged:
+                    continue
+                scale = row.get("scale")
+                setting = Setting(row.get("learning_rate"), 1.0 if scale is None else float(scale))
                 seeds = trained.setdefault(row["method"], {}).setdefault(setting, {})
                 seeds.setdefault(row.get("seed"), {})[task] = float(row["value"])
+                place = (row["method"], setting, row.get("seed"), task)
+                for told, its in ((gains, gain_of(row)), (intervals, interval_of(row))):
+                    told.pop(place, None)
+                    if its is not None:
+                        told[place] = its
                 # of the trained model itself: what a scale makes of it follows (`forecast`)
                 if row.get("forecast") is not None and setting.scale == 1.0:
-                    key = (row["method"], setting.learning_rate, row.get("seed"))
                     forecasts[key] = float(row["forecast"])
         absent = [task for task in primary if task not in base]
         if trained and absent:
@@ -115,7 +155,8 @@ class Results:
             )
         return cls(
             tuple(roles["gain"]), tuple(roles["retention"]), tuple(roles["selection"]),
-            primary, chance, base, trained, tuple(base_rows.values()), forecasts,
+            primary, chance, base, trained, tuple(base_rows.values()), forecasts, diverged, gains,
+            intervals,
         )  # fmt: skip
 
     def kept_share(self, task: str, score: float) -> float:
@@ -151,6 +192,8 @@ class Results:
         for method, settings in self.trained.items():
             found[method] = {}
             for setting in sorted(settings, key=lambda s: (s.scale, s.learning_rate or 0.0)):
+                if self.lost_seeds(method, setting.learning_rate):
+                    continue
                 placed = {
                     seed: point
                     for seed, scores in settings[setting].items()
@@ -159,6 +202,12 @@ class Results:
                 if placed:
                     found[method][setting] = placed
         return found
+
+    def lost_seeds(self, method: str, learning_rate: float | None) -> list[int | None]:
+        """The seeds of a setting that diverged."""
+        return [
+            seed for name, rate, seed in self.diverged if (name, rate) == (method, learning_rate)
+        ]
 
     def forecast(self, method: str, setting: Setting) -> float | None:
         """The forgetting that the anchor foretold, the mean over seeds: the relative change of the layers' outputs on

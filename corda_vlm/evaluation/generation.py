@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corda_vlm.data import ChatOptions, ConversationMaker, no_labels
 from corda_vlm.errors import DataError
+from corda_vlm.evaluation.finite import FiniteCheck
 from corda_vlm.evaluation.speaker import Speaker, some
 from corda_vlm.families.base import unwrap
 from corda_vlm.families.language import Sample
@@ -31,8 +32,11 @@ def generate(
 
     Returns:
         answers without special tokens, and without white space around.
+
+    Raises:
+        NotFiniteError: the model's output is NaN or Inf.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     model, tokenizer = unwrap(speaker.model), speaker.processor.tokenizer
     own = getattr(model, "generation_config", None)
@@ -47,13 +51,18 @@ def generate(
         pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ids) or None,
     )  # fmt: skip
     found: dict[int, str] = {}
+    check = FiniteCheck("prompts")
     for chosen, batch in speaker.batches(prompts, "left"):
         given = batch["input_ids"].shape[1]
         said = StoppingCriteriaList([Said(tokenizer, given, tuple(stop))] if stop else [])
+        sound = FiniteLogits()
         with speaker.running():
             ids_out = model.generate(
-                **no_labels(batch), generation_config=settings, stopping_criteria=said
-            )
+                **no_labels(batch), generation_config=settings, stopping_criteria=said,
+                logits_processor=LogitsProcessorList([sound]),
+            )  # fmt: skip
+        if sound.sums is not None:
+            check(sound.sums)
         for index, tokens in zip(chosen, ids_out[:, given:].cpu().tolist(), strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             found[index] = before_any(text, stop).strip()
@@ -110,6 +119,18 @@ class Said:
         texts = self.tokenizer.batch_decode(input_ids[:, self.given :], skip_special_tokens=True)
         over = [any(string in text for string in self.stop) for text in texts]
         return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
+
+
+class FiniteLogits:
+    """Changes no logits, and keeps for each row a number that is finite if all its logits were."""
+
+    sums: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Some models rule a word out by a logit of −Inf; NaN, +Inf, and all words ruled out show in this.
+        now = scores.float().logsumexp(-1)  # (b,)
+        self.sums = now if self.sums is None else torch.where(self.sums.isfinite(), now, self.sums)
+        return scores
 
 
 def before_any(text: str, stop: Sequence[str]) -> str:

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from corda_vlm.errors import ForeignFileError
-from corda_vlm.evaluation.drawing import FAINT, INK, save
+from corda_vlm.evaluation.drawing import FAINT, INK, literal_text, save
+from corda_vlm.evaluation.markup import shortened
 from corda_vlm.evaluation.render import Picture
 from corda_vlm.plan import AdapterPlan, SitePlan
 from corda_vlm.sites import ROLES, TOWERS
@@ -56,6 +57,7 @@ _MEASURES = (
 )
 
 
+@literal_text()
 def plan_heatmap(plans: Mapping[str, AdapterPlan], path: str | Path) -> Path | None:
     """Draw each plan as panels of cells: blocks from left to right, roles from top to bottom.
 
@@ -85,7 +87,9 @@ def plan_heatmap(plans: Mapping[str, AdapterPlan], path: str | Path) -> Path | N
         :, 0
     ]
     for row, (name, plan) in zip(rows, plans.items(), strict=True):
-        row.suptitle(f"{name}: {plan.spent}", fontsize=11, color=INK, x=0.01, ha="left")
+        room = int(figure.get_figwidth() / 0.088) - len(plan.spent) - 2  # letters of this size
+        title = f"{shortened(name, max(12, room))}: {plan.spent}"
+        row.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
         if beside:
             parts = row.subfigures(1, len(measures), wspace=0.02, squeeze=False)[0]
         else:
@@ -190,7 +194,8 @@ def _outside(name: str) -> str:
     """A short heading for a layer outside of blocks: "head" for vision_model.head.attention.q_proj."""
     parts = name.split(".")
     part = parts[1] if len(parts) > 2 else parts[-1]
-    return part.removeprefix("visual_").removeprefix("text_").replace("projection", "proj")
+    part = part.removeprefix("visual_").removeprefix("text_").replace("projection", "proj")
+    return shortened(part, 24)
 
 
 # ------------------------------------------------------------------ drawing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from corda_vlm.data import ChatOptions, ConversationMaker, no_labels
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
+from corda_vlm.evaluation.finite import FiniteCheck
 from corda_vlm.evaluation.generation import references
 from corda_vlm.evaluation.kinds import CHOICE_METRICS, ChoiceOptions, LikelihoodOptions
 from corda_vlm.evaluation.kinds import LIKELIHOOD_METRICS as METRICS
@@ -25,11 +25,6 @@ from corda_vlm.families.language import IGNORED, Sample
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
 
-logger = logging.getLogger(__name__)
-
-FLOOR = -100.0
-"""The log-likelihood of a token where the model's output is NaN or Inf: less than any that is worth telling apart."""
-
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -38,12 +33,10 @@ class Likelihood:
     Attributes:
         total: the sum of their log-likelihoods, in nats.
         tokens: how many they are.
-        broken: on how many the model's output was NaN or Inf; they count as `FLOOR`.
     """
 
     total: float
     tokens: int
-    broken: int = 0
 
 
 @torch.no_grad()
@@ -52,8 +45,10 @@ def likelihoods(speaker: Speaker, samples: Sequence[Sample]) -> list[Likelihood]
 
     Raises:
         CordaError: a sample without a labelled token that has one before it.
+        NotFiniteError: the model's output is NaN or Inf.
     """
     found: dict[int, Likelihood] = {}
+    check = FiniteCheck("texts")
     for chosen, batch in speaker.batches(samples, "right"):
         labels = batch["labels"][:, 1:]  # position i predicts token i + 1
         learnt = labels != IGNORED
@@ -64,20 +59,14 @@ def likelihoods(speaker: Speaker, samples: Sequence[Sample]) -> list[Likelihood]
         # Only where it is asked for: the whole (B, L, V) in float32 may not fit.
         picked = logits[learnt].float().log_softmax(-1)  # (n, V)
         each = picked.gather(1, labels[learnt][:, None])[:, 0]  # (n,)
-        good = torch.isfinite(each)
-        each = torch.where(good, each, FLOOR).double().cpu()
         row = torch.nonzero(learnt)[:, 0].cpu()
-        total = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row, each)
-        broken = torch.zeros(len(chosen)).index_add_(0, row, (~good).float().cpu())
+        total = torch.zeros(len(chosen), dtype=torch.float64).index_add_(
+            0, row, each.double().cpu()
+        )
+        check(total)
         for place, index in enumerate(chosen):
             count = int((row == place).sum())
-            found[index] = Likelihood(float(total[place]), count, int(broken[place]))
-    broken_texts = sum(one.broken > 0 for one in found.values())
-    if broken_texts:
-        logger.warning(
-            "the model's output is NaN or Inf on %d of %d texts; such tokens count as %g nats",
-            broken_texts, len(found), FLOOR,
-        )  # fmt: skip
+            found[index] = Likelihood(float(total[place]), count)
     return [found[index] for index in range(len(samples))]
 
 
@@ -145,10 +134,8 @@ class MultipleChoice(ChoiceOptions, Evaluator):
         for record, choices, scored in _scored(Speaker.of(encoder), self, _choices):
             total = np.array([one.total for one in scored])
             size = np.array([len(choice) for choice in choices])
-            # A broken output answers nothing, whichever of the choices it would rank first.
-            sound = not any(one.broken for one in scored)
-            right["acc"].append(float(sound and total.argmax() == record["choice"]))
-            right["acc_norm"].append(float(sound and (total / size).argmax() == record["choice"]))
+            right["acc"].append(float(total.argmax() == record["choice"]))
+            right["acc_norm"].append(float((total / size).argmax() == record["choice"]))
             chance.append(1 / len(choices))
         some(chance, self.data.spec)
         for metric in self.metrics:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation import likelihood, perplexity, qa, vqa
 from corda_vlm.evaluation.encoder import Cache, Encoder
 from corda_vlm.evaluation.evaluator import Evaluator
@@ -115,6 +115,7 @@ def measure(
     Raises:
         UnknownNameError: no such suite or task.
         DataError: data that cannot be read as described, or all of it missing.
+        NotFiniteError: the model's outputs are NaN or Inf, so there is no score; names the task and how many.
     """
     suite = load_suite(suite)
     if missing not in ("error", "skip"):
@@ -148,8 +149,11 @@ def measure(
         if head is not None and isinstance(evaluator, ZeroShot) and task.role != "retention":
             evaluator = replace(evaluator, head=head)
         examples = None if task.kind == "multiple_choice" else len(data)  # each choice is one
-        with shown(show_progress), Meter(task.name, examples, unit="example"):
-            outcomes = tuple(evaluator.outcomes(encoder))
+        try:
+            with shown(show_progress), Meter(task.name, examples, unit="example"):
+                outcomes = tuple(evaluator.outcomes(encoder))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"task {task.name} of suite {suite.name}: {error}") from error
         scores = tuple(o.score(task.name, task.role, resamples=resamples) for o in outcomes)
         if data.left_out:
             logger.warning("task %s: %s", task.name, data.left_out)

@@ -11,9 +11,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from corda_vlm.evaluation.convergence import History, read_histories
-from corda_vlm.evaluation.drawing import FAINT, INK, frame, save
+from corda_vlm.evaluation.drawing import FAINT, INK, frame, literal_text, plain_powers, save
+from corda_vlm.evaluation.markup import shortened
 
 
+@literal_text()
 def training_curves(run_dir: Path, path: Path) -> bool:
     """Draw the training loss of every run that left a history.jsonl, a panel for each method; where histories have the
     anchor, below it the forecast of forgetting.
@@ -35,7 +37,7 @@ def training_curves(run_dir: Path, path: Path) -> bool:
     above = panels[:: 2 if forecast else 1]
     for panel, (method, runs) in zip(above.flat, histories.items(), strict=False):
         _curves(panel, [(run.learning_rate, run.steps, _smooth(run.losses)) for run in runs])
-        panel.set_title(method, fontsize=10.5, loc="left", color=INK)
+        panel.set_title(shortened(method, 28), fontsize=10.5, loc="left", color=INK)
         panel.legend(title="learning rate", fontsize=7.5, title_fontsize=7.5, frameon=False)
     _share_scale(above, "training loss", from_zero=True)
     if forecast:
@@ -85,6 +87,7 @@ def _share_scale(panels: np.ndarray, label: str, *, from_zero: bool) -> None:
     for panel in drawn:
         if not from_zero and high > 100 * low:
             panel.set_yscale("log")
+            plain_powers(panel.yaxis)
             panel.set_ylim(max(low / 2, high * 1e-6), high * 2)
         else:  # a run that diverged must not flatten all the others
             panel.set_ylim(0, high * 1.1)

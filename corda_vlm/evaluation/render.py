@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import html
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from corda_vlm.evaluation import markup
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A title, a first paragraph, and sections. Text may hold `code` and **bold**."""
+    """A title, first paragraphs, and sections. All text is as of `markup`: plain, but for what `bold` and `code` wrap."""
 
     title: str
     lead: Sequence[str]
@@ -55,22 +55,19 @@ class Report:
 
 def markdown(report: Report, folder: Path) -> str:
     """The report as GitHub's Markdown; pictures are linked relative to `folder`."""
-    lines = [f"# {report.title}", ""]
+    lines = [f"# {markup.markdown(report.title)}", ""]
     for paragraph in report.lead:
-        lines += [paragraph, ""]
+        lines += [markup.markdown(paragraph), ""]
     for section in report.sections:
-        lines += [f"## {section.heading}", ""]
+        lines += [f"## {markup.markdown(section.heading)}", ""]
         for paragraph in section.paragraphs:
-            lines += [paragraph, ""]
+            lines += [markup.markdown(paragraph), ""]
         for picture in section.pictures:
-            lines += [
-                f"![{picture.alt}]({picture.path.relative_to(folder).as_posix()})",
-                "",
-                picture.caption,
-                "",
-            ]
+            target = markup.link(picture.path.relative_to(folder).as_posix())
+            lines += [f"![{markup.markdown(markup.terminal(picture.alt))}]({target})", ""]
+            lines += [markup.markdown(picture.caption), ""]
         for table in section.tables:
-            lines += [table.caption, ""] if table.caption else []
+            lines += [markup.markdown(table.caption), ""] if table.caption else []
             lines.append(_md_row(table.headings))
             lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.headings) - 1)) + "|")
             lines += [_md_row(row) for row in table.rows]
@@ -79,47 +76,48 @@ def markdown(report: Report, folder: Path) -> str:
 
 
 def _md_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(markup.markdown(cell, cell=True) for cell in cells) + " |"
 
 
 def page(report: Report) -> str:
     """The report as one HTML file with its pictures and style inside."""
-    body = [f"<h1>{_inline(report.title)}</h1>"]
-    body += [f'<p class="lead">{_inline(paragraph)}</p>' for paragraph in report.lead]
+    body = [f"<h1>{markup.page(report.title)}</h1>"]
+    body += [f'<p class="lead">{markup.page(paragraph)}</p>' for paragraph in report.lead]
     numbers = itertools.count(1)
     for section in report.sections:
-        inside = [f"<p>{_inline(paragraph)}</p>" for paragraph in section.paragraphs]
+        inside = [f"<p>{markup.page(paragraph)}</p>" for paragraph in section.paragraphs]
         inside += [_figure(picture) for picture in section.pictures]
         inside += [_table(table, next(numbers)) for table in section.tables]
-        heading = f"<h2>{_inline(section.heading)}</h2>"
+        heading = f"<h2>{markup.page(section.heading)}</h2>"
         if section.folded:
             body += ["<details>", f"<summary>{heading}</summary>", *inside, "</details>"]
         else:
             body += ["<section>", heading, *inside, "</section>"]
-    return _PAGE.format(title=html.escape(report.title), style=_STYLE, body="\n".join(body))
+    title = markup.page(markup.terminal(report.title))
+    return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
 
 
 def _figure(picture: Picture) -> str:
     data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(picture.alt, quote=True)}">'
-        f"<figcaption>{_inline(picture.caption)}</figcaption></figure>"
+        f'<figure><img src="data:image/png;base64,{data}" alt="{markup.page(markup.terminal(picture.alt))}">'
+        f"<figcaption>{markup.page(picture.caption)}</figcaption></figure>"
     )
 
 
 def _table(table: Table, number: int) -> str:
-    head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in table.headings)
+    head = "".join(f'<th scope="col">{markup.page(cell)}</th>' for cell in table.headings)
     rows = "\n".join(
         "<tr>"
-        + f'<th scope="row">{_inline(row[0])}</th>'
-        + "".join(f"<td>{_inline(cell)}</td>" for cell in row[1:])
+        + f'<th scope="row">{markup.page(row[0])}</th>'
+        + "".join(f"<td>{markup.page(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in table.rows
     )
     head = f"<thead><tr>{head}</tr></thead>" if any(table.headings) else ""
     # The words about a table stand outside it: it scrolls by itself, also with the keyboard, on a narrow screen.
     about = (
-        f'<p class="about" id="table-{number}">{_inline(table.caption)}</p>\n'
+        f'<p class="about" id="table-{number}">{markup.page(table.caption)}</p>\n'
         if table.caption
         else ""
     )
@@ -128,12 +126,6 @@ def _table(table: Table, number: int) -> str:
         f'{about}<div class="wide" tabindex="0" role="region" {named}>'
         f"<table {named}>{head}<tbody>\n{rows}\n</tbody></table></div>"
     )
-
-
-def _inline(text: str) -> str:
-    text = html.escape(text)
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
 
 
 _PAGE = """<!doctype html>

@@ -12,15 +12,22 @@ from typing import Any
 
 from tabulate import tabulate
 
-from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.evaluation.comparing import Comparison, Dominance, against, choose, compare
+from corda_vlm.errors import ForeignFileError
+from corda_vlm.evaluation.comparing import Comparison, Dominance, choose, compare
 from corda_vlm.evaluation.convergence import convergence, read_histories
+from corda_vlm.evaluation.findings import (
+    SCALED_REFERENCE,
+    findings,
+    scaled_dominances,
+    state,
+)
 from corda_vlm.evaluation.foretelling import forecast_picture
-from corda_vlm.evaluation.frontier import REFERENCE, Results
+from corda_vlm.evaluation.frontier import REFERENCE, SCORES, Results
 from corda_vlm.evaluation.heatmap import heatmap_picture
+from corda_vlm.evaluation.learnt import reference_learnt
+from corda_vlm.evaluation.markup import bold, code, terminal
 from corda_vlm.evaluation.pictures import training_curves
 from corda_vlm.evaluation.render import Picture, Report, Section, Table, markdown, page
-from corda_vlm.evaluation.scores import read_rows
 from corda_vlm.evaluation.tables import (
     base_table,
     chosen_table,
@@ -31,13 +38,10 @@ from corda_vlm.evaluation.tables import (
     percent,
     raw_table,
     setting_text,
-    signed,
     trained_table,
 )
 from corda_vlm.evaluation.tradeoff import FEW, tradeoff
 from corda_vlm.files import read_json, write_text
-
-SCALED_REFERENCE = f"{REFERENCE}, scaled"
 
 
 def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Path:
@@ -56,8 +60,7 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
         DataError: trained models without the base model's scores.
     """
     run_dir = Path(run_dir)
-    results = Results.of(_rows(run_dir))
-    report = _Report(results, run_dir, pictures).content(_facts(run_dir))
+    report = _Report(_results(run_dir), run_dir, pictures).content(_facts(run_dir))
     write_text(run_dir / "report.md", markdown(report, run_dir))
     write_text(run_dir / "report.html", page(report))
     return run_dir / "report.html"
@@ -65,37 +68,33 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
 
 def summary_table(run_dir: str | Path) -> str:
     """The table a person wants to see at the end of a run, for a terminal."""
-    results = Results.of(_rows(Path(run_dir)))
-    comparisons = compare(results)
-    tables = [trained_table(results, brief=True)] if results.trained else []
+    results = _results(Path(run_dir))
+    comparisons = compare(results) if reference_learnt(results) else []
+    tables = [trained_table(results, brief=True)] if results.trained or results.diverged else []
     if comparisons:
         # of many methods the long table is in the report
         tables = [*(tables if len(results.trained) <= FEW else ()), equal_table(comparisons)]
     if not tables:
         tables = [base_table(results)]
-    findings = _findings(results, comparisons, _dominances(results))
-    told = []
-    for table in tables:
-        align = ["left"] + ["right"] * (len(table.headings) - 1)
-        told.append(
-            tabulate(table.rows, headers=table.headings, colalign=align, disable_numparse=True)
+    told = [
+        tabulate(
+            [[terminal(cell) for cell in row] for row in table.rows],
+            headers=[terminal(cell) for cell in table.headings],
+            colalign=["left"] + ["right"] * (len(table.headings) - 1),
+            disable_numparse=True,
         )
-    return "\n\n".join([*told, *(f.replace("**", "") for f in findings)])
+        for table in tables
+    ]
+    return "\n\n".join([*told, *map(terminal, findings(results) or [state(results)])])
 
 
-def leading_finding(results: Results) -> str:
-    """What a report begins with: how the best method compares, or why nothing can be said yet."""
-    found = _findings(results, compare(results), _dominances(results))
-    return " ".join(found or [_state(results)])
-
-
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
-    rows = read_rows(run_dir / "scores.jsonl")
-    if not rows:
+def _results(run_dir: Path) -> Results:
+    results = Results.read(run_dir)
+    if not results.primary:
         raise ForeignFileError(
-            f"{run_dir / 'scores.jsonl'} holds no score yet; evaluate a model into it first"
+            f"{run_dir / SCORES} holds no score yet; evaluate a model into it first"
         )
-    return rows
+    return results
 
 
 def _facts(run_dir: Path) -> dict[str, Any]:
@@ -114,16 +113,16 @@ class _Report:
 
     def __init__(self, results: Results, run_dir: Path, pictures: Sequence[Picture]) -> None:
         self.results, self.run_dir, self.more = results, run_dir, pictures
-        self.comparisons, self.dominances = compare(results), _dominances(results)
-        self.findings = _findings(results, self.comparisons, self.dominances)
+        self.comparisons = compare(results) if reference_learnt(results) else []
+        self.dominances = scaled_dominances(results)
+        self.findings = findings(results, self.dominances) or [state(results)]
         self.many = len(results.trained) > FEW
 
     def content(self, facts: dict[str, Any]) -> Report:
         results = self.results
-        lead = self.findings or [_state(results)]
         sections = [*self._kept(), *self._against(), *self._chosen(), *self._convergence()]
         sections += self._forecast()
-        if results.trained:
+        if results.trained or results.diverged:
             sections.append(
                 Section(
                     "Every method at every learning rate",
@@ -143,14 +142,17 @@ class _Report:
             sections.append(Section("How it was trained", pictures=pictures))
         told = {key: value for key, value in facts.items() if key != "title"}
         if told:
-            rows = [[key.replace("_", " "), _fact(value)] for key, value in told.items()]
+            rows = [
+                [key.replace("_", " "), code(str(value)) if key == "command" else _fact(value)]
+                for key, value in told.items()
+            ]
             sections.append(Section("How it was run", tables=[Table("", ["", ""], rows)]))
-        return Report(str(facts["title"]), lead, sections)
+        return Report(str(facts["title"]), self.findings, sections)
 
     def _kept(self) -> list[Section]:
         results, drawn = self.results, []
         if tradeoff(results, self.run_dir / "tradeoff.png"):
-            found = " ".join(self.findings).replace("**", "")
+            found = " ".join(self.findings)
             drawn.append(
                 Picture(
                     self.run_dir / "tradeoff.png",
@@ -161,8 +163,10 @@ class _Report:
             )
         if not drawn and not self.comparisons:
             return []
-        told = _how_compared(results, self.comparisons) if self.comparisons else _state(results)
-        tables = [equal_table(self._leading())] if self.comparisons else []
+        if not self.comparisons:  # why, the report's first words say
+            return [Section("What was learnt and what was kept", pictures=drawn)]
+        told = _how_compared(results, self.comparisons)
+        tables = [equal_table(self._leading())]
         return [Section("What was kept at equal task accuracy", [told], drawn, tables)]
 
     def _leading(self) -> list[Comparison]:
@@ -207,7 +211,7 @@ class _Report:
             path,
             "The forecast of forgetting, left to right on a logarithmic axis, against the knowledge kept, for "
             f"{len(found.kept)} trained models; rank correlation {told}.",
-            f"Each mark is a trained model. Spearman's rank correlation over all {len(found.kept)}: **{told}** (−1: "
+            f"Each mark is a trained model. Spearman's rank correlation over all {len(found.kept)}: {bold(told)} (−1: "
             "the forecast, made on the calibration data alone, puts all models in the order in which they forgot).",
         )
         return [Section("What the forecast of forgetting foretold", pictures=[picture])]
@@ -251,45 +255,13 @@ def _raw(results: Results) -> dict[str, list[Comparison]]:
     }
 
 
-def _dominances(results: Results) -> list[Dominance]:
-    """Each method, scaled where it was, against the reference scaled; none where nothing was scaled."""
-    curves, base, best = results.curves(), results.base_point, results.best_setting(REFERENCE)
-    if SCALED_REFERENCE not in curves or base is None or best is None:
-        return []
-    labels = [
-        label
-        for label, (method, scaled) in curves.items()
-        if label != SCALED_REFERENCE
-        and results.points(method)
-        and (scaled or f"{method}, scaled" not in curves or method == REFERENCE)
-    ]
-    try:
-        found = against(results, SCALED_REFERENCE, labels)
-    except CordaError:  # the reference has not learnt enough for a range
-        return []
-    return sorted(found, key=lambda d: -d.mean.value)
-
-
 def _dominance_text(found: Sequence[Dominance]) -> str:
     first = found[0]
     return (
         f"Scaling costs no training, so a method has to beat {REFERENCE} together with it. Between task accuracies of "
         f"{percent(first.start)} (five points over the base model) and {percent(first.stop)} ({REFERENCE}'s best), how much "
-        f"more than `{SCALED_REFERENCE}` is kept, in points; in the same resampled seeds."
+        f"more than {code(SCALED_REFERENCE)} is kept, in points; in the same resampled seeds."
     )
-
-
-def _state(results: Results) -> str:
-    if not results.trained:
-        return "Only the model before training has been measured so far."
-    if not results.gain or not results.retention:
-        return "A trade-off needs at least one task of each role, gain and retention."
-    if not results.known:
-        return (
-            f"The base model does no better than chance on {listed(results.retention)}, so there is no knowledge "
-            "to keep and nothing to compare."
-        )
-    return f"Nothing was trained with `{REFERENCE}`, so there is no task accuracy to compare the methods at."
 
 
 def _how_compared(results: Results, comparisons: Sequence[Comparison]) -> str:
@@ -305,51 +277,12 @@ def _how_compared(results: Results, comparisons: Sequence[Comparison]) -> str:
     brackets = f"{seeds} seeds; brackets: 95% bootstrap interval over seeds"
     few = ", which with so few runs from about the worst to the best seed" if 1 < seeds < 4 else ""
     return (
-        f"`{REFERENCE}` learns the task best at {setting_text(best)}, judged on {judged}: {percent(aim)}. Kept is "
+        f"{code(REFERENCE)} learns the task best at {setting_text(best)}, judged on {judged}: {percent(aim)}. Kept is "
         "(score − chance) / (base − chance), averaged over the retention tasks. A curve stands for the most that any of "
         "its settings keeps at an accuracy; between neighbouring settings it is taken as straight. Means over "
-        + (brackets + few if seeds > 1 else "one seed")
+        + (brackets + few if seeds > 1 else "one seed. One seed has no interval")
         + ". The luck of the test examples, which all models share, is not in the brackets."
     )
-
-
-def _findings(
-    results: Results, comparisons: Sequence[Comparison], dominances: Sequence[Dominance]
-) -> list[str]:
-    """A sentence on the best method that is not the reference, at the reference's best accuracy and, if it is another
-    one there, just below; and one against the scaled reference."""
-    told: list[str] = []
-    former = None
-    for share in (1.0, 0.95):
-        at = [c for c in comparisons if c.share == share]
-        reference = next((c for c in at if c.curve == REFERENCE), None)
-        others = [c for c in at if results.curves()[c.curve][0] != REFERENCE and c.kept is not None]
-        if reference is None or reference.kept is None or not others:
-            continue
-        best = max(others, key=lambda c: c.kept.value if c.kept else 0.0)
-        assert best.kept is not None
-        if best.curve == former:
-            continue
-        former = best.curve
-        where = (
-            f"At the task accuracy that {REFERENCE} reaches at its best ({percent(best.task)})"
-            if share == 1.0
-            else f"At {share:g} of {REFERENCE}'s best task accuracy ({percent(best.task)})"
-        )
-        sentence = (
-            f"{where}, **{best.curve}** keeps {percent(best.kept.value)} of what the model knew and {REFERENCE} keeps "
-            f"{percent(reference.kept.value)}"
-        )
-        told.append(sentence + (f", {best.ratio.value:.2f} times as much." if best.ratio else "."))
-    along = [d for d in dominances if results.curves()[d.curve][0] != REFERENCE]
-    if not told or not along:
-        return told
-    top = along[0]
-    return [
-        *told,
-        f"Against {REFERENCE} scaled after training, **{top.curve}** keeps {signed(top.mean.value)} points on average along "
-        f"the frontier ({signed(top.mean.low)} to {signed(top.mean.high)}) and lies above it on {top.above:.0%} of it.",
-    ]
 
 
 def _fact(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from torch import Tensor
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
+from corda_vlm.evaluation.finite import FiniteCheck
 from corda_vlm.evaluation.kinds import RETRIEVAL_METRICS as METRICS
 from corda_vlm.evaluation.scores import Outcome
 
 if TYPE_CHECKING:
     from corda_vlm.data import ImageTextData
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Retrieval(Evaluator):
 
         Raises:
             DataError: no examples, or an image without a caption.
+            NotFiniteError: the model's output is NaN or Inf.
         """
         captions: list[str] = []
         owner: list[int] = []  # for each caption the index of its image
@@ -104,25 +103,18 @@ def recalled(
 ) -> Bool[Tensor, " q"]:
     """Is a candidate with the query's own id among its k most similar?
 
-    Queries whose similarities are NaN or Inf (a model that diverged) find nothing.
+    Raises:
+        NotFiniteError: a similarity is NaN or Inf, as of a model that diverged.
     """
-    found = []
-    broken = 0
+    found, check = [], FiniteCheck("queries")
     for at in range(
         0, len(queries), chunk
     ):  # a similarity matrix of COCO would take half a gigabyte
         similarity = queries[at : at + chunk] @ candidates.T  # (B, c)
-        finite = torch.isfinite(similarity).all(1)
-        broken += int((~finite).sum())
+        check(similarity)
         nearest = similarity.topk(min(k, len(candidates)), dim=1).indices  # (B, k)
         own = candidate_ids[nearest] == query_ids[at : at + chunk, None]
-        found.append(own.any(1) & finite)
-    if broken:
-        logger.warning(
-            "the model's output is NaN or Inf on %d of %d queries; they count as wrong",
-            broken,
-            len(queries),
-        )
+        found.append(own.any(1))
     return torch.cat(found)
 
 

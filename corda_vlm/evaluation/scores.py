@@ -189,6 +189,57 @@ def paired_difference(
     return bootstrap(first - second, resamples=resamples, seed=seed, confidence=confidence)
 
 
+def paired_gain(
+    outcome: Outcome, base: Outcome, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval | None:
+    """How far a model's score lies above the base model's, with its paired bootstrap interval over the same examples.
+
+    Of scores that are exp of an average the averages are paired, and the bounds are those at the base model's own average.
+    None where the two were not measured on the same examples.
+    """
+    same = _equal(outcome.groups, base.groups) and _equal(outcome.weights, base.weights)
+    if not same or outcome.values.shape != base.values.shape or outcome.exp != base.exp:
+        return None
+    found = bootstrap(
+        outcome.values - base.values,
+        outcome.groups,
+        weights=outcome.weights,
+        resamples=resamples,
+        seed=seed,
+    )
+    if not outcome.exp:
+        return found
+    level = float(np.average(base.values, weights=base.weights))
+    value, low, high = (
+        math.exp(level + difference) - math.exp(level)
+        for difference in (found.value, found.low, found.high)
+    )
+    return Interval(value, low, high)
+
+
+def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other)
+
+
+def gain_of(row: Mapping[str, Any]) -> Interval | None:
+    """The `paired_gain` that a row of scores tells, None where it has none."""
+    return _interval_in(row, "gain", "gain_low", "gain_high")
+
+
+def interval_of(row: Mapping[str, Any]) -> Interval | None:
+    """The score of a row with its interval, None where it has none."""
+    return _interval_in(row, "value", "low", "high")
+
+
+def _interval_in(row: Mapping[str, Any], *names: str) -> Interval | None:
+    value, low, high = (row.get(name) for name in names)
+    if value is None or low is None or high is None:
+        return None
+    return Interval(float(value), float(low), float(high))
+
+
 def score_row(
     score: Score,
     *,
@@ -238,7 +289,8 @@ def _is_count(value: Any) -> bool:
 _NEEDED = {"method": _is_name, "task": _is_name, "metric": _is_name, "value": is_number}
 _OPTIONAL = {
     "learning_rate": is_number, "seed": _is_count, "scale": is_number, "low": is_number, "high": is_number,
-    "n": _is_count, "steps": _is_count, "chance": is_number, "forecast": is_number,
+    "n": _is_count, "steps": _is_count, "chance": is_number, "forecast": is_number, "gain": is_number,
+    "gain_low": is_number, "gain_high": is_number,
     "role": lambda role: isinstance(role, str) and role in ROLES,
 }  # fmt: skip
 
@@ -260,6 +312,11 @@ def done(
     return {
         (row["task"], row["metric"])
         for row in rows
-        if (row["method"], row.get("learning_rate"), row.get("seed"), row.get("scale", 1.0))
+        if (
+            row["method"],
+            row.get("learning_rate"),
+            row.get("seed"),
+            1.0 if row.get("scale") is None else row["scale"],
+        )
         == wanted
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,6 +14,10 @@ from corda_vlm.evaluation.render import Table
 from corda_vlm.evaluation.scores import NO_SHARE, Interval, value_text
 
 ABSENT = "–"
+OVER_ALL = (
+    "Over 100%: on the retention tasks these models do better than the model before training did, through what they learnt or "
+    "by the luck of the test examples."
+)
 
 
 def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -> Table:
@@ -46,6 +50,7 @@ def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -
         "0.95 of that. Area: the mean of what is kept from five points above the base model's task accuracy to "
         "there; left of its slowest learning rate a method counts as keeping what it keeps with that."
     )
+    about += over_all_told(shown_of(c.kept for c in comparisons))
     if partly:
         about += " Where an accuracy is reached in some resamples of the seeds only, the interval is over those."
     return Table(about, headings, rows)
@@ -65,13 +70,15 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
     rows.append(
         [BASE, ABSENT, *([ABSENT] if scaled else []), *cells, percent(1.0) if base else ABSENT]
     )
-    for method in results.trained:
-        for setting in sorted(
-            results.trained[method], key=lambda s: (s.learning_rate or 0.0, -s.scale)
-        ):
+    shares: list[float] = []
+    for method in dict.fromkeys([*results.trained, *(name for name, _, _ in results.diverged)]):
+        settings = set(results.trained.get(method, ()))
+        if not scaled:
+            settings |= {Setting(rate) for name, rate, _ in results.diverged if name == method}
+        for setting in sorted(settings, key=lambda s: (s.learning_rate or 0.0, -s.scale)):
             if (setting.scale != 1.0) != scaled:
                 continue
-            seeds = results.trained[method][setting]
+            seeds = results.trained.get(method, {}).get(setting, {})
             row = [
                 method,
                 ABSENT if setting.learning_rate is None else f"{setting.learning_rate:g}",
@@ -81,6 +88,16 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
                 measured = [s[task] for s in seeds.values() if task in s]
                 row.append(_spread(measured, brief, as_text[task]))
             placed = [p.kept for s in seeds.values() if (p := results.point(s))]
+            lost = len(results.lost_seeds(method, setting.learning_rate))
+            if lost:
+                rows.append(
+                    [
+                        *row,
+                        "diverged" + (f" in {lost} of {lost + len(seeds)} seeds" if seeds else ""),
+                    ]
+                )
+                continue
+            shares += [float(np.mean(placed))] if brief and placed else placed
             rows.append([*row, _spread(placed, brief)])
     seeds = len(results.seeds)
     unknown = [task for task in results.retention if task not in results.known]
@@ -93,6 +110,12 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
         left_out += (
             " Token probability is exp of the mean log-likelihood a token, in nats: 1% is −4.6."
         )
+    if results.diverged:
+        left_out += (
+            " Diverged: the loss, the weights or the outputs became NaN or Inf, which is no score; a setting of which a seed "
+            "diverged is in no curve and no comparison."
+        )
+    left_out += over_all_told(shares)
     means = (
         f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
     )
@@ -115,7 +138,7 @@ def base_table(results: Results) -> Table:
         rows.append(
             [
                 row["task"],
-                row.get("role", ABSENT),
+                row.get("role") or ABSENT,
                 row["metric"],
                 score,
                 ABSENT if row["metric"] in NO_SHARE else percent(chance, digits=2),
@@ -182,6 +205,7 @@ def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
         "the one with the smallest forecast of forgetting",
         "the one that just learns enough",
     )
+    over = over_all_told(shown_of(choice.kept for choice in choices))
     foretold = [choice.forecast for choice in choices if choice.setting is not None]
     if not any(foretold):
         by = least
@@ -190,7 +214,7 @@ def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
     return Table(
         f"Of the settings (learning rate × scale) that learn at least 0.95 of {REFERENCE}'s best on {listed(results.selection)}, "
         f"{by}; then measured on the test splits. Last columns: accuracy as a share of the base model's, chance not "
-        "subtracted.",
+        f"subtracted.{over}",
         headings, rows,
     )  # fmt: skip
 
@@ -204,7 +228,7 @@ def raw_table(results: Results, found: Mapping[str, Sequence[Comparison]]) -> Ta
         rows.append([curve, *(_interval(k, percent) if k else "not reached" for k in kept)])
     return Table(
         f"Accuracy at 0.95 times {REFERENCE}'s best task accuracy as a share of the base model's, chance not subtracted: "
-        "the most along each task's own frontier.",
+        f"the most along each task's own frontier.{over_all_told(shown_of(by.values()))}",
         ["method", *(f"{task} / base" for task in found)], rows,
     )  # fmt: skip
 
@@ -242,6 +266,21 @@ def convergence_table(found: Sequence[Convergence]) -> Table:
 
 
 # ------------------------------------------------------------------ words and numbers
+
+
+def over_all(shares: Iterable[float | None]) -> str:
+    """What it means that a kept share is over 100%, where one is shown as that; else nothing."""
+    return OVER_ALL if any(share is not None and share >= 1.0005 for share in shares) else ""
+
+
+def over_all_told(shares: Iterable[float | None]) -> str:
+    """`over_all` as another sentence of a caption."""
+    return f" {told}" if (told := over_all(shares)) else ""
+
+
+def shown_of(intervals: Iterable[Interval | None]) -> list[float]:
+    """The numbers that a table shows of intervals."""
+    return [value for i in intervals if i is not None for value in (i.value, i.high)]
 
 
 def signed(value: float) -> str:

@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from corda_vlm.evaluation.drawing import FAINT, INK, frame, percent, save, styles
+from corda_vlm.evaluation.drawing import FAINT, INK, frame, literal_text, percent, save, styles
+from corda_vlm.evaluation.findings import ONE_SEED
 from corda_vlm.evaluation.frontier import REFERENCE, Curve, Point, Results, Setting, mean_point
+from corda_vlm.evaluation.learnt import learnt, reference_learnt
+from corda_vlm.evaluation.markup import shortened
 from corda_vlm.evaluation.placement import Words
+from corda_vlm.evaluation.tables import over_all
 
 FEW = 4
 """So many curves are read in one picture; of more, each has a panel of its own."""
@@ -25,6 +29,7 @@ NEAR = 0.95
 _Placed = Mapping[str, Mapping[Setting, Mapping[int | None, Point]]]
 
 
+@literal_text()
 def tradeoff(results: Results, path: Path) -> bool:
     """Draw task accuracy against kept knowledge: a curve for each method over its learning rates, and over its scales.
 
@@ -94,7 +99,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
             "chance", (1, 0.0), xycoords=("axes fraction", "data"), xytext=(-4, 3),
             textcoords="offset points", ha="right", color=FAINT, fontsize=9,
         )  # fmt: skip
-    best = results.best_setting(REFERENCE)
+    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
     if best is not None:
         aim = mean_point(points[REFERENCE][best].values()).task
         ink["aim"].append(np.array([[aim, bottom if chance_is_far else 0.0], [aim, 1.0]]))
@@ -107,9 +112,11 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     axes.xaxis.set_major_formatter(percent())
     axes.yaxis.set_major_formatter(percent())
     axes.margins(x=0.08, y=0.08)
-    floor = bottom - 0.12 * (1.0 - bottom) if chance_is_far else min(-0.03, axes.get_ylim()[0])
-    ceiling = 1.0 + 0.12 * (1.0 - floor) if chance_is_far else 1.08
-    axes.set_ylim(top=max(ceiling, found[:, 1].max() + 0.02), bottom=floor)
+    # the base model's 1.0 is always in sight, also where all others keep more, or nearly the same
+    low, high = min(bottom, 1.0), max(float(found[:, 1].max()), 1.0)
+    edge = 0.12 * max(high - low, 0.05)
+    floor = low - edge if chance_is_far else min(-0.03, axes.get_ylim()[0])
+    axes.set_ylim(top=high + edge if chance_is_far else max(1.08, high + 0.02), bottom=floor)
     axes.set_xlabel(_new_task(results))
     axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
     several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
@@ -117,6 +124,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     told += " (small numbers)" if len(curves) <= 6 else ""
     told += "; faint marks: single seeds" if several else ""
     told += "; dashed: scaled after training" if len(results.curves()) > len(points) else ""
+    told += "" if best is not None else _unlearnt(results)
     axes.set_title(told, fontsize=9.5, color=FAINT, loc="left")
     if not base_is_far:
         ink["base"].append(np.array([[base.task, 1.0]]))
@@ -127,7 +135,9 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
         along = [(p.task, p.kept) for p in sorted(curve.values(), key=lambda p: -p.kept)]
         middle = len(along) // 2
         preferred = [along[middle], *along[:middle], *along[middle + 1 :]]
-        words.add(method, preferred, 11.0, method, color=look[method][0], fontweight="bold")
+        words.add(
+            shortened(method, 28), preferred, 11.0, method, color=look[method][0], fontweight="bold"
+        )
     for method, curve in curves.items():
         rated = [(s.learning_rate, p) for s, p in curve.items() if s.learning_rate is not None]
         if len(curves) > 6 or len(rated) < 2:  # too many curves to read them by
@@ -144,7 +154,7 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
         for method, settings in points.items()
     }
     look = styles(list(points))
-    best = results.best_setting(REFERENCE)
+    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
     # the best itself is out of reach for whoever learns a hair less, however much that keeps
     aim = None if best is None else NEAR * means[REFERENCE][best].task
     kept = {method: _kept(means[method], aim, base) for method in points}
@@ -169,11 +179,14 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
         colour, marker = look[method]
         _one(panel, means[method], base, colour, marker)
         panel.plot(base.task, 1.0, marker="*", markersize=9, color=INK, linestyle="", zorder=4)
+        told = ""
         if aim is not None:
             panel.axvline(aim, color="#8c8c8c", linewidth=0.9, linestyle=":", zorder=1)
             told = "not reached" if np.isnan(kept[method]) else f"{kept[method]:.0%}"
             panel.set_title(told, fontsize=10.5, loc="right", color=INK, pad=4)
-        panel.set_title(method, fontsize=10, loc="left", color=colour, fontweight="bold", pad=4)
+        room = int((2.3 - 0.08 * len(told)) / 0.08)  # letters of this size beside the number
+        name = shortened(method, room)
+        panel.set_title(name, fontsize=10, loc="left", color=colour, fontweight="bold", pad=4)
         frame(panel)
         panel.tick_params(labelsize=8, labelbottom=index + columns >= len(order))
     first = panels[0, 0]
@@ -203,11 +216,23 @@ def _told(results: Results, kept: Mapping[str, float], aim: float | None) -> str
     scaled = len(results.curves()) > len(results.trained)
     lines = "marks: learning rates" + ("; dashes: scaled after training too" if scaled else "")
     if aim is None:
-        return f"Star: the base model; {lines}."
-    return (
+        return f"Star: the base model; {lines}{_unlearnt(results)}."
+    told = (
         f"Number: knowledge kept at {NEAR:g} times {REFERENCE}'s best accuracy (dotted, {aim:.0%}), the most first; "
-        f"{REFERENCE}, grey, keeps {kept[REFERENCE]:.0%} there{' when scaled' if scaled else ''}.\nStar: the base model; {lines}."
+        f"{REFERENCE}, grey, keeps {kept[REFERENCE]:.0%} there{' when scaled' if scaled else ''}"
+        f"{'' if len(results.seeds) > 1 else f' ({ONE_SEED})'}.\nStar: the base model; {lines}."
     )
+    over = over_all(kept.values())
+    return f"{told}\n{over}" if over else told
+
+
+def _unlearnt(results: Results) -> str:
+    """Why no accuracy is marked at which to compare."""
+    of = learnt(results, REFERENCE)
+    if of is None:
+        return ""
+    how = "did not learn the task" if of.verdict == "no" else "may not have learnt the task"
+    return f"; {REFERENCE} {how}, so nothing is compared"
 
 
 def _one(
@@ -246,4 +271,6 @@ def _envelope(means: Mapping[Setting, Point], base: Point) -> list[Point]:
 def _new_task(results: Results) -> str:
     of_text = {results.primary[task] for task in results.gain} == {"token_probability"}
     what = "token probability" if of_text else "accuracy"
-    return f"{what} on the new task ({', '.join(results.gain)})"
+    names = [shortened(task, 30) for task in results.gain]
+    names = names if len(names) < 4 else [*names[:2], f"{len(names) - 2} others"]
+    return f"{what} on the new task ({', '.join(names)})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,13 +14,12 @@ from torch import Tensor
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.evaluator import Evaluator, known
+from corda_vlm.evaluation.finite import FiniteCheck
 from corda_vlm.evaluation.kinds import ZERO_SHOT_METRICS as METRICS
 from corda_vlm.evaluation.scores import Outcome
 
 if TYPE_CHECKING:
     from corda_vlm.data import ImageTextData
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class ZeroShot(Evaluator):
 
         Raises:
             DataError: no examples, or a label that no class name answers to.
+            NotFiniteError: the model's output is NaN or Inf.
         """
         from corda_vlm.data import make_batches
 
@@ -100,23 +99,17 @@ def _ranks(
     """(n,) how many classes are ranked before the true one, in the order `topk` gives.
 
     A collapsed model makes every class equal; among equals the lower index comes first, so that it
-    scores at chance. A model that diverged to NaN or Inf is wrong wherever its output is not finite.
+    scores at chance.
+
+    Raises:
+        NotFiniteError: a similarity, or a trained head's output, is NaN or Inf.
     """
-    found = []
-    broken = 0
+    found, check = [], FiniteCheck("images")
     for at in range(0, len(vectors), chunk):
         logits = classify(vectors[at : at + chunk])  # (B, classes)
+        check(logits)
         label = truth[at : at + chunk, None]
         own = logits.gather(1, label)
         earlier = torch.arange(logits.shape[1]) < label
-        rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
-        bad = ~torch.isfinite(logits).all(1)
-        broken += int(bad.sum())
-        found.append(torch.where(bad, torch.full_like(rank, logits.shape[1]), rank))
-    if broken:
-        logger.warning(
-            "the model's output is NaN or Inf on %d of %d images; they count as wrong",
-            broken,
-            len(vectors),
-        )
+        found.append(((logits > own) | ((logits == own) & earlier)).sum(1))
     return torch.cat(found)

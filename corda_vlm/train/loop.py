@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from corda_vlm.adapter.attach import base_fingerprint, save_base
 from corda_vlm.anchor import Anchor
 from corda_vlm.data import ImageTextData, losses, make_batches, make_maker
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, NotFiniteError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.files import read_json, write_json
@@ -96,7 +96,8 @@ def train(
         show_progress: a progress bar with loss, rate and throughput.
 
     Raises:
-        CordaError: nothing to train, a loss that is not finite, `output_dir` of another training, disk full, a weight
+        NotFiniteError: the loss, a penalty or the weights became NaN or Inf: the training diverged.
+        CordaError: nothing to train, `output_dir` of another training, disk full, a weight
             without an anchor or an anchor of another model.
         DataError: the data lacks what the loss needs.
         TrainingInterrupted: Ctrl-C.
@@ -185,7 +186,7 @@ def train(
             "Run the same command again to go on from there."
         )
     if not all_finite(model, objective.head):
-        raise CordaError(trainer._not_finite("the weights are NaN or Inf"))
+        raise NotFiniteError(trainer._not_finite("the weights are NaN or Inf"))
     return _finish(
         output,
         model,

@@ -13,7 +13,7 @@ from torch import Tensor
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.distributed import alike_everywhere, made_everywhere
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, NotFiniteError
 from corda_vlm.sites import Site
 
 Penalty = Callable[[], Tensor]
@@ -85,7 +85,7 @@ class PenaltyMixin:
             value = term.penalty()
             through(weight * value)
         if not torch.isfinite(value):
-            raise CordaError(
+            raise NotFiniteError(
                 f"{name!r} is {float(value.detach())} at step {self.state.global_step + 1}: the weights have grown "  # type: ignore[attr-defined]
                 "beyond all measure; lower the learning rate"
             )

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.families.base import evaluating, unwrap
 from corda_vlm.files import read_json, write_json
 from corda_vlm.precision import bf16_is_faster
@@ -66,7 +66,7 @@ class _BatchLoss(Trainer):
         with attention(self.math_backend):
             loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise CordaError(self._not_finite(f"the loss is {float(loss)}"))
+            raise NotFiniteError(self._not_finite(f"the loss is {float(loss)}"))
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
@@ -130,13 +130,15 @@ class _BatchLoss(Trainer):
                 count += len(correct)
                 loss_sum += float(loss) * len(correct)
                 right += int(correct.sum())
+        if not math.isfinite(loss_sum):
+            raise NotFiniteError(self._not_finite(f"the loss on the evaluation data is {loss_sum}"))
         return {"eval_loss": loss_sum / count, "eval_accuracy": right / count}
 
     # -------------------------------------------------------------- checkpoints
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if not all_finite(self.net, self.objective.head):
-            raise CordaError(self._not_finite("the weights are NaN or Inf"))
+            raise NotFiniteError(self._not_finite("the weights are NaN or Inf"))
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(*args, **kwargs)

@@ -119,7 +119,7 @@ class Watch(TrainerCallback):
             "seconds": round(self.seconds, 3),
             "loss": float(torch.stack(trainer.loss_seen).mean()),
             "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
+            "grad_norm": logs.get("grad_norm") if is_number(logs.get("grad_norm")) else None,
             "samples_per_second": round(self.samples_per_second, 2),
             **{name: logs[name] for name in PENALTIES if name in logs},
         }

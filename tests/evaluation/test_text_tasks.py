@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from corda_vlm.data import ChatOptions, ConversationMaker, load_records
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation import evaluate, load_suite
 from corda_vlm.evaluation.encoder import Encoder
 from corda_vlm.evaluation.generation import before_any, generate
-from corda_vlm.evaluation.likelihood import FLOOR, AnswerLikelihood, MultipleChoice, likelihoods
+from corda_vlm.evaluation.likelihood import AnswerLikelihood, MultipleChoice, likelihoods
 from corda_vlm.evaluation.perplexity import Perplexity, windows
 from corda_vlm.evaluation.qa import Qa
 from corda_vlm.evaluation.speaker import Speaker
@@ -135,19 +135,22 @@ def test_perplexity_by_hand(tiny_llm, document) -> None:
         dict(Perplexity(document(" yes")).run(encoder(model, tiny_llm)))
 
 
-def test_a_model_that_diverged_counts_as_the_floor(tiny_llm, records, document, caplog) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_diverged_has_no_score(tiny_llm, records, document, value) -> None:
     with torch.no_grad():
-        tiny_llm.model.lm_head.weight.fill_(float("nan"))
+        tiny_llm.model.lm_head.weight.fill_(value)
     data = records([{"question": "is", "choices": ["yes", "no"], "answer": 0}])
     broken = encoder(tiny_llm.model, tiny_llm)
-    assert dict(MultipleChoice(data, template="plain").run(broken)) == {"acc": 0, "acc_norm": 0}
-    found = dict(AnswerLikelihood(data, template="plain").run(broken))
-    assert found["log_likelihood_per_token"] == FLOOR
-    assert found["token_probability"] == pytest.approx(0, abs=1e-40)
-    assert dict(Perplexity(document("yes no")).run(broken))["perplexity"] == pytest.approx(
-        math.exp(-FLOOR)
-    )
-    assert "NaN or Inf on 1 of 1 texts" in caplog.text
+    asked = records([{"question": "is", "answer": "yes", "answers": ["yes"]}])
+    for task, outputs in (
+        (MultipleChoice(data, template="plain"), "2 of 2 texts"),
+        (AnswerLikelihood(data, template="plain"), "1 of 1 texts"),
+        (Perplexity(document("yes no")), "1 of 1 texts"),
+        (Qa(asked, template="plain", max_new_tokens=2), "1 of 1 prompts"),
+        (Vqa(asked, template="plain", max_new_tokens=2), "1 of 1 prompts"),
+    ):
+        with pytest.raises(NotFiniteError, match=f"NaN or Inf on {outputs} measured.*float32"):
+            dict(task.run(broken))
 
 
 # ------------------------------------------------------------------ real models

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from open_clip import build_zero_shot_classifier
 
 from corda_vlm.data import load_records
-from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.errors import DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation.encoder import Cache, Encoder
 from corda_vlm.evaluation.zero_shot import ZeroShot, _ranks
 from corda_vlm.families import detect_family
@@ -79,11 +79,13 @@ def test_labels_follow_the_suites_order(
 
 def test_ranks_by_hand() -> None:
     vectors = torch.eye(3)
-    vectors[2, 2] = float("nan")
     weights = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.3, 0.4, 0.1]])
     ranks = _ranks(vectors, lambda v: v @ weights, torch.tensor([1, 1, 0]), chunk=2)
-    # Second of three; among equals the lower index first, so second too; NaN is wrong at any k.
-    assert ranks.tolist() == [1, 1, 3]
+    # Second of three; among equals the lower index first, so second too.
+    assert ranks.tolist() == [1, 1, 1]
+    vectors[2, 2] = float("nan")
+    with pytest.raises(NotFiniteError, match="on 1 of 3 images measured"):
+        _ranks(vectors, lambda v: v @ weights, torch.tensor([1, 1, 0]), chunk=2)
 
 
 def test_a_collapsed_model_is_at_chance() -> None:
@@ -93,16 +95,26 @@ def test_a_collapsed_model_is_at_chance() -> None:
     assert (ranks < 5).float().mean().item() == pytest.approx(0.5)
 
 
-def test_a_diverged_model_scores_zero(
-    tiny_open_clip, tiny_processor, colour_folder, caplog
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tower", ["images", "texts"])
+def test_a_diverged_model_has_no_score(
+    tiny_open_clip, tiny_processor, colour_folder, tower, value
 ) -> None:
+    projection = tiny_open_clip.visual.proj if tower == "images" else tiny_open_clip.text_projection
     with torch.no_grad():
-        tiny_open_clip.visual.proj.fill_(float("nan"))
+        projection.fill_(value)
+    task = ZeroShot(load_records(f"folder:{colour_folder}"), NAMES, ["{}"])
+    count = 12 if tower == "images" else 3
+    message = rf"NaN or Inf on {count} of {count} {tower} measured.*float32.*lower learning rate"
+    with pytest.raises(NotFiniteError, match=message):
+        dict(task.run(encoder_of(tiny_open_clip, tiny_processor)))
+
+
+def test_a_diverged_head_has_no_score(tiny_open_clip, tiny_processor, colour_folder) -> None:
     data = load_records(f"folder:{colour_folder}")
-    assert dict(ZeroShot(data, NAMES, ["{}"]).run(encoder_of(tiny_open_clip, tiny_processor))) == {
-        "top1": 0.0
-    }
-    assert "NaN or Inf on 12 of 12 images" in caplog.text
+    task = ZeroShot(data, NAMES, ["{}"], head=lambda v: v[:, :3] * float("nan"))
+    with pytest.raises(NotFiniteError, match="12 of 12 images"):
+        dict(task.run(encoder_of(tiny_open_clip, tiny_processor)))
 
 
 def test_a_trained_head_judges_in_place_of_the_prompts(
