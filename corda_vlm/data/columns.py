@@ -62,3 +62,15 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return value is None or is_nan(value) or (isinstance(value, (list, tuple)) and not value)
+
+
+CUT_TEXT = "holds half of a surrogate pair, e.g. of an emoji that was cut, which is no text"
+
+
+def is_whole(text: str) -> bool:
+    """Can this text be written as UTF-8? Half of a surrogate pair, e.g. of an emoji that was cut, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

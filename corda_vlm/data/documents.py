@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
+from corda_vlm.data.columns import CUT_TEXT, is_whole
 from corda_vlm.data.rows import made_of
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table, pick_column
@@ -28,6 +29,8 @@ def documents(table: Table, spec: DataSpec) -> Table:
         if not isinstance(stored, str) or not stored.strip():
             faults[len(texts)] = f"its {column} is no text" if stored is not None else "has no text"
             stored = ""
+        elif not is_whole(stored):
+            faults[len(texts)] = CUT_TEXT
         for number, piece in enumerate(pieces(stored, spec.chunk)):
             parents.append(row)
             texts.append(piece)

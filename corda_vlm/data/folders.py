@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.data.images import IMAGE_SUFFIXES
-from corda_vlm.data.spec import DataSpec, find_one, find_paths
+from corda_vlm.data.paths import find_one, find_paths, plain_file, unreadable
+from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table, first_line
-from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.errors import DataError, UnknownNameError, brief
+from corda_vlm.files import shown
 
 _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -20,7 +22,14 @@ def read_folder(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """A folder with one folder a class, or with such folders for each split (train/, val/, test/)."""
     root = find_one(spec.location, beside)
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; folder: reads one folder a class")
+        raise DataError(f"{shown(root)} is not a folder; folder: reads one folder a class")
+    try:
+        return _read_folder(root, spec)
+    except (OSError, RecursionError) as error:
+        raise unreadable(root, error) from error
+
+
+def _read_folder(root: Path, spec: DataSpec) -> Table:
     own_split = spec.split is not None and spec.splits is None
     if own_split:
         parts = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -58,6 +67,7 @@ def read_webdataset(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """
     records: OrderedDict[tuple[Path, str], dict[str, tuple[int, int]]] = OrderedDict()
     for path in find_paths(spec.location, beside):
+        size = plain_file(path).stat().st_size
         try:
             # "r:" refuses compressed archives, in which no member can be read on its own.
             with tarfile.open(path, "r:") as archive:
@@ -66,14 +76,16 @@ def read_webdataset(spec: DataSpec, beside: str | Path | None = None) -> Table:
                     stem, _, ending = name.partition(".")
                     if member.isfile() and stem and ending:
                         key = (path, f"{folder}/{stem}".removeprefix("./"))
-                        records.setdefault(key, {})[ending.lower()] = (
-                            member.offset_data,
-                            member.size,
-                        )
+                        parts, ending = records.setdefault(key, {}), ending.lower()
+                        if ending in parts:
+                            raise tarfile.ReadError(f"it holds {shown(member.name)} twice")
+                        if member.offset_data + member.size > size:
+                            raise tarfile.ReadError(f"{shown(member.name)} is longer than the file")
+                        parts[ending] = (member.offset_data, member.size)
                 _check_tail(path, archive.offset)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except Exception as error:  # what its headers say may be anything
             raise DataError(
-                f"{path}: not a readable tar shard ({first_line(error)}); it may be cut short or compressed"
+                f"{shown(path)}: not a readable tar shard ({first_line(error)}); it may be cut short or compressed"
             ) from error
     keys, members = list(records), list(records.values())
     endings = dict.fromkeys(ending for record in members for ending in record)
@@ -103,11 +115,14 @@ def read_webdataset(spec: DataSpec, beside: str | Path | None = None) -> Table:
             columns["cls"] = [None if value is None else int(value) for value in found]
         if "json" in endings:
             parsed = [json.loads(text(row, "json") or "{}") for row in range(len(keys))]
+            strange = [record for record in parsed if not isinstance(record, dict)]
+            if strange:
+                raise ValueError(f"{brief(strange[0])} is no JSON object")
             for name in dict.fromkeys(name for record in parsed for name in record):
                 columns.setdefault(name, [record.get(name) for record in parsed])
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise DataError(
-            f"{spec.location}: a txt, cls or json member cannot be read ({error})"
+            f"{spec.location}: a txt, cls or json member cannot be read ({first_line(error)})"
         ) from error
     has_pictures = any(f".{ending}" in IMAGE_SUFFIXES for ending in endings)
     return Table(

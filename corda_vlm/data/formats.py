@@ -11,30 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from corda_vlm.data.columns import asked_column, filled
+from corda_vlm.data.columns import CUT_TEXT, asked_column, filled, is_whole
 from corda_vlm.data.documents import documents
 from corda_vlm.data.instructions import alpaca, prompt_completion
 from corda_vlm.data.messages import chat, llava, sharegpt, with_system
 from corda_vlm.data.questions import expanded, qa
 from corda_vlm.data.rows import Columns, Fault, unpacked
-from corda_vlm.data.spec import DataSpec, find_one
+from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table, pick_column
 
 
-def conversations(table: Table, spec: DataSpec, beside: str | Path | None = None) -> Table:
+def conversations(table: Table, spec: DataSpec) -> Table:
     """The table that `spec.format` makes of a source's own.
 
     Raises:
         UnknownNameError: a column that was asked for does not exist.
-        DataError: the columns that the format needs are not there, or `root` is not.
+        DataError: the columns that the format needs are not there.
     """
-    base = table.base
-    if spec.root is not None and spec.kind != "torchvision":
-        base = find_one(spec.root, beside)
-    table = replace(table, base=base)
     if spec.format == "text":
         return documents(table, spec)
     if spec.format == "qa":
@@ -42,7 +37,7 @@ def conversations(table: Table, spec: DataSpec, beside: str | Path | None = None
     count, stored = _pictures(table, spec)
     columns, faults = FORMATS[str(spec.format)](table, spec, count)
     columns["messages"], more = _with_system(table, spec, columns["messages"])
-    faults |= more
+    faults |= more | _cut_texts(columns)
     return replace(
         table,
         columns={**table.columns, **columns},
@@ -93,6 +88,17 @@ def _with_system(
             made.append(None)
             faults[row] = str(fault)
     return made, faults
+
+
+def _cut_texts(columns: Mapping[str, list[Any]]) -> dict[int, str]:
+    """The rows with a text that holds half of a character, which no tokenizer takes."""
+    faults = {}
+    for row, messages in enumerate(columns["messages"]):
+        contents = [message["content"] for message in messages or ()]
+        parts = [part.get("text", "") for c in contents if not isinstance(c, str) for part in c]
+        if not is_whole("".join([*(c for c in contents if isinstance(c, str)), *parts])):
+            faults[row] = CUT_TEXT
+    return faults
 
 
 def _inline_pictures(table: Table, spec: DataSpec) -> list[list[Any]]:

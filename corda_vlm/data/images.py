@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from corda_vlm.data.paths import plain_file
+from corda_vlm.data.table import first_line
+from corda_vlm.errors import CordaError, DataError
+from corda_vlm.files import shown
+
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 """File names that count as pictures when a folder or an archive is read."""
 
-UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError)
-"""What PIL and our own conversion raise on a picture that cannot be decoded."""
+_FORMATS = (
+    "JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO",
+)  # fmt: skip
+"""What is decoded, whatever a file is called. PIL knows more, and for one of them (EPS) starts another program."""
+
+_MOST_BYTES = 1 << 30
+"""Of a file with one picture; more would fill the memory before it is known to be none."""
 
 
-class Undecodable(ValueError):
+class Undecodable(DataError):
     """A picture that cannot be decoded: which one, and why."""
-
-
-def decoded(stored: Any, base: Path | None = None) -> Image.Image:
-    """As `to_rgb`. Raises `Undecodable`, which names the picture where it has a name."""
-    try:
-        return to_rgb(stored, base)
-    except UNDECODABLE as error:
-        raise Undecodable(undecodable(error, stored)) from error
-
-
-def undecodable(error: BaseException, stored: Any = None) -> str:
-    """Why a picture does not decode, for people."""
-    if isinstance(error, Undecodable):
-        return str(error)
-    if isinstance(stored, Mapping):
-        stored = stored.get("path")
-    named = ""
-    if isinstance(stored, (str, Path)):  # a data: URL would fill pages
-        named = f": {stored}" if len(str(stored)) <= 300 else f": {str(stored)[:30]}..."
-    # PIL's own words for an unknown format name an address in memory.
-    reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-    return f"no image that can be decoded{named} ({type(error).__name__}: {reason})"
-
-
-def is_data_url(stored: Any) -> bool:
-    return isinstance(stored, str) and stored[:5].lower() == "data:"
 
 
 def to_rgb(stored: Any, base: Path | None = None) -> Image.Image:
@@ -63,8 +47,44 @@ def to_rgb(stored: Any, base: Path | None = None) -> Image.Image:
     upper eight bits instead of saturating.
 
     Raises:
-        one of `UNDECODABLE`: there is no picture, or it is damaged.
+        Undecodable: there is no picture, it is damaged, or it has so many pixels that PIL takes it for an attack; the
+            message names the picture where it has a name.
     """
+    try:
+        return _rgb(stored, base)
+    except Exception as error:  # a decoder that meets damage may raise anything
+        raise Undecodable(_why(error, stored)) from error
+
+
+def fetched(get: Callable[[int], Any], row: int) -> Any:
+    """What a source has stored for the picture of a row. Raises `Undecodable` if it cannot be read."""
+    try:
+        return get(row)
+    except CordaError:
+        raise
+    except Exception as error:  # of whatever library the source is read by
+        raise Undecodable(
+            f"its image cannot be read ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _why(error: Exception, stored: Any) -> str:
+    """Why a picture does not decode, for people."""
+    if isinstance(stored, Mapping):
+        stored = stored.get("path")
+    named = ""
+    if isinstance(stored, (str, Path)):  # a data: URL would fill pages
+        named = f": {str(stored)[:30]}..." if is_data_url(stored) else f": {shown(stored)}"
+    # PIL's own words for an unknown format name an address in memory.
+    reason = "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return f"no image that can be decoded{named} ({type(error).__name__}: {reason:.500})"
+
+
+def is_data_url(stored: Any) -> bool:
+    return isinstance(stored, str) and stored[:5].lower() == "data:"
+
+
+def _rgb(stored: Any, base: Path | None) -> Image.Image:
     if isinstance(stored, Mapping):
         stored = stored["bytes"] if stored.get("bytes") is not None else stored.get("path")
     if stored is None:
@@ -76,11 +96,15 @@ def to_rgb(stored: Any, base: Path | None = None) -> Image.Image:
     if isinstance(stored, Image.Image):
         image = stored
     elif isinstance(stored, (bytes, bytearray, memoryview)):
-        image = Image.open(io.BytesIO(stored))
+        image = _opened(stored)
     elif isinstance(stored, (str, Path)):
-        path = Path(stored)
+        path = plain_file(Path(stored) if base is None else base / stored)
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(
+                f"a file of {path.stat().st_size:,} bytes, which is more than a picture has"
+            )
         # Read at once: a lazy PIL image would keep the file open until it is collected.
-        image = Image.open(io.BytesIO((path if base is None else base / path).read_bytes()))
+        image = _opened(path.read_bytes())
     elif isinstance(stored, np.ndarray):
         image = Image.fromarray(stored)
     else:
@@ -93,6 +117,12 @@ def to_rgb(stored: Any, base: Path | None = None) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _opened(content: bytes | bytearray | memoryview) -> Image.Image:
+    Image.init()  # else PIL knows the most common formats alone
+    formats = [name for name in _FORMATS if name in Image.OPEN]  # AVIF is not in every build
+    return Image.open(io.BytesIO(content), formats=formats)
 
 
 def _of_data_url(url: str) -> bytes:

@@ -6,9 +6,10 @@ from typing import Any
 
 from PIL import Image
 
-from corda_vlm.data.images import UNDECODABLE, decoded, undecodable
+from corda_vlm.data.images import fetched, to_rgb
 from corda_vlm.data.records import ImageTextData, Record
 from corda_vlm.data.rows import Message
+from corda_vlm.errors import DataError
 
 _KEEP_PIXELS = 64 << 20
 """Decoded pictures are kept as long as they have no more pixels than this, at three bytes each."""
@@ -59,8 +60,8 @@ class InstructionData(ImageTextData):
         record: Record = {name: values[row] for name, values in self._table.columns.items()}
         try:
             record["images"] = self.images(index)
-        except UNDECODABLE as error:
-            return self.reject(index, undecodable(error))
+        except DataError as error:
+            return self.reject(index, str(error))
         record["image"] = record["images"][0] if record["images"] else None
         record["messages"] = self.messages(index)
         record["text"] = None if self.texts is None else self.texts[index]
@@ -77,7 +78,7 @@ class InstructionData(ImageTextData):
         kept: dict[int, list[Image.Image]] = self.cache.setdefault("pictures", {})
         key = self.picture_key(index)
         if key not in kept:
-            found = [decoded(stored, self._table.base) for stored in self._stored(index)]
+            found = [to_rgb(stored, self._table.base) for stored in self._stored(index)]
             size = sum(image.width * image.height for image in found)
             if self.cache.get("pixels", 0) + size > _KEEP_PIXELS:
                 return found
@@ -100,4 +101,4 @@ class InstructionData(ImageTextData):
 
     def _stored(self, index: int) -> list[Any]:
         pictures = self._table.pictures
-        return [] if pictures is None else pictures(int(self._rows[index]))
+        return [] if pictures is None else fetched(pictures, int(self._rows[index]))

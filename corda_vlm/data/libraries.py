@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from corda_vlm.data.spec import DataSpec, find_one
+from corda_vlm.data.paths import find_one, plain_file
+from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table, first_line
 from corda_vlm.errors import DataError, UnknownNameError
 
@@ -49,6 +50,8 @@ def read_hf(spec: DataSpec, beside: str | Path | None = None) -> Table:
         folder = find_one(spec.location, beside)
     except DataError:
         folder = None
+    if folder is not None and not folder.is_dir():
+        plain_file(folder)
     try:
         if folder is not None and (
             (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
@@ -56,7 +59,7 @@ def read_hf(spec: DataSpec, beside: str | Path | None = None) -> Table:
             found: Any = datasets.load_from_disk(str(folder))
         else:
             found = datasets.load_dataset(str(folder or spec.location), spec.config)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of any of the libraries that `datasets` reads with
         raise DataError(
             f"{spec}: `datasets` cannot load it ({first_line(error)}); give a hub name that can be reached, "
             "or a local folder"
@@ -119,7 +122,7 @@ def read_torchvision(spec: DataSpec, beside: str | Path | None = None) -> Table:
     try:
         found: Any = kind(str(root), **options)
         labels = _torchvision_labels(found)
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # of any of the formats that torchvision reads
         raise DataError(
             f"{spec}: torchvision cannot read it in {root} ({first_line(error)}); "
             "set download: true to fetch it, or put its files there"

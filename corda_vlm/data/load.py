@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from corda_vlm.data.formats import conversations
 from corda_vlm.data.instruction import InstructionData
 from corda_vlm.data.meaning import label_rows, sample, text_rows
+from corda_vlm.data.paths import find_one
 from corda_vlm.data.readers import READERS
 from corda_vlm.data.records import ImageTextData, take
 from corda_vlm.data.spec import DataSpec, parse_spec
@@ -39,8 +41,10 @@ def load_records(
     table = READERS[spec.kind](spec, beside)
     if table.size == 0:
         raise DataError(f"{spec}: holds no record")
+    if spec.root is not None and spec.kind != "torchvision":
+        table = replace(table, base=find_one(spec.root, beside))
     if spec.format is not None:
-        table = conversations(table, spec, beside)
+        table = conversations(table, spec)
     columns = {kind: pick_column(table, kind, asked, spec) for kind, asked in _asked(spec).items()}
     where = dict(spec.where)
     splits = spec.splits or (None if "split" in table.columns or table.split else table.splits)

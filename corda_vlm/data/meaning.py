@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from corda_vlm.data.columns import formatted
-from corda_vlm.data.spec import DataSpec, find_one
+from corda_vlm.data.columns import formatted, is_whole
+from corda_vlm.data.paths import find_one, read_text
+from corda_vlm.data.spec import DataSpec, Name
 from corda_vlm.data.table import Table, shuffled_within_classes
-from corda_vlm.errors import DataError
+from corda_vlm.errors import DataError, brief
+
+_MOST_CLASSES = 1_000_000
+"""Beyond it a number is no label but something else, e.g. an id."""
 
 
 def label_rows(
@@ -25,12 +29,23 @@ def label_rows(
     values = [table.columns[column][int(row)] for row in rows]
     for row, value in zip(rows, values, strict=True):
         if value is None or isinstance(value, (list, dict)) or value != value:
-            raise DataError(f"{table.place(int(row))}: {column} is {value!r}, which is no label")
+            raise DataError(
+                f"{table.place(int(row))}: {column} is {brief(value)}, which is no label"
+            )
     given = _listed(spec.classes, beside)
+    if given is not None and len(set(given)) < len(given):
+        twice = next(name for number, name in enumerate(given) if name in given[:number])
+        raise DataError(f"{spec}: classes has {twice!r} twice; each class has one number")
     numbers = all(isinstance(value, (int, np.integer, bool)) for value in values)
     if numbers:
         labels = [int(value) for value in values]
         known = given or table.class_names.get(column)
+        if not known and max(labels, default=0) >= _MOST_CLASSES:
+            where = table.place(int(rows[labels.index(max(labels))]))
+            raise DataError(
+                f"{where}: {column} is {brief(max(labels))}, which would be more than {_MOST_CLASSES:,} classes; "
+                "name them with classes:"
+            )
         classes = (
             list(known) if known else [str(number) for number in range(max(labels, default=-1) + 1)]
         )
@@ -41,7 +56,7 @@ def label_rows(
     for row, label, value in zip(rows, labels, values, strict=True):
         if not 0 <= label < len(classes):
             raise DataError(
-                f"{table.place(int(row))}: {column} {value!r} is none of the {len(classes)} classes; "
+                f"{table.place(int(row))}: {column} {brief(value)} is none of the {len(classes)} classes; "
                 "complete classes:, or filter with where:"
             )
     return labels, _display_names(classes, spec, beside)
@@ -52,10 +67,10 @@ def _display_names(
 ) -> tuple[str, ...]:
     names = spec.names
     if isinstance(names, Mapping):
-        missing = sorted(set(names) - set(classes))
+        missing = sorted(map(str, set(names) - set(classes)))
         if missing:
             raise DataError(f"{spec}: names has {missing[0]!r}, which is no class")
-        return tuple(names.get(name, name) for name in classes)
+        return tuple(str(names.get(name, name)) for name in classes)
     listed = _listed(names, beside)
     if listed is None:
         return tuple(classes)
@@ -64,21 +79,25 @@ def _display_names(
     return tuple(listed)
 
 
-def _listed(value: Sequence[str] | str | None, beside: str | Path | None) -> list[str] | None:
+def _listed(value: Sequence[Name] | str | None, beside: str | Path | None) -> list[str] | None:
     """A list, or the list in a file (JSON, or one a line)."""
     if not isinstance(value, str):
         return None if value is None else [str(item) for item in value]
     path = find_one(value, beside)
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON list of names ({error})") from error
-    if not isinstance(found, list):
+    if not isinstance(found, list) or not all(_is_name(item) for item in found):
         raise DataError(f"{path}: not a JSON list of names")
     return [str(item) for item in found]
+
+
+def _is_name(item: object) -> bool:
+    return isinstance(item, (str, int, float)) and not isinstance(item, bool)
 
 
 def text_rows(
@@ -103,8 +122,10 @@ def text_rows(
             value = value[
                 0
             ]  # several captions of one picture: the first; all stay in the record's own column
-        if not isinstance(value, str):
-            raise DataError(f"{table.place(int(row))}: {column} is {value!r}, which is no text")
+        if not isinstance(value, str) or not is_whole(value):
+            raise DataError(
+                f"{table.place(int(row))}: {column} is {brief(value)}, which is no text"
+            )
         texts.append(value)
     return texts
 

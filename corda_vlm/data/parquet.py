@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.data.spec import DataSpec, find_paths
+from corda_vlm.data.paths import find_paths, plain_file
+from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table, first_line
-from corda_vlm.errors import DataError
+from corda_vlm.errors import CordaError, DataError, brief
 
 _KEEP_IN_MEMORY = 2 << 30
 """Bytes of encoded pictures that a parquet source keeps in memory; more is read a row group at a time."""
@@ -24,15 +25,24 @@ def read_parquet(spec: DataSpec, beside: str | Path | None = None) -> Table:
 
     paths = find_paths(spec.location, beside)
     files, others = [], []
+    path = paths[0]
     try:
         for path in paths:
-            file = pq.ParquetFile(path)
+            # Checksums are there only where the writer made them; without, a flipped bit may pass.
+            file = pq.ParquetFile(plain_file(path), page_checksum_verification=True)
+            _check_columns(file, path)
             pictures = [f.name for f in file.schema_arrow if _holds_bytes(f.type)]
             others.append(file.read([f.name for f in file.schema_arrow if f.name not in pictures]))
             files.append(_ParquetPictures(path, file, pictures))
         table = pa.concat_tables(others, promote_options="default")
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({first_line(error)})") from error
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    except CordaError:
+        raise
+    except Exception as error:  # a reader that meets damage may raise anything
+        path = _unreadable(others, paths) or path  # texts that are not UTF-8 show at the very end
+        raise DataError(
+            f"{path}: not a readable parquet file ({type(error).__name__}: {first_line(error)})"
+        ) from error
     starts = list(itertools.accumulate((file.rows for file in files), initial=0))
 
     def locate(row: int) -> tuple[_ParquetPictures, int]:
@@ -52,13 +62,36 @@ def read_parquet(spec: DataSpec, beside: str | Path | None = None) -> Table:
 
     return Table(
         size=starts[-1],
-        columns={name: table.column(name).to_pylist() for name in table.column_names},
+        columns=columns,
         images={
             name: picture(name) for name in dict.fromkeys(c for file in files for c in file.columns)
         },
         place=place,
         base=paths[0].parent,
     )
+
+
+def _unreadable(tables: Sequence[Any], paths: Sequence[Path]) -> Path | None:
+    """The first file that was read, and whose values are nonsense."""
+    for table, path in zip(tables, paths, strict=False):
+        try:
+            table.to_pylist()
+        except Exception:
+            return path
+    return None
+
+
+def _check_columns(file: Any, path: Path) -> None:
+    names = file.schema_arrow.names
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"{path}: has the column {brief(min(twice))} twice; rename one of them")
+    groups = range(file.metadata.num_row_groups)
+    rows = sum(file.metadata.row_group(index).num_rows for index in groups)
+    if rows != file.metadata.num_rows:
+        raise DataError(
+            f"{path}: is damaged: it says it has {file.metadata.num_rows:,} rows, and has {rows:,}"
+        )
 
 
 def _holds_bytes(kind: Any) -> bool:

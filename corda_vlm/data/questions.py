@@ -13,7 +13,7 @@ from corda_vlm.data.messages import asks, bare, checked, matching, says
 from corda_vlm.data.rows import Columns, Fault, each, made_of, not_text, unpacked
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
-from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.errors import DataError, UnknownNameError, brief
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,8 @@ def _choice(stored: Any, given: Any) -> tuple[list[str], int]:
     """The choices and the index of the right one, given as a number, a letter, a label or its text."""
     labels: list[str] = []
     if isinstance(stored, Mapping):  # ARC's {"text": [...], "label": [...]}
-        labels, stored = [str(label) for label in stored.get("label", ())], stored.get("text")
+        named, stored = stored.get("label"), stored.get("text")
+        labels = [str(label) for label in named] if isinstance(named, (list, tuple)) else []
     if not isinstance(stored, (list, tuple)) or len(stored) < 2:
         raise Fault("has fewer than two choices")
     choices = [str(choice) for choice in stored]
@@ -198,10 +199,10 @@ def _choice(stored: Any, given: Any) -> tuple[list[str], int]:
         text = str(given).strip()
         known = (labels, choices, list(ascii_uppercase[: len(choices)]))
         right = next((names.index(text) for names in known if text in names), -1)
-        if right < 0 and re.fullmatch(r"\d+", text):
+        if right < 0 and re.fullmatch(r"[0-9]{1,9}", text):
             right = int(text)
     if not 0 <= right < len(choices):
-        raise Fault(f"has the answer {given!r}, which is none of its {len(choices)} choices")
+        raise Fault(f"has the answer {brief(given)}, which is none of its {len(choices)} choices")
     return choices, right
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from corda_vlm.data.folders import read_folder, read_webdataset
 from corda_vlm.data.libraries import read_hf, read_sklearn, read_torchvision
-from corda_vlm.data.lines import read_json, read_jsonl, read_text
+from corda_vlm.data.lines import read_csv, read_documents, read_json, read_jsonl
 from corda_vlm.data.parquet import read_parquet
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
@@ -23,5 +23,7 @@ READERS: dict[str, Reader] = {
     "torchvision": read_torchvision,
     "jsonl": read_jsonl,
     "json": read_json,
-    "text": read_text,
+    "csv": read_csv,
+    "tsv": read_csv,
+    "text": read_documents,
 }

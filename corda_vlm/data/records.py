@@ -11,7 +11,8 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from corda_vlm.data.images import UNDECODABLE, decoded, is_data_url, undecodable
+from corda_vlm.data.images import fetched, is_data_url, to_rgb
+from corda_vlm.data.paths import plain_file
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError
@@ -118,8 +119,8 @@ class ImageTextData(Sequence):
         }
         try:
             record["image"] = self.image(index)
-        except UNDECODABLE as error:
-            return self.reject(index, undecodable(error))
+        except DataError as error:
+            return self.reject(index, str(error))
         record["text"] = None if self.texts is None else self.texts[index]
         record["label"] = None if self.labels is None else self.labels[index]
         return record
@@ -134,10 +135,10 @@ class ImageTextData(Sequence):
         self.check()
 
     def image(self, index: int) -> Image.Image | None:
-        """The picture of record `index` in RGB, None if the data has none. Raises as `to_rgb` does."""
+        """The picture of record `index` in RGB, None if the data has none. Raises `DataError` as `to_rgb` does."""
         if self._image_column is None:
             return None
-        return decoded(self._stored(index)[0], self._table.base)
+        return to_rgb(self._stored(index)[0], self._table.base)
 
     def select(self, indices: Sequence[int] | range | np.ndarray) -> ImageTextData:
         """The records at `indices`, in that order."""
@@ -164,7 +165,7 @@ class ImageTextData(Sequence):
             digest.update(json.dumps(self._said()).encode())
             if self.has_images:
                 for index in np.unique(np.linspace(0, len(self) - 1, num=16).round().astype(int)):
-                    for stored in self._stored(int(index)):
+                    for stored in self._readable(int(index)):
                         digest.update(_content(stored, self._table.base))
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
@@ -177,7 +178,14 @@ class ImageTextData(Sequence):
         """The stored pictures of a record."""
         row, column = int(self._rows[index]), str(self._image_column)
         get = self._table.images.get(column)
-        return [get(row) if get is not None else self._table.columns[column][row]]
+        return [fetched(get, row) if get is not None else self._table.columns[column][row]]
+
+    def _readable(self, index: int) -> list[Any]:
+        """As `_stored`, for a fingerprint: what cannot be read is as if it were not there."""
+        try:
+            return self._stored(index)
+        except DataError:
+            return [None]
 
     _trouble = "images do not decode"
 
@@ -205,7 +213,12 @@ def _content(stored: Any, base: Path | None) -> bytes:
         stored = stored.encode()
     if isinstance(stored, (str, Path)):
         path = Path(stored) if base is None else base / stored
-        stored = path.read_bytes() if path.is_file() else b"missing"
+        try:
+            stored = plain_file(path).read_bytes()
+        except (DataError, OSError, MemoryError):
+            stored = b"missing"
     if isinstance(stored, (Image.Image, np.ndarray)):
         stored = stored.tobytes()
-    return hashlib.sha256(bytes(stored or b"")).digest()
+    if not isinstance(stored, (bytes, bytearray, memoryview)):  # no picture, whatever else it is
+        stored = b"" if stored is None else repr(stored).encode("utf-8", "backslashreplace")
+    return hashlib.sha256(stored).digest()

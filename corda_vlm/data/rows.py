@@ -36,6 +36,8 @@ def each(table: Table, make: Callable[[int], dict[str, Any]], names: Sequence[st
                 made = make(row)
             except Fault as fault:
                 faults[row] = str(fault)
+            except RecursionError:
+                faults[row] = "holds lists in lists, hundreds deep"
         for name in names:
             columns[name].append(made.get(name))
     return columns, faults

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
-from corda_vlm.files import asset, resolve
-from corda_vlm.options import check_options
+from corda_vlm.errors import CordaError, DataError, UnknownNameError, brief
+from corda_vlm.options import Count, Items, Seed, Share, Text, check_options
 
-KINDS = ("sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "text")
+KINDS = (
+    "sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "csv", "tsv", "text",
+)  # fmt: skip
 """The kinds of sources; `corda_vlm.data.readers.READERS` has a reader for each."""
 
 FORMATS = ("llava", "sharegpt", "chat", "qa", "alpaca", "prompt_completion", "text")
 """What rows mean for a model that generates text; `corda_vlm.data.formats.FORMATS` has a function for each."""
+
+
+Name = str | int | float
+"""Of a class. Not true or false, which YAML makes of a yes or no without quotes."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class DataSpec:
     Attributes:
         source: `"kind:where"`: "sklearn:digits", "parquet:PATH_OR_GLOB", "folder:PATH" (one folder a class),
             "webdataset:PATTERN" (tar shards), "hf:NAME_OR_FOLDER", "torchvision:CIFAR10", "jsonl:PATH",
-            "json:PATH" (a list of objects), "text:PATTERN" (one document a file).
+            "json:PATH" (a list of objects), "csv:PATH" and "tsv:PATH" (a line of column names, then one record a line),
+            "text:PATTERN" (one document a file).
             Paths may be relative to the file that names them or to what ships with the package, and may hold
             `~` and environment variables.
         split: the part to read: the source's own split, a value of a column named `split`, or a key of `splits`.
@@ -53,32 +58,33 @@ class DataSpec:
             (a document). None: images with texts or labels.
         system: the column with the system text of a conversation, or a sentence for all; "auto" takes `system` or
             `system_prompt` where there is one, None none.
-        question, answer: with "qa" (and "alpaca", for `instruction` with its `input`, and `output`): columns, or sentences, which may be format strings over the columns, e.g.
+        question, answer: with "qa": columns, or sentences, which may be format strings over the columns, e.g.
             "What is this?" about labelled images; "auto" finds the usual names. Of a column of class numbers the
-            class's name is the answer.
+            class's name is the answer. With "alpaca" in place of `instruction` with its `input`, and of `output`.
         choices: with "qa": the column that lists a question's choices, or columns of one choice each, of which empty ones
             are none; "auto" finds the usual names. A question that writes them, e.g. "{question}\\n{choices}\\nAnswer
             with the letter.", gets them as "A. …" on lines of their own, and its answer is the letter.
         expand: with "qa": the column in which one row holds several questions, as a list or as JSON; "auto" takes
             `qa_json` where there is one, None none.
         rows: of each JSON file only the records from `start` up to `stop`, in its own order: [start, stop], as numbers or
-            as shares of the file, e.g. [0, 0.5].
+            as shares of the file, e.g. [0, 0.5]. Also of CSV.
+        separator: what stands between the columns of "csv", one character; None: a comma. Of "tsv" it is a tab.
         chunk: with "text": a record is so many words of a document, and its last one fewer; None: all of it.
     """
 
-    source: str
+    source: Text
     split: str | None = None
     image: str | None = "auto"
     text: str | None = "auto"
     label: str | None = "auto"
     where: Mapping[str, Any] = field(default_factory=dict)
-    classes: Sequence[Any] | str | None = None
-    names: Mapping[Any, Any] | Sequence[Any] | str | None = None
+    classes: Annotated[Sequence[Name], Items(least=1, distinct=True)] | str | None = None
+    names: Mapping[Any, Name] | Sequence[Name] | str | None = None
     splits: Mapping[str, float | int] | None = None
-    limit: int | None = None
-    per_class: int | None = None
-    seed: int = 0
-    max_bad_share: float = 0.01
+    limit: Count | None = None
+    per_class: Count | None = None
+    seed: Seed = 0
+    max_bad_share: Share = 0.01
     config: str | None = None
     root: str | None = None
     download: bool = False
@@ -86,10 +92,11 @@ class DataSpec:
     system: str | None = "auto"
     question: str = "auto"
     answer: str | None = "auto"
-    choices: str | Sequence[str] = "auto"
+    choices: str | Annotated[Sequence[str], Items(least=1, distinct=True)] = "auto"
     expand: str | None = "auto"
     rows: Sequence[float] | None = None
-    chunk: int | None = None
+    chunk: Count | None = None
+    separator: str | None = None
 
     @property
     def kind(self) -> str:
@@ -113,6 +120,10 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
     if isinstance(spec, DataSpec):
         found = spec
     else:
+        if not isinstance(spec, (str, Mapping)):
+            raise DataError(
+                f"{brief(spec)} names no data; give text such as parquet:images.parquet, or a mapping with a source"
+            )
         options: dict[str, Any] = {"source": spec} if isinstance(spec, str) else dict(spec)
         known = {f.name for f in fields(DataSpec)}
         for option in options:
@@ -120,10 +131,15 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
                 raise UnknownNameError("data option", option, known)
         if "source" not in options:
             raise DataError(
-                f"data without a source: {options}; give e.g. source: parquet:images.parquet"
+                f"data without a source: {brief(options)}; give e.g. source: parquet:images.parquet"
             )
-        found = DataSpec(**{**options, "source": str(options["source"])})
-    check_options(found)
+        found = DataSpec(**options)
+    try:
+        check_options(found)
+    except UnknownNameError:
+        raise
+    except CordaError as error:
+        raise DataError(f"{brief(found.source)}: {error}") from error
     if found.kind not in KINDS or not found.location:
         raise UnknownNameError(
             "data source",
@@ -133,22 +149,30 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
         )
     if found.format is not None and found.format not in FORMATS:
         raise UnknownNameError("data format", found.format, FORMATS)
-    for name in ("limit", "per_class", "chunk"):
-        value = getattr(found, name)
-        if value is not None and value < 1:
-            raise DataError(f"{found}: {name} is {value}; it must be at least 1")
     if found.rows is not None:
         _check_rows(found)
-    if not 0 <= found.max_bad_share < 1:
+    if found.splits is not None and (not found.splits or min(found.splits.values()) <= 0):
         raise DataError(
-            f"{found}: max_bad_share is {found.max_bad_share}; it is a share from 0 to below 1"
+            f"{found}: splits is {brief(dict(found.splits))}; it names parts with shares or numbers above 0"
+        )
+    if found.root is not None and found.kind in ("sklearn", "folder", "text"):
+        raise DataError(f"{found}: root is for records with paths of pictures, and for torchvision")
+    if found.separator is not None and (found.kind != "csv" or not _separates(found.separator)):
+        raise DataError(
+            f"{found}: separator is {found.separator!r}; it is for csv, and one character such as ';' or '\\t'"
         )
     return found
 
 
+def _separates(separator: str) -> bool:
+    return len(separator) == 1 and separator not in '\r\n"\0'
+
+
 def _check_rows(spec: DataSpec) -> None:
-    if spec.kind not in ("jsonl", "json"):
-        raise DataError(f"{spec}: rows is for jsonl and json; give splits, or where, a filter")
+    if spec.kind not in ("jsonl", "json", "csv", "tsv"):
+        raise DataError(
+            f"{spec}: rows is for jsonl, json, csv and tsv; give splits, or where, a filter"
+        )
     rows = spec.rows
     if not isinstance(rows, Sequence) or len(rows) != 2 or not 0 <= rows[0] < rows[1]:
         raise DataError(
@@ -169,60 +193,3 @@ def with_root(spec: str | Mapping[str, Any], root: str | Path) -> dict[str, Any]
         key: value.replace("{data_root}", str(root)) if isinstance(value, str) else value
         for key, value in options.items()
     }
-
-
-def find_paths(pattern: str | Path, beside: str | Path | None = None) -> list[Path]:
-    """The files or folders that `pattern` names: as given, else beside the file that names it, else shipped.
-
-    `{000..012}` and `{a,b}` are expanded as webdataset does, then shell wildcards. Sorted, no duplicates.
-
-    Raises:
-        DataError: nothing matches; the message says where was looked.
-    """
-    written = os.path.expandvars(Path(pattern).expanduser())
-    if "$" in written:
-        raise DataError(f"{pattern}: an environment variable in this path is not set ({written})")
-    return sorted({path for one in _braces(written) for path in _matches(one, beside)})
-
-
-def find_one(pattern: str | Path, beside: str | Path | None = None) -> Path:
-    """The only path that `pattern` names. Raises `DataError` for none or several."""
-    paths = find_paths(pattern, beside)
-    if len(paths) != 1:
-        raise DataError(
-            f"{pattern} names {len(paths)} paths, {paths[0]} and others; it must name one"
-        )
-    return paths[0]
-
-
-def _matches(pattern: str, beside: str | Path | None) -> list[Path]:
-    """What one pattern without braces names, in the order of `corda_vlm.files.resolve`."""
-    parts = Path(pattern).parts
-    wild = next(
-        (i for i, part in enumerate(parts) if any(mark in part for mark in "*?[")), len(parts)
-    )
-    try:
-        if wild == len(parts):
-            return [resolve(pattern, beside)]
-        bases = [Path(), *([Path(beside).parent] if beside is not None else []), asset(".")]
-        for base in bases:
-            if found := list((base / Path(*parts[:wild])).glob(str(Path(*parts[wild:])))):
-                return found
-    except CordaError as error:
-        raise DataError(f"no such data: {error}") from error
-    looked = ", ".join(str(base / pattern) for base in bases)
-    raise DataError(f"no data matches {pattern!r}; looked at: {looked}")
-
-
-def _braces(pattern: str) -> list[str]:
-    """`a{0..2}b` -> a0b a1b a2b (leading zeros kept); `a{x,y}` -> ax ay."""
-    before, opening, rest = pattern.partition("{")
-    inside, closing, after = rest.partition("}")
-    if not opening or not closing:
-        return [pattern]
-    first, dots, last = inside.partition("..")
-    if dots and first.isdigit() and last.isdigit():
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        choices = inside.split(",")
-    return [before + choice + tail for tail in _braces(after) for choice in choices]

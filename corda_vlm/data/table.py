@@ -49,10 +49,10 @@ class Table:
         return [*self.columns, *(name for name in self.images if name not in self.columns)]
 
 
-_USUAL = {
+USUAL = {
     "image": ("image", "img", "jpg", "jpeg", "png", "webp", "image_path", "file_name", "filepath"),
     "images": ("images", "image", "img", "jpg", "jpeg", "png", "webp", "image_path", "image_paths"),
-    "text": ("text", "caption", "txt", "captions", "sentence"),
+    "text": ("text", "caption", "txt", "captions", "sentence", "title"),
     "label": ("class_name", "label", "labels", "cls", "class", "target", "fine_label"),
 }
 
@@ -65,11 +65,12 @@ def pick_column(table: Table, kind: str, asked: str | None, source: object) -> s
     """
     if asked is None:
         return None
-    candidates = {*table.columns, *table.images}
+    # What holds pictures is read when one is wanted, and is neither a text nor a label.
+    candidates = {*table.columns, *(table.images if kind in ("image", "images") else ())}
     if asked == "auto":
         if kind in ("image", "images") and len(table.images) == 1:
             return next(iter(table.images))
-        return next((name for name in _USUAL[kind] if name in candidates), None)
+        return next((name for name in USUAL[kind] if name in candidates), None)
     if asked not in candidates:
         raise UnknownNameError(f"{kind} column of {source}", asked, candidates)
     return asked

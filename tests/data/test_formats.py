@@ -428,5 +428,5 @@ def test_rows_are_of_each_file_in_its_own_order(tmp_path):
     ):
         with pytest.raises(DataError, match=why):
             load_records({**spec, "rows": chosen})
-    with pytest.raises(DataError, match="rows is for jsonl and json"):
+    with pytest.raises(DataError, match="rows is for jsonl, json, csv and tsv"):
         load_records({"source": "sklearn:digits", "rows": [0, 0.5]})

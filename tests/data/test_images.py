@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corda_vlm.data.images import UNDECODABLE, to_rgb
+from corda_vlm.data.images import Undecodable, to_rgb
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -86,7 +86,7 @@ def test_forms_of_storage(tmp_path):
     ],
 )
 def test_what_is_no_image_raises(stored):
-    with pytest.raises(UNDECODABLE):
+    with pytest.raises(Undecodable):
         to_rgb(stored)
 
 
@@ -94,5 +94,5 @@ def test_a_picture_cut_short_raises():
     noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (64, 64, 3), dtype=np.uint8))
     for kind in ("JPEG", "PNG", "WEBP"):
         whole = _encoded(noise, kind)
-        with pytest.raises(UNDECODABLE):
+        with pytest.raises(Undecodable):
             to_rgb(whole[: len(whole) // 2])
