@@ -7,18 +7,15 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.processes import Process, this_process
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LOCK, HOLDER = ".corda_vlm.lock", ".corda_vlm.holder"
 """Names of a lock and of who holds it (see `corda_vlm.locks`): in a folder as they are, of a file after its name."""
@@ -259,27 +256,6 @@ def put_back(path: Path) -> None:
     replaced = replaced_folder(path)
     if replaced.exists() and not path.exists():
         replaced.rename(path)
-
-
-def save_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors to `path` as safetensors, atomically, readable by whom the umask lets.
-
-    Args:
-        tensors: on any device, with any strides; two that share memory are refused by safetensors.
-        metadata: kept in the header.
-
-    Raises:
-        CordaError: nothing can be written there.
-    """
-    from safetensors.torch import (
-        save_file,
-    )  # torch takes seconds, and most of what is in here needs none
-
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as partial:
-        save_file(plain, partial, metadata=dict(metadata or {"format": "pt"}))
 
 
 def write_text(path: str | Path, text: str) -> None:

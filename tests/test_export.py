@@ -441,7 +441,7 @@ class TestFolder:
         export_adapter(attached, tmp_path / "out", format="merged")
         export_adapter(attached, tmp_path / "out", format="lora")
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-            "adapter_config.json", "adapter_model.safetensors", "corda_export.json",
+            "adapter_config.json", "adapter_model.safetensors", "base.json", "corda_export.json",
         ]  # fmt: skip
 
     def test_a_full_disk_leaves_the_former_export(self, tiny_clip_hf, tmp_path, monkeypatch):
@@ -452,7 +452,7 @@ class TestFolder:
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("corda_vlm.adapter.export.save_file", full)
+        monkeypatch.setattr("corda_vlm.adapter.export.save_tensors", full)
         with pytest.raises(CordaError, match="No space left"):
             export_adapter(attached, tmp_path / "out")
         assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before

@@ -18,12 +18,12 @@ from corda_vlm.files import (
     entries,
     read_json,
     resolve,
-    save_tensors,
     sweep,
     write_json,
     write_text,
 )
 from corda_vlm.processes import this_process
+from corda_vlm.tensors import save_tensors
 
 
 def test_asset_finds_shipped_files_and_lists_the_folder_otherwise():

@@ -19,6 +19,7 @@ ORDER = (
     "yaml_file",
     "processes",
     "files",
+    "tensors",
     "locks",
     "jsonl",
     "precision",

@@ -18,18 +18,27 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from corda_vlm.adapter.base import absolute, check_base, check_fingerprint
+from corda_vlm.adapter.folder import (
+    ADAPTER,
+    AGAIN,
+    CONFIG,
+    check_ranks,
+    read_config,
+    weights_folder,
+)
 from corda_vlm.adapter.paired import (
     BASES,
     PairedConfig,
@@ -43,13 +52,13 @@ from corda_vlm.adapter.paired import (
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families.attention import pack, unpack
-from corda_vlm.files import read_json, write_json
+from corda_vlm.files import shown
 from corda_vlm.plan import AdapterPlan, plan_adapter
-from corda_vlm.sites import find_sites, lies_in, model_fingerprint
+from corda_vlm.sites import find_sites, lies_in
+from corda_vlm.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
 
-BASE = "base.json"
 # Which parameters of a bare model were frozen before an adapter froze them all.
 _FROZEN_BEFORE: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
@@ -122,6 +131,7 @@ def attach_adapter(
         else:
             peft_model = get_peft_model(model, config, adapter_name)
             assert isinstance(peft_model, PeftModel)
+        config.base_model_name_or_path = absolute(config.base_model_name_or_path)
         check_wrapped(peft_model, ranks, adapter_name)
         for name, layer in paired_layers(peft_model).items():
             if name in ranks:
@@ -141,80 +151,47 @@ def load_adapter(
     is_trainable: bool = False,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Reload what `save_pretrained` (or a Trainer's checkpoint) wrote, on the *original* base model.
+    """Reload what a training or `save_pretrained` (or a Trainer's checkpoint) wrote, on the *original* base model.
 
     Takes checkpoints of ours in both base modes, and those of PEFT's own LoRA and DoRA on an unpacked model.
 
     Args:
         model: the original bare model, in a new process too; or a `PeftModel` of ours, for a further adapter.
+        directory: the folder of a training, its `weights/`, a checkpoint, or any folder with an adapter as PEFT saves it.
         is_trainable: leave A and B trainable.
 
     Raises:
         ForeignFileError: no adapter there, corrupt or truncated, or of another model; the message says which.
     """
-    directory = Path(directory)
-    described = read_json(directory / "adapter_config.json", "adapter")
-    kind = described.get("peft_type") if isinstance(described, dict) else None
-    if kind not in (PairedType.CORDA_VLM.value, "LORA"):
-        raise ForeignFileError(
-            f"{directory} holds an adapter of type {kind!r}; this loads 'CORDA_VLM' and 'LORA'. "
-            "Load others with peft.PeftModel.from_pretrained."
-        )
-    stored = _stored_keys(directory / "adapter_model.safetensors")
-    if kind == PairedType.CORDA_VLM.value:
+    folder = weights_folder(directory)
+    config = read_config(folder)
+    weights = folder / ADAPTER
+    shapes = {
+        name: tuple(t.shape) for name, t in load_tensors(weights, "adapter weights", AGAIN).items()
+    }
+    check_ranks(config, shapes, folder)
+    if config["peft_type"] == PairedType.CORDA_VLM.value:
         if isinstance(model, PeftModel):
-            refuse_second_residual([*_bases(model), described.get("base", "untouched")])
-        _check_fingerprint(described.get("origin", {}).get("model_fingerprint"), model, directory)
-    else:
-        check_base(model, directory)
-    with wrapping(model):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised below
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(directory), adapter_name, is_trainable=is_trainable)
-                peft_model = model
-            else:
-                peft_model = PeftModel.from_pretrained(
-                    model, str(directory), adapter_name=adapter_name, is_trainable=is_trainable
-                )
-        expected = set(get_peft_model_state_dict(peft_model, adapter_name=adapter_name))
-        if expected != stored:
-            odd = sorted(expected ^ stored)[0]
-            raise ForeignFileError(
-                f"{directory} does not fit this model: {odd} is only in the "
-                f"{'file' if odd in stored else 'model'} ({len(expected ^ stored)} such tensors)"
+            refuse_second_residual([*_bases(model), config.get("base", "untouched")])
+        check_fingerprint(config.get("origin", {}).get("model_fingerprint"), model, folder)
+    check_base(model, folder, weights, config)
+    with wrapping(model), _fitting(model, folder, adapter_name):
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+            peft_model = model
+        else:
+            peft_model = PeftModel.from_pretrained(
+                model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable
             )
+        expected = set(get_peft_model_state_dict(peft_model, adapter_name=adapter_name))
+        if expected != set(shapes):
+            odd = sorted(expected ^ set(shapes))
+            raise ForeignFileError(
+                f"{folder} does not fit this model: {odd[0]} is only in the "
+                f"{'file' if odd[0] in shapes else 'model'} ({len(odd)} such tensors)"
+            )
+        _check_pairs(peft_model, adapter_name, folder)
     return peft_model
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """`model_fingerprint` of what the model was before an adapter of ours, which may have put a residual in its place."""
-    if isinstance(model, PeftModel):
-        config = model.peft_config[str(model.active_adapter)]
-        if isinstance(config, PairedConfig):
-            return config.origin["model_fingerprint"]
-    return model_fingerprint(model)
-
-
-def save_base(fingerprint: str, directory: Path) -> None:
-    """Note beside weights which model they were trained from."""
-    write_json(directory / BASE, {"model_fingerprint": fingerprint})
-
-
-def check_base(model: nn.Module, directory: Path) -> None:
-    """Raise a `ForeignFileError` if the weights in `directory` say that they were trained from another model; PEFT's own
-    say nothing."""
-    if (directory / BASE).is_file():
-        noted = read_json(directory / BASE, "note of the base model")
-        _check_fingerprint(noted["model_fingerprint"], model, directory)
-
-
-def _check_fingerprint(made_for: str | None, model: nn.Module, directory: Path) -> None:
-    if made_for != (fingerprint := base_fingerprint(model)):
-        raise ForeignFileError(
-            f"what lies in {directory} was made for the model {made_for}, and this one is {fingerprint}: other "
-            "layers or other weights. Load the original model it was made from."
-        )
 
 
 def restore(peft_model: nn.Module) -> nn.Module:
@@ -418,21 +395,50 @@ def _tidy(bare: nn.Module) -> None:
     forget_frozen(bare)
 
 
+@contextmanager
+def _fitting(model: nn.Module, folder: Path, adapter_name: str) -> Iterator[None]:
+    """Turn what PEFT raises over an adapter that does not fit into a `ForeignFileError`, and take its pieces back."""
+    before = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # raised by us
+            yield
+    except Exception as error:
+        if isinstance(model, PeftModel) and adapter_name in set(model.peft_config) - before:
+            with suppress(Exception):  # the first error is the one to tell
+                model.delete_adapter(adapter_name)
+        if isinstance(error, (CordaError, torch.OutOfMemoryError, MemoryError)):
+            raise
+        told = (str(error).strip().splitlines() or [""])[0]
+        raise ForeignFileError(
+            f"the adapter in {folder} does not fit this {type(base_of(model)).__name__}, or its {CONFIG} is damaged "
+            f"({type(error).__name__}: {shown(told)}). Load the model it was trained on, or train again."
+        ) from error
+
+
+def _check_pairs(peft_model: PeftModel, adapter_name: str, folder: Path) -> None:
+    """Raise unless each layer of ours does what its training did, whatever the configuration says."""
+    for name, layer in paired_layers(peft_model).items():
+        if adapter_name not in layer.scaling:
+            continue
+        if layer.scaling[adapter_name] != 1:
+            raise ForeignFileError(
+                f"{folder / CONFIG} scales the adapter of {name!r} by {layer.scaling[adapter_name]:g}, where it was trained "
+                "at 1: the file was changed. Set lora_alpha to r, or train again."
+            )
+        _, A = trained(layer, adapter_name)
+        if layer.a_is_frozen(adapter_name) and not torch.equal(
+            A, layer.pair(adapter_name)[1].to(A)
+        ):
+            raise ForeignFileError(
+                f"{folder / CONFIG} says that A was frozen, and that of {name!r} was trained: the file was changed. Set "
+                "freeze_a to false, or train again."
+            )
+
+
 def _bases(model: PeftModel) -> list[str]:
     """The base modes of a model's adapters; PEFT's own leave the base untouched."""
     return [getattr(config, "base", "untouched") for config in model.peft_config.values()]
-
-
-def _stored_keys(weights: Path) -> set[str]:
-    if not weights.is_file():
-        raise ForeignFileError(f"no adapter weights at {weights} (only safetensors are read)")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ForeignFileError(
-            f"{weights} is not a safetensors file ({error}); it may be truncated. Save the adapter again."
-        ) from error
 
 
 def _warn_blind_basis(plan: AdapterPlan) -> None:

@@ -24,11 +24,12 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import MiCALinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from corda_vlm.adapter.attach import anchored, unwrap_whole
+from corda_vlm.adapter.base import HEADER, absolute, base_fingerprint, save_base
 from corda_vlm.adapter.folder import (
+    ADAPTER,
     REPORT,
     is_transformers,
     located,
@@ -42,6 +43,8 @@ from corda_vlm.families import convert
 from corda_vlm.families.attention import is_packed, pack
 from corda_vlm.families.conv1d import is_conv1d
 from corda_vlm.files import write_json
+from corda_vlm.sites import model_fingerprint
+from corda_vlm.tensors import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +115,21 @@ def _lora(
     if renamed:
         save_converted(original, folder / "base")
         factors = {renamed[site]: pair for site, pair in factors.items()}
-    base_name = str(final / "base") if renamed else model.active_peft_config.base_model_name_or_path
-    width = _save_lora(factors, folder, base_name, original, model, name, converted=bool(renamed))
+        fingerprint = model_fingerprint(convert.open_clip_to_hf(original))
+        base_name = str((final / "base").resolve())
+    else:
+        fingerprint = base_fingerprint(model)
+        base_name = absolute(model.peft_config[name].base_model_name_or_path or source)
+    width = _save_lora(
+        factors,
+        folder,
+        base_name,
+        original,
+        model,
+        name,
+        converted=bool(renamed),
+        fingerprint=fingerprint,
+    )
     return {"rank": width, "relative_error": error, "load": _how_to_load(bool(renamed))}
 
 
@@ -138,10 +154,20 @@ def _residual(
     if renamed:
         save_converted(base, folder / "base")
         factors = {renamed[site]: pair for site, pair in factors.items()}
+        fingerprint = model_fingerprint(convert.open_clip_to_hf(base))
     else:
         save_model(base, folder / "base", source)
+        fingerprint = model_fingerprint(base)
+    base_name = str((final / "base").resolve())
     width = _save_lora(
-        factors, folder, str(final / "base"), base, model, name, converted=bool(renamed)
+        factors,
+        folder,
+        base_name,
+        base,
+        model,
+        name,
+        converted=bool(renamed),
+        fingerprint=fingerprint,
     )
     return {"rank": width, "load": _how_to_load(True)}
 
@@ -239,8 +265,12 @@ def _save_lora(
     name: str,
     *,
     converted: bool,
+    fingerprint: str,
 ) -> int:
-    """Write a plain LoRA with one rank everywhere, and the modules trained whole beside it; returns the rank."""
+    """Write a plain LoRA with one rank everywhere, and the modules trained whole beside it; returns the rank.
+
+    `fingerprint` is that of the model it belongs on, and is noted.
+    """
     width = max(A.shape[0] for _, A in factors.values())
     tensors = {}
     for site, (B, A) in factors.items():
@@ -279,7 +309,10 @@ def _save_lora(
             "parent_library": "transformers" if converted else type(base).__module__,
         },
     )
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / ADAPTER, tensors, {HEADER: fingerprint})
+    save_base(fingerprint, folder)
+    if (folder / "base").is_dir():  # for adapters that other tools train on it and write elsewhere
+        save_base(fingerprint, folder / "base")
     return width
 
 

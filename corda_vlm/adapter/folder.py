@@ -1,22 +1,138 @@
-"""Folders: a whole model in the format of its own library, and a folder that appears whole or not at all."""
+"""Folders: of trained weights, of a whole model in the format of its own library, and one that appears whole or not at all."""
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import convert
 from corda_vlm.families.open_clip_config import open_clip_config
-from corda_vlm.files import asset, atomic_folder, entries, replaced_folder, write_json
+from corda_vlm.files import (
+    asset,
+    atomic_folder,
+    entries,
+    read_json,
+    replaced_folder,
+    shown,
+    write_json,
+)
 from corda_vlm.locks import locked
+from corda_vlm.tensors import save_tensors, seal_folder
 
 REPORT = "corda_export.json"  # marks a folder as ours, so that a later export may replace it
+
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TRAINED = "trained.safetensors"
+WEIGHTS = "weights"
+"""Where in its folder a training writes what it has trained."""
+
+AGAIN = "save it again, or train again"
+
+
+def weights_folder(directory: str | Path) -> Path:
+    """The folder of the weights themselves: of a training's folder its `weights/`, any other as it is.
+
+    Raises:
+        ForeignFileError: no such folder, or a training that has not come to its end.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ForeignFileError(f"no folder {shown(folder)} with trained weights")
+    if any((folder / name).is_file() for name in (ADAPTER, CONFIG, TRAINED)):
+        return folder
+    if (folder / WEIGHTS).is_dir():
+        return folder / WEIGHTS
+    begun = sorted(path.name for path in folder.glob("checkpoint-*"))
+    if begun:
+        raise ForeignFileError(
+            f"{shown(folder)} holds a training that is not finished: run the same command again, or give one of its "
+            f"checkpoints, {shown(folder / begun[-1])}"
+        )
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json`, of a kind that is loaded here, with what decides about the adapter's strength.
+
+    Raises:
+        ForeignFileError: no adapter there, or a damaged one; the message says which.
+    """
+    if (folder / TRAINED).is_file() and not (folder / CONFIG).is_file():
+        raise ForeignFileError(
+            f"{shown(folder)} holds a model that was trained in full, and no adapter; corda_vlm.evaluation.load_trained "
+            "(evaluate --adapter) loads it"
+        )
+    path = folder / CONFIG
+    config = read_json(path, "adapter")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise ForeignFileError(
+            f"{shown(folder)} holds an adapter of type {shown(repr(kind))}; this loads {' and '.join(map(repr, KINDS))}. "
+            "Load others with peft.PeftModel.from_pretrained."
+        )
+    if wrong := [name for name, fits in _FIELDS.items() if not fits(config.get(name))]:
+        name = wrong[0]
+        value = repr(config[name]) if name in config else "missing"
+        raise ForeignFileError(f"{shown(path)} is damaged: {name} is {shown(value)}; {AGAIN}")
+    if (
+        config.get("megatron_config") is not None
+    ):  # peft would import the module that megatron_core names
+        raise ForeignFileError(
+            f"{shown(path)} asks for Megatron's layers, which are not loaded here; set megatron_config to null"
+        )
+    return config
+
+
+def check_ranks(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise `ForeignFileError` where the ranks are out of all proportion to the weights, before memory is taken for them."""
+    largest = max((size for shape in shapes.values() for size in shape), default=1)
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if rank > max(4 * largest, 1024):
+        raise ForeignFileError(
+            f"{shown(folder / CONFIG)} is damaged: it says rank {rank}, and no weight beside it is larger than {largest}; {AGAIN}"
+        )
+
+
+KINDS = ("CORDA_VLM", "LORA")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _maps(to: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(to, value.values())))
+
+
+def _is_targets(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return value is None or isinstance(value, str)
+
+
+_FIELDS: dict[str, Callable[[object], bool]] = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "target_modules": _is_targets,
+    "rank_pattern": _maps(_is_rank),
+    "alpha_pattern": _maps(_is_number),
+    "modules_to_save": _is_targets,
+    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
+    "origin": lambda value: value is None or isinstance(value, dict),
+    "freeze_a": lambda value: value is None or isinstance(value, bool),
+}
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -28,11 +144,11 @@ def save_model(model: nn.Module, folder: Path, source: str | Path | None) -> Non
     folder.mkdir(exist_ok=True)
     if is_transformers(model):
         model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        seal_folder(folder)
         _copy_beside(source or getattr(model, "name_or_path", None), folder)
         return
     write_json(folder / "open_clip_config.json", open_clip_config(model, source))
-    tensors = {k: v.detach().to("cpu").contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "open_clip_model.safetensors", model.state_dict())
     _copy_beside(source, folder)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +18,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corda_vlm.errors import ForeignFileError
-from corda_vlm.files import atomic_write
+from corda_vlm.tensors import Pieces, write_pieces
 
 FORMAT = "corda_vlm.covariance"
 FORMAT_VERSION = 1
 _DTYPES = {torch.float64: "F64", torch.float32: "F32"}
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """A tensor to be written: its dtype and shape, and a function that gives its values in order, in pieces."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    make: Callable[[], Iterator[Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
 def write(path: str | Path, about: Mapping[str, Any], tensors: Mapping[str, Pieces]) -> None:
     """Write `tensors` to `path`, atomically, with `about` (JSON values) in the header."""
-    # float64 first, so that every tensor is aligned to its own size
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    checksums = dict.fromkeys(ordered, 0)
-    with atomic_write(path) as partial, partial.open("wb") as file:
-        file.write(_header(about, ordered, checksums))
-        for name, tensor in ordered.items():
-            for piece in tensor.make():
-                data = _bytes(piece)
-                checksums[name] = zlib.crc32(data, checksums[name])
-                file.write(data)
-        file.seek(0)
-        file.write(_header(about, ordered, checksums))  # of the same length as before
 
+    def metadata(crc32: dict[str, str]) -> dict[str, str]:
+        contents = json.dumps({**about, "format_version": FORMAT_VERSION, "crc32": crc32})
+        return {"format": FORMAT, "about": contents}
 
-def _header(
-    about: Mapping[str, Any], tensors: Mapping[str, Pieces], checksums: Mapping[str, int]
-) -> bytes:
-    crc32 = {name: f"{value:08x}" for name, value in checksums.items()}
-    contents = json.dumps({**about, "format_version": FORMAT_VERSION, "crc32": crc32})
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "about": contents}}
-    start = 0
-    for name, tensor in tensors.items():
-        end = start + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": (start, end),
-        }
-        start = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    write_pieces(path, tensors, metadata)
 
 
 class CovarianceFile:
@@ -154,10 +114,3 @@ class CovarianceFile:
             f"{self.path} is not a readable covariance file: {why}. It is truncated, damaged or of another kind; "
             "delete it (or give another path) and collect it again"
         )
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = (
-        tensor.cpu().contiguous().numpy()
-    )  # Any: numpy's stubs hide that arrays are buffers
-    return memoryview(array).cast("B")

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from corda_vlm.adapter import at_scale, check_scale, load_adapter
-from corda_vlm.adapter.attach import check_base
+from corda_vlm.adapter.base import check_base
+from corda_vlm.adapter.folder import CONFIG, TRAINED, WEIGHTS, weights_folder
 from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.tensors import read_header
 from corda_vlm.train.heads import Head
-from corda_vlm.train.loop import WEIGHTS
-from corda_vlm.train.weights import ADAPTER, HEAD, TRAINED, load_weights
+from corda_vlm.train.weights import HEAD, load_weights
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,17 @@ def load_trained(model: nn.Module, directory: str | Path) -> Trained:
     Raises:
         ForeignFileError: nothing trained there, or something damaged or of another model.
     """
-    folder = Path(directory)
-    files = (ADAPTER, "adapter_config.json", TRAINED)
-    if not any((folder / name).is_file() for name in files) and (folder / WEIGHTS).is_dir():
-        folder = folder / WEIGHTS
+    folder = weights_folder(directory)
     head = Head.load(folder / HEAD) if (folder / HEAD).is_file() else None
-    if (folder / "adapter_config.json").is_file():
+    if (folder / CONFIG).is_file():
         return Trained(load_adapter(model, folder), head)
     if not (folder / TRAINED).is_file():
         raise ForeignFileError(
             f"no trained weights in {folder}: expected adapter_config.json or {TRAINED}, as a training writes into "
             f"its {WEIGHTS}/ when it is finished"
         )
-    check_base(model, folder)
-    names = _names(folder / TRAINED)
+    check_base(model, folder, folder / TRAINED)
+    names, _ = read_header(folder / TRAINED, "trained weights", "train again")
     before = {
         name: value.detach().clone() for name, value in model.state_dict().items() if name in names
     }
@@ -97,11 +94,3 @@ def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
 def _is_frozen(model: nn.Module) -> bool:
     trains = any(parameter.requires_grad for parameter in model.parameters())
     return not trains and not isinstance(model, PeftModel)
-
-
-def _names(path: Path) -> set[str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ForeignFileError(f"{path}: not readable ({error}); train again") from error

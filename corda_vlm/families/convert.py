@@ -20,6 +20,7 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.attention import PARTS, is_packed, packed_parts
 from corda_vlm.families.base import Processor, class_of, unwrap
 from corda_vlm.files import write_json, write_text
+from corda_vlm.tensors import seal_folder
 
 _LAYERS = {
     **{f"attn.{part}": f"self_attn.{part}" for part in PARTS},
@@ -273,6 +274,7 @@ def save_hf(model: nn.Module, directory: str | Path, *, tokenizer: bool = True) 
         _check_vocabulary(bare)
     directory.mkdir(parents=True, exist_ok=True)
     converted.save_pretrained(directory)
+    seal_folder(directory)
     write_json(directory / "preprocessor_config.json", images)
     if tokenizer:
         save_tokenizer(directory, bare.context_length)

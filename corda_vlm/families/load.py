@@ -19,6 +19,7 @@ from corda_vlm.families.gguf import converted
 from corda_vlm.families.hub import without_bars
 from corda_vlm.families.registry import FAMILIES, chosen, detect_family
 from corda_vlm.families.sources import FORMS, built_in, check_source
+from corda_vlm.tensors import check_tensors
 from corda_vlm.yaml_file import read_yaml
 
 
@@ -124,6 +125,8 @@ def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
             "open_clip_model.safetensors) or those of transformers (config.json with a known model_type, and "
             f"model.safetensors). {_of_unknown_type(folder)}{hint}"
         )
+    for weights in sorted(folder.glob("*.safetensors")):
+        check_tensors(weights, "model weights", "export or download them again")
     try:
         return (*how.load(found, folder), found)
     except CordaError:

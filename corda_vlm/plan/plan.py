@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
-from corda_vlm.files import atomic_write, read_json, write_text
+from corda_vlm.files import read_json, write_text
 from corda_vlm.locks import locks
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.sites import Site, model_fingerprint
+from corda_vlm.tensors import load_tensors, read_header, save_tensors
 
 FORMAT, VERSION = "corda_vlm.plan", 2
+_FACTORS, _AGAIN = "the factors of a plan", "make the plan again (corda-vlm init, plan_adapter)"
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,8 @@ class AdapterPlan:
             packed |= {f"{name}.B": factor.B, f"{name}.A": factor.A}
             if factor.spectrum is not None:
                 packed[f"{name}.spectrum"] = factor.spectrum
-        with atomic_write(tensors) as partial:
-            factors = {k: v.float().contiguous() for k, v in packed.items()}
-            save_file(factors, partial, metadata={"format": FORMAT})
-            digest = _sha256(partial)
+        save_tensors(tensors, {k: v.float() for k, v in packed.items()}, {"format": FORMAT})
+        digest = _sha256(tensors)
         described = {
             "format": FORMAT,
             "version": VERSION,
@@ -337,9 +335,8 @@ def _tensors_path(path: Path) -> Path:
 
 def _is_plan(tensors: Path) -> bool:
     try:
-        with safe_open(str(tensors), "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
+        return read_header(tensors, _FACTORS, _AGAIN)[1].get("format") == FORMAT
+    except ForeignFileError:
         return False
 
 
@@ -361,12 +358,7 @@ def _read_tensors(tensors: Path, digest: str, path: Path) -> dict[str, Tensor]:
             f"{tensors} does not hold the factors of the plan {path} (its hash differs): corrupt, truncated, or from "
             "another plan. Make the plan again."
         )
-    try:
-        return load_file(tensors)
-    except SafetensorError as error:
-        raise ForeignFileError(
-            f"{tensors} is not a safetensors file ({error}). Make the plan again."
-        ) from error
+    return load_tensors(tensors, _FACTORS, _AGAIN)
 
 
 def _site_plan(entry: dict[str, Any]) -> SitePlan:

@@ -8,19 +8,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families.base import Family, Processor
-from corda_vlm.files import atomic_write
+from corda_vlm.tensors import load_tensors, read_header, save_tensors
 
 Template = str | Callable[[str], str]
 """A prompt with `{}` where the class name goes, or a function of the name, as in open_clip's lists."""
 
 DEFAULT_TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
 
+KINDS = ("prompt", "linear")
 _FORMAT = "corda_vlm.head"
 
 
@@ -78,11 +77,13 @@ class Head(nn.Module):
         return head
 
     def save(self, path: str | Path) -> None:
-        """Write the head as safetensors, atomically."""
+        """Write the head as safetensors, atomically.
+
+        Raises:
+            CordaError: it holds NaN or Inf, or nothing can be written there.
+        """
         tensors = self.state_dict() | ({} if self.start is None else {"start": self.start})
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, metadata={"format": _FORMAT, "kind": self.kind})
+        save_tensors(path, tensors, {"format": _FORMAT, "kind": self.kind})
 
     @classmethod
     def load(cls, path: str | Path) -> Head:
@@ -91,18 +92,32 @@ class Head(nn.Module):
         Raises:
             ForeignFileError: the file is missing, damaged, or no head.
         """
-        try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ForeignFileError(f"{path} is not a readable head ({error})") from error
+        remedy = "train it again, or do without it: delete the file"
+        _, metadata = read_header(path, "head of a classifier", remedy)
         if metadata.get("format") != _FORMAT:
             raise ForeignFileError(f"{path} is a safetensors file, but no head of this package")
+        tensors = load_tensors(path, "head of a classifier", remedy)
+        weight, kind = tensors.get("weight"), metadata.get("kind")
+        if kind not in KINDS or weight is None or weight.ndim != 2 or 0 in weight.shape:
+            shape = None if weight is None else tuple(weight.shape)
+            raise ForeignFileError(
+                f"{path} is no whole head: of kind {kind!r} with a weight of shape {shape}, where one of "
+                f"{', '.join(KINDS)} with (classes, width) was expected; {remedy}"
+            )
+        head = cls(kind, weight)
+        wanted = {name: value.shape for name, value in head.state_dict().items()}
+        if "start" in tensors:
+            wanted["start"] = weight.shape
+        found = {name: value.shape for name, value in tensors.items()}
+        if wanted != found or not all(value.is_floating_point() for value in tensors.values()):
+            strange = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+            raise ForeignFileError(
+                f"{path} is no whole head: {', '.join(strange)[:200] or 'a tensor of whole numbers'} does not fit a weight of "
+                f"shape {tuple(weight.shape)}; {remedy}"
+            )
         start = tensors.pop("start", None)
-        head = cls(metadata["kind"], tensors["weight"])
         head.load_state_dict(tensors)
-        head.start = start
+        head.start = None if start is None else start.float()
         return head
 
 

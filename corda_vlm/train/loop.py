@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback
 
-from corda_vlm.adapter.attach import base_fingerprint, save_base
+from corda_vlm.adapter.base import base_fingerprint
+from corda_vlm.adapter.folder import WEIGHTS
 from corda_vlm.anchor import Anchor
 from corda_vlm.data import ImageTextData, losses, make_batches, make_maker
 from corda_vlm.errors import CordaError, NotFiniteError
@@ -44,7 +45,7 @@ from corda_vlm.train.weights import (
 
 logger = logging.getLogger(__name__)
 
-BEGUN, DONE, HISTORY, WEIGHTS = "train.json", "result.json", "history.jsonl", "weights"
+BEGUN, DONE, HISTORY = "train.json", "result.json", "history.jsonl"
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -336,8 +337,7 @@ def _finish(
         "samples_per_second": round(watch.samples_per_second, 2),
     }
     try:
-        save_weights(model, objective.head, output / WEIGHTS)
-        save_base(base, output / WEIGHTS)
+        save_weights(model, objective.head, output / WEIGHTS, base=base)
     except (OSError, SafetensorError) as error:
         raise CordaError(
             f"could not write {output / WEIGHTS}: {error}; free some space and run again"

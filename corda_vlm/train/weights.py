@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from corda_vlm.adapter.paired import PairedConfig
+from corda_vlm.adapter.base import HEADER, absolute, save_base
+from corda_vlm.adapter.folder import ADAPTER, TRAINED
+from corda_vlm.adapter.paired import PairedConfig, base_of
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.files import atomic_write, write_text
+from corda_vlm.files import write_text
+from corda_vlm.tensors import load_tensors, save_tensors, seal
 from corda_vlm.train.heads import Head
 
-ADAPTER = "adapter_model.safetensors"
-TRAINED = "trained.safetensors"
 HEAD = "head.safetensors"
 
 
@@ -31,27 +30,36 @@ on the model that it was trained on; for plain PEFT, or for a model without an a
 """
 
 
-def save_weights(model: nn.Module, head: Head | None, folder: str | Path) -> None:
+def save_weights(
+    model: nn.Module, head: Head | None, folder: str | Path, *, base: str | None = None
+) -> None:
     """Write what was trained into `folder`.
 
     A `PeftModel` writes its adapter as PEFT does (`adapter_model.safetensors`, `adapter_config.json`). Any
     other model writes `trained.safetensors`: trained parameters and buffers under the model's own names.
+
+    Args:
+        base: fingerprint of the model that the training began with, which is noted.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    header = {} if base is None else {HEADER: base}
     if isinstance(model, PeftModel):
+        config = model.peft_config[str(model.active_adapter)]
+        config.base_model_name_or_path = absolute(
+            config.base_model_name_or_path or base_of(model).__dict__.get("name_or_path")
+        )
         # "auto" would ask the hub whether the vocabulary has grown, at every checkpoint.
         model.save_pretrained(str(folder), save_embedding_layers=False)
-        # safetensors makes files that only their owner may read
-        (folder / ADAPTER).chmod((folder / "adapter_config.json").stat().st_mode)
+        seal(folder / ADAPTER, header)
         if isinstance(model.peft_config[str(model.active_adapter)], PairedConfig):
             write_text(folder / "README.md", _CARD)  # in place of PEFT's empty model card
     else:
-        state = {name: value.detach().cpu().contiguous() for name, value in _trained(model).items()}
-        with atomic_write(folder / TRAINED) as partial:
-            save_file(state, partial, metadata={"format": "pt"})
+        save_tensors(folder / TRAINED, _trained(model), header)
     if head is not None:
         head.save(folder / HEAD)
+    if base is not None:
+        save_base(base, folder)
 
 
 def load_weights(model: nn.Module, head: Head | None, folder: str | Path) -> None:
@@ -62,12 +70,7 @@ def load_weights(model: nn.Module, head: Head | None, folder: str | Path) -> Non
     """
     folder = Path(folder)
     path = folder / (ADAPTER if isinstance(model, PeftModel) else TRAINED)
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ForeignFileError(
-            f"{path}: not readable ({error}); delete {folder} to do without it"
-        ) from error
+    state = load_tensors(path, "trained weights", f"delete {folder} to do without it")
     if isinstance(model, PeftModel):
         _load_adapter(model, state, path)
     else:
@@ -82,7 +85,7 @@ def load_weights(model: nn.Module, head: Head | None, folder: str | Path) -> Non
 def _load_adapter(model: PeftModel, state: dict[str, Tensor], path: Path) -> None:
     try:
         found = set_peft_model_state_dict(model, state, adapter_name=str(model.active_adapter))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ForeignFileError(f"{path}: an adapter of another model or rank ({error})") from error
     name = f".{model.active_adapter}"
     missing = [key for key in found.missing_keys if "lora_" in key and name in key]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from corda_vlm.adapter import at_scale
-from corda_vlm.adapter.attach import base_fingerprint, save_base
+from corda_vlm.adapter.base import base_fingerprint, save_base
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.evaluation import Trained, check_scales, load_trained, measure
 from corda_vlm.methods import prepare_method

@@ -1,0 +1,113 @@
+"""Which model trained weights belong on: noted beside what is written, and asked for before it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from corda_vlm.adapter.paired import PairedConfig
+from corda_vlm.errors import ForeignFileError
+from corda_vlm.files import read_json, shown, write_json
+from corda_vlm.sites import model_fingerprint
+from corda_vlm.tensors import read_header
+
+logger = logging.getLogger(__name__)
+
+BASE = "base.json"
+"""The note beside weights; in the folder of a model that an export made, the fingerprint of that model."""
+
+HEADER = "corda_vlm.base"
+"""The same in the header of the weights, for those who copy the files without the note."""
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """`model_fingerprint` of what the model was before an adapter of ours, which may have put a residual in its place."""
+    if isinstance(model, PeftModel):
+        config = model.peft_config[str(model.active_adapter)]
+        if isinstance(config, PairedConfig):
+            noted = config.origin.get("model_fingerprint")
+            if isinstance(noted, str):
+                return noted
+    return model_fingerprint(model)
+
+
+def save_base(fingerprint: str, directory: Path) -> None:
+    """Note beside weights which model they were trained from."""
+    write_json(directory / BASE, {"model_fingerprint": fingerprint})
+
+
+def check_base(
+    model: nn.Module, directory: Path, weights: Path, config: dict[str, Any] | None = None
+) -> None:
+    """Raise unless the weights belong on this model, as far as that is noted anywhere.
+
+    Other tools write adapters without a note. Their configuration names the folder of the base model, and if that was
+    made by an export of ours, it has one.
+
+    Args:
+        directory: where the weights lie.
+        weights: the file of the weights.
+        config: of the adapter.
+
+    Raises:
+        ForeignFileError: they were made for another model, or the note is damaged.
+    """
+    _, header = read_header(weights, "trained weights", "train or export them again")
+    if HEADER in header:
+        check_fingerprint(header[HEADER], model, directory)
+    if (directory / BASE).is_file():
+        check_fingerprint(_noted(directory), model, directory)
+    elif HEADER not in header and config is not None:
+        base = Path(config.get("base_model_name_or_path") or "")
+        if _is_there(base / BASE):
+            check_fingerprint(_noted(base), model, directory, base)
+        elif base.is_absolute() and not _is_there(base):
+            logger.warning(
+                "%s was trained on the model in %s, which is not there: whether it belongs on this model cannot be checked",
+                shown(directory),
+                shown(base),
+            )
+
+
+def absolute(name: str | None) -> str | None:
+    """A local folder by a name that holds from elsewhere too; an id on a hub stays as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, or a NUL
+        return False
+
+
+def _noted(folder: Path) -> object:
+    noted = read_json(folder / BASE, "note of the base model")
+    return noted.get("model_fingerprint") if isinstance(noted, dict) else None
+
+
+def check_fingerprint(
+    made_for: object, model: nn.Module, directory: Path, base: Path | None = None
+) -> None:
+    """Raise `ForeignFileError` unless `made_for` is the fingerprint of the model before any adapter.
+
+    Args:
+        directory: where what was made for it lies.
+        base: the folder of the right model, where that is known.
+    """
+    if made_for == (fingerprint := base_fingerprint(model)):
+        return
+    beside = directory / "base" if (directory / "base").is_dir() else base
+    remedy = (
+        f"Load the model that it was trained on, {shown(beside)}."
+        if beside is not None
+        else "Load the original model it was made from."
+    )
+    raise ForeignFileError(
+        f"what lies in {shown(directory)} was made for the model {shown(str(made_for))}, and this one is {fingerprint}: "
+        f"other layers or other weights. {remedy}"
+    )

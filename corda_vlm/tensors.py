@@ -1,0 +1,278 @@
+"""Tensors in safetensors files: written with a checksum of each, and read only if they are what was written.
+
+Plain safetensors readers open the files: the checksums are one more entry of the header, which other tools drop when they
+write the tensors again. A file without them (of another tool, or of an earlier version) is read all the same. NaN and Inf
+are neither written nor read.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.files import atomic_write, shown
+
+CHECKSUMS = "corda_vlm.crc32"
+"""The header's entry: JSON of tensor name -> CRC-32 of its name, dtype, shape and values; "" -> that of the other entries."""
+
+# What opening, or a library that believes a header, raises for a file that is not what it says.
+_DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to `path` as safetensors, atomically, with checksums, readable by whom the umask lets.
+
+    Args:
+        tensors: on any device, with any strides; those that share memory are written once each.
+        metadata: further entries of the header.
+
+    Raises:
+        CordaError: NaN or Inf among the values, or nothing can be written there.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if strange := _not_finite(plain.items()):
+        raise CordaError(
+            f"{strange} holds NaN or Inf, which is not written to {shown(path)}: the training diverged, or the model was "
+            "damaged. Train again with a lower learning rate, or load an intact model"
+        )
+    header = {"format": "pt", **(metadata or {})}
+    header[CHECKSUMS] = _checksums(plain, header)
+    # Not safetensors' own writer, which puts the entries of the header in another order each time.
+    write_pieces(path, {name: Pieces.of(value) for name, value in plain.items()}, lambda _: header)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor to be written: its dtype and shape, and a function that gives its values in order, in pieces."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Pieces:
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_pieces(
+    path: str | Path,
+    tensors: Mapping[str, Pieces],
+    metadata: Callable[[dict[str, str]], Mapping[str, str]],
+) -> None:
+    """Write a safetensors file atomically, without any tensor having to exist as a whole.
+
+    Args:
+        metadata: CRC-32 of the values of each tensor, eight digits -> the other entries of the header, whose length
+            may not depend on the digits.
+
+    Raises:
+        CordaError: a dtype that safetensors lack, or nothing can be written there.
+    """
+    if unknown := [name for name, tensor in tensors.items() if tensor.dtype not in _NAMES]:
+        raise CordaError(
+            f"{unknown[0]} is of {tensors[unknown[0]].dtype}, which a safetensors file cannot hold"
+        )
+    # the widest first, so that every tensor is aligned to its own size
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    found = dict.fromkeys(ordered, 0)
+
+    def header() -> bytes:
+        told: dict[str, Any] = {
+            "__metadata__": dict(metadata({name: f"{crc:08x}" for name, crc in found.items()}))
+        }
+        start = 0
+        for name, tensor in ordered.items():
+            end = start + tensor.nbytes
+            offsets = (start, end)
+            told[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": tensor.shape,
+                "data_offsets": offsets,
+            }
+            start = end
+        text = json.dumps(told).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        file.write(header())
+        for name, tensor in ordered.items():
+            for piece in tensor.make():
+                data = as_bytes(piece)
+                found[name] = zlib.crc32(data, found[name])
+                file.write(data)
+        file.seek(0)
+        file.write(header())  # of the same length as before
+
+
+_NAMES = {
+    dtype: name
+    for name, known in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+        "U64": "uint64", "U32": "uint32", "U16": "uint16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    }.items()
+    if (dtype := getattr(torch, known, None)) is not None
+}  # fmt: skip
+
+
+def seal(path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Add checksums to a file that another library has just written, readable by whom the umask lets.
+
+    Args:
+        metadata: further entries of the header.
+
+    Raises:
+        CordaError: NaN or Inf among the values, no safetensors file, or nothing can be written there.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = {**(file.metadata() or {}), **(metadata or {})}
+    # Mapped, not read into memory: the file is replaced by another one, not written to.
+    save_tensors(
+        path, tensors, {name: value for name, value in header.items() if name != CHECKSUMS}
+    )
+
+
+def seal_folder(folder: str | Path) -> None:
+    """`seal` every safetensors file that lies in a folder."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        seal(path)
+
+
+def load_tensors(path: str | Path, what: str, remedy: str) -> dict[str, Tensor]:
+    """Every tensor of a file, checked against its checksums.
+
+    Args:
+        what: the kind of contents, for messages: "adapter", "head of a classifier".
+        remedy: what to do about a file that is of no use, for messages.
+
+    Raises:
+        ForeignFileError: no such file, truncated, damaged, or with NaN or Inf.
+    """
+
+    def read(file: Any) -> dict[str, Tensor]:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check(path, tensors, file.metadata() or {}, what, remedy)
+        if strange := _not_finite(tensors.items()):
+            raise ForeignFileError(
+                f"{shown(path)}: {strange} holds NaN or Inf, so that this {what} is of no use; {remedy}"
+            )
+        return tensors
+
+    return _opened(path, what, remedy, read)
+
+
+def check_tensors(path: str | Path, what: str, remedy: str) -> None:
+    """Check a file that another library is about to read against its checksums; one that has none passes.
+
+    Raises:
+        ForeignFileError: as `load_tensors`, but for NaN and Inf.
+    """
+
+    def read(file: Any) -> None:
+        metadata = file.metadata() or {}
+        if CHECKSUMS in metadata:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _check(path, tensors, metadata, what, remedy)
+
+    _opened(path, what, remedy, read)
+
+
+def read_header(
+    path: str | Path, what: str, remedy: str
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """The shape of every tensor of a file by its name, and the header's other entries; no values are read.
+
+    Raises:
+        ForeignFileError: no such file, or truncated.
+    """
+
+    def read(file: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes, dict(file.metadata() or {})
+
+    return _opened(path, what, remedy, read)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor on the CPU, of any dtype, as they lie in memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy()  # Any: numpy's stubs hide that arrays are buffers
+    return memoryview(array).cast("B")
+
+
+def _opened(path: str | Path, what: str, remedy: str, read: Callable[[Any], Any]) -> Any:
+    try:
+        if not Path(path).is_file():
+            raise ForeignFileError(
+                f"no {what} at {shown(path)} (only safetensors are read); {remedy}"
+            )
+        with safe_open(str(path), "pt") as file:
+            return read(file)
+    except CordaError:
+        raise
+    except _DAMAGE as error:
+        raise ForeignFileError(
+            f"{shown(path)} is not readable as {what} ({shown(str(error))}): truncated, damaged or of another kind; {remedy}"
+        ) from error
+
+
+def _check(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    what: str,
+    remedy: str,
+) -> None:
+    noted = metadata.get(CHECKSUMS)
+    if noted is None:
+        return
+    wanted = json.loads(noted)
+    found = json.loads(_checksums(tensors, metadata))
+    if wanted != found:
+        names = {**wanted, **found} if isinstance(wanted, dict) else {"": ""}
+        name = next(
+            name
+            for name in names
+            if not isinstance(wanted, dict) or wanted.get(name) != found.get(name)
+        )
+        raise ForeignFileError(
+            f"{shown(path)} is damaged: {shown(name) or 'its header'} is not what was written (checksum). This {what} is of no "
+            f"use; {remedy}"
+        )
+
+
+def _checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    others = sorted((name, value) for name, value in metadata.items() if name != CHECKSUMS)
+    found = {"": zlib.crc32(json.dumps(others).encode())}
+    for name, tensor in sorted(tensors.items()):
+        described = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode()
+        found[name] = zlib.crc32(as_bytes(tensor), zlib.crc32(described))
+    return json.dumps({name: f"{value:08x}" for name, value in found.items()})
+
+
+def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or Inf."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            # the eight-bit types know no isfinite
+            wide = tensor if tensor.element_size() > 1 else tensor.float()
+            if not torch.isfinite(wide).all():
+                return name
+    return None
