@@ -41,7 +41,7 @@ def save_tensors(
         CordaError: NaN or Inf among the values, or nothing can be written there.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if strange := _not_finite(plain.items()):
+    if strange := not_finite(plain.items()):
         raise CordaError(
             f"{strange} holds NaN or Inf, which is not written to {shown(path)}: the training diverged, or the model was "
             "damaged. Train again with a lower learning rate, or load an intact model"
@@ -169,7 +169,7 @@ def load_tensors(path: str | Path, what: str, remedy: str) -> dict[str, Tensor]:
     def read(file: Any) -> dict[str, Tensor]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check(path, tensors, file.metadata() or {}, what, remedy)
-        if strange := _not_finite(tensors.items()):
+        if strange := not_finite(tensors.items()):
             raise ForeignFileError(
                 f"{shown(path)}: {strange} holds NaN or Inf, so that this {what} is of no use; {remedy}"
             )
@@ -214,7 +214,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor on the CPU, of any dtype, as they lie in memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()  # Any: numpy's stubs hide that arrays are buffers
-    return memoryview(array).cast("B")
+    return memoryview(array)
 
 
 def _opened(path: str | Path, what: str, remedy: str, read: Callable[[Any], Any]) -> Any:
@@ -229,7 +229,7 @@ def _opened(path: str | Path, what: str, remedy: str, read: Callable[[Any], Any]
         raise
     except _DAMAGE as error:
         raise ForeignFileError(
-            f"{shown(path)} is not readable as {what} ({shown(str(error))}): truncated, damaged or of another kind; {remedy}"
+            f"{shown(path)}: not readable as {what} ({shown(str(error))}): truncated, damaged or of another kind; {remedy}"
         ) from error
 
 
@@ -267,7 +267,7 @@ def _checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> st
     return json.dumps({name: f"{value:08x}" for name, value in found.items()})
 
 
-def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds NaN or Inf."""
     for name, tensor in tensors:
         if tensor.is_floating_point() or tensor.is_complex():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -12,15 +15,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from corda_vlm.adapter import attach_adapter, export_adapter, restore, scaled
+from corda_vlm.__main__ import main
+from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter, restore, scaled
 from corda_vlm.adapter.export import recompress
 from corda_vlm.adapter.paired import paired_layers
 from corda_vlm.covariance import collect_covariance
-from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.evaluation import load_trained
 from corda_vlm.families import detect_family, load_model
 from corda_vlm.families.attention import is_packed
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
+from corda_vlm.train import Head
+from corda_vlm.train.weights import save_weights
 
 MODELS = ("tiny_clip_hf", "tiny_open_clip", "tiny_siglip")
 BASES = ("untouched", "residual")
@@ -485,3 +492,155 @@ class TestFolder:
         with scaled(attached, 0.5), pytest.raises(CordaError, match="scaled"):
             export_adapter(attached, tmp_path / "out", format="residual")
         assert not list(tmp_path.iterdir())
+
+
+class TestWhereItBelongs:
+    """An export notes the model that it belongs on, and another tool that trains it does not lose the note."""
+
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory):
+        """The emoji-clip's adapter exported as "residual" and "lora", and each trained on with plain PEFT."""
+        root = tmp_path_factory.mktemp("belongs")
+        model = load_model("emoji-clip").model
+        attached = trained(model, towers="vision", roles="up,down")
+        for format in ("residual", "lora"):
+            export_adapter(attached, root / format, format=format, source="emoji-clip")
+        restore(attached)
+        mixed = trained(model, towers="vision")  # parts of packed attention: converted
+        for format in ("residual", "lora"):
+            export_adapter(mixed, root / f"hf-{format}", format=format)
+        restore(mixed)
+        return root
+
+    @staticmethod
+    def retrained(folder, base, where):
+        """As another tool would: it knows nothing of the notes."""
+        model = PeftModel.from_pretrained(load_model(base).model, str(folder), is_trainable=True)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01)
+        model.save_pretrained(str(where))
+        assert sorted(p.name for p in where.iterdir()) == [
+            "README.md", "adapter_config.json", "adapter_model.safetensors",
+        ]  # fmt: skip
+        return where
+
+    @pytest.mark.parametrize("which", ["residual", "hf-residual", "hf-lora"])
+    def test_the_right_base_alone_is_taken(self, which, folders, tmp_path):
+        export, base = folders / which, folders / which / "base"
+        again = self.retrained(export, base, tmp_path / "again")
+        wrong = "emoji-clip-hf" if which.startswith("hf") else "emoji-clip"
+        right = load_model(base).model
+        if (
+            which == "hf-lora"
+        ):  # its base is the converted original, so that another model has to be the wrong one
+            wrong = folders / "hf-residual" / "base"
+        for folder in (export, again):
+            with pytest.raises(ForeignFileError, match=r"made for the model .*base"):
+                load_adapter(load_model(wrong).model, folder)
+            with pytest.raises(ForeignFileError, match="made for the model"):
+                load_trained(load_model(wrong).model, folder)
+            loaded = load_adapter(right, folder)
+            right = restore(loaded)
+
+    def test_a_lora_belongs_on_the_original(self, folders):
+        load_adapter(load_model("emoji-clip").model, folders / "lora")
+        with pytest.raises(ForeignFileError, match="made for the model"):
+            load_adapter(load_model(folders / "residual" / "base").model, folders / "lora")
+        (copied := folders / "copied").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (copied / name).write_bytes((folders / "lora" / name).read_bytes())
+        with pytest.raises(ForeignFileError, match="made for the model"):  # the header says it too
+            load_adapter(load_model(folders / "residual" / "base").model, copied)
+
+    def test_the_command_refuses_the_wrong_base(self, folders, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["export", "emoji-clip", str(folders / "residual"), str(tmp_path / "out"), "--format", "merged"])  # fmt: skip
+        assert "made for the model" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_base_that_has_gone_is_said(self, folders, tmp_path, caplog):
+        again = self.retrained(folders / "residual", folders / "residual" / "base", tmp_path / "a")
+        config = json.loads((again / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str((folders / "residual" / "base").resolve())
+        config["base_model_name_or_path"] = "/nowhere/base"
+        (again / "adapter_config.json").write_text(json.dumps(config))
+        load_adapter(load_model("emoji-clip").model, again)
+        assert "cannot be checked" in caplog.text
+
+    def test_local_bases_are_written_absolute(self, tiny_clip_hf, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        tiny_clip_hf.save_pretrained("clip")
+        model = type(tiny_clip_hf).from_pretrained("clip")
+        attached = trained(model)
+        attached.save_pretrained("plain")
+        export_adapter(attached, "lora")
+        export_adapter(attached, "residual", format="residual")
+        named = [
+            json.loads((tmp_path / folder / "adapter_config.json").read_text())[
+                "base_model_name_or_path"
+            ]
+            for folder in ("plain", "lora", "residual")
+        ]
+        assert named == [str(tmp_path / "clip"), str(tmp_path / "clip"), str(tmp_path / "residual/base")]  # fmt: skip
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_of_every_format_is_readable_by_whom_the_umask_lets(umask, request, tmp_path):
+    former = os.umask(umask)
+    try:
+        for name in MODELS:
+            attached = trained(request.getfixturevalue(name))
+            for format in ("lora", "residual", "merged"):
+                if name != "tiny_siglip" or format == "merged":
+                    export_adapter(attached, tmp_path / name / format, format=format)
+            save_weights(attached, Head("prompt", torch.eye(3, 24)), tmp_path / name / "weights")
+            restore(attached)
+    finally:
+        os.umask(former)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) > 12
+    for path in files:
+        assert oct(stat.S_IMODE(path.stat().st_mode)) == oct(0o666 & ~umask), path
+
+
+@pytest.mark.parametrize("format", ["lora", "residual", "merged"])
+def test_nan_is_not_exported(format, tiny_open_clip, tmp_path):
+    attached = trained(tiny_open_clip)
+    layer = next(iter(paired_layers(attached).values()))
+    with torch.no_grad():
+        layer.lora_B["default"].weight[0, 0] = float("nan")
+    with pytest.raises(CordaError, match="holds NaN or Inf"):
+        export_adapter(attached, tmp_path / "out", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["lora", "residual", "merged"])
+@pytest.mark.parametrize("name", ["tiny_clip_hf", "tiny_open_clip"])
+def test_a_damaged_export_is_not_loaded(format, name, request, tmp_path):
+    folder = export_adapter(trained(request.getfixturevalue(name)), tmp_path / "out", format=format)
+    for path in folder.rglob("*.safetensors"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-5] + bytes([data[-5] ^ 4]) + data[-4:])
+        with pytest.raises(ForeignFileError, match=rf"{path.name} is damaged"):
+            if path.name == "adapter_model.safetensors":
+                load_adapter(request.getfixturevalue("tiny_siglip"), folder)
+            else:
+                load_model(path.parent)
+        path.write_bytes(data)
+
+
+def test_a_training_is_loaded_by_its_folder(tiny_clip_hf, tmp_path):
+    original = copy.deepcopy(tiny_clip_hf)
+    attached = trained(tiny_clip_hf)
+    save_weights(attached, None, tmp_path / "run" / "weights")
+    for folder in (tmp_path / "run", tmp_path / "run" / "weights"):
+        assert torch.equal(embed(load_adapter(copy.deepcopy(original), folder)), embed(attached))
+    (tmp_path / "begun" / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(ForeignFileError, match=r"not finished.*checkpoint-7"):
+        load_adapter(original, tmp_path / "begun")
+    full = prepare_method("full", original)
+    save_weights(full, None, tmp_path / "full" / "weights")
+    with pytest.raises(ForeignFileError, match="trained in full"):
+        load_adapter(original, tmp_path / "full")

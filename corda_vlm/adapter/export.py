@@ -44,7 +44,7 @@ from corda_vlm.families.attention import is_packed, pack
 from corda_vlm.families.conv1d import is_conv1d
 from corda_vlm.files import write_json
 from corda_vlm.sites import model_fingerprint
-from corda_vlm.tensors import save_tensors
+from corda_vlm.tensors import not_finite, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def export_adapter(
     Raises:
         UnknownNameError: unknown format.
         CordaError: no `PeftModel`; the folder holds something else; a plain LoRA cannot express the sites (take
-            "merged"); a rank that is not positive; not enough space.
+            "merged"); a rank that is not positive; NaN or Inf among what was learned; not enough space.
     """
     if format not in FORMATS:
         raise UnknownNameError("export format", format, FORMATS)
@@ -95,6 +95,13 @@ def export_adapter(
     active = peft_model.active_adapters
     if len(active) != 1:
         raise CordaError(f"{len(active)} adapters are active ({active}); choose one by set_adapter")
+    trained_ones = get_peft_model_state_dict(
+        peft_model, adapter_name=active[0], save_embedding_layers=False
+    )
+    if strange := not_finite(trained_ones.items()):
+        raise CordaError(
+            f"{strange} holds NaN or Inf, so that there is nothing to export; train again with a lower learning rate"
+        )
     directory = Path(directory) if Path(directory).name else Path(directory).resolve()
     with new_folder(directory) as folder:
         report = FORMATS[format](peft_model, active[0], folder, directory, rank, located(source))
@@ -384,7 +391,13 @@ def _twin(
 
 
 def _with_change(layer: LoraLayer) -> None:
-    layer.merge(safe_merge=True)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        layer.merge(safe_merge=True)  # pyright: ignore[reportAttributeAccessIssue]
+    except ValueError as error:
+        raise CordaError(
+            "a merged weight holds NaN or Inf: the base model is damaged, or its precision too low for what was learned; "
+            "load it again, in float32"
+        ) from error
 
 
 def _original(layer: LoraLayer) -> None:

@@ -41,11 +41,16 @@ def weights_folder(directory: str | Path) -> Path:
     """The folder of the weights themselves: of a training's folder its `weights/`, any other as it is.
 
     Raises:
-        ForeignFileError: no such folder, or a training that has not come to its end.
+        ForeignFileError: a name that no folder can have, or a training that has not come to its end.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise ForeignFileError(f"no folder {shown(folder)} with trained weights")
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return folder  # what was expected in it is told by who looks for it
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ForeignFileError(f"{shown(folder)} cannot be looked into: {reason}") from error
     if any((folder / name).is_file() for name in (ADAPTER, CONFIG, TRAINED)):
         return folder
     if (folder / WEIGHTS).is_dir():

@@ -1,7 +1,7 @@
 """Covariance files: safetensors, written in pieces, with JSON about the contents and checksums in the header.
 
-Plain safetensors readers open them. What this adds to `safetensors.torch.save_file`: a tensor never has to exist as
-a whole, in memory or elsewhere, and damage to its values is noticed when it is read.
+Plain safetensors readers open them. What this adds to `corda_vlm.tensors`: a tensor never has to exist as a whole, and is
+read when it is asked for; damage to its values is noticed then.
 """
 
 from __future__ import annotations

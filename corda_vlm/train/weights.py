@@ -11,7 +11,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from corda_vlm.adapter.base import HEADER, absolute, save_base
-from corda_vlm.adapter.folder import ADAPTER, TRAINED
+from corda_vlm.adapter.folder import ADAPTER, TRAINED, WEIGHTS
 from corda_vlm.adapter.paired import PairedConfig, base_of
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.files import write_text
@@ -70,7 +70,8 @@ def load_weights(model: nn.Module, head: Head | None, folder: str | Path) -> Non
     """
     folder = Path(folder)
     path = folder / (ADAPTER if isinstance(model, PeftModel) else TRAINED)
-    state = load_tensors(path, "trained weights", f"delete {folder} to do without it")
+    whole = folder.parent if folder.name == WEIGHTS else folder
+    state = load_tensors(path, "trained weights", f"delete {whole} to train again")
     if isinstance(model, PeftModel):
         _load_adapter(model, state, path)
     else:
