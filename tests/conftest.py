@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -36,6 +40,38 @@ def shared_data() -> Path:
     path = Path(folder)
     assert path.is_dir(), f"CORDA_VLM_DATA={folder} is not a folder"
     return path
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """The package as users run it: its annotations are not checked, so wrong arguments reach its own checks."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(autouse=True)
+def _own_errors_come_first(monkeypatch) -> None:
+    """`with pytest.raises(CordaError)` runs its block unchecked.
+
+    Arguments and shapes are checked against the annotations in all tests (`--jaxtyping-packages` in pyproject.toml).
+    A test that expects one of our own errors hands in what the annotations forbid, to see what a user would see.
+    """
+    from corda_vlm.errors import CordaError
+
+    raises = pytest.raises
+
+    @contextmanager
+    def raises_as_for_users(expected: Any = Exception, *args: Any, **kwargs: Any):
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        ours = any(isinstance(kind, type) and issubclass(kind, CordaError) for kind in kinds)
+        with raises(expected, *args, **kwargs) as caught, unchecked() if ours else nullcontext():
+            yield caught
+
+    monkeypatch.setattr(pytest, "raises", raises_as_for_users)
 
 
 @pytest.fixture

@@ -143,9 +143,12 @@ def test_calibration_leaves_float32_where_bfloat16_is_fast(machine, tiny_clip_hf
 
 def test_evaluation_asks_the_same(machine, tiny_open_clip):
     from corda_vlm.evaluation import measuring
+    from corda_vlm.families.base import Processor
+
+    processor = Processor(lambda picture: torch.zeros(3, 32, 32), lambda texts: {}, (32, 32))
 
     def encoder(bf16) -> bool:
-        made = measuring._encoder(tiny_open_clip, object(), "auto", bf16)  # type: ignore[arg-type]
+        made = measuring._encoder(tiny_open_clip, processor, "auto", bf16)
         return made.bf16
 
     machine(SLOW)

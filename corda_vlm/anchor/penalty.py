@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -176,6 +176,7 @@ class Anchor:
         return f"<Anchor: {len(self.sites)} sites, {self.nbytes / 1e6:.0f} MB>"
 
 
+@runtime_checkable
 class _Part(Protocol):
     """Sites whose shares are computed together."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from corda_vlm.families.language import LanguageProcessor
 TOWERS = ("vision", "text")
 
 
+@runtime_checkable
 class Maker(Protocol):
     """Builds the batch of any set of records: `BatchMaker`, or `ConversationMaker` for models that generate text."""
 

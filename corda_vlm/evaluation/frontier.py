@@ -311,7 +311,7 @@ def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tup
     return found
 
 
-def heights(curve: Curve, start: float, stop: float) -> Float[np.ndarray, 101]:
+def heights(curve: Curve, start: float, stop: float) -> Float[np.ndarray, " 101"]:
     """What is kept on a grid of task accuracies; 0 where the curve does not reach."""
     return np.nan_to_num(curve.at(np.linspace(start, stop, 101)), nan=0.0)
 

@@ -26,7 +26,7 @@ class Words:
     """
 
     def __init__(
-        self, axes: Any, ink: Mapping[str, Sequence[Float[np.ndarray, "points 2"]]]
+        self, axes: Any, ink: Mapping[str, Sequence[Float[np.ndarray, "_points 2"]]]
     ) -> None:
         self.axes = axes
         axes.figure.draw_without_rendering()  # settles the layout, and with it the axes' pixels

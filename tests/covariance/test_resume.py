@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -352,10 +353,18 @@ def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     assert f"stopped after {progress.batches} of 40 batches" in errors
 
 
-def test_progress_shows_tokens_per_second(capfd: pytest.CaptureFixture) -> None:
-    collect(toy(), toy_batches(3), show_progress=True)
-    shown = capfd.readouterr().err
-    assert "3/3" in shown
-    assert "tokens/s" in shown
-    collect(toy(), toy_batches(3))
+class Slow(list):
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.05)
+            yield batch
+
+
+def test_progress_shows_tokens_per_second(capfd: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr("corda_vlm.progress.EVERY", 0.01)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    collect(toy(), Slow(toy_batches(3)), show_progress=True)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.match(r"covariance: batch 3 of 3, tokens [\d,]+/s; ", last), last
+    collect(toy(), Slow(toy_batches(3)))
     assert capfd.readouterr().err == ""
