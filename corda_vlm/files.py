@@ -228,6 +228,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     partial = _partial(path)
     replaced = replaced_folder(path)
     try:
+        if path.exists() and not path.is_dir():  # a device would be renamed like a file
+            raise OSError(None, "it is a file, a device or a pipe, not a folder")
         put_back(path)
         _remove(replaced)
         partial.mkdir()

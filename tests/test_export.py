@@ -438,6 +438,10 @@ class TestFolder:
         with pytest.raises(CordaError, match="is a file"):
             export_adapter(attached, tmp_path / "mine" / "thesis.txt")
         assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(CordaError, match="a device or a pipe"):
+            export_adapter(attached, tmp_path / "pipe")
+        assert (tmp_path / "pipe").is_fifo(), "it was replaced"
         attached.save_pretrained(tmp_path / "checkpoint")
         with pytest.raises(CordaError, match="name a new folder"):
             export_adapter(attached, tmp_path / "checkpoint")

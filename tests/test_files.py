@@ -234,3 +234,10 @@ def test_resolve_names_what_is_no_path():
     for path in ("x" * 300, "a\0b", "~nosuchuser/x"):
         with pytest.raises(CordaError):
             resolve(path)
+
+
+def test_a_folder_takes_the_place_of_folders_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CordaError, match="not a folder"), atomic_folder(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo(), "it was replaced"

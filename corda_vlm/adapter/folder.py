@@ -211,8 +211,9 @@ def new_folder(directory: Path) -> Iterator[Path]:
     with locked(directory):
         # Also what a kill left behind between the two renames of a replacement.
         where = directory if directory.exists() else replaced_folder(directory)
-        if directory.is_file():
-            raise CordaError(f"{directory} is a file; name a folder")
+        if directory.exists() and not directory.is_dir():
+            kind = "a file" if directory.is_file() else "a device or a pipe"
+            raise CordaError(f"{directory} is {kind}; name a folder")
         if entries(where) and not (where / REPORT).is_file():
             beside = ", ".join(path.name for path in entries(where)[:4])
             raise CordaError(
