@@ -25,6 +25,11 @@ from corda_vlm.sites import ROLES, TOWERS
 logger = logging.getLogger(__name__)
 
 MOST = 4  # plans in one picture
+PLANS = "Rank and compactness of every adapted layer, blocks left to right, roles top to bottom."
+PLANS_CAPTION = (
+    "Which layers were given how much. Blue: the rank, darker for more (logarithmic). Orange: log₁₀ of the compactness π of "
+    "the covariance that the layer took; lighter layers lose less by what is adapted."
+)
 _WORDS = {
     "q": "query", "k": "key", "v": "value", "o": "attention out", "up": "MLP up", "gate": "MLP gate",
     "down": "MLP down", "proj": "projection", "qkv": "query, key, value", "kv": "key, value",
@@ -121,11 +126,7 @@ def heatmap_picture(run_dir: str | Path) -> Picture | None:
     told = "; ".join(f"{name}: {_in_words(plan)}" for name, plan in drawn.items())
     left = ", ".join(name for name in chosen if name not in drawn)
     return Picture(
-        path,
-        f"Rank and compactness of every adapted layer, blocks left to right, roles top to bottom. {told}.",
-        "Which layers were given how much. Blue: the rank, darker for more (logarithmic). Orange: log₁₀ of the "
-        "compactness π of the covariance that the layer took; lighter layers lose less by what is adapted."
-        + (f" Not drawn: {left}." if left else ""),
+        path, f"{PLANS} {told}.", PLANS_CAPTION + (f" Not drawn: {left}." if left else "")
     )
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
-from corda_vlm.files import asset, resolve
+from corda_vlm.errors import CordaError, DataError, UnknownNameError, brief
+from corda_vlm.files import asset, resolve, shown
 from corda_vlm.yaml_file import read_small_text, read_yaml
 
 OPENAI = "openai_imagenet"
@@ -52,8 +52,14 @@ def load_templates(source: str | Sequence[str], beside: Path | None = None) -> t
         templates = [line.strip() for line in read_small_text(lines).splitlines()]
         templates = [line for line in templates if line and not line.startswith("#")]
     for template in templates:
-        if template.replace("{}", "", 1).count("{") or template.count("{}") != 1:
-            raise CordaError(f"template {template!r} must have one {{}} where the class name goes")
+        if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
+            raise CordaError(
+                f"template {brief(template)} must have one {{}} where the class name goes, and no other brace"
+            )
+        if not template.isprintable():
+            raise CordaError(
+                f"template {brief(template)} holds what does not print; give plain text"
+            )
     if not templates:
         raise CordaError(
             f"no templates in {source!r}; give at least one, e.g. 'a photo of a {{}}.'"
@@ -75,12 +81,19 @@ def load_class_names(source: str, beside: Path | None = None) -> tuple[str, ...]
     path = _find(source, "class_names", ".yaml", "class names", (OPENAI,), beside)
     names = read_yaml(path)
     if isinstance(names, Mapping) and names:
-        return {str(own): str(name) for own, name in names.items()}
+        return {_named(own, path): _named(name, path) for own, name in names.items()}
     if isinstance(names, Sequence) and not isinstance(names, str) and names:
-        return tuple(str(name) for name in names)
+        return tuple(_named(name, path) for name in names)
     raise CordaError(
         f"{path} must hold a list of class names, or a mapping 'own name: name in the prompt'"
     )
+
+
+def _named(name: Any, path: Path) -> str:
+    """A class name as text. YAML makes truth values of yes and no, dates of dates, and nothing of an empty item."""
+    if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
+        raise CordaError(f"{path}: {brief(name)} is no class name; write names as text, in quotes")
+    return str(name)
 
 
 def match_labels(
@@ -161,12 +174,12 @@ def _find(
     source: str, folder: str, suffix: str, kind: str, built_in: Sequence[str], beside: Path | None
 ) -> Path:
     shipped = asset("eval") / folder / f"{source}{suffix}"
-    if shipped.is_file():
-        return shipped
     try:
+        if shipped.is_file():
+            return shipped
         return resolve(source, beside)
-    except CordaError:
+    except (CordaError, OSError, ValueError):
         listed = [path.stem for path in shipped.parent.glob(f"*{suffix}")]
         raise UnknownNameError(
-            kind, source, [*built_in, *listed], "Or give the path of a file."
+            kind, shown(source), [*built_in, *listed], "Or give the path of a file."
         ) from None

@@ -24,6 +24,7 @@ from corda_vlm.evaluation.findings import (
 from corda_vlm.evaluation.foretelling import forecast_picture
 from corda_vlm.evaluation.frontier import REFERENCE, SCORES, Results
 from corda_vlm.evaluation.heatmap import heatmap_picture
+from corda_vlm.evaluation.kept_pictures import keep_pictures, kept_pictures
 from corda_vlm.evaluation.learnt import reference_learnt
 from corda_vlm.evaluation.markup import bold, code, terminal
 from corda_vlm.evaluation.pictures import training_curves
@@ -138,7 +139,7 @@ class _Report:
                 tables = [equal_table(self.comparisons, caption), *tables]
             sections.append(Section("Scaled after training", tables=tables, folded=True))
         sections.append(Section("The model before training", tables=[base_table(results)]))
-        if pictures := [*self._training(), *self._plans(), *self.more]:
+        if pictures := self._trained():
             sections.append(Section("How it was trained", pictures=pictures))
         told = {key: value for key, value in facts.items() if key != "title"}
         if told:
@@ -226,22 +227,27 @@ class _Report:
             tables.append(replace(table, caption=f"Kept knowledge, on {task} alone."))
         return [Section("Each retention task by itself", tables=tables, folded=True)]
 
-    def _plans(self) -> list[Picture]:
-        """Ranks and compactness over layers and roles, where the run has plans that chose."""
-        picture = heatmap_picture(self.run_dir)
-        return [] if picture is None else [picture]
+    def _trained(self) -> list[Picture]:
+        """How it was trained: the losses, the plans, what the caller adds, and what was in the report before.
 
-    def _training(self) -> list[Picture]:
+        Some are drawn from what a run leaves beside its scores, and who keeps the scores and the pictures alone (as
+        `eval/measured` does) keeps those pictures.
+        """
         path = self.run_dir / "training.png"
-        if not training_curves(self.run_dir, path):
-            return []
-        return [
-            Picture(
+        drawn: dict[str, Picture] = {}
+        if training_curves(self.run_dir, path):
+            drawn[path.name] = Picture(
                 path,
                 f"Training loss over steps, a panel for each of {listed(list(self.results.trained))}.",
                 "Training loss, a running mean over a twentieth of the run; one line a seed.",
             )
-        ]
+        if (plans := heatmap_picture(self.run_dir)) is not None:
+            drawn[plans.path.name] = plans
+        drawn |= {picture.path.name: picture for picture in self.more}
+        before = kept_pictures(self.run_dir)
+        pictures = {name: drawn.get(name) or before[name] for name in {**before, **drawn}}
+        keep_pictures(self.run_dir, pictures)
+        return list(pictures.values())
 
 
 def _raw(results: Results) -> dict[str, list[Comparison]]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.errors import CordaError, UnknownNameError, brief
 from corda_vlm.evaluation.kinds import KINDS, TEXT_OPTIONS
 from corda_vlm.evaluation.scores import ROLES
-from corda_vlm.files import asset
-from corda_vlm.options import read_options
+from corda_vlm.files import asset, shown
+from corda_vlm.options import Text, fitted, read_options
 from corda_vlm.yaml_file import read_yaml
 
 _ONE = ("zero_shot", "vqa")  # kinds that measure one metric unless asked for more
@@ -99,13 +99,17 @@ def _read(path: Path, below: tuple[Path, ...]) -> Suite:
 
 def _find(source: str | Path, beside: Path | None) -> Path:
     folder = asset("eval/suites")
-    tried = [folder / f"{source}.yaml", Path(source).expanduser()]
-    for candidate in tried if beside is None else [*tried, beside.parent / source]:
-        if candidate.is_file():
-            return candidate
+    try:
+        tried = [folder / f"{source}.yaml", Path(source).expanduser()]
+        for candidate in tried if beside is None else [*tried, beside.parent / source]:
+            if candidate.is_file():
+                return candidate
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, ~ of no user
+        reason = getattr(error, "strerror", None) or error
+        raise CordaError(f"{shown(source)} is no suite: {reason}") from error
     raise UnknownNameError(
         "suite",
-        str(source),
+        shown(source),
         [path.stem for path in folder.glob("*.yaml")],
         "Or give the path of a file.",
     )
@@ -116,6 +120,8 @@ def _parse(
 ) -> Suite:
     known = [f.name for f in fields(Suite) if f.name != "source"]
     check_keys(content, [*known, "extends"], ("name", "version", "tasks"), where)
+    content = {key: fitted(content[key], _OF_SUITE[key], key, where) for key in content}
+    _check_printable(content["name"], where)
     tasks = content["tasks"]
     if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks:
         raise CordaError(f"{where}: tasks must be a list of at least one task")
@@ -138,10 +144,18 @@ def _parse(
 
 def _parse_task(content: Any, where: str, path: Path | None) -> Task:
     if not isinstance(content, Mapping):
-        raise CordaError(f"{where} must be a mapping, got {content!r}")
-    where = f"{where} ({content['name']})" if "name" in content else where
+        raise CordaError(f"{where} must be a mapping, got {brief(content)}")
+    if isinstance(content.get("name"), str):
+        where = f"{where} ({shown(content['name'])})"
     known = [f.name for f in fields(Task) if f.name != "source"]
     check_keys(content, known, ("name", "role", "kind", "data"), where)
+    if not isinstance(content["data"], (str, Mapping)):
+        raise CordaError(f"{where}: data must be a string like 'folder:PATH' or a mapping")
+    limit = content.get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise CordaError(f"{where}: limit must be a whole number of at least 1, got {brief(limit)}")
+    content = {key: fitted(content[key], _OF_TASK[key], key, where) for key in content}
+    _check_printable(content["name"], where)
     kind, role = content["kind"], content["role"]
     if role not in ROLES:
         raise UnknownNameError(f"role in {where}", role, ROLES)
@@ -154,17 +168,30 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
         if key not in needed and key in content:
             raise CordaError(f"{where}: a {kind} task takes no {key}")
     _check_options(content, where)
-    if not isinstance(content["data"], (str, Mapping)):
-        raise CordaError(f"{where}: data must be a string like 'folder:PATH' or a mapping")
     metrics = content.get("metrics") or (KINDS[kind][:1] if kind in _ONE else KINDS[kind])
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for metric in metrics:
         if metric not in KINDS[kind]:
             raise UnknownNameError(f"metric in {where}", metric, KINDS[kind])
-    limit = content.get("limit")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise CordaError(f"{where}: limit must be a whole number of at least 1, got {limit!r}")
     return Task(**{**content, "metrics": metrics, "source": path})
+
+
+# What the values of a suite and of a task may be in a file; None where a key may be left empty.
+_OF_SUITE = {
+    "name": Text, "version": int | float | Text, "tasks": Any, "about": str, "data_root": Text, "extends": Text | None,
+}  # fmt: skip
+_OF_TASK = {
+    "name": Text, "role": Text, "kind": Text, "data": Text | Mapping[str, Any],
+    "classes": list[str | int] | Text | Mapping[str, Any] | None, "templates": list[str] | Text | None,
+    "metrics": list[str] | Text | None, "limit": int | None, "options": Any,
+}  # fmt: skip
+
+
+def _check_printable(name: str, where: str) -> None:
+    if not name.isprintable():
+        raise CordaError(
+            f"{where}: its name {shown(name)!r} holds what does not print; give it a plain one"
+        )
 
 
 def _check_options(content: Mapping[str, Any], where: str) -> None:
@@ -174,7 +201,7 @@ def _check_options(content: Mapping[str, Any], where: str) -> None:
     if kind not in TEXT_OPTIONS:
         raise CordaError(f"{where}: a {kind} task takes no options")
     if not isinstance(options, Mapping):
-        raise CordaError(f"{where}: options must be a mapping, got {options!r}")
+        raise CordaError(f"{where}: options must be a mapping, got {brief(options)}")
     read_options(TEXT_OPTIONS[kind], options, f"options of {where}")
 
 

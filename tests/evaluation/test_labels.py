@@ -89,3 +89,29 @@ def test_missing_names_and_wrong_counts_are_named() -> None:
     with pytest.raises(DataError, match="2 class names, but the suite says 3"):
         match_labels(["cat", "dog"], None, count=3)
     assert match_labels(["cat", "dog"], None).names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[red, no]", "False is no class name"),
+        (b"- red\n-\n", "None is no class name"),
+        (b"- 2020-01-01\n", "is no class name"),
+        (b"red: [1]\n", "is no class name"),
+        (b"- \xff\n", "not UTF-8"),
+        (b"- a\0b\n", "not YAML"),
+        (b"[" * 5000, "not YAML"),
+        (b"3", "must hold a list"),
+    ],
+)
+def test_what_is_no_file_of_class_names(tmp_path, content, message):
+    """YAML makes a truth value of the Norwegians' no: as a class it would be called False."""
+    (tmp_path / "names.yaml").write_bytes(content)
+    with pytest.raises(CordaError, match=rf"names\.yaml.*{message}"):
+        load_class_names(str(tmp_path / "names.yaml"))
+
+
+@pytest.mark.parametrize("template", ["a {} {}", "a {", "a {} }", "a {x} {}", "a {}\0"])
+def test_what_is_no_template(template):
+    with pytest.raises(CordaError, match="template"):
+        load_templates([template])

@@ -242,3 +242,40 @@ def test_suites_are_frozen() -> None:
     assert isinstance(suite, Suite)
     with pytest.raises(dataclasses.FrozenInstanceError):
         suite.name = "other"  # type: ignore[misc]
+
+
+WRONG = [
+    None, -1, True, "", [[]], {"a": 1}, [None], [3.5], "a\0b", "a\nb", "x" * 5000, float("nan"), 10**400, "~nosuch/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda value: repr(value)[:20])
+def test_values_of_wrong_types_are_told(wrong: Any, tmp_path: Path) -> None:
+    """Whatever stands at any key: it is read, or refused in words."""
+    zero_shot = suite_of(tmp_path)["tasks"][0]
+    asked = {
+        "name": "asked",
+        "role": "gain",
+        "kind": "qa",
+        "data": "x",
+        "options": {"max_new_tokens": 3},
+    }
+    for place in (None, 0, 1):
+        keys = ["name", "version", "tasks", "about", "data_root", "extends", "zz", 3]
+        if place is not None:
+            keys = [*zero_shot, "role", "kind", "limit", "options", 3]
+        for key in keys:
+            content = {"name": "n", "version": 1, "tasks": [dict(zero_shot), dict(asked)]}
+            (content if place is None else content["tasks"][place])[key] = wrong  # type: ignore[index]
+            message = refusal(content)
+            assert len(message) < 2000
+            assert message or key not in (3, "zz", "kind", "role", "tasks")
+
+
+def refusal(content: dict[str, Any]) -> str:
+    """What is wrong with a suite, in words."""
+    try:
+        load_suite(content)
+    except CordaError as error:
+        return str(error)
+    return ""
