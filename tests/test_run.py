@@ -222,3 +222,25 @@ def test_fresh_begins_anew(config, tmp_path):
     run(config(variants=variants, rank=5), output=folder, fresh=True)
     assert yaml.safe_load((folder / "config.yaml").read_text())["rank"] == 5
     shutil.rmtree(folder)
+
+
+def test_a_training_that_diverges_stops_no_other_and_is_not_tried_again(config, tmp_path, capsys):
+    variants = {
+        "full": {"learning_rates": [1e-4, 1e30], "training": {"max_grad_norm": 0.0}},
+        "linear-probe": {"learning_rates": [1e-1], "training": {"steps": 4}},
+    }
+    folder = run(config(variants=variants, calibration=None), output=tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "full, learning rate 1e+30, seed 0: diverged. the " in printed
+    assert "Lower the peak learning rate" in printed
+    rows = read_rows(folder / "scores.jsonl")
+    assert {(row["method"], row["learning_rate"]) for row in rows} == {
+        ("base", None), ("full", 1e-4), ("linear-probe", 1e-1),
+    }  # fmt: skip
+    assert all("gain_low" in row for row in rows if row["method"] != "base")
+    table = [line.split() for line in printed.splitlines() if line.startswith("full ")]
+    assert table[-1][-1] == "diverged"
+    assert "| full | 1e+30 | – | – | diverged |" in (folder / "report.md").read_text()
+
+    run(config(variants=variants, calibration=None), output=folder)
+    assert "3 of 3 trainings are finished already, 1 of them diverged" in capsys.readouterr().out
