@@ -178,12 +178,12 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
 
 # What the values of a suite and of a task may be in a file; None where a key may be left empty.
 _OF_SUITE = {
-    "name": Text, "version": int | float | Text, "tasks": Any, "about": str, "data_root": Text, "extends": Text | None,
+    "name": Text, "version": int | float | str, "tasks": Any, "about": str, "data_root": Text, "extends": str | None,
 }  # fmt: skip
 _OF_TASK = {
-    "name": Text, "role": Text, "kind": Text, "data": Text | Mapping[str, Any],
-    "classes": list[str | int] | Text | Mapping[str, Any] | None, "templates": list[str] | Text | None,
-    "metrics": list[str] | Text | None, "limit": int | None, "options": Any,
+    "name": Text, "role": Text, "kind": Text, "data": str | Mapping[str, Any],
+    "classes": list[str | int] | str | Mapping[str, Any] | None, "templates": list[str] | str | None,
+    "metrics": list[str] | str | None, "limit": int | None, "options": Any,
 }  # fmt: skip
 
 
