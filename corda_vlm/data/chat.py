@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-from jinja2 import TemplateError
-
+from corda_vlm.data.paths import read_text
+from corda_vlm.data.rendering import render
 from corda_vlm.data.rows import Message
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.families.language import LanguageProcessor
+from corda_vlm.files import resolve
 
 TEMPLATES: Mapping[str, str] = {
     "plain": (
@@ -87,38 +87,45 @@ class Chat:
     template: str = "auto"
 
     def check(self) -> None:
-        """Raise as `_jinja` does, before the first record is looked at."""
-        _ = self._jinja
+        """Raise as `_source` does, and as `render` does for a template that is of no use, before a record is looked at."""
+        _ = self._source
+        with suppress(DataError):  # it may want other messages than these
+            self._render([{"role": "user", "content": "x"}], False)
 
     @cached_property
-    def _jinja(self) -> str | None:
-        """The template in place of the model's own.
+    def _source(self) -> str:
+        """The template in Jinja.
 
         Raises:
-            CordaError: the model has no tokenizer, or no template of its own.
+            CordaError: the model has no tokenizer, or no template of its own, or the file cannot be read.
             UnknownNameError: no such template.
         """
         self.processor.need_tokenizer()  # without one it has no template either
         if self.template == "auto":
-            if not getattr(self.processor.templater, "chat_template", None):
-                raise CordaError(
-                    "unknown chat template: this model's tokenizer brings none; name one, template: "
-                    f"{', '.join(TEMPLATES)}, or a .jinja file"
-                )
-            return None
+            return self._of_the_model()
         if self.template in TEMPLATES:
             return TEMPLATES[self.template]
         if "{%" in self.template or "{{" in self.template:
             return self.template
-        path = Path(self.template).expanduser()
-        if path.suffix == ".jinja" and path.is_file():
-            return path.read_text(encoding="utf-8")
+        if self.template.endswith(".jinja"):
+            return read_text(resolve(self.template))
         raise UnknownNameError(
             "chat template",
             self.template,
             ["auto", *TEMPLATES],
             "Or give the path of a .jinja file.",
         )
+
+    def _of_the_model(self) -> str:
+        found = getattr(self.processor.templater, "chat_template", None)
+        if isinstance(found, Mapping):  # several by name, e.g. one for tools
+            found = found.get("default")
+        if not isinstance(found, str) or not found:
+            raise CordaError(
+                "unknown chat template: this model's tokenizer brings none; name one, template: "
+                f"{', '.join(TEMPLATES)}, or a .jinja file"
+            )
+        return found
 
     @cached_property
     def _opens_answers(self) -> bool:
@@ -204,19 +211,16 @@ class Chat:
         return not (first and text.startswith(first))
 
     def _render(self, messages: Sequence[Message], opens: bool) -> str:
-        jinja, templater = self._jinja, self.processor.templater
-        own_parts = jinja is None and templater is self.processor.whole
-        options: dict[str, Any] = {} if jinja is None else {"chat_template": jinja}
-        if jinja is not None:
-            templater = self.processor.tokenizer
-        place = self.processor.image_token
+        processor = self.processor
+        own_parts = self.template == "auto" and processor.templater is processor.whole
+        place = processor.image_token
         written = [_in_parts(m) if own_parts else _in_text(m, place) for m in messages]
-        try:
-            return templater.apply_chat_template(
-                written, tokenize=False, add_generation_prompt=opens, **options
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-            raise DataError(f"the chat template does not take it ({error})") from error
+        return render(
+            self._source,
+            written,
+            add_generation_prompt=opens,
+            **processor.tokenizer.special_tokens_map,
+        )
 
 
 def is_learnt(message: Message) -> bool:
