@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SECONDS ?= 1800
+SEED ?= 0
 
-.PHONY: help demo test lint types bench wheel clean
+.PHONY: help demo test lint types bench reliability wheel clean
 
 help:
 	@echo "make demo    emoji-clip learns digits: corda-kpm beside lora and full fine-tuning (10 minutes on two cores)"
 	@echo "make test    lint, types and tests (CORDA_VLM_DATA=folder adds the tests on real data sets)"
 	@echo "make bench   the slow tests and the benchmarks of eval/benchmarks (over an hour)"
+	@echo "make reliability  kills, damages files and misleads, and prints a table (half an hour; SECONDS=7200 SEED=1 for more and others)"
 	@echo "make wheel   build the wheel into dist/"
 
 $(BIN)/python:
@@ -41,6 +44,9 @@ test: lint types
 bench: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m slow
 	@$(BIN)/python eval/benchmarks/init_vs_peft.py
+
+reliability: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/campaign.py --seconds $(SECONDS) --seed $(SEED)
 
 wheel: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -503,10 +503,11 @@ def report(folder: str) -> None:
         folder: of the run, e.g. runs/demo.
     """
     from corda_vlm.evaluation import summary_table, write_report
+    from corda_vlm.files import check_path
     from corda_vlm.locks import locked
     from corda_vlm.study import OVERVIEW, write_overview
 
-    if not Path(folder).is_dir():
+    if not check_path(folder).is_dir():
         raise CordaError(f"no folder {folder}; give that of a run or a study, e.g. runs/demo")
     with locked(folder, inside=True):
         if (Path(folder) / OVERVIEW).is_file():
@@ -527,7 +528,9 @@ def _loaded(model: str, dtype: Dtype, device: str = "cpu", device_map: str | Non
 
 
 def _modified(path: str) -> int | None:
-    return Path(path).stat().st_mtime_ns if Path(path).exists() else None
+    from corda_vlm.files import check_path
+
+    return Path(path).stat().st_mtime_ns if check_path(path).exists() else None
 
 
 def _next(done: str, *words: str) -> None:
@@ -617,6 +620,16 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     except CordaError as error:
         print(f"corda-vlm: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (
+        OSError,
+        MemoryError,
+    ) as error:  # the machine's own no: a folder without permission, a bad disk
+        reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
+        about = getattr(error, "filename", None)
+        print(
+            f"corda-vlm: {reason[:1000]}" + (f": {about!s:.500}" if about else ""), file=sys.stderr
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         print(f"\n{stopped or 'stopped; run the same command again to go on'}", file=sys.stderr)

@@ -51,14 +51,14 @@ def resolve(path: str | Path, beside: str | Path | None = None) -> Path:
         CordaError: it is in none of them; the message lists where was looked.
     """
     try:
-        tried = [Path(path).expanduser()]
+        tried = [home_path(path)]
         if beside is not None:
             tried.append(Path(beside).parent / path)
         tried.append(_ASSETS / path)
         for candidate in tried:
             if candidate.exists():
                 return candidate
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, ~ of no user
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise CordaError(f"{shown(path)} is no path: {reason}") from error
     raise CordaError(f"no file {shown(path)!r}; looked at: {', '.join(map(shown, tried))}")
@@ -134,10 +134,30 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{stem}.{next(_NUMBERS)}.{this_process()}{_PARTIAL}")
 
 
-def check_path(path: str | Path) -> None:
-    """Raise `CordaError` for what no system takes as a path."""
-    if "\0" in str(path) or not str(path):
-        raise CordaError(f"{shown(path)!r} is no path: it is empty or holds a NUL character")
+def check_path(path: str | Path) -> Path:
+    """`path` itself, which is asked of the system from here on.
+
+    Raises:
+        CordaError: no system takes it as a path: empty, too long, or with a NUL character.
+    """
+    text = os.fspath(path)
+    if "\0" in text or not text:
+        raise CordaError(f"{shown(text)!r} is no path: it is empty or holds a NUL character")
+    if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(p)) > 255 for p in text.split("/")):
+        raise CordaError(f"{shown(text)} is no path: it is too long; choose a shorter name")
+    return Path(path)
+
+
+def home_path(path: str | Path) -> Path:
+    """`path` with its `~`, if any, as the user's folder.
+
+    Raises:
+        CordaError: it is no path, or there is no such user.
+    """
+    try:
+        return check_path(path).expanduser()
+    except RuntimeError as error:
+        raise CordaError(f"{shown(path)} is no path: there is no such user") from error
 
 
 def _target(path: str | Path) -> Path:
@@ -146,8 +166,7 @@ def _target(path: str | Path) -> Path:
     Raises:
         CordaError: no file can be written there.
     """
-    check_path(path)
-    path = Path(path)
+    path = check_path(path)
     try:
         # Through a link to the file it names, which else would be replaced by the new one.
         path = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -286,6 +305,20 @@ def read_json(path: str | Path, what: str = "JSON") -> Any:
             raise
         raise ForeignFileError(
             f"{shown(path)} is not a {what} file ({shown(str(error))}); it may be truncated or of another kind. Make it again."
+        ) from error
+
+
+def read_text(path: str | Path, what: str = "") -> str:
+    """The text of a plain file.
+
+    Raises:
+        ForeignFileError: as `read_bytes`, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, what).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ForeignFileError(
+            f"{shown(path)} is no {what or 'text'} file: it is not UTF-8 ({error.reason} at byte {error.start})"
         ) from error
 
 

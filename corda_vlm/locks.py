@@ -69,8 +69,7 @@ def locked(path: str | Path, *, inside: bool = False, wait: float = 0.0) -> Iter
         LockedError: another process holds it still; names process, host, command and since when.
         CordaError: nothing can be written there.
     """
-    check_path(path)
-    path = Path(path)
+    path = check_path(path)
     made = _make(path if inside else path.parent, path)
     place = _place(path, inside)
     _take(place, path, wait)

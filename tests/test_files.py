@@ -137,8 +137,8 @@ def test_a_write_through_a_link_keeps_the_link(tmp_path):
 UNUSABLE = {
     "a folder": ("folder", "it is a folder"),
     "a parent that is a file": ("file.json/x/y.json", "file.json is a file, not a folder"),
-    "a device": ("/dev/full", "a device or a pipe"),
-    "below a device": ("/dev/null/x", "/dev/null is a file, not a folder"),
+    "a device": ("pipe", "a device or a pipe"),
+    "below a device": ("pipe/x", "pipe is a file, not a folder"),
     "too long a name": ("x" * 300, "choose a shorter name"),
     "too long a path": ("x/" * 4000 + "y", "choose a shorter name"),
     "a NUL": ("a\0b", "NUL"),
@@ -153,9 +153,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, case):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file.json").write_text("1")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")  # not one of /dev: who may write there could lose it to a mistake
     before = sorted(tmp_path.iterdir())
     for write in (lambda path: write_text(path, "x"), _write_folder):
-        if case in ("a folder", "a device") and write is _write_folder:
+        if case == "a folder" and write is _write_folder:
             continue
         with pytest.raises(CordaError, match=reason) as raised:
             write(name if name.startswith("/") else tmp_path / name)

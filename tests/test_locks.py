@@ -126,7 +126,7 @@ def test_a_decorated_function_holds_the_lock_of_its_argument(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["file/x", "x" * 300, "a\0b", "/dev/null/x", "/proc/corda/x"])
+@pytest.mark.parametrize("name", ["file/x", "x" * 300, "a\0b", "/proc/corda/x"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_where_nothing_can_be_written_no_lock_can_be_had(tmp_path, name, inside):
     (tmp_path / "file").touch()

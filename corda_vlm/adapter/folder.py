@@ -17,6 +17,7 @@ from corda_vlm.families.open_clip_config import open_clip_config
 from corda_vlm.files import (
     asset,
     atomic_folder,
+    check_path,
     entries,
     read_json,
     replaced_folder,
@@ -208,6 +209,7 @@ def new_folder(directory: Path) -> Iterator[Path]:
     Raises:
         CordaError: `directory` holds something that is no export of ours, or writing failed.
     """
+    directory = check_path(directory)
     with locked(directory):
         # Also what a kill left behind between the two renames of a replacement.
         where = directory if directory.exists() else replaced_folder(directory)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from corda_vlm.errors import ForeignFileError
+from corda_vlm.files import check_path
 from corda_vlm.tensors import Pieces, write_pieces
 
 FORMAT = "corda_vlm.covariance"
@@ -45,7 +46,7 @@ class CovarianceFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = check_path(path)
         if self.path.is_dir():
             raise ForeignFileError(
                 f"{path} is a folder, and covariances are one file; name a file, e.g. {self.path / 'covariance.safetensors'}"

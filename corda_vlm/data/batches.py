@@ -235,6 +235,8 @@ def make_batches(
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
     order = np.random.RandomState(seed).permutation(len(data)) if shuffle else np.arange(len(data))
     maker = make_maker(
         data,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from corda_vlm.errors import CordaError
-from corda_vlm.files import atomic_folder
+from corda_vlm.files import atomic_folder, home_path
 from corda_vlm.locks import locked
 
 _SAMPLE = 1 << 20
@@ -23,7 +23,7 @@ _PATIENCE = 600.0  # seconds for another process to convert the same file
 def cache_folder() -> Path:
     """Where converted models are kept."""
     named = os.environ.get("CORDA_VLM_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "corda_vlm"
+    return home_path(named) if named else Path.home() / ".cache" / "corda_vlm"
 
 
 def converted(path: Path) -> Path:

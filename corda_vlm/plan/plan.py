@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
-from corda_vlm.files import read_json, write_text
+from corda_vlm.files import check_path, read_json, write_text
 from corda_vlm.locks import locks
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.sites import Site, model_fingerprint
@@ -195,7 +195,7 @@ class AdapterPlan:
     @locks("path")
     def save(self, path: str | Path) -> Path:
         """Write `path` (JSON) and the factors beside it (`.safetensors`), each atomically; return `path`."""
-        path = Path(path)
+        path = check_path(path)
         tensors = _tensors_path(path)
         if tensors == path:
             raise CordaError(
@@ -245,7 +245,7 @@ class AdapterPlan:
             ForeignFileError: missing, corrupt, truncated, factors that are not this plan's, or another model, mode
                 or method.
         """
-        path = Path(path)
+        path = check_path(path)
         described = read_json(path, "plan")
         if not isinstance(described, dict) or described.get("format") != FORMAT:
             raise ForeignFileError(
@@ -266,7 +266,17 @@ class AdapterPlan:
                 sites=sites,
                 factors={s.site.name: _decomposition(s, found) for s in sites} if factors else {},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except CordaError:
+            raise
+        # whatever a value of another kind leads to: a text for a number, a list for a mapping, a number beyond any size
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:
             raise ForeignFileError(
                 f"{path} is not a whole plan ({type(error).__name__}: {error}); it may be truncated or edited. "
                 "Make it again with plan_adapter."
