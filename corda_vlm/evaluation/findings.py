@@ -155,6 +155,11 @@ def _at_equal_accuracy(results: Results, found: Standing) -> str:
             f"{where}, {bold(REFERENCE)} keeps most of what the model knew, {percent(base)}, and of the others {found.best} "
             f"most, {percent(kept)}."
         )
+    if found.verdict == "rarely":
+        return (
+            f"{where}, {found.best} {both}{ratio}, but it learns that much in {found.reached:.0%} of the resamples of "
+            f"{len(results.seeds)} seeds only."
+        )
     if found.ties:
         first = (found.best, *found.ties)
         names = listed(_some([f"{name} ({percent(found.kept[name])})" for name in first]))

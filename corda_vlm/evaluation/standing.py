@@ -9,7 +9,7 @@ import numpy as np
 
 from corda_vlm.evaluation.comparing import Draw, SeedBootstrap
 from corda_vlm.evaluation.frontier import REFERENCE, Results
-from corda_vlm.evaluation.scores import RESAMPLES, Interval
+from corda_vlm.evaluation.scores import CONFIDENCE, RESAMPLES, Interval
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Standing:
         ties: curves of other methods whose distance to the best lies within its interval over seeds.
         kept: curve -> what it keeps there; the reference's is among them.
         over: how much more the best keeps than the reference, with its interval over seeds; None of one seed.
+        reached: share of the resamples of the seeds in which the best gets there; the interval is over those.
     """
 
     share: float
@@ -31,13 +32,17 @@ class Standing:
     ties: tuple[str, ...]
     kept: Mapping[str, float]
     over: Interval | None
+    reached: float
 
     @property
     def verdict(self) -> str:
-        """ "one seed", or by the interval: the best keeps "more" or "less" than the reference, or it is a "tie"."""
+        """ "one seed", or by the interval: the best keeps "more" or "less" than the reference, or it is a "tie"; "rarely" is
+        more as well, of a curve that does not get there with 95% confidence."""
         if self.over is None:
-            return "one seed"
-        return "more" if self.over.low > 0 else "less" if self.over.high < 0 else "tie"
+            return "one seed" if self.reached else "rarely"
+        if self.over.low > 0:
+            return "more" if self.reached >= CONFIDENCE else "rarely"
+        return "less" if self.over.high < 0 else "tie"
 
 
 def standing(
@@ -45,7 +50,7 @@ def standing(
 ) -> Standing | None:
     """How the methods stand; None where the reference does not keep a number there, or no other method gets there.
 
-    Differences are taken within the same resampled seeds, in which a curve that does not get there keeps nothing.
+    Differences are taken within the same resampled seeds, those in which both curves get there.
     """
     setting = results.best_setting(REFERENCE)
     if setting is None or results.base_point is None:
@@ -71,14 +76,16 @@ def standing(
         return None
     best = others[0]
 
-    def ahead_of(label: str) -> Interval:
-        return seeds.certain(np.nan_to_num(values[best]) - np.nan_to_num(values[label]))
+    def ahead_of(label: str) -> tuple[Interval | None, float]:
+        return seeds.interval(values[best] - values[label])
 
     several = len(results.seeds) > 1
     ties = tuple(
         label
         for label in others
-        if several and curves[label][0] != curves[best][0] and ahead_of(label).low <= 0
+        if several and curves[label][0] != curves[best][0]
+        if (ahead := ahead_of(label)[0]) is not None and ahead.low <= 0
     )
+    over, reached = ahead_of(REFERENCE) if several else (None, 1.0)
     task = share * seeds.means.points[REFERENCE][setting].task
-    return Standing(share, task, best, ties, kept, ahead_of(REFERENCE) if several else None)
+    return Standing(share, task, best, ties, kept, over, reached)

@@ -175,6 +175,20 @@ def test_winners_ties_and_one_seed(
     )
 
 
+def test_who_learns_as_much_by_luck_alone_is_no_winner(invented: Any) -> None:
+    """kpm keeps far more wherever it gets to lora's accuracy, which it does with one of its two seeds."""
+    rows = two_seeds(invented, {"lora": (0.2, 0.2)})
+    for seed, task in enumerate((0.9, 0.72)):
+        rows += invented.rows_of("kpm", invented.at(task, 0.6), rate=1.0, seed=seed)
+    told = leading_finding(Results.of(rows))
+    assert (
+        "kpm keeps 60.0% of what the model knew and lora keeps 20.0%, 3.00 times as much, but it learns that much in 7"
+        in told
+    )
+    assert "% of the resamples of 2 seeds only." in told
+    assert "**" not in told
+
+
 def test_over_100_is_explained_where_it_occurs(invented: Any, tmp_path: Path) -> None:
     rows = two_seeds(invented, {"lora": (0.9, 0.9), "kpm": (1.05, 1.06)})
     page, _, terminal, overview = everywhere(invented, rows, tmp_path / "run")
