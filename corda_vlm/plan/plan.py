@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from tabulate import tabulate
@@ -18,13 +18,24 @@ from torch import Tensor, nn
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
-from corda_vlm.files import check_path, read_json, write_text
+from corda_vlm.files import check_path, read_json, shown, write_text
 from corda_vlm.locks import locks
+from corda_vlm.options import (
+    Count,
+    Items,
+    NotNegative,
+    Positive,
+    Text,
+    Whole,
+    fitted,
+    read_options,
+)
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.sites import Site, model_fingerprint
 from corda_vlm.tensors import load_tensors, read_header, save_tensors
 
 FORMAT, VERSION = "corda_vlm.plan", 2
+_ENVELOPE = ("format", "version", "tensors", "factors")
 _FACTORS, _AGAIN = "the factors of a plan", "make the plan again (corda-vlm init, plan_adapter)"
 
 
@@ -52,20 +63,20 @@ class SitePlan:
     """
 
     site: Site
-    shape: tuple[int, int]
-    rank: int
-    round: int | None
+    shape: tuple[Count, Count]
+    rank: Count
+    round: Whole | None
     components: Components
     side: Side
     power: float
     spectrum: tuple[float, ...]
-    predicted_damage: float | None
-    floored: int
-    chosen_energy: float
-    total_energy: float
+    predicted_damage: NotNegative | None
+    floored: Whole
+    chosen_energy: NotNegative
+    total_energy: NotNegative
     route: Literal["exact", "fast"]
-    compactness: float | None
-    scores: tuple[float, ...] | None
+    compactness: Positive | None
+    scores: Annotated[tuple[float, ...], Items(least=1)] | None
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
@@ -91,18 +102,18 @@ class AdapterPlan:
         factors: site name -> decomposition, float32 on the CPU.
     """
 
-    method: str
+    method: Text
     mode: str | None
-    rank: int
-    budget: int | None
-    damping: float
-    a_norm: float | None
+    rank: Count
+    budget: Count | None
+    damping: NotNegative
+    a_norm: Positive | None
     beta: float | None
     model_fingerprint: str
     data_fingerprint: str | None
     task_fingerprint: str | None
     family: str
-    sites: tuple[SitePlan, ...]
+    sites: Annotated[tuple[SitePlan, ...], Items(least=1)]
     factors: Mapping[str, Decomposition] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -257,28 +268,20 @@ class AdapterPlan:
                 "Make it again with plan_adapter (corda-vlm init)."
             )
         tensors = _tensors_path(path)
+        own = {key: value for key, value in described.items() if key not in _ENVELOPE}
         try:
-            sites = tuple(_site_plan(entry) for entry in described["sites"])
-            digest = described["tensors"]["sha256"]
-            found = _read_tensors(tensors, digest, path) if factors else {}
-            plan = cls(
-                **{f.name: described[f.name] for f in dataclasses.fields(cls)[:-2]},
-                sites=sites,
-                factors={s.site.name: _decomposition(s, found) for s in sites} if factors else {},
-            )
-        except CordaError:
+            plan = read_options(cls, own, "the plan")
+            digest = fitted(described["tensors"]["sha256"], str, "tensors.sha256")
+            _check_sites(plan.sites)
+            if factors:
+                read = _read_tensors(tensors, digest, path)
+                factors_of = {s.site.name: _decomposition(s, read) for s in plan.sites}
+                plan = dataclasses.replace(plan, factors=factors_of)
+        except ForeignFileError:
             raise
-        # whatever a value of another kind leads to: a text for a number, a list for a mapping, a number beyond any size
-        except (
-            LookupError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            ArithmeticError,
-            RuntimeError,
-        ) as error:
+        except (CordaError, KeyError, TypeError, AttributeError) as error:
             raise ForeignFileError(
-                f"{path} is not a whole plan ({type(error).__name__}: {error}); it may be truncated or edited. "
+                f"{path} is not a whole plan ({type(error).__name__}: {shown(str(error))}); it may be truncated or edited. "
                 "Make it again with plan_adapter."
             ) from error
         plan.check(model, mode=mode, method=method, origin=f"the plan {path}")
@@ -303,6 +306,8 @@ def _others(site: SitePlan) -> str:
     if site.scores is None or site.round is None:
         return ""
     others = [score for index, score in enumerate(site.scores) if index != site.round]
+    if not others:
+        return ""
     low, high = _score(min(others)), _score(max(others))
     return low if low == high else f"{low}–{high}"
 
@@ -371,22 +376,23 @@ def _read_tensors(tensors: Path, digest: str, path: Path) -> dict[str, Tensor]:
     return load_tensors(tensors, _FACTORS, _AGAIN)
 
 
-def _site_plan(entry: dict[str, Any]) -> SitePlan:
-    return SitePlan(
-        **{
-            **entry,
-            "site": Site(**entry["site"]),
-            "shape": tuple(entry["shape"]),
-            "spectrum": tuple(entry["spectrum"]),
-            "scores": None if entry["scores"] is None else tuple(entry["scores"]),
-        }
-    )
+def _check_sites(sites: Sequence[SitePlan]) -> None:
+    """Raise `CordaError` where what is said of a site contradicts itself."""
+    names = [s.site.name for s in sites]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise CordaError(f"the site {twice[0]!r} is there twice")
+    for s in sites:
+        if s.rank > max(s.shape) or len(s.spectrum) != s.rank:
+            raise CordaError(
+                f"the site {s.site.name!r} of shape {s.shape} has rank {s.rank} and {len(s.spectrum)} singular values"
+            )
 
 
 def _decomposition(site: SitePlan, tensors: Mapping[str, Tensor]) -> Decomposition:
     name, (out, inp) = site.site.name, site.shape
     B, A = tensors[f"{name}.B"], tensors[f"{name}.A"]
-    if B.shape != (out, site.rank) or A.shape != (site.rank, inp):
+    floating = B.is_floating_point() and A.is_floating_point()
+    if B.shape != (out, site.rank) or A.shape != (site.rank, inp) or not floating:
         raise ForeignFileError(
             f"the factors of site {name!r} have shapes {tuple(B.shape)} and {tuple(A.shape)}, and the plan says "
             f"{(out, site.rank)} and {(site.rank, inp)}: it was edited. Make it again with plan_adapter."

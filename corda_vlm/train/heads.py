@@ -49,7 +49,16 @@ class Head(nn.Module):
         self.register_buffer("start", start, persistent=False)  # no part of what is trained
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
-        """Logits of image features, normalised or not."""
+        """Logits of image features, normalised or not.
+
+        Raises:
+            CordaError: the features are of another width than the head's.
+        """
+        if features.shape[-1] != self.weight.shape[1]:
+            raise CordaError(
+                f"this head is for image embeddings {self.weight.shape[1]} wide, and the model's are {features.shape[-1]}: it "
+                "belongs to another model"
+            )
         if self.kind == "prompt":
             return prompt_logits(features, self.weight, self.logit_scale)
         unit = F.normalize(features.float(), dim=-1)

@@ -20,12 +20,13 @@ from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.adapter.folder import WEIGHTS
 from corda_vlm.anchor import Anchor
 from corda_vlm.data import ImageTextData, losses, make_batches, make_maker
-from corda_vlm.errors import CordaError, NotFiniteError
+from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
-from corda_vlm.files import read_json, write_json
+from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.locks import locks
 from corda_vlm.precision import takes_bf16
+from corda_vlm.train.checkpoints import STATE, last_checkpoint, step_of
 from corda_vlm.train.heads import Template
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.next_token import chat_options
@@ -194,7 +195,7 @@ def train(
         objective,
         watch,
         done,
-        None if checkpoint is None else _step(checkpoint),
+        None if checkpoint is None else step_of(checkpoint),
         base=plan["base"],
     )
 
@@ -257,7 +258,7 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
     """Write the plan, or check that the one that is there is the same."""
     path = output / BEGUN
     if not path.is_file():
-        if last_checkpoint(output) is not None or (output / DONE).is_file():
+        if any(output.glob(f"checkpoint-*/{STATE}")) or (output / DONE).is_file():
             raise CordaError(
                 f"{output} holds a training without its {BEGUN}; choose another folder"
             )
@@ -271,6 +272,19 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
         raise CordaError(
             f"{path} is not a training plan of this version; delete {output} or choose another"
         )
+    try:
+        _compare(saved, plan, model, output)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, CordaError):
+            raise
+        raise ForeignFileError(
+            f"{path} is damaged ({type(error).__name__}: {shown(str(error))}); delete {output} to begin anew, or give another "
+            "output folder"
+        ) from error
+
+
+def _compare(saved: dict[str, Any], plan: dict[str, Any], model: nn.Module, output: Path) -> None:
+    """Raise `CordaError` unless the training that was begun in `output` is this one."""
     # an option that there was not yet when the training began had what is its default now
     options = {**_kept(TrainOptions(steps=1)), **saved["options"]}
     changed = [
@@ -300,26 +314,6 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
             f"{output} holds the training of a model that began with other weights. Load the original model again if this "
             "one has been trained in the meantime, or give another output folder"
         )
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint in `output`; one that a kill cut short is passed over.
-
-    Completeness shows in the Trainer's state, which it writes last.
-    """
-    for folder in sorted(output.glob("checkpoint-*"), key=_step, reverse=True):
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if state.get("global_step") == _step(folder):
-            return folder
-    return None
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
 
 
 def _finish(
@@ -356,11 +350,21 @@ def _finish(
 
 def _finished(output: Path, model: nn.Module, objective: Objective) -> TrainResult:
     load_weights(model, objective.head, output / WEIGHTS)
-    result = read_json(output / DONE, "training result")
-    return TrainResult(
-        history=read_history(output / HISTORY),
-        weights=output / WEIGHTS,
-        head=objective.head,
-        resumed_from=result["steps"],
-        **result,
-    )
+    path = output / DONE
+    result = read_json(path, "training result")
+    try:
+        found = {name: float(result[name]) for name in ("seconds", "samples_per_second")}
+        return TrainResult(
+            history=read_history(output / HISTORY),
+            weights=output / WEIGHTS,
+            head=objective.head,
+            steps=int(result["steps"]),
+            resumed_from=int(result["steps"]),
+            **found,
+        )
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        if isinstance(error, CordaError):
+            raise
+        raise ForeignFileError(
+            f"{path} is damaged ({type(error).__name__}: {shown(str(error))}); delete it to train again from the start"
+        ) from error

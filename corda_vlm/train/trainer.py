@@ -17,8 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.families.base import evaluating, unwrap
-from corda_vlm.files import read_json, write_json
+from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.precision import bf16_is_faster
+from corda_vlm.train.checkpoints import KEPT, break_seal, seal
 from corda_vlm.train.model import projector_parameters
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
@@ -141,7 +142,9 @@ class _BatchLoss(Trainer):
             raise NotFiniteError(self._not_finite("the weights are NaN or Inf"))
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
+            break_seal(folder)
             super()._save_checkpoint(*args, **kwargs)
+            seal(folder)
         except (
             OSError,
             SafetensorError,
@@ -162,6 +165,14 @@ class _BatchLoss(Trainer):
     ) -> None:
         load_weights(self.net, self.objective.head, resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _told(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _told(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _not_finite(self, what: str) -> str:
         seen = [float(loss) for loss in self.loss_seen if torch.isfinite(loss)]
         return (
@@ -171,6 +182,28 @@ class _BatchLoss(Trainer):
             + f"). Lower the peak learning rate ({self.options.learning_rate:g}), lengthen the warm-up, or clip "
             f"gradients harder (max_grad_norm {self.options.max_grad_norm:g})."
         )
+
+
+@contextlib.contextmanager
+def _told(checkpoint: str | None) -> Iterator[None]:
+    """Say which folder it is whose state does not fit, where PyTorch says which key is missing."""
+    try:
+        yield
+    except CordaError:
+        raise
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OSError,
+        EOFError,
+    ) as error:
+        raise ForeignFileError(
+            f"{checkpoint} is damaged, or of another training ({shown(str(error))}); delete that folder, and the training goes "
+            "on from what was before it"
+        ) from error
 
 
 class CordaTrainer(AnchorMixin, _BatchLoss):
@@ -240,7 +273,7 @@ def make_trainer(
         logging_steps=options.log_every,
         logging_nan_inf_filter=False,  # it would hide the NaN that we report
         save_strategy="no",  # our callback says when
-        save_total_limit=1,
+        save_total_limit=KEPT,
         seed=options.seed,
         use_cpu=device.type == "cpu",
         report_to=[],
