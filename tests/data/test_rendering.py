@@ -50,6 +50,16 @@ ENDLESS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def hurried(monkeypatch):
+    """A third of a second for a template, so that many of them are tried in little time."""
+    stop = rendering._RENDERERS.setdefault(os.getpid(), rendering._Renderer()).stop
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    stop()  # the next one is started with it
+    yield
+    stop()
+
+
 def took(what) -> float:
     """Seconds of the clock that a refusal took, the start of a process aside."""
     render("x", ASKED)
@@ -77,13 +87,13 @@ def test_the_models_own_template_writes_what_transformers_writes(tiny_llava):
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_without_an_end_is_ended(name):
-    # Twenty is where a machine without a free processor is given up; with one it takes one second at most.
+def test_a_template_without_an_end_is_ended(name, hurried):
+    # Twenty is where a machine without a free processor is given up; with one it takes a part of a second.
     assert took(lambda: render(ENDLESS[name], ASKED)) < 25
     assert render("{{ messages[0].content }}", ASKED) == "is it red?", "the next one is rendered"
 
 
-def test_the_limit_is_of_processor_time(monkeypatch):
+def test_the_limit_is_of_processor_time():
     spent = os.times()
     took(lambda: render(ENDLESS["loops that write nothing"], ASKED))
     rendering._RENDERERS[os.getpid()].stop()
@@ -92,7 +102,7 @@ def test_the_limit_is_of_processor_time(monkeypatch):
     assert used < 2 * rendering.SECONDS + 1
 
 
-def test_a_template_is_ended_in_threads_too():
+def test_a_template_is_ended_in_threads_too(hurried):
     """Signals reach the main thread alone, so that a limit by them would not."""
     told = []
 
