@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError, brief
-from corda_vlm.options import Count, Items, Seed, Share, Text, check_options
+from corda_vlm.options import Count, Items, Seed, Share, Text, check_options, read_options
 
 KINDS = (
     "sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "csv", "tsv", "text",
@@ -80,7 +80,7 @@ class DataSpec:
     where: Mapping[str, Any] = field(default_factory=dict)
     classes: Annotated[Sequence[Name], Items(least=1, distinct=True)] | str | None = None
     names: Mapping[Any, Name] | Sequence[Name] | str | None = None
-    splits: Mapping[str, float | int] | None = None
+    splits: Mapping[str, int | float] | None = None
     limit: Count | None = None
     per_class: Count | None = None
     seed: Seed = 0
@@ -94,7 +94,7 @@ class DataSpec:
     answer: str | None = "auto"
     choices: str | Annotated[Sequence[str], Items(least=1, distinct=True)] = "auto"
     expand: str | None = "auto"
-    rows: Sequence[float] | None = None
+    rows: Sequence[int | float] | None = None
     chunk: Count | None = None
     separator: str | None = None
 
@@ -119,6 +119,7 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
     """
     if isinstance(spec, DataSpec):
         found = spec
+        check_options(found)
     else:
         if not isinstance(spec, (str, Mapping)):
             raise DataError(
@@ -133,13 +134,12 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
             raise DataError(
                 f"data without a source: {brief(options)}; give e.g. source: parquet:images.parquet"
             )
-        found = DataSpec(**options)
-    try:
-        check_options(found)
-    except UnknownNameError:
-        raise
-    except CordaError as error:
-        raise DataError(f"{brief(found.source)}: {error}") from error
+        try:
+            found = read_options(DataSpec, options, str(options["source"])[:200])
+        except UnknownNameError:
+            raise
+        except CordaError as error:
+            raise DataError(str(error)) from error
     if found.kind not in KINDS or not found.location:
         raise UnknownNameError(
             "data source",
