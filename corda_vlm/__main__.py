@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from corda_vlm.errors import CordaError
 from corda_vlm.precision import Bf16
-from corda_vlm.progress import be_quiet
+from corda_vlm.progress import Meter, be_quiet
 
 if TYPE_CHECKING:
     from corda_vlm.families import Loaded
@@ -611,13 +611,14 @@ def main(args: Sequence[str] | None = None) -> None:
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
     try:
-        auto_cli(
-            VERBS,  # pyright: ignore[reportArgumentType]
-            args=_as_jsonargparse([arg for arg in given if arg != "--quiet"]),
-            prog="corda-vlm",
-            description="Every verb takes --quiet: results, warnings and errors alone, no progress. What takes long tells "
-            "how far it is every half minute where the standard error is a file, and TQDM_DISABLE=1 turns that off.",
-        )
+        with Meter(" ".join(["corda-vlm", *given[:1]]), bar=False):
+            auto_cli(
+                VERBS,  # pyright: ignore[reportArgumentType]
+                args=_as_jsonargparse([arg for arg in given if arg != "--quiet"]),
+                prog="corda-vlm",
+                description="Every verb takes --quiet: results, warnings and errors alone, no progress. What takes long tells "
+                "how far it is every half minute where the standard error is a file, and TQDM_DISABLE=1 turns that off.",
+            )
     except CordaError as error:
         print(f"corda-vlm: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -56,7 +56,13 @@ class Meter:
     """
 
     def __init__(
-        self, what: str, total: float | None = None, *, unit: str = "step", initial: float = 0
+        self,
+        what: str,
+        total: float | None = None,
+        *,
+        unit: str = "step",
+        initial: float = 0,
+        bar: bool = True,
     ) -> None:
         """
         Args:
@@ -64,6 +70,7 @@ class Meter:
             total: units in all, for the time left; None where that is not known.
             unit: what is counted, in the singular.
             initial: units that an earlier run did.
+            bar: draw a bar on a terminal; what has no steps of its own is only told of in logs.
         """
         self.what, self.total, self.unit = what, total, unit
         self.done, self._initial = initial, initial
@@ -71,12 +78,16 @@ class Meter:
         self._began = time.monotonic()
         self._bar: Any = None
         self._closed = threading.Event()
-        self._said = False
+        self._said, self._inner = False, 0
         self._outer = _innermost.get()
+        if self._outer is not None:
+            self._outer._inner += 1
         _innermost.set(self)
         if _quiet or not _shown.get() or _disabled():
             return
         if _on_a_screen():
+            if not bar:
+                return
             from tqdm.auto import tqdm
 
             self._bar = tqdm(
@@ -104,6 +115,8 @@ class Meter:
         if self._closed.is_set():
             return
         self._closed.set()
+        if self._outer is not None:
+            self._outer._inner -= 1
         if _innermost.get() is self:
             _innermost.set(self._outer)
         if self._bar is not None:
@@ -134,7 +147,8 @@ class Meter:
 
     def _speak(self) -> None:
         while not self._closed.wait(EVERY):
-            self._say()
+            if not self._inner:  # else the work within speaks
+                self._say()
 
     def _say(self) -> None:
         self._said = True

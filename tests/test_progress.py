@@ -106,6 +106,23 @@ def test_the_innermost_work_is_what_advances(log):
     advance()  # nothing is under way
 
 
+def test_only_the_work_within_speaks(log):
+    with Meter("corda-vlm run", bar=False):
+        log.wait_for("corda-vlm run: 0 s so far")
+        with Meter("training", 3):
+            log.wait_for("training: step 0 of 3")
+            told = log.getvalue().count("corda-vlm run")
+            time.sleep(0.3)
+        assert log.getvalue().count("corda-vlm run") == told
+
+
+def test_what_has_no_steps_draws_no_bar(log, monkeypatch):
+    monkeypatch.setattr(progress, "_on_a_screen", lambda: True)
+    with Meter("corda-vlm run", bar=False):
+        time.sleep(0.2)
+    assert log.getvalue() == ""
+
+
 def test_a_training_in_a_log_tells_step_loss_and_time_left(tmp_path):
     """The verb as a person starts it under nohup."""
     code = (

@@ -33,6 +33,7 @@ def test_the_wheel_carries_its_assets_and_runs_alone(tmp_path):
         "model_zoo/emoji-clip/card.yaml",
     ):
         assert f"corda_vlm/_assets/{needed}" in names
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
     assert not [name for name in names if "/measured/" in name], "results stay in the repository"
     assert not [name for name in names if name.endswith((".pyc", ".pkl", ".pt", ".bin"))]
     alone = subprocess.run(
