@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 def test_a_short_campaign_finds_nothing(tmp_path):
     """Some kills of each verb, some damaged files of each kind, some of the bad inputs: all in words."""
-    command = [sys.executable, str(HERE / "campaign.py"), "--keep", str(tmp_path), "--seconds=40", "--cases=3", "--every=12"]  # fmt: skip
+    command = [sys.executable, str(HERE / "campaign.py"), "--keep", str(tmp_path), "--seconds=20", "--cases=2", "--every=20"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]

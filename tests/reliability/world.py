@@ -146,7 +146,7 @@ def _pictures(world: Path) -> None:
         rows.append({"image": buffer.getvalue(), "label": name, "text": f"a {name} square"})
     pq.write_table(pa.Table.from_pylist(rows), world / "pictures.parquet")
     with (world / "pictures.csv").open("w", newline="") as file:
-        table = csv.writer(file, delimiter="\t")
+        table = csv.writer(file)
         table.writerow(["filepath", "title"])
         table.writerows([f"images/red/{n}.png", "a red square"] for n in range(0, 24, 3))
 
