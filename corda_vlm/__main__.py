@@ -6,8 +6,6 @@ model or other data. An option that takes several values is given several times,
 
 from __future__ import annotations
 
-import inspect
-import json
 import logging
 import os
 import shlex
@@ -18,7 +16,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from corda_vlm.command_line import call
+from corda_vlm.data.chat_options import Learn, MaxTokens, TooLong
 from corda_vlm.errors import CordaError
+from corda_vlm.families.tokens import Tokens
+from corda_vlm.methods.method import Portion, Side
+from corda_vlm.options import Count, NotNegative, Positive, Seed, Share
 from corda_vlm.precision import Bf16
 from corda_vlm.progress import Meter, be_quiet
 
@@ -47,8 +50,12 @@ def run(
         fresh: delete the folder's former results first.
         device: cpu, cuda, or auto.
     """
+    from corda_vlm.study import check_config, is_study
+
+    # before PyTorch is imported, which takes far longer than a slip deserves
+    check_config(experiment, output=output, overrides=set or (), only=only, fresh=fresh)
     from corda_vlm.run import run as run_one
-    from corda_vlm.study import is_study, run_study
+    from corda_vlm.study import run_study
 
     run_all = run_study if is_study(experiment) else run_one
     run_all(experiment, output=output, overrides=set or (), only=only, fresh=fresh, device=device)
@@ -70,6 +77,9 @@ def sites(
         full: one line a matrix.
         dtype: of the weights in memory; a language model of billions of parameters wants bfloat16.
     """
+    from corda_vlm.checks import check_source
+
+    check_source(model)
     from corda_vlm.sites import find_sites, sites_table
 
     loaded = _loaded(model, dtype)
@@ -81,18 +91,18 @@ def calibrate(
     model: str,
     data: Data,
     output: str = "covariance.safetensors",
-    samples: int = 256,
-    batch_size: int = 64,
+    samples: Count = 256,
+    batch_size: Count = 64,
     towers: str | None = None,
     roles: str | None = None,
-    rounds: int = 1,
+    rounds: Count = 1,
     precision: Literal["float32", "float64", "bf16", "auto"] = "float32",
     blockwise: bool = False,
-    tokens: Literal["all", "prompt", "response", "image", "text"] = "all",
+    tokens: Tokens = "all",
     chat: str = "auto",
-    max_tokens: int | None = None,
-    too_long: Literal["skip", "truncate", "error"] = "skip",
-    seed: int = 0,
+    max_tokens: MaxTokens | None = None,
+    too_long: TooLong = "skip",
+    seed: Seed = 0,
     dtype: Dtype = "float32",
     device: str = "auto",
     device_map: str | None = None,
@@ -121,6 +131,11 @@ def calibrate(
         device: cpu, cuda, or auto.
         device_map: auto spreads a language model over all GPUs.
     """
+    from corda_vlm.checks import check_data, check_output, check_source
+
+    check_source(model)
+    check_data(data)
+    check_output(output)
     from corda_vlm.covariance import collect_covariance
     from corda_vlm.data import ChatOptions, load_records, losses, make_batches
     from corda_vlm.sites import find_sites
@@ -160,18 +175,18 @@ def init(
     output: str = "plan.json",
     method: str = "corda",
     mode: Literal["kpm", "ipm"] = "kpm",
-    rank: int = 16,
-    a_norm: float | None = None,
-    damping: float = 1e-4,
-    side: Literal["output", "input", "auto"] | None = None,
+    rank: Count = 16,
+    a_norm: Positive | None = None,
+    damping: NotNegative = 1e-4,
+    side: Side | None = None,
     task_covariance: str | None = None,
-    beta: float | None = None,
+    beta: Portion | None = None,
     towers: str | None = None,
     roles: str | None = None,
     dynamic_rank: bool = False,
-    budget: int | None = None,
-    min_rank: int = 1,
-    max_rank: int | None = None,
+    budget: Count | None = None,
+    min_rank: Count = 1,
+    max_rank: Count | None = None,
     dynamic_covariance: bool = False,
     picture: str | None = None,
     dry_run: bool = False,
@@ -204,6 +219,18 @@ def init(
         dtype: of the weights in memory.
         device: cpu, cuda, or auto.
     """
+    from corda_vlm.checks import check_file, check_output, check_source
+    from corda_vlm.errors import UnknownNameError
+    from corda_vlm.plan.bases import PLAN_METHODS
+
+    check_source(model)
+    if method not in PLAN_METHODS:
+        raise UnknownNameError("plan method", method, PLAN_METHODS)
+    for path in (covariance, task_covariance):
+        check_file(path, "covariance", "make it by corda-vlm calibrate")
+    check_output(picture)
+    if not dry_run:
+        check_output(output)
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.evaluation.heatmap import plan_heatmap
     from corda_vlm.locks import locked
@@ -251,27 +278,27 @@ def train(
     classes: list[str] | None = None,
     templates: list[str] | None = None,
     loss: Literal["prompt", "contrastive", "next_token"] | None = None,
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    weight_decay: float = 0.0,
+    steps: Count | None = None,
+    epochs: Positive | None = None,
+    batch_size: Count = 64,
+    learning_rate: Positive = 2e-3,
+    weight_decay: NotNegative = 0.0,
     bf16: Bf16 = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     freeze_a: bool = False,
-    anchor: float = 0.0,
+    anchor: NotNegative = 0.0,
     covariance: str | None = None,
     augment: Literal["none", "light"] = "none",
-    label_smoothing: float = 0.0,
+    label_smoothing: Share = 0.0,
     train_head: bool = False,
     chat: str = "auto",
-    learn: Literal["all", "last"] = "all",
-    max_tokens: int | None = None,
-    too_long: Literal["skip", "truncate", "error"] = "skip",
+    learn: Learn = "all",
+    max_tokens: MaxTokens | None = None,
+    too_long: TooLong = "skip",
     modules_to_save: list[str] | None = None,
-    projector_learning_rate: float | None = None,
+    projector_learning_rate: Positive | None = None,
     gradient_checkpointing: bool = False,
-    gradient_accumulation: int = 1,
+    gradient_accumulation: Count = 1,
     dtype: Dtype = "float32",
     device: str = "auto",
     device_map: str | None = None,
@@ -313,21 +340,16 @@ def train(
         device: cpu, cuda, or auto.
         device_map: auto spreads a language model over all GPUs.
     """
-    from corda_vlm.adapter import attach_adapter
-    from corda_vlm.anchor import anchor_penalty
-    from corda_vlm.covariance import CovarianceStore
-    from corda_vlm.data import InstructionData, load_records
-    from corda_vlm.plan import AdapterPlan
-    from corda_vlm.train import TrainOptions
-    from corda_vlm.train import train as train_adapter
+    from corda_vlm.checks import check_data, check_file, check_output, check_source
+    from corda_vlm.data.spec import parse_spec
+    from corda_vlm.train.options import TrainOptions
 
     if anchor and covariance is None:
         raise CordaError(
             "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"
         )
-    records = load_records(data)
     options = TrainOptions(
-        loss=loss or ("next_token" if isinstance(records, InstructionData) else "prompt"),
+        loss=loss or ("prompt" if parse_spec(data).format is None else "next_token"),
         steps=steps,
         epochs=3 if steps is None and epochs is None else epochs,
         batch_size=batch_size,
@@ -346,6 +368,19 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         gradient_accumulation=gradient_accumulation,
     )
+    check_source(model)
+    check_data(data)
+    check_file(plan, "plan", "make it by corda-vlm init")
+    check_file(covariance, "covariance", "make it by corda-vlm calibrate")
+    check_output(output, folder=True)
+    from corda_vlm.adapter import attach_adapter
+    from corda_vlm.anchor import anchor_penalty
+    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.data import load_records
+    from corda_vlm.plan import AdapterPlan
+    from corda_vlm.train import train as train_adapter
+
+    records = load_records(data)
     loaded = _loaded(model, dtype, device, device_map)
     store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
     adapter = attach_adapter(
@@ -378,10 +413,10 @@ def evaluate(
     scales: str | None = None,
     output: str | None = None,
     tasks: list[str] | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
     data_root: str | None = None,
     missing: Literal["error", "skip"] = "error",
-    batch_size: int = 64,
+    batch_size: Count = 64,
     bf16: Bf16 = "auto",
     dtype: Dtype = "float32",
     device: str = "auto",
@@ -405,6 +440,29 @@ def evaluate(
         device: cpu, cuda, or auto.
         device_map: auto spreads a language model over all GPUs.
     """
+    from corda_vlm.checks import (
+        check_chosen,
+        check_folder,
+        check_output,
+        check_source,
+        check_suite,
+    )
+    from corda_vlm.evaluation.suite import load_suite
+
+    numbers = None if scales is None else _numbers("scales", scales)
+    if scales is not None and adapter is None:
+        raise CordaError(
+            "--scales mixes the model before training with the trained one: give the model before training as MODEL "
+            "and the folder of the training as --adapter"
+        )
+    check_source(model)
+    measured = load_suite(suite)
+    check_chosen(tasks, [task.name for task in measured.tasks], f"task of suite {suite}")
+    if missing == "error":
+        check_suite(measured, str(data_root or measured.data_root), tasks)
+    if adapter is not None:
+        check_folder(adapter, "training's", "make it by corda-vlm train")
+    check_output(output)
     from corda_vlm.evaluation import (
         Cache,
         Trained,
@@ -417,12 +475,7 @@ def evaluate(
     from corda_vlm.jsonl import PATIENCE
     from corda_vlm.locks import locked
 
-    strengths = (1.0,) if scales is None else check_scales(_numbers("scales", scales))
-    if scales is not None and adapter is None:
-        raise CordaError(
-            "--scales mixes the model before training with the trained one: give the model before training as MODEL "
-            "and the folder of the training as --adapter"
-        )
+    strengths = (1.0,) if numbers is None else check_scales(numbers)
     loaded = _loaded(model, dtype, device, device_map)
     trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
     method = "base" if adapter is None else _name_of(Path(adapter))
@@ -475,7 +528,7 @@ def export(
     adapter: str,
     output: str,
     format: Literal["lora", "residual", "merged"] = "merged",
-    rank: int | None = None,
+    rank: Count | None = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Write a trained adapter so that plain peft, transformers or open_clip loads it.
@@ -488,6 +541,11 @@ def export(
         rank: lora only: recompress to this rank.
         dtype: of what is written.
     """
+    from corda_vlm.checks import check_folder, check_output, check_source
+
+    check_source(model)
+    check_folder(adapter, "training's", "make it by corda-vlm train")
+    check_output(output, folder=True)
     from corda_vlm.adapter import export_adapter, load_adapter
 
     loaded = _loaded(model, dtype)
@@ -502,13 +560,16 @@ def report(folder: str) -> None:
     Args:
         folder: of the run, e.g. runs/demo.
     """
-    from corda_vlm.evaluation import summary_table, write_report
-    from corda_vlm.files import check_path
-    from corda_vlm.locks import locked
+    from corda_vlm.checks import check_file, check_folder
+    from corda_vlm.run_folder import SCORES
     from corda_vlm.study import OVERVIEW, write_overview
 
-    if not check_path(folder).is_dir():
-        raise CordaError(f"no folder {folder}; give that of a run or a study, e.g. runs/demo")
+    check_folder(folder, "run's", "give that of a run or a study, e.g. runs/demo")
+    if not (Path(folder) / OVERVIEW).is_file():
+        check_file(Path(folder) / SCORES, "scores", "give the folder of a run or a study")
+    from corda_vlm.evaluation import summary_table, write_report
+    from corda_vlm.locks import locked
+
     with locked(folder, inside=True):
         if (Path(folder) / OVERVIEW).is_file():
             for scores in sorted(Path(folder).glob("*/scores.jsonl")):
@@ -549,45 +610,12 @@ VERBS = {
 }
 
 
-def _as_jsonargparse(args: Sequence[str]) -> list[str]:
-    """Options as people write them: `--dry-run` for `--dry_run=true`, `--only a --only b` for `--only=[a, b]`."""
-    verb = VERBS.get(args[0]) if args else None
-    parameters = inspect.signature(verb).parameters.values() if verb else ()
-    switches = {f"--{p.name}" for p in parameters if p.annotation in ("bool", "Bf16")}
-    lists = {f"--{p.name}" for p in parameters if str(p.annotation).startswith("list[")}
-    written: list[str] = []
-    gathered: dict[str, list[Any]] = {}
-    rest = list(args)
-    while rest:
-        arg = rest.pop(0)
-        name, equals, value = arg.partition("=")
-        if name.startswith("--"):
-            name = name.replace("-", "_").replace("__", "--", 1)
-            if name in lists and (equals or (rest and not rest[0].startswith("--"))):
-                gathered.setdefault(name, []).extend(_items(name, value if equals else rest.pop(0)))
-                continue
-            arg = name + equals + value
-            if arg in switches and (not rest or rest[0].lower() not in ("true", "false", "auto")):
-                arg += "=true"
-        written.append(arg)
-    return written + [
-        f"{name}={json.dumps(items, ensure_ascii=False)}" for name, items in gathered.items()
-    ]
-
-
-def _items(option: str, text: str) -> list[Any]:
-    """A list in YAML, else the text as its only item."""
-    import yaml
-
-    if not text.startswith("["):
-        return [text]
-    try:
-        return yaml.load(text, Loader=yaml.BaseLoader)  # every item as it is written
-    except yaml.YAMLError:
-        raise CordaError(
-            f"{option} {text} is not a list in YAML; give each item by itself ({option} ONE {option} TWO), or "
-            'items with brackets in quotes: ["seeds=[0, 1]", rank=8]'
-        ) from None
+_ABOUT = (
+    "Fine-tune vision-language models without losing what they know. Each verb reads the file that the one before it \
+wrote, refuses one made from another model or other data, and resumes when interrupted. Every verb takes --quiet: \
+results, warnings and errors alone, no progress. What takes long tells how far it is every half minute where the \
+standard error is a file, and TQDM_DISABLE=1 turns that off."
+)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -597,8 +625,6 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The console script. Wrong input ends with its message and status 2, Ctrl-C with status 130."""
-    from jsonargparse import auto_cli
-
     given = list(sys.argv[1:] if args is None else args)
     quiet = "--quiet" in given
     be_quiet(quiet)
@@ -612,16 +638,13 @@ def main(args: Sequence[str] | None = None) -> None:
             os.environ.setdefault(name, "1")
     try:
         with Meter(" ".join(["corda-vlm", *given[:1]]), bar=False):
-            auto_cli(
-                VERBS,  # pyright: ignore[reportArgumentType]
-                args=_as_jsonargparse([arg for arg in given if arg != "--quiet"]),
-                prog="corda-vlm",
-                description="Every verb takes --quiet: results, warnings and errors alone, no progress. What takes long tells "
-                "how far it is every half minute where the standard error is a file, and TQDM_DISABLE=1 turns that off.",
-            )
+            call(VERBS, [word for word in given if word != "--quiet"], _ABOUT)
     except CordaError as error:
         print(f"corda-vlm: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # who reads it has read enough, e.g. head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (
         OSError,
         MemoryError,

@@ -42,7 +42,7 @@ class Range:
             "at most": self.at_most,
             "below": self.below,
         }
-        return " and ".join(f"{word} {n:g}" for word, n in bounds.items() if n is not None)
+        return " and ".join(f"{word} {n:,}" for word, n in bounds.items() if n is not None)
 
     def holds(self, value: float) -> bool:
         return (

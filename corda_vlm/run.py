@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from corda_vlm.adapter.attach import whole_modules
 from corda_vlm.anchor import Anchor, anchor_penalty
+from corda_vlm.checks import check_chosen, check_experiment
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.data import ImageTextData, load_records, losses, make_batches, make_maker, with_root
-from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError, UnknownNameError
+from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import (
     Cache,
     Suite,
@@ -48,19 +48,17 @@ from corda_vlm.evaluation.scores import value_text
 from corda_vlm.evaluation.suite import Task
 from corda_vlm.experiment import Experiment, Training, load_experiment
 from corda_vlm.families import LanguageProcessor, Loaded, load_model
-from corda_vlm.files import clear, entries, read_json, resolve, write_json, write_text
+from corda_vlm.files import read_json, resolve, write_json
 from corda_vlm.locks import locks
 from corda_vlm.methods import METHODS, MethodRequest
-from corda_vlm.plan import AdapterPlan
+from corda_vlm.plan import AdapterPlan, check_rank
 from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.progress import note
-from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
+from corda_vlm.run_folder import DESCRIPTION, MADE_FROM, SCORES, check_claim, claim
+from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint, site_shape
 from corda_vlm.train import Head, train
-from corda_vlm.train.options import HARMLESS
 
 _PRECISIONS = ("float32", "bfloat16 (autocast)")
-
-SCORES, RESOLVED, MADE_FROM = "scores.jsonl", "config.yaml", "made-from.json"
 
 
 def run(
@@ -117,12 +115,16 @@ def run_experiment(
     device: str = "auto",
 ) -> Path:
     """`run` for an experiment that is read already; `command` and `config` are where it came from."""
-    for name in only or ():
-        if name not in experiment.variants:
-            raise UnknownNameError("variant", name, experiment.variants)
-    _claim(folder, experiment, fresh)
+    check_chosen(only, experiment.variants, "variant")
+    check_experiment(experiment, config)
+    check_claim(folder, experiment, fresh)
     started = time.perf_counter()
     lab = _Laboratory(experiment, folder, config, device)
+    if not fresh:
+        lab.check_sources()
+    # only now, as whatever could be wrong has been looked at: --fresh deletes
+    claim(folder, experiment, fresh)
+    lab.begin()
     lab.describe(command)
     lab.measure_base()
     lab.train_all([t for t in experiment.trainings() if only is None or t.variant in only])
@@ -152,22 +154,36 @@ class _Laboratory:
         self.cache = Cache()
         self.task_data = self.load(experiment.task.data)
         self._check_conversations()
-        sites = [site.name for site in find_sites(self.loaded.model, towers=experiment.towers)]
-        for variant in experiment.variants.values():
-            whole_modules(self.loaded.model, variant.modules_to_save, sites)
+        self._check_variants()
         self.classes, self.templates = self._prompts()
         self.stores: dict[str, CovarianceStore] = {}
         self.plans: dict[str, AdapterPlan] = {}
-        self._check_sources()
+        self.sources = self._sources()
+        self.bf16: dict[str, bool] = {}
+
+    def _check_variants(self) -> None:
+        """Refuse what a variant asks of layers that the model has not."""
+        model, experiment = self.loaded.model, self.experiment
+        sites = [site.name for site in find_sites(model, towers=experiment.towers)]
+        shapes = {name: site_shape(model, name) for name in sites}
+        for name, variant in experiment.variants.items():
+            whole_modules(model, variant.modules_to_save, sites)
+            if METHODS[experiment.method_of(name)].has_rank and not variant.dynamic_rank:
+                check_rank(shapes, experiment.request(name).rank)
+
+    def begin(self) -> None:
+        """Write what the results are made from, and settle in which precision to go on."""
+        experiment = self.experiment
+        write_json(self.folder / MADE_FROM, self.sources)
         self.bf16 = {
             "trained in": self._bf16("trained in", experiment.training.get("bf16", "auto")),
             "measured in": self._bf16("measured in", experiment.evaluation.bf16),
         }
 
-    def _check_sources(self) -> None:
-        """Refuse to add to scores of another model, other training data or other tasks under the same names."""
+    def _sources(self) -> dict[str, str]:
+        """Fingerprints of what the results are made from."""
         root = str(self.experiment.data_root or self.suite.data_root)
-        now = {
+        return {
             "the model": model_fingerprint(self.loaded.model),
             "the task's data": self.task_data.fingerprint,
             **{f"the suite's task {task.name!r}": _task_digest(task) for task in self.suite.tasks},
@@ -176,19 +192,24 @@ class _Laboratory:
                 for task in self.suite.tasks
             },
         }
+
+    def check_sources(self) -> None:
+        """Refuse to add to scores of another model, other training data or other tasks under the same names."""
         path = self.folder / MADE_FROM
         former = read_json(path, "list of sources") if path.is_file() else {}
+        if not isinstance(former, dict):
+            raise ForeignFileError(f"{path} is no list of sources; give another folder, or --fresh")
         # a task that is new to the suite is measured on all models, finished ones included
-        if changed := [name for name, digest in former.items() if now.get(name) != digest]:
+        changed = [name for name, digest in former.items() if self.sources.get(name) != digest]
+        if changed:
             raise CordaError(
                 f"{self.folder} holds results of {', '.join(changed)} as it was before; it has changed since. Give "
                 "another folder with --output, or --fresh to delete them and begin anew"
             )
-        write_json(path, now)
 
     def _bf16(self, fact: str, wanted: Bf16) -> bool:
         """Whether to run under bfloat16; where the config leaves it open as the folder began, on whatever machine."""
-        path = self.folder / "run.json"
+        path = self.folder / DESCRIPTION
         former = read_json(path, "description of a run") if path.is_file() else {}
         if wanted == "auto" and isinstance(former, dict) and former.get(fact) in _PRECISIONS:
             return former[fact] == _PRECISIONS[True]
@@ -231,7 +252,7 @@ class _Laboratory:
         """What the report tells about how the numbers came about."""
         experiment = self.experiment
         write_json(
-            self.folder / "run.json",
+            self.folder / DESCRIPTION,
             {
                 "title": experiment.title or experiment.name,
                 "command": command,
@@ -464,63 +485,6 @@ class _Laboratory:
         if not wanted or training.method == "linear-probe":
             return None
         return anchor_penalty(model, self.store("knowledge"))
-
-
-def _claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
-    """Write the resolved config, or check that the folder's is the same but for what adds to it."""
-    path = folder / RESOLVED
-    now = yaml.safe_load(_dumped(experiment))
-    if fresh and path.is_file():
-        clear(folder, last=RESOLVED)  # a kill on the way leaves what says whose the folder is
-    if path.is_file():
-        # read as an experiment: what the config could not yet say when it was written has its default
-        former = yaml.safe_load(_dumped(load_experiment(path.resolve())))
-        before, after = _decisive(former), _decisive(now)
-        shared = before["variants"].keys() & after["variants"].keys()
-        changed = [key for key in after if key != "variants" and before.get(key) != after[key]]
-        for name in [name for name in after["variants"] if name in shared]:
-            old, new = before["variants"][name], after["variants"][name]
-            changed += [f"variants.{name}.{key}" for key in new if old.get(key) != new[key]]
-        if changed:
-            raise CordaError(
-                f"{folder} holds results of another experiment (it differs in {', '.join(changed)}); "
-                "give another folder with --output, or --fresh to delete them and begin anew"
-            )
-        # variants that were left out this time keep their results, so they may not come back changed
-        now["variants"] = {**former["variants"], **now["variants"]}
-    elif entries(folder):
-        raise CordaError(
-            f"{folder} is not empty and holds no run; give another folder with --output"
-        )
-    write_text(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
-
-
-def _decisive(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """What may not change between two runs into one folder.
-
-    More variants, rates, seeds or scales add to what is there, and some options of training change no weight; anything
-    else would mix two experiments.
-    """
-
-    def without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        return {key: value for key, value in mapping.items() if key not in keys}
-
-    return {
-        **without(experiment, "title", "seeds"),
-        "evaluation": without(experiment["evaluation"], "scales"),
-        "training": without(experiment["training"], *HARMLESS),
-        "variants": {
-            name: {
-                **without(variant, "learning_rates", "scales"),
-                "training": without(variant["training"], *HARMLESS),
-            }
-            for name, variant in experiment["variants"].items()
-        },
-    }
-
-
-def _dumped(experiment: Experiment) -> str:
-    return yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)
 
 
 def _task_digest(task: Task) -> str:

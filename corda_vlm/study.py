@@ -20,11 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corda_vlm.checks import check_chosen, check_experiment, check_output
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.evaluation.markup import link, markdown
-from corda_vlm.experiment import Experiment, apply_overrides, parse_experiment, read_config
-from corda_vlm.files import read_json, resolve, write_json, write_text
+from corda_vlm.experiment import (
+    Experiment,
+    apply_overrides,
+    load_experiment,
+    parse_experiment,
+    read_config,
+)
+from corda_vlm.files import entries, read_json, resolve, write_json, write_text
 from corda_vlm.names import check_name
+from corda_vlm.run_folder import SCORES, check_claim
 
 OVERVIEW = "study.json"
 PICTURES = {"tradeoff.png": "task accuracy against knowledge kept"}
@@ -113,10 +121,8 @@ def run_study(
     from corda_vlm.run import command_of, run_experiment
 
     study = load_study(config, overrides)
-    for name in only or ():
-        if name not in study.experiments:
-            raise UnknownNameError("experiment", name, study.experiments)
     folder = Path(output) if output is not None else Path("runs") / study.name
+    check_study(study, resolve(config), folder, only=only, fresh=fresh)
     titles = {name: experiment.title or name for name, experiment in study.experiments.items()}
     write_json(folder / OVERVIEW, {"title": study.title or study.name, "experiments": titles})
     for name, experiment in study.experiments.items():
@@ -134,6 +140,45 @@ def run_study(
     return folder
 
 
+def check_config(
+    config: str | Path,
+    *,
+    output: str | Path | None,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    fresh: bool = False,
+) -> None:
+    """Raise what can be told to be wrong with a run or a study before PyTorch is imported; arguments as of both."""
+    path = resolve(config)
+    if is_study(path):
+        study = load_study(path, overrides)
+        folder = Path(output) if output is not None else Path("runs") / study.name
+        check_study(study, path, folder, only=only, fresh=fresh)
+        return
+    experiment = load_experiment(path, overrides)
+    check_chosen(only, experiment.variants, "variant")
+    folder = Path(output) if output is not None else Path("runs") / experiment.name
+    check_output(folder, folder=True)
+    check_experiment(experiment, path)
+    check_claim(folder, experiment, fresh)
+
+
+def check_study(
+    study: Study, config: Path, folder: Path, *, only: Sequence[str] | None, fresh: bool
+) -> None:
+    """Raise what can be told to be wrong with a study before any of it is run."""
+    check_chosen(only, study.experiments, "experiment")
+    check_output(folder, folder=True)
+    if entries(folder) and not (folder / OVERVIEW).is_file():
+        raise CordaError(
+            f"{folder} is not empty and holds no study; give another folder with --output"
+        )
+    for name, experiment in study.experiments.items():
+        if only is None or name in only:
+            check_experiment(experiment, config)
+            check_claim(folder / name, experiment, fresh)
+
+
 def write_overview(folder: str | Path) -> Path:
     """Write report.md of a study: what each experiment found so far, and where its report is.
 
@@ -141,7 +186,6 @@ def write_overview(folder: str | Path) -> Path:
         ForeignFileError: not the folder of a study.
     """
     from corda_vlm.evaluation import Results, leading_finding
-    from corda_vlm.run import SCORES
 
     folder = Path(folder)
     title, experiments = _listed(folder / OVERVIEW)

@@ -18,7 +18,8 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import read_rows
 from corda_vlm.experiment import load_experiment
 from corda_vlm.files import asset
-from corda_vlm.run import _claim, run
+from corda_vlm.run import run
+from corda_vlm.run_folder import claim
 
 SUITE = {
     "name": "small",
@@ -141,14 +142,14 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
 def test_a_folder_from_before_an_option_existed_is_gone_on_with(config, tmp_path):
     experiment = load_experiment(config())
     path = tmp_path / "out" / "config.yaml"
-    _claim(path.parent, experiment, fresh=False)
+    claim(path.parent, experiment, fresh=False)
     older = yaml.safe_load(path.read_text())
     del older["variants"]["full"]["min_rank"], older["forecast"]
     path.write_text(yaml.safe_dump(older))
-    _claim(path.parent, experiment, fresh=False)
+    claim(path.parent, experiment, fresh=False)
     path.write_text(yaml.safe_dump(older))
     with pytest.raises(CordaError, match=r"differs in forecast\)"):
-        _claim(path.parent, replace(experiment, forecast=True), fresh=False)
+        claim(path.parent, replace(experiment, forecast=True), fresh=False)
 
 
 def test_a_foreign_folder_is_left_alone(config, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
 from corda_vlm.files import asset
@@ -22,6 +24,22 @@ def built_in() -> dict[str, Path]:
     }
 
 
+FAMILY_NAMES = ("clip_hf", "siglip_hf", "clip_open", "llava", "llm")
+"""Those of this package; a program may register others."""
+
+
+def check_family(name: str) -> None:
+    """Refuse what no family is called.
+
+    Raises:
+        UnknownNameError: neither "auto", nor one of this package's, nor one that this program has registered.
+    """
+    registry: Any = sys.modules.get("corda_vlm.families.registry")  # imported by who registers
+    names = ("auto", *(FAMILY_NAMES if registry is None else registry.FAMILIES))
+    if name not in names:
+        raise UnknownNameError("family", name, names)
+
+
 def check_source(source: str | Path) -> None:
     """Refuse what cannot be a model's name, folder or file, so that a slip is told before PyTorch is there.
 
@@ -38,7 +56,8 @@ def check_source(source: str | Path) -> None:
         if text in zoo or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
             return
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, ~ of no user
-        raise CordaError(f"{brief(text)} is no model's name or folder: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CordaError(f"{brief(text)} is no model's name or folder: {reason}") from error
     if text.startswith("hf-hub:") or text.removesuffix("-hf") in zoo:
         return
     if "/" not in text:

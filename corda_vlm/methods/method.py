@@ -131,6 +131,11 @@ class Method:
     def needs_store(self) -> bool:
         return bool(self.covariances)
 
+    @property
+    def has_rank(self) -> bool:
+        """Is what it trains an adapter, whose rank the layers have to take?"""
+        return "roles" in self.takes
+
     def prepare(self, model: nn.Module, request: MethodRequest) -> Prepared:
         """Make `model` ready to train.
 

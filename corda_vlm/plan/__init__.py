@@ -7,18 +7,27 @@ model and the calibration data; a plan of another model or mode is refused, nami
 
 from __future__ import annotations
 
-from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis, Route
-from corda_vlm.plan.make import check_made_from, check_rank, plan_adapter
-from corda_vlm.plan.plan import AdapterPlan, SitePlan
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "MODES",
-    "PLAN_METHODS",
-    "AdapterPlan",
-    "Basis",
-    "Route",
-    "SitePlan",
-    "check_made_from",
-    "check_rank",
-    "plan_adapter",
-]
+from corda_vlm.lazy import names_of
+
+if TYPE_CHECKING:
+    from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis, Route
+    from corda_vlm.plan.make import check_made_from, check_rank, plan_adapter
+    from corda_vlm.plan.plan import AdapterPlan, SitePlan
+
+_HOMES = {
+    "MODES": "bases",
+    "PLAN_METHODS": "bases",
+    "AdapterPlan": "plan",
+    "Basis": "bases",
+    "Route": "bases",
+    "SitePlan": "plan",
+    "check_made_from": "make",
+    "check_rank": "make",
+    "plan_adapter": "make",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = names_of(__name__, _HOMES)
