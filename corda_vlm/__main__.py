@@ -67,6 +67,7 @@ def sites(
     roles: str | None = None,
     full: bool = False,
     dtype: Dtype = "float32",
+    trust_remote_code: bool = False,
 ) -> None:
     """Print the weight matrices that can be adapted: towers, blocks, roles, shapes, streams.
 
@@ -76,13 +77,14 @@ def sites(
         roles: only these, separated by commas.
         full: one line a matrix.
         dtype: of the weights in memory; a language model of billions of parameters wants bfloat16.
+        trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
     from corda_vlm.checks import check_source
 
     check_source(model)
     from corda_vlm.sites import find_sites, sites_table
 
-    loaded = _loaded(model, dtype)
+    loaded = _loaded(model, dtype, trust_remote_code=trust_remote_code)
     found = find_sites(loaded.model, towers=towers, roles=roles)
     print(sites_table(loaded.model, found, full=full))
 
@@ -106,6 +108,7 @@ def calibrate(
     dtype: Dtype = "float32",
     device: str = "auto",
     device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Collect the second moments of the layers' inputs over data; resumes when interrupted.
 
@@ -130,6 +133,7 @@ def calibrate(
         dtype: of the weights in memory; a language model of billions of parameters wants bfloat16.
         device: cpu, cuda, or auto.
         device_map: auto spreads a language model over all GPUs.
+        trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
     from corda_vlm.checks import check_data, check_output, check_source
 
@@ -140,7 +144,7 @@ def calibrate(
     from corda_vlm.data import ChatOptions, load_records, losses, make_batches
     from corda_vlm.sites import find_sites
 
-    loaded = _loaded(model, dtype, device, device_map)
+    loaded = _loaded(model, dtype, device, device_map, trust_remote_code=trust_remote_code)
     batches = make_batches(
         load_records(data),
         loaded.processor,
@@ -192,6 +196,7 @@ def init(
     dry_run: bool = False,
     dtype: Dtype = "float32",
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Plan an adapter: decompose each weight matrix by its covariance and choose the components to adapt.
 
@@ -218,6 +223,7 @@ def init(
         dry_run: print the plan and write nothing but the picture.
         dtype: of the weights in memory.
         device: cpu, cuda, or auto.
+        trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
     from corda_vlm.checks import check_file, check_output, check_source
     from corda_vlm.errors import UnknownNameError
@@ -236,7 +242,7 @@ def init(
     from corda_vlm.locks import locked
     from corda_vlm.plan import plan_adapter
 
-    loaded = _loaded(model, dtype, device)
+    loaded = _loaded(model, dtype, device, trust_remote_code=trust_remote_code)
     store, task_store = (
         None if path is None else CovarianceStore.load(path, model=loaded.model)
         for path in (covariance, task_covariance)
@@ -302,6 +308,7 @@ def train(
     dtype: Dtype = "float32",
     device: str = "auto",
     device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Attach a plan and train it on data; resumes when interrupted.
 
@@ -339,6 +346,7 @@ def train(
         dtype: of the base model's weights in memory; the adapter is in float32.
         device: cpu, cuda, or auto.
         device_map: auto spreads a language model over all GPUs.
+        trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
     from corda_vlm.checks import check_data, check_file, check_output, check_source
     from corda_vlm.data.spec import parse_spec
@@ -381,7 +389,7 @@ def train(
     from corda_vlm.train import train as train_adapter
 
     records = load_records(data)
-    loaded = _loaded(model, dtype, device, device_map)
+    loaded = _loaded(model, dtype, device, device_map, trust_remote_code=trust_remote_code)
     store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
     adapter = attach_adapter(
         loaded.model,
@@ -421,6 +429,7 @@ def evaluate(
     dtype: Dtype = "float32",
     device: str = "auto",
     device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Measure a model, with what was trained or without, on a suite of tasks.
 
@@ -439,6 +448,7 @@ def evaluate(
         dtype: of the weights in memory.
         device: cpu, cuda, or auto.
         device_map: auto spreads a language model over all GPUs.
+        trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
     from corda_vlm.checks import (
         check_chosen,
@@ -476,7 +486,7 @@ def evaluate(
     from corda_vlm.locks import locked
 
     strengths = (1.0,) if numbers is None else check_scales(numbers)
-    loaded = _loaded(model, dtype, device, device_map)
+    loaded = _loaded(model, dtype, device, device_map, trust_remote_code=trust_remote_code)
     trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
     method = "base" if adapter is None else _name_of(Path(adapter))
     cache = Cache()
@@ -530,6 +540,7 @@ def export(
     format: Literal["lora", "residual", "merged"] = "merged",
     rank: Count | None = None,
     dtype: Dtype = "float32",
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a trained adapter so that plain peft, transformers or open_clip loads it.
 
@@ -540,6 +551,7 @@ def export(
         format: lora (on the original base), residual (base and adapter), or merged (a plain model).
         rank: lora only: recompress to this rank.
         dtype: of what is written.
+        trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
     from corda_vlm.checks import check_folder, check_output, check_source
 
@@ -548,7 +560,7 @@ def export(
     check_output(output, folder=True)
     from corda_vlm.adapter import export_adapter, load_adapter
 
-    loaded = _loaded(model, dtype)
+    loaded = _loaded(model, dtype, trust_remote_code=trust_remote_code)
     trained = load_adapter(loaded.model, adapter)
     written = export_adapter(trained, output, format=format, rank=rank, source=model)
     print(f"wrote {written}")
@@ -580,12 +592,24 @@ def report(folder: str) -> None:
     print(f"{summary_table(folder)}\n\nwrote {page}")
 
 
-def _loaded(model: str, dtype: Dtype, device: str = "cpu", device_map: str | None = None) -> Loaded:
+def _loaded(
+    model: str,
+    dtype: Dtype,
+    device: str = "cpu",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
     import torch
 
     from corda_vlm.families import load_model
 
-    return load_model(model, dtype=getattr(torch, dtype), device=device, device_map=device_map)
+    return load_model(
+        model,
+        dtype=getattr(torch, dtype),
+        device=device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _modified(path: str) -> int | None:

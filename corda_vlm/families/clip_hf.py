@@ -27,7 +27,16 @@ from corda_vlm.families.base import (
     token_mask,
     unwrap,
 )
-from corda_vlm.families.hub import Missing, image_size, or_missing, reads, tokenizer_of
+from corda_vlm.families.hub import (
+    Missing,
+    config_from,
+    how_to_read,
+    image_size,
+    or_missing,
+    reads,
+    tokenizer_of,
+)
+from corda_vlm.families.trust import trusted
 
 _CLIP = (
     "CLIPModel",
@@ -233,12 +242,12 @@ def logit_scale(model: nn.Module) -> Float[Tensor, ""]:
 def _load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = config_from(source)
     known = [
         name for name in getattr(config, "architectures", None) or () if name in _CLIP + _SIGLIP
     ]
     kind = getattr(transformers, known[0]) if known else transformers.AutoModel
-    model = kind.from_pretrained(source).to(dtype).eval()
+    model = kind.from_pretrained(source, **how_to_read(source)).to(dtype).eval()
     return model, processor(source, model)
 
 
@@ -252,7 +261,11 @@ def processor(source: str | Path, model: nn.Module) -> Processor:
     # PIL resizes as images were resized when these models were trained; tensors come out a little different.
     old = int(transformers.__version__.split(".")[0]) < 5
     backend: dict[str, Any] = {"use_fast": False} if old else {"backend": "pil"}
-    images = or_missing(lambda: transformers.AutoImageProcessor.from_pretrained(source, **backend))
+    images = or_missing(
+        lambda: transformers.AutoImageProcessor.from_pretrained(
+            source, trust_remote_code=trusted(), **backend
+        )
+    )
     words = or_missing(lambda: tokenizer_of(source, transformers))
     return make_processor(
         model, images if _has(model, "vision") else None, words if _has(model, "text") else None

@@ -26,6 +26,8 @@ from corda_vlm.families.base import (
     token_mask,
     unwrap,
 )
+from corda_vlm.families.hub import PICKLED
+from corda_vlm.families.trust import check_options
 from corda_vlm.files import read_json
 
 # ------------------------------------------------------------------ rules
@@ -226,13 +228,15 @@ def load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
         name, tag = f"local-dir:{source}", None
     elif source.startswith(("hf-hub:", "local-dir:")):
         name, tag = source, None
+        check_options(open_clip.get_model_config(name), source)
     else:
         name, _, tag = source.partition("/")
         if name not in open_clip.list_models():
             raise UnknownNameError("open_clip model", name, open_clip.list_models())
-        if not Path(tag).is_file() and tag not in (
-            tags := open_clip.list_pretrained_tags_by_model(name)
-        ):
+        if Path(tag).is_file():
+            if Path(tag).suffix != ".safetensors":
+                raise CordaError(f"{tag} {PICKLED}")
+        elif tag not in (tags := open_clip.list_pretrained_tags_by_model(name)):
             raise UnknownNameError(f"pretrained tag of {name}", tag, tags)
     # OpenAI's weights want QuickGELU also where the model's name does not say so; open_clip would only warn.
     quick = bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
@@ -283,12 +287,21 @@ def _ids_mask(ids: Tensor, tokenizer: Any) -> Bool[Tensor, "n l"]:
 
 
 def _check_folder(folder: Path) -> None:
-    config = read_json(folder / "open_clip_config.json", "model configuration")
-    if "model_cfg" not in config:
-        raise ForeignFileError(
-            f"{folder / 'open_clip_config.json'} has no 'model_cfg': it is not open_clip's"
+    path = folder / "open_clip_config.json"
+    config = read_json(path, "model configuration")
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise ForeignFileError(f"{path} has no 'model_cfg': it is not open_clip's")
+    check_options(config, str(folder))
+    vision = config["model_cfg"].get("vision_cfg")
+    timm_name = vision.get("timm_model_name") if isinstance(vision, dict) else None
+    if isinstance(timm_name, str) and ":" in timm_name:
+        raise CordaError(
+            f"{path} names a vision tower elsewhere ({timm_name[:100]}), which is not fetched; name one of timm's own"
         )
-    if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+    kinds = {file.suffix for file in folder.iterdir()}
+    if ".safetensors" not in kinds:
+        if kinds & {".bin", ".pt", ".pth"}:
+            raise CordaError(f"{folder} {PICKLED}")
         raise CordaError(f"{folder} holds no weights; expected open_clip_model.safetensors")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Batch, Masking, unwrap
-from corda_vlm.families.hub import or_missing, tokenizer_of
+from corda_vlm.families.hub import config_from, how_to_read, or_missing, tokenizer_of
 from corda_vlm.families.language import (
     IGNORED,
     LanguageProcessor,
     image_token_id,
     language_processor,
 )
+from corda_vlm.families.trust import trusted
 
 # ------------------------------------------------------------------ running
 
@@ -176,7 +176,7 @@ def loader(auto: str) -> Callable[..., tuple[nn.Module, LanguageProcessor]]:
     ) -> tuple[nn.Module, LanguageProcessor]:
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = config_from(source)
         if (method := _method(getattr(config, "quantization_config", None))) is not None:
             raise CordaError(f"{source} is quantised ({method}), {_QUANTISED}")
         sees = getattr(config, "vision_config", None) is not None
@@ -187,7 +187,11 @@ def loader(auto: str) -> Callable[..., tuple[nn.Module, LanguageProcessor]]:
                 "`pip install -U transformers`. (CLIP and models of text alone work with 4.57 too.)"
             )
         model, report = getattr(transformers, auto).from_pretrained(
-            source, dtype=dtype, device_map=device_map, output_loading_info=True
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            **how_to_read(source),
         )
         if missing := sorted(report["missing_keys"]):
             raise CordaError(
@@ -216,7 +220,7 @@ def processor(source: str | Path, model: nn.Module) -> LanguageProcessor:
     if getattr(unwrap(model).config, "vision_config", None) is None:
         return language_processor(model, words())
     whole = or_missing(
-        lambda: transformers.AutoProcessor.from_pretrained(source),
+        lambda: transformers.AutoProcessor.from_pretrained(source, trust_remote_code=trusted()),
         f"{source} came without the files that this needs: for images, processor_config.json (or "
         "preprocessor_config.json) was looked for. Put it beside its weights.",
     )
@@ -224,11 +228,3 @@ def processor(source: str | Path, model: nn.Module) -> LanguageProcessor:
     if tokenizer is None:  # a folder without an image processor still reads text
         tokenizer = words()
     return language_processor(model, tokenizer, whole)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """`config.json` of a folder, empty where there is none that can be read."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from corda_vlm.errors import CordaError
+from corda_vlm.families.trust import trusted
 from corda_vlm.files import atomic_folder, home_path
 from corda_vlm.locks import locked
 
@@ -76,13 +77,19 @@ def _convert(path: Path, folder: Path) -> None:
     unpack = getattr(transformers, "GgufConfig", None)
     options = {} if unpack is None else {"quantization_config": unpack(dequantize=True)}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16, **options
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.bfloat16,
+        trust_remote_code=trusted(),
+        **options,
     )
     for left in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(left, None)
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=trusted()
+    )
     tokenizer.save_pretrained(folder)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.families.trust import REFUSAL, check_options, trusted, wants_code
 from corda_vlm.files import read_json
 
 
@@ -17,14 +19,59 @@ def reads(*types: str) -> Callable[[Path], bool]:
     def found(folder: Path) -> bool:
         config = folder / "config.json"
         # Hub folders may hold open_clip's files too; without weights of transformers they are open_clip's.
-        weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
-        return (
-            config.is_file()
-            and bool(weights)
-            and read_json(config, "model configuration").get("model_type") in types
-        )
+        if not config.is_file() or not _has_weights(folder):
+            return False
+        read = read_json(config, "model configuration")
+        if not isinstance(read, dict):
+            raise ForeignFileError(f"{config} is no model configuration: it holds no mapping")
+        return read.get("model_type") in types
 
     return found
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def config_from(source: str | Path) -> Any:
+    """The configuration of a model of transformers.
+
+    Raises:
+        RemoteCodeError: it names code.
+    """
+    import transformers
+
+    told, _ = transformers.PretrainedConfig.get_config_dict(str(source))
+    check_options(told, str(source))
+    return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted())
+
+
+def how_to_read(source: str | Path) -> dict[str, Any]:
+    """Arguments of transformers' `from_pretrained` for a model's weights.
+
+    Raises:
+        CordaError: a folder whose weights are pickles, which are programs.
+    """
+    if not Path(source).is_dir():
+        return {"trust_remote_code": trusted()}
+    if not any(Path(source).glob("model*.safetensors")):
+        raise CordaError(f"{source} {PICKLED}")
+    return {"trust_remote_code": trusted(), "use_safetensors": True}
+
+
+PICKLED = (
+    "has its weights as pickles (.bin, .pt, .pth) alone, which may hold any program and are not read. Load it where you "
+    "trust it, and save it as safetensors: model.save_pretrained(FOLDER), or safetensors.torch.save_file"
+)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder, empty where there is none that can be read."""
+    try:
+        read = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def tokenizer_of(source: str | Path, transformers: Any) -> Any:
@@ -33,7 +80,7 @@ def tokenizer_of(source: str | Path, transformers: Any) -> Any:
     Raises:
         ValueError: there is none.
     """
-    words = transformers.AutoTokenizer.from_pretrained(source)
+    words = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted())
     if len(words) <= len(words.all_special_tokens):
         # transformers 5 makes a tokenizer of special tokens alone where there are no files: every text is unknown
         raise ValueError(f"{source} has no vocabulary")
@@ -76,7 +123,7 @@ def or_missing(load: Callable[[], Any], told: str = _ANY_FILE) -> Any:
     try:
         return load()
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        return Missing(error, told)
+        return Missing(error, f"the model {REFUSAL}" if wants_code(error) else told)
 
 
 def image_size(vision: Any) -> tuple[int, int]:

@@ -14,11 +14,11 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families.base import Family, Loaded, Processor
 from corda_vlm.families.clip_hf import CLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
-from corda_vlm.families.decoder import config_of
 from corda_vlm.families.gguf import converted
-from corda_vlm.families.hub import without_bars
+from corda_vlm.families.hub import config_of, without_bars
 from corda_vlm.families.registry import FAMILIES, chosen, detect_family
 from corda_vlm.families.sources import FORMS, built_in, check_source
+from corda_vlm.families.trust import REFUSAL, RemoteCodeError, loading, wants_code
 from corda_vlm.tensors import check_tensors
 from corda_vlm.yaml_file import read_yaml
 
@@ -30,6 +30,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     device_map: Any = None,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Load a model and what feeds it.
 
@@ -40,36 +41,40 @@ def load_model(
         device: "auto" is the first GPU, if there is one, else the CPU.
         device_map: of transformers, e.g. "auto" to spread a language model over all GPUs; then `device` is not looked at.
         family: which family's format to expect where a folder holds more than one.
+        trust_remote_code: run Python code that comes with the model. Without it no such code runs, and nobody is asked.
 
     Raises:
         UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
+        RemoteCodeError: the model wants code of its own to be run.
         CordaError: the folder is in no known format, its weights are quantised or incomplete, a hub cannot be reached,
             or there is no such device.
     """
     check_source(source)
     how = _How(dtype, device_map)
     device = _usable(device)
-    text = str(source).removeprefix("local-dir:")
-    path = Path(text).expanduser()
-    zoo = built_in()
-    if text in zoo:  # before a folder of that name in the working directory, which is './NAME'
-        loaded = _load_zoo(zoo[text], family, how)
-    elif path.is_dir():
-        loaded = _load_folder(path, family, how)
-    elif path.suffix == ".gguf" and path.is_file():
-        source = converted(path)
-        loaded = _load_folder(source, family, how)
-    elif text.endswith("-hf") and text.removesuffix("-hf") in zoo:
-        loaded = _load_converted(zoo[text.removesuffix("-hf")], how)
-    elif text.startswith("hf-hub:"):
-        loaded = _load_remote(CLIP_OPEN, text, how)
-    else:
-        loaded = _load_remote(_remote_family(text, family), text, how)
-    model, processor, found = loaded
+    with loading(trust_remote_code):
+        if (path := Path(source).expanduser()).suffix == ".gguf" and path.is_file():
+            source = converted(path)
+        model, processor, found = _load(source, family, how)
     # Not to the dtype, which its family loaded it in: a language model keeps its rotary frequencies in float32.
     if device_map is None:
         model = model.to(device)
     return Loaded(model.eval(), processor, found, str(source))
+
+
+def _load(source: str | Path, family: str | Family, how: _How) -> _Parts:
+    text = str(source).removeprefix("local-dir:")
+    path = Path(text).expanduser()
+    zoo = built_in()
+    if text in zoo:  # before a folder of that name in the working directory, which is './NAME'
+        return _load_zoo(zoo[text], family, how)
+    if path.is_dir():
+        return _load_folder(path, family, how)
+    if text.endswith("-hf") and text.removesuffix("-hf") in zoo:
+        return _load_converted(zoo[text.removesuffix("-hf")], how)
+    if text.startswith("hf-hub:"):
+        return _load_remote(CLIP_OPEN, text, how)
+    return _load_remote(_remote_family(text, family), text, how)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
     except CordaError:
         raise
     except Exception as error:  # a library's own errors are of every kind
+        if wants_code(error):
+            raise RemoteCodeError(f"the model in {folder} {REFUSAL}") from error
         raise CordaError(
             f"the model in {folder} does not load as {found.name}; its files may be truncated or belong to "
             f"another model ({type(error).__name__}: {_first_line(error)})"
@@ -181,6 +188,8 @@ def _load_remote(family: Family | None, source: str, how: _How) -> _Parts:
     except CordaError:
         raise
     except Exception as error:  # a library's own errors are of every kind
+        if wants_code(error):
+            raise RemoteCodeError(f"the model {source!r} {REFUSAL}") from error
         raise CordaError(
             f"could not load {source!r} from its hub ({type(error).__name__}: {_first_line(error)}), and no folder "
             f"of that name is here. Check the name and the network, or download it and give its folder. {FORMS}"
