@@ -54,8 +54,8 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _own_errors_come_first(monkeypatch) -> None:
-    """`with pytest.raises(CordaError)` runs its block unchecked.
+def _own_errors_come_first(request, monkeypatch) -> Iterator[None]:
+    """`with pytest.raises(CordaError)` runs its block unchecked, and so does a test marked `unchecked` as a whole.
 
     Arguments and shapes are checked against the annotations in all tests (`--jaxtyping-packages` in pyproject.toml).
     A test that expects one of our own errors hands in what the annotations forbid, to see what a user would see.
@@ -72,6 +72,8 @@ def _own_errors_come_first(monkeypatch) -> None:
             yield caught
 
     monkeypatch.setattr(pytest, "raises", raises_as_for_users)
+    with unchecked() if request.node.get_closest_marker("unchecked") else nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -125,6 +125,7 @@ def test_a_training_that_goes_on_elsewhere_keeps_its_precision(
     assert read_json(tmp_path / BEGUN) == {"options": {"bf16": True}}
 
 
+@pytest.mark.filterwarnings("ignore:.*have no full rank")
 def test_calibration_leaves_float32_where_bfloat16_is_fast(machine, tiny_clip_hf):
     from corda_vlm.covariance import collect_covariance
 

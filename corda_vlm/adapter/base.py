@@ -73,9 +73,11 @@ def check_base(
             )
 
 
-def absolute(name: str | None) -> str | None:
+def absolute(name: str | Path | None) -> str | None:
     """A local folder by a name that holds from elsewhere too; an id on a hub stays as it is."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    if not name:
+        return None
+    return str(Path(name).resolve() if Path(name).is_dir() else name)
 
 
 def _is_there(path: Path) -> bool:

@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +28,8 @@ from corda_vlm.distributed import (
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, detect_family, token_masks
 from corda_vlm.families.base import evaluating
-from corda_vlm.locks import locks
+from corda_vlm.files import check_path
+from corda_vlm.locks import locked
 from corda_vlm.precision import takes_bf16
 from corda_vlm.progress import Meter, shown
 from corda_vlm.sites import Site, find_sites, model_fingerprint
@@ -36,7 +37,6 @@ from corda_vlm.sites import Site, find_sites, model_fingerprint
 _log = logging.getLogger(__name__)
 
 
-@locks("path")
 def collect_covariance(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -135,7 +135,9 @@ def collect_covariance(
         job.check_batches(source.total)
     if store is not None:
         _check_base(store, model, job.sites, rounds)
-    path = None if path is None else Path(path)
+    if path is not None:
+        check_path(path)
+        path = Path(path)
     _check_processes(source, path)
     saved = None
     if path is not None and path.exists():
@@ -150,7 +152,10 @@ def collect_covariance(
                 f"{path} is the checkpoint of a calibration in one go, which cannot go on blockwise. Leave blockwise off, "
                 "give another path, or delete the file to start anew"
             )
-    with shown(show_progress), Interrupts(active=path is not None) as interrupts, evaluating(model):
+    # Only now: the processes of a distributed run had to agree before one of them may be turned away.
+    lock = nullcontext() if path is None else locked(path)
+    interruptible = Interrupts(active=path is not None)
+    with lock, shown(show_progress), interruptible as interrupts, evaluating(model):
         if not blockwise:
             result = _in_one_go(job, path, saved, checkpoint_share, interrupts)
         elif path is not None:

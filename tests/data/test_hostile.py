@@ -22,6 +22,8 @@ from corda_vlm.data import load_records, parse_spec
 from corda_vlm.data.paths import MOST_PATHS
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 
+pytestmark = pytest.mark.unchecked
+
 
 def picture(kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
