@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from corda_vlm.adapter import load_adapter
 from corda_vlm.errors import CordaError
 from corda_vlm.families import load_model
+from corda_vlm.families.hub import or_missing
 from corda_vlm.families.trust import RemoteCodeError
 
 EVIL = """
@@ -195,13 +196,13 @@ def test_models_that_generate_text(kind, request, saved, sentinel):
     assert not sentinel.exists()
 
 
-def test_what_needs_code_says_so_when_it_is_used(clip_folder, sentinel):
-    poison(clip_folder, sentinel)
-    edit(clip_folder / "tokenizer_config.json", **TOKENIZER)
-    (clip_folder / "tokenizer.json").unlink()
-    loaded = load_model(clip_folder)
-    with pytest.raises(CordaError, match="pass trust_remote_code=True"):
-        loaded.processor.text(["x"])
+def test_what_needs_code_says_so_when_it_is_used():
+    def load():
+        raise ValueError("Please pass the argument `trust_remote_code=True` to allow custom code")
+
+    stand_in = or_missing(load)
+    with pytest.raises(CordaError, match="pass trust_remote_code=True to load_model"):
+        stand_in()
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
