@@ -1,4 +1,4 @@
-"""From the words of a command to the arguments of a typed function, and the help that its docstring gives.
+"""From the words of a command to the arguments of a typed function: argparse, set up by its signature and docstring.
 
 An argument without a default is given by its place, others as `--name VALUE` or `--name=VALUE`; a truth value needs no
 VALUE, and a list is given item by item or as a list in YAML. Nothing of a command names code to be imported.
@@ -6,12 +6,13 @@ VALUE, and a list is given item by item or as a list in YAML. Nothing of a comma
 
 from __future__ import annotations
 
+import argparse
 import inspect
-import shutil
+import re
 import textwrap
 import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -33,65 +34,133 @@ def call(verbs: Mapping[str, Verb], words: Sequence[str], about: str) -> None:
         CordaError: a value that cannot be, one that is missing, or one too many.
     """
     if not words or words[0] in HELP:
-        print(_help_of_all(verbs, about))
+        _overview(verbs, about).print_help()
         return
     if words[0] not in verbs:
         raise UnknownNameError("verb", words[0], verbs, "corda-vlm --help says what they do.")
     verb = verbs[words[0]]
+    parser, arguments = _parser(verb)
     if any(word in HELP for word in words[1:]):
-        print(_help(verb))
+        parser.print_help()
         return
-    verb(**arguments(verb, words[1:]))
+    verb(**_read(parser, arguments, words[1:]))
 
 
-def arguments(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
+def _overview(verbs: Mapping[str, Verb], about: str) -> argparse.ArgumentParser:
+    more = "corda-vlm VERB --help lists the options of a verb."
+    parser = argparse.ArgumentParser("corda-vlm", "%(prog)s VERB ...", about, more, add_help=False)
+    listed = parser.add_argument_group("verbs")
+    for name, verb in verbs.items():
+        listed.add_argument(name, help=_told(verb)[0].partition("\n")[0].replace("%", "%%"))
+    return parser
+
+
+def _parser(verb: Verb) -> tuple[argparse.ArgumentParser, list[_Argument]]:
+    """The parser of a verb's words, and what it was made of."""
+    about, told = _told(verb)
+    parameters = inspect.signature(verb).parameters.values()
+    places = [one.name.upper() for one in parameters if one.default is one.empty]
+    parser = argparse.ArgumentParser(
+        f"corda-vlm {verb.__name__}",
+        " ".join(["%(prog)s", *places, "[OPTIONS]"]),
+        about,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # as of Python 3.14: -1e-4 is one too
+    hints = get_type_hints(verb, include_extras=True)
+    arguments = []
+    for one in parameters:
+        name = one.name if one.default is one.empty else "--" + one.name.replace("_", "-")
+        text = told.get(one.name, "").replace("%", "%%")
+        if not (one.default is one.empty or one.default is None or one.default is False):
+            text += f" (default: {one.default})"
+        arguments.append(
+            parser.add_argument(name, action=_Argument, kind=hints[one.name], help=text)
+        )
+    return parser, arguments
+
+
+def _read(
+    parser: argparse.ArgumentParser, arguments: Sequence[_Argument], words: Sequence[str]
+) -> dict[str, Any]:
     """What `words` stand for, by the names of the function's arguments; raises as `call`."""
-    parameters = {one.option: one for one in _parameters(verb)}
-    positional = [one for one in parameters.values() if one.required]
-    found: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            if not positional:
-                raise CordaError(
-                    f"{brief(word)} is one word too many for corda-vlm {verb.__name__}; "
-                    f"{_usage(verb)}"
-                )
-            one = positional.pop(0)
-            found[one.name] = one.read(word)
-            continue
+    options = {one.shown: one for one in arguments if one.option_strings}
+    try:
+        found, more = parser.parse_known_args(list(_spelled(words, options, parser.prog)))
+    except argparse.ArgumentError as error:
+        option = error.argument_name or ""
+        raise CordaError(f"{option} needs a value: {option} {options[option].metavar}") from None
+    usage = f"{parser.format_usage().strip()}; --help lists them"
+    if more and more[0].startswith("-"):
+        raise UnknownNameError(f"option of {parser.prog}", more[0], options)
+    if more:
+        raise CordaError(f"{brief(more[0])} is one word too many for {parser.prog}; {usage}")
+    for one in arguments:
+        if not one.option_strings and one.dest not in found:
+            raise CordaError(f"{parser.prog} needs {one.shown}; {usage}")
+    return vars(found)
+
+
+def _spelled(words: Sequence[str], options: Mapping[str, _Argument], prog: str) -> Iterator[str]:
+    """The words with options as they are listed, and `=true` behind a switch without a value.
+
+    argparse would take whatever follows a switch for its value, e.g. the file in `--fresh demo.yaml`.
+    """
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         option = option.replace("_", "-")
-        one = parameters.get(option)
-        if one is None or one.required:
-            options = [name for name, known in parameters.items() if not known.required]
-            raise UnknownNameError(f"option of corda-vlm {verb.__name__}", option, options)
-        if not equals:
-            value = _following(one, rest)
-        if one.is_list:
-            found.setdefault(one.name, []).extend(_items(option, value))
-        elif one.name in found:
-            raise CordaError(f"{option} is given twice; give it once")
+        if not word.startswith("--"):
+            yield word
+        elif option not in options:
+            raise UnknownNameError(f"option of {prog}", option, options)
+        elif equals or not options[option].is_switch or following.lower() in options[option].words:
+            yield f"{option}{equals}{value}"
         else:
-            found[one.name] = one.read(value)
-    if positional:
-        raise CordaError(
-            f"corda-vlm {verb.__name__} needs {positional[0].name.upper()}; {_usage(verb)}"
-        )
-    for one in parameters.values():
-        if one.is_list and one.name in found:
-            found[one.name] = fitted(found[one.name], one.kind, one.option)
-    return found
+            yield f"{option}=true"
 
 
-def _following(one: _Parameter, rest: list[str]) -> str:
-    """The value that stands behind an option; a truth value needs none."""
-    if one.is_switch:
-        return rest.pop(0) if rest and rest[0].lower() in one.words else "true"
-    if not rest or rest[0].startswith("--"):
-        raise CordaError(f"{one.option} needs a value, e.g. {one.option} {one.example}")
-    return rest.pop(0)
+class _Argument(argparse.Action):
+    """An argument of a verb, which reads what is written for it as its type and its bounds want it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, kind: Any, **rest: Any) -> None:
+        self.kind = kind
+        self.kinds = _alternatives(kind)
+        self.is_switch = bool in self.kinds
+        self.words = list(_TRUTH) if self.is_switch else []
+        for one in self.kinds:
+            self.words += map(str, get_args(one)) if get_origin(one) is Literal else []
+        self.shown = option_strings[0] if option_strings else dest.upper()
+        rest["required"] = False  # what is missing is told in our words
+        rest["nargs"] = "?" if self.is_switch else None
+        rest["metavar"] = "|".join(self.words) or dest.upper()
+        super().__init__(option_strings, dest, **rest)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if any(get_origin(one) is list for one in self.kinds):
+            items = [*getattr(namespace, self.dest, []), *_items(self.shown, values)]
+            setattr(namespace, self.dest, fitted(items, self.kind, self.shown))
+        elif self.dest in namespace:
+            raise CordaError(f"{self.shown} is given twice; give it once")
+        else:
+            setattr(namespace, self.dest, self.read(values))
+
+    def read(self, text: str) -> Any:
+        """The value that `text` stands for."""
+        value: Any = text
+        if type(None) in self.kinds and str not in self.kinds and text == "null":
+            value = None
+        elif self.is_switch:
+            value = _TRUTH.get(text.lower(), text)
+        elif any(get_origin(one) is dict for one in self.kinds) and text.lstrip().startswith("{"):
+            value = parse_yaml(text, self.shown.lower().lstrip("-"))
+        elif str not in self.kinds:
+            for number in (int, float):
+                if number in self.kinds and not isinstance(value, (int, float)):
+                    value = _number(text, number)
+        return fitted(value, self.kind, self.shown)
 
 
 def _items(option: str, text: str) -> list[Any]:
@@ -106,63 +175,6 @@ def _items(option: str, text: str) -> list[Any]:
             f"{option} {brief(text)} is not a list in YAML; give each item by itself ({option} ONE {option} TWO), or "
             'items with brackets in quotes: ["seeds=[0, 1]", rank=8]'
         ) from None
-
-
-# ------------------------------------------------------------------ a function's arguments
-
-
-@dataclass(frozen=True)
-class _Parameter:
-    name: str
-    kind: Any
-    default: Any
-    help: str
-
-    @property
-    def required(self) -> bool:
-        return self.default is inspect.Parameter.empty
-
-    @property
-    def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def kinds(self) -> tuple[Any, ...]:
-        return tuple(_alternatives(self.kind))
-
-    @property
-    def is_switch(self) -> bool:
-        return bool in self.kinds
-
-    @property
-    def is_list(self) -> bool:
-        return any(get_origin(kind) is list for kind in self.kinds)
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """What may be written for it, where that can be counted."""
-        choices = [str(word) for kind in self.kinds if get_origin(kind) is Literal for word in get_args(kind)]  # fmt: skip
-        return (*_TRUTH, *choices) if self.is_switch else tuple(choices)
-
-    @property
-    def example(self) -> str:
-        return self.words[0] if self.words else self.name.upper()
-
-    def read(self, text: str) -> Any:
-        """The value that `text` stands for."""
-        kinds = self.kinds
-        value: Any = text
-        if type(None) in kinds and str not in kinds and text == "null":
-            value = None
-        elif self.is_switch:
-            value = _TRUTH.get(text.lower(), text)
-        elif any(get_origin(kind) is dict for kind in kinds) and text.lstrip().startswith("{"):
-            value = parse_yaml(text, self.option.lstrip("-"))
-        elif str not in kinds:
-            for number in (int, float):
-                if number in kinds and not isinstance(value, (int, float)):
-                    value = _number(text, number)
-        return fitted(value, self.kind, self.name.upper() if self.required else self.option)
 
 
 def _number(text: str, kind: type) -> Any:
@@ -181,15 +193,6 @@ def _alternatives(kind: Any) -> list[Any]:
     return [kind]
 
 
-def _parameters(verb: Verb) -> list[_Parameter]:
-    hints = get_type_hints(verb, include_extras=True)
-    told = _told(verb)[1]
-    return [
-        _Parameter(name, hints[name], parameter.default, told.get(name, ""))
-        for name, parameter in inspect.signature(verb).parameters.items()
-    ]
-
-
 def _told(verb: Verb) -> tuple[str, dict[str, str]]:
     """What a docstring says: what the function does, and each of its arguments."""
     about, _, listed = (inspect.getdoc(verb) or "").partition("\n\nArgs:\n")
@@ -202,57 +205,3 @@ def _told(verb: Verb) -> tuple[str, dict[str, str]]:
             name, _, text = line.partition(":")
             found[name] = text.strip()
     return about, found
-
-
-# ------------------------------------------------------------------ help
-
-
-def _usage(verb: Verb) -> str:
-    places = [one.name.upper() for one in _parameters(verb) if one.required]
-    return f"usage: corda-vlm {' '.join([verb.__name__, *places])} [OPTIONS]; --help lists them"
-
-
-def _help_of_all(verbs: Mapping[str, Verb], about: str) -> str:
-    rows = [(name, _told(verb)[0].partition("\n")[0]) for name, verb in verbs.items()]
-    return "\n".join(
-        ["usage: corda-vlm VERB ...", "", _wrapped(about, ""), "", *_table(rows), "",
-         "corda-vlm VERB --help lists the options of a verb."]
-    )  # fmt: skip
-
-
-def _help(verb: Verb) -> str:
-    parameters = _parameters(verb)
-    about = _wrapped(" ".join(_told(verb)[0].split()), "")
-    lines = [_usage(verb).partition(";")[0], "", about, ""]
-    lines += _table([(one.name.upper(), one.help) for one in parameters if one.required])
-    rows = []
-    for one in parameters:
-        if not one.required:
-            default = (
-                "" if one.default is None or one.default is False else f" (default: {one.default})"
-            )
-            rows.append((f"{one.option}{_shape(one)}", f"{one.help}{default}"))
-    return "\n".join([*lines, "", *_table(rows)])
-
-
-def _shape(one: _Parameter) -> str:
-    if one.is_switch and not one.words[2:]:
-        return ""
-    return " " + ("|".join(one.words) if one.words else one.name.upper())
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    indent = " " * 26
-    lines = []
-    for name, text in rows:
-        told = _wrapped(text, indent)
-        head = f"  {name}"
-        lines.append(f"{head:<25}{told[25:]}" if len(head) < 25 else f"{head}\n{told}")
-    return lines
-
-
-def _wrapped(text: str, indent: str) -> str:
-    width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.fill(
-        text, width=max(width, 60), initial_indent=indent, subsequent_indent=indent
-    )

@@ -295,7 +295,7 @@ def test_help_imports_nothing_heavy(verb):
 
 
 def test_no_word_of_a_command_or_config_names_code(tmp_path, monkeypatch):
-    """jsonargparse would import the class that a `class_path` names, here from the working directory."""
+    """The class that a `class_path` names is not imported, though it lies in the working directory."""
     (tmp_path / "evil.py").write_text("open('pwned', 'w').close()\nclass X: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
