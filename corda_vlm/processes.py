@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
 import socket
@@ -9,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_FORM = re.compile(r"(?P<host>[A-Za-z0-9_]{1,24})-(?P<pid>\d{1,10})-(?P<start>\d{1,20})")
+_FORM = re.compile(r"(?P<host>[A-Za-z0-9_]{1,41})-(?P<pid>\d{1,10})-(?P<start>\d{1,20})")
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Process:
     """A process that runs or once ran. Its number alone may have been given to another since.
 
     Attributes:
-        host: name of the machine (or container) whose process it is, in letters, digits and underscores.
+        host: name of the machine (or container) whose process it is, in letters, digits and underscores, with a hash
+            behind it that tells apart those of one name. It changes with every start of the machine or container.
         pid: its number there.
         start: when it began, in a unit of the system's.
     """
@@ -48,8 +51,17 @@ def this_process() -> Process:
     return Process(_host(), pid, _start(pid) or 0)
 
 
+@functools.cache
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_]", "_", socket.gethostname())[:24] or "unnamed"
+    name, boot, numbering = socket.gethostname(), "", ""
+    # Machines may share a name (localhost), and containers of one machine a name without sharing the numbers of
+    # their processes. Systems without /proc have neither of these.
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    with suppress(OSError):
+        numbering = str(Path("/proc/self/ns/pid").readlink())
+    readable = re.sub(r"[^A-Za-z0-9_]", "_", name)[:32] or "unnamed"
+    return f"{readable}_{hashlib.sha256(repr((name, boot, numbering)).encode()).hexdigest()[:8]}"
 
 
 def _start(pid: int) -> int | None:

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from corda_vlm.files import (
     write_json,
     write_text,
 )
-from corda_vlm.processes import this_process
+from corda_vlm.processes import Process, _host, this_process
 from corda_vlm.tensors import save_tensors
 
 
@@ -109,6 +110,35 @@ def test_only_what_dead_writers_left_is_swept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
     sweep(tmp_path)
     assert set(tmp_path.iterdir()) == {living, elsewhere, of_somebody}
+
+
+@pytest.mark.parametrize("other", ["name", "boot", "namespace"])
+def test_what_another_host_of_a_like_name_writes_is_not_swept(tmp_path, monkeypatch, other):
+    """Names that differ in their last letter, one name on two machines, containers with numbers of their own."""
+    monkeypatch.setattr("socket.gethostname", lambda: "corda-vlm-training-of-llava-worker-0")
+    _host.cache_clear()
+    here = this_process()
+    if other == "name":
+        monkeypatch.setattr("socket.gethostname", lambda: "corda-vlm-training-of-llava-worker-1")
+    elif other == "boot":
+        read = Path.read_text
+        monkeypatch.setattr(
+            Path, "read_text", lambda path, **k: "x" if path.name == "boot_id" else read(path, **k)
+        )
+    else:
+        monkeypatch.setattr(Path, "readlink", lambda path: Path("pid:[1]"))
+    _host.cache_clear()
+    try:
+        there = this_process()
+        assert there.host.startswith("corda_vlm_training_of_llava_work")
+        assert (there.host != here.host, there.pid, there.start) == (True, here.pid, here.start)
+        # of a process that has ended here, and of whose counterpart elsewhere nothing is known
+        (tmp_path / f".a.0.{Process(here.host, 2**22 + 1, 17)}.partial").touch()
+        (tmp_path / f".a.0.{Process(there.host, 2**22 + 1, 17)}.partial").touch()
+        sweep(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [f".a.0.{here.host}-{2**22 + 1}-17.partial"]  # fmt: skip
+    finally:
+        _host.cache_clear()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
