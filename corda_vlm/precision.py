@@ -74,6 +74,9 @@ def speeds(kind: str, index: int | None = None) -> Speeds:
     Args:
         kind: a device's type, e.g. "cpu".
         index: which of several.
+
+    Raises:
+        RuntimeError: the device is not there, or its memory is full.
     """
     import torch
 
@@ -86,9 +89,14 @@ def speeds(kind: str, index: int | None = None) -> Speeds:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # several would wait for one another wherever a core is busy
-        half = x.to(device, torch.bfloat16), w.to(device, torch.bfloat16)
-        _seconds(*half)  # the first product of each kind sets things up
-        _seconds(*full)
+        _seconds(*full)  # the first product of each kind sets things up
+        try:
+            half = x.to(device, torch.bfloat16), w.to(device, torch.bfloat16)
+            _seconds(*half)
+        except torch.cuda.OutOfMemoryError:  # says nothing about bfloat16
+            raise
+        except (RuntimeError, TypeError):  # a device without bfloat16, as float32 went well
+            return Speeds(kind, 0.0, math.inf)
         slow, fast = math.inf, math.inf
         began = time.perf_counter()
         for turn in range(_TURNS):
@@ -96,8 +104,6 @@ def speeds(kind: str, index: int | None = None) -> Speeds:
             if turn > 1 and time.perf_counter() - began > _AT_MOST:
                 break
         return Speeds(kind, slow, fast)
-    except (RuntimeError, TypeError):  # a device without bfloat16
-        return Speeds(kind, 0.0, math.inf)
     finally:
         torch.set_num_threads(threads)
 
@@ -139,11 +145,22 @@ def check_bf16(value: object, name: str = "bf16") -> None:
         raise UnknownNameError(f"value of {name}", value, ("true", "false", "auto"))
 
 
-def takes_bf16(wanted: Bf16, device: torch.device | str) -> bool:
-    """What `bf16=wanted` means on this device; with "auto" it is said once, on this package's logger.
+def takes_bf16(
+    wanted: Bf16,
+    device: torch.device | str,
+    *,
+    former: bool | None = None,
+    weights: torch.dtype | None = None,
+) -> bool:
+    """Whether `bf16=wanted` means bfloat16 autocast on this device; with "auto" it is said once, on this package's logger.
+
+    Args:
+        former: what the work that is gone on with began with; "auto" keeps to it, on whatever machine.
+        weights: of the model; None if what is computed does not depend on them. In half precision they are multiplied
+            in it without autocast too.
 
     Warns:
-        UserWarning: bfloat16 is asked for where it is slower than float32.
+        UserWarning: bfloat16 is asked for, or the weights are in it, where it is slower than float32.
     """
     import torch
 
@@ -153,15 +170,45 @@ def takes_bf16(wanted: Bf16, device: torch.device | str) -> bool:
     device = torch.device(device)
     measured = speeds(device.type, device.index)
     if wanted is True:
-        if measured.ratio < 1:
+        # a run that goes on has said so, and hands on what it has decided
+        if measured.ratio < 1 and _goes_on("bfloat16", measured) not in _told:
             warnings.warn(
                 f"bf16 is on, and {measured}; leave it at auto, or turn it off", stacklevel=3
             )
         return True
-    _say(measured)
-    return measured.worth_it
+    taken = measured.worth_it if former is None else former
+    without = "float32" if weights is None else str(weights).removeprefix("torch.")
+    chosen = "bfloat16" if taken else without
+    if taken != measured.worth_it:
+        _say(_goes_on(chosen, measured))
+    elif taken or without == "float32":
+        _say(f"{chosen}: {measured}")
+    elif without == "bfloat16" and measured.ratio < 1:
+        _warn_of_weights(measured)
+    else:
+        _say(f"no autocast: the weights are in {without}")
+    return taken
 
 
-@cache
-def _say(measured: Speeds) -> None:
-    _log.info("%s: %s", "bfloat16" if measured.worth_it else "float32", measured)
+_told: set[str] = set()
+"""What was said in this process."""
+
+
+def _goes_on(chosen: str, measured: Speeds) -> str:
+    return f"goes on in {chosen}, as it began; {measured}"
+
+
+def _say(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        _log.info("%s", message)
+
+
+def _warn_of_weights(measured: Speeds) -> None:
+    message = (
+        f"the model's weights are in bfloat16, and {measured}; load it with dtype=float32 if memory "
+        "allows"
+    )
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, stacklevel=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,11 +25,11 @@ def machine(monkeypatch):
     """Makes this machine one that multiplies bfloat16 at given speeds."""
 
     def become(measured: Speeds) -> None:
-        precision._say.cache_clear()
+        precision._told.clear()
         monkeypatch.setattr(precision, "speeds", lambda kind, index=None: measured)
 
     yield become
-    precision._say.cache_clear()
+    precision._told.clear()
 
 
 def test_auto_asks_the_machine_and_says_so_once(machine, caplog):
@@ -55,6 +56,54 @@ def test_what_is_asked_for_is_done_with_a_warning_where_it_is_slow(machine, recw
         assert takes_bf16(True, "cpu")
     with pytest.raises(UnknownNameError, match=r"value of bf16 'fast'.*auto, false, true"):
         takes_bf16("fast", "cpu")  # type: ignore[arg-type]
+
+
+def test_what_goes_on_keeps_its_precision_and_says_so_once(machine, caplog, recwarn):
+    caplog.set_level(logging.INFO, "corda_vlm")
+    machine(SLOW)
+    for _ in range(2):
+        assert takes_bf16("auto", "cpu", former=True)
+    assert takes_bf16(True, "cpu"), "a run hands on what it has decided"
+    assert caplog.messages == [
+        "goes on in bfloat16, as it began; bfloat16 is 30 times slower on this processor"
+    ]
+    assert not recwarn.list
+    machine(FAST)
+    assert not takes_bf16("auto", "cpu", former=False)
+    assert caplog.messages[1:] == [
+        "goes on in float32, as it began; bfloat16 is 5 times faster on this processor"
+    ]
+
+
+def test_weights_in_half_precision_are_not_called_float32(machine, caplog, recwarn):
+    caplog.set_level(logging.INFO, "corda_vlm")
+    machine(SLOW)
+    for _ in range(2):
+        assert not takes_bf16("auto", "cpu", weights=torch.bfloat16)
+        assert not takes_bf16("auto", "cpu", weights=torch.float16)
+    assert caplog.messages == ["no autocast: the weights are in float16"]
+    (warned,) = recwarn.list
+    assert "weights are in bfloat16, and bfloat16 is 30 times slower" in str(warned.message)
+    assert "dtype=float32" in str(warned.message)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("not implemented")])
+def test_only_a_failure_of_bfloat16_means_that_there_is_none(monkeypatch, error):
+    timed = precision._seconds
+
+    def seconds(x, w):
+        if x.dtype == torch.bfloat16:
+            raise error
+        return timed(x, w)
+
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    speeds.cache_clear()
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            speeds("cpu")
+    else:
+        assert speeds("cpu").ratio == 0
+    speeds.cache_clear()
 
 
 def test_barely_faster_is_not_worth_the_conversions():
@@ -140,6 +189,38 @@ def test_calibration_leaves_float32_where_bfloat16_is_fast(machine, tiny_clip_hf
     assert precision_of("auto") == "bf16"
     machine(SLOW)
     assert precision_of("auto") == "float32"
+
+
+@pytest.mark.filterwarnings("ignore:.*have no full rank")
+@pytest.mark.parametrize("blockwise", [False, True], ids=["in one go", "blockwise"])
+def test_a_calibration_goes_on_in_its_precision(machine, tiny_llm, tmp_path, blockwise):
+    """Begun where bfloat16 is fast, it is gone on with, and read, where it is slow."""
+    from corda_vlm.covariance import collect_covariance
+
+    tokens = torch.arange(24).view(2, 12)
+    batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}] * 3
+
+    def collect() -> str:
+        return collect_covariance(
+            tiny_llm.model,
+            batches,
+            precision="auto",
+            path=tmp_path / "c",
+            blockwise=blockwise,
+            show_progress=False,
+        ).precision
+
+    def interrupt(*_: object) -> None:
+        handle.remove()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    machine(FAST)
+    handle = tiny_llm.model.model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt, match="saved in"):
+        collect()
+    machine(SLOW)
+    assert collect() == "bf16"
+    assert collect() == "bf16", "a finished one"
 
 
 def test_evaluation_asks_the_same(machine, tiny_open_clip):

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,7 +80,8 @@ def collect_covariance(
         rounds: deal the batches, in turn, to this many covariances a stream. With a `path` those on the CPU are in
             mapped files beside it meanwhile, and in memory one triangle at a time.
         precision: "float32", "float64", "bf16" (products in bfloat16 on a CPU and TF32 on CUDA, float32 sums), or
-            "auto": "bf16" where the device multiplies bfloat16 faster, else "float32". The rounding of "bf16" covers
+            "auto": that of the calibration which `path` holds, else "bf16" where the device multiplies bfloat16 faster,
+            else "float32". The rounding of "bf16" covers
             the smallest directions, which the knowledge-preserved mode reads: it is for instruction-previewed mode.
         store: add to this one; it is left as it is.
         path: file for checkpoints and for the result, which then stays on disk until asked for.
@@ -113,9 +115,6 @@ def collect_covariance(
         raise CalibrationError(
             f"give masks= or tokens={tokens!r}, not both: either says what counts"
         )
-    if precision == "auto":
-        fast = device or next(model.parameters()).device
-        precision = "bf16" if takes_bf16("auto", fast) else "float32"
     family = detect_family(model) if forward is None or masks is None else None
     source = made_everywhere("the calibration batches", lambda: Source(batches))
     if tokens != "all":
@@ -142,6 +141,11 @@ def collect_covariance(
     saved = None
     if path is not None and path.exists():
         saved = CovarianceStore.load(path, model=model, unfinished=True)
+    if precision == "auto":
+        begun = saved or (_first_block(path) if blockwise and path is not None else None)
+        job = replace(job, precision=_precision(begun, device or next(model.parameters()).device))
+    if saved is not None:
+        assert path is not None
         job.check_resumable(saved, path)
         assert saved.progress is not None
         if saved.progress.complete:
@@ -173,6 +177,21 @@ def collect_covariance(
         if interrupts.asked:
             raise KeyboardInterrupt(f"the calibration was finished, and saved in {path}")
     return CovarianceStore.load(path)
+
+
+def _first_block(path: Path) -> CovarianceStore | None:
+    """One of the finished blocks of a calibration into `path`, if there are any."""
+    files = sorted(folder_of(path).glob("*.safetensors"))
+    return CovarianceStore.load(files[0]) if files else None
+
+
+def _precision(begun: CovarianceStore | None, device: torch.device | str) -> str:
+    """What "auto" means on this device: the precision that the calibration began with, if it has begun."""
+    if begun is None:
+        return "bf16" if takes_bf16("auto", device) else "float32"
+    if begun.precision in ("bf16", "float32"):
+        takes_bf16("auto", device, former=begun.precision == "bf16")  # says so
+    return begun.precision
 
 
 def _in_one_go(

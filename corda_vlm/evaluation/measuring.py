@@ -180,7 +180,8 @@ def _encoder(
     from corda_vlm.families.base import Loaded
 
     net = model.model if isinstance(model, Loaded) else model
-    options["bf16"] = takes_bf16(bf16, next(net.parameters()).device)
+    weight = next(net.parameters())
+    options["bf16"] = takes_bf16(bf16, weight.device, weights=weight.dtype)
     if isinstance(model, Loaded):
         return Encoder(model.model, model.family, processor or model.processor, **options)
     if processor is None:

@@ -233,12 +233,14 @@ def _kept(options: TrainOptions) -> dict[str, Any]:
 
 def _bf16(options: TrainOptions, output: Path, model: nn.Module) -> bool:
     """Whether this training runs under bfloat16; where it is left open, what the folder's training began with."""
+    former = None
     if options.bf16 == "auto" and (output / BEGUN).is_file():
         saved = read_json(output / BEGUN, "training plan")
         before = saved.get("options") if isinstance(saved, dict) else None
         if isinstance(before, dict) and isinstance(bf16 := before.get("bf16"), bool):
-            return bf16
-    return takes_bf16(options.bf16, next(model.parameters()).device)
+            former = bf16
+    weight = next(model.parameters())
+    return takes_bf16(options.bf16, weight.device, former=former, weights=weight.dtype)
 
 
 def _anchored(anchor: Anchor | None, weight: float, every: int) -> dict[str, Any] | None:
