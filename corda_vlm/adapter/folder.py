@@ -13,6 +13,7 @@ from torch import nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import convert
+from corda_vlm.families.hub import without_bars
 from corda_vlm.families.open_clip_config import open_clip_config
 from corda_vlm.files import (
     asset,
@@ -149,7 +150,8 @@ def save_model(model: nn.Module, folder: Path, source: str | Path | None) -> Non
     """Write a bare, packed model as its own library loads it, with the processor's files that lie in `source`."""
     folder.mkdir(exist_ok=True)
     if is_transformers(model):
-        model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        with without_bars():
+            model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         seal_folder(folder)
         _copy_beside(source or getattr(model, "name_or_path", None), folder)
         return

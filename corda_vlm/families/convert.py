@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.attention import PARTS, is_packed, packed_parts
 from corda_vlm.families.base import Processor, class_of, unwrap
+from corda_vlm.families.hub import without_bars
 from corda_vlm.files import write_json, write_text
 from corda_vlm.tensors import seal_folder
 
@@ -273,7 +274,8 @@ def save_hf(model: nn.Module, directory: str | Path, *, tokenizer: bool = True) 
     if tokenizer:
         _check_vocabulary(bare)
     directory.mkdir(parents=True, exist_ok=True)
-    converted.save_pretrained(directory)
+    with without_bars():
+        converted.save_pretrained(directory)
     seal_folder(directory)
     write_json(directory / "preprocessor_config.json", images)
     if tokenizer:

@@ -88,11 +88,16 @@ def tokenizer_of(source: str | Path, transformers: Any) -> Any:
 
 
 @contextmanager
-def without_bars(source: str | Path) -> Iterator[None]:
-    """transformers' own bars are left out where there is nothing to download, as that is a matter of seconds."""
+def without_bars(source: str | Path | None = None) -> Iterator[None]:
+    """transformers' own bars are left out where there is nothing to download, as that is a matter of seconds.
+
+    Args:
+        source: what is loaded; None where something is saved.
+    """
     from transformers.utils import logging
 
-    if not Path(source).exists() or not logging.is_progress_bar_enabled():
+    downloads = source is not None and not Path(source).exists()
+    if downloads or not logging.is_progress_bar_enabled():
         yield
         return
     logging.disable_progress_bar()
