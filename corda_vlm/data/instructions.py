@@ -20,13 +20,24 @@ def alpaca(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns
     """`instruction`, `input` and `output`, and perhaps `history`, a list of [question, answer] from before.
 
     What is asked is the instruction, and on the next line the input where there is one.
+
+    Raises:
+        DataError: there are an `input` and a `context`, of which one would not be asked.
     """
     names = list(table.columns)
     instruction = asked_column(spec.question, ("instruction",), names, spec, "instruction")
     if instruction is None:
         needed(table, spec, "instruction")
         raise AssertionError("unreachable: the column was not there")
-    more = next((table.columns[name] for name in _INPUT if name in names), None)
+    inputs = [
+        name for name in _INPUT if name in names and not all(map(is_empty, table.columns[name]))
+    ]
+    if len(inputs) > 1 and spec.question == "auto":
+        raise DataError(
+            f"{spec}: has two inputs, {' and '.join(inputs)}, of which format: alpaca asks one; name what to ask, e.g. "
+            "question: '{instruction} {input} {context}'"
+        )
+    more = table.columns[inputs[0]] if inputs else None
     history = table.columns.get("history")
     target = None
     if spec.answer is not None:

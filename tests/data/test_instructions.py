@@ -61,6 +61,16 @@ def test_alpaca_asks_the_instruction_with_its_input(read, tiny_llm):
     assert dolly[0]["messages"] == data[0]["messages"]
 
 
+def test_alpaca_leaves_neither_of_two_inputs_out_without_a_word(read):
+    both = {**ADD, "context": "In base 2."}
+    with pytest.raises(DataError, match=r"two inputs, input and context.*name what to ask"):
+        read(ADD, both, format="alpaca")
+    asked = read(both, format="alpaca", question="{context} {instruction} {input}")
+    assert asked[0]["question"] == "In base 2. Add 1 and 1"
+    (told,) = read({**both, "input": ""}, format="alpaca")
+    assert told["question"] == "Add\nIn base 2.", "the one that says something"
+
+
 def test_alpaca_has_a_system_text_and_a_history(read):
     before = [["Hi", "Hello"], ["Who?", "Me"]]
     record = {**ADD, "system": "Be exact.", "history": before}
