@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -73,7 +73,7 @@ def trained(model: nn.Module, base: str = "untouched", **options):
 PLAIN = """
 import json, sys, torch
 from pathlib import Path
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 import open_clip, transformers
 
 jobs, batch = json.loads(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)
@@ -480,7 +480,7 @@ class TestFolder:
     def test_nothing_of_the_working_folder_is_copied(self, tiny_clip_hf, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "vocab.json").write_text("{}")
-        folder = export_adapter(trained(tiny_clip_hf), "out", format="merged")
+        folder = export_adapter(trained(copy.deepcopy(tiny_clip_hf)), "out", format="merged")
         assert not (folder / "vocab.json").exists()
 
     def test_requests_that_make_no_sense(self, tiny_clip_hf, tmp_path):
@@ -648,3 +648,53 @@ def test_a_training_is_loaded_by_its_folder(tiny_clip_hf, tmp_path):
     save_weights(full, None, tmp_path / "full" / "weights")
     with pytest.raises(ForeignFileError, match="trained in full"):
         load_adapter(original, tmp_path / "full")
+
+
+class TestNotesOfPlainPeft:
+    """Adapters that plain PEFT trained on a residual export's base note it as it was written on the command line."""
+
+    @pytest.fixture
+    def retrained(self, tiny_clip_hf, tmp_path, monkeypatch):
+        (work := tmp_path / "work").mkdir()
+        monkeypatch.chdir(work)
+        export_adapter(trained(copy.deepcopy(tiny_clip_hf)), "out", format="residual")
+        residual = type(tiny_clip_hf).from_pretrained("out/base")
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(residual, config).save_pretrained("runs/again")
+        monkeypatch.chdir(tmp_path)
+        noted = json.loads((work / "runs/again/adapter_config.json").read_text())
+        assert noted["base_model_name_or_path"] == "out/base"
+        return work / "runs/again"
+
+    def test_a_relative_base_is_found_from_elsewhere(self, retrained, tiny_clip_hf, tmp_path):
+        right = type(tiny_clip_hf).from_pretrained(tmp_path / "work/out/base")
+        load_adapter(right, retrained)
+        with pytest.raises(ForeignFileError, match=r"made for the model .*base"):
+            load_adapter(tiny_clip_hf, retrained)
+
+    def test_one_that_has_gone_is_said(self, retrained, tiny_clip_hf, tmp_path, caplog):
+        (tmp_path / "work/out").rename(tmp_path / "work/moved")
+        load_adapter(tiny_clip_hf, retrained)
+        assert "on the model in out/base, which is not there" in caplog.text
+
+    @pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "gpt2", None])
+    def test_an_id_on_a_hub_is_no_folder_that_has_gone(self, retrained, tiny_clip_hf, caplog, name):
+        path = retrained / "adapter_config.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": name})
+        )
+        load_adapter(tiny_clip_hf, retrained)
+        assert "cannot be checked" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tiny_clip_hf", "tiny_open_clip"])
+def test_saving_draws_no_bars_of_transformers(name, request, tmp_path, capfd):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    attached = trained(request.getfixturevalue(name))
+    for format in ("merged", "residual"):
+        export_adapter(attached, tmp_path / format, format=format)
+    told = capfd.readouterr()
+    assert (told.out, told.err) == ("", "")
+    assert logging.is_progress_bar_enabled()

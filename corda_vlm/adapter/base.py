@@ -46,7 +46,7 @@ def check_base(
     """Raise unless the weights belong on this model, as far as that is noted anywhere.
 
     Other tools write adapters without a note. Their configuration names the folder of the base model, and if that was
-    made by an export of ours, it has one.
+    made by an export of ours, it has one. A relative name is also looked for around the adapter.
 
     Args:
         directory: where the weights lie.
@@ -62,14 +62,16 @@ def check_base(
     if (directory / BASE).is_file():
         check_fingerprint(_noted(directory), model, directory)
     elif HEADER not in header and config is not None:
-        base = Path(config.get("base_model_name_or_path") or "")
-        if _is_there(base / BASE):
+        name = config.get("base_model_name_or_path") or ""
+        places = _places(name, directory)
+        base = next((place for place in places if _is_there(place / BASE)), None)
+        if base is not None:
             check_fingerprint(_noted(base), model, directory, base)
-        elif base.is_absolute() and not _is_there(base):
+        elif _names_a_folder(name) and not any(map(_is_there, places)):
             logger.warning(
                 "%s was trained on the model in %s, which is not there: whether it belongs on this model cannot be checked",
                 shown(directory),
-                shown(base),
+                shown(name),
             )
 
 
@@ -78,6 +80,25 @@ def absolute(name: str | Path | None) -> str | None:
     if not name:
         return None
     return str(Path(name).resolve() if Path(name).is_dir() else name)
+
+
+def _places(name: str, directory: Path) -> list[Path]:
+    """Where the base model may lie that an adapter names: a relative path is one from where the training ran."""
+    if not name:
+        return []
+    around = directory.absolute()
+    return [Path(name), *(folder / name for folder in (around, *around.parents[:3]))]
+
+
+def _names_a_folder(name: str) -> bool:
+    """Is it the name of a local folder rather than an id on a hub? Of our exports' bases it is."""
+    parts = Path(name).parts
+    return (
+        Path(name).is_absolute()
+        or name.startswith((".", "~"))
+        or len(parts) > 2
+        or parts[-1:] == ("base",)
+    )
 
 
 def _is_there(path: Path) -> bool:
