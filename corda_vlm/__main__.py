@@ -573,18 +573,18 @@ def report(folder: str) -> None:
         folder: of the run, e.g. runs/demo.
     """
     from corda_vlm.checks import check_file, check_folder
-    from corda_vlm.run_folder import SCORES
-    from corda_vlm.study import OVERVIEW, write_overview
+    from corda_vlm.run_files import SCORES, STUDY
+    from corda_vlm.study import write_overview
 
     check_folder(folder, "run's", "give that of a run or a study, e.g. runs/demo")
-    if not (Path(folder) / OVERVIEW).is_file():
+    if not (Path(folder) / STUDY).is_file():
         check_file(Path(folder) / SCORES, "scores", "give the folder of a run or a study")
     from corda_vlm.evaluation import summary_table, write_report
     from corda_vlm.locks import locked
 
     with locked(folder, inside=True):
-        if (Path(folder) / OVERVIEW).is_file():
-            for scores in sorted(Path(folder).glob("*/scores.jsonl")):
+        if (Path(folder) / STUDY).is_file():
+            for scores in sorted(Path(folder).glob(f"*/{SCORES}")):
                 print(f"wrote {write_report(scores.parent)}")
             print(f"wrote {write_overview(folder)}")
             return

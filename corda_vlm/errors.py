@@ -16,10 +16,21 @@ MOST_CHOICES = 60
 """Names that a message lists."""
 
 
-def brief(value: object, most: int = 100) -> str:
+def brief(value: object) -> str:
     """A value as messages show it: on one line and short, whatever it is."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 20]} … {text[-15:]}"
+    try:
+        text = repr(value)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # an integer of thousands of digits, or lists in lists in lists
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:80]} … {text[-15:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the pages that some libraries add."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class CordaError(ValueError):

@@ -7,8 +7,9 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,16 @@ def sweep(folder: str | Path) -> None:
                 _remove(Path(entry.path))
 
 
-def clear(folder: str | Path, *, last: str = "") -> None:
-    """Remove what lies in a folder, `last` at the end of all; locks stay with their holders.
+def clear(folder: str | Path, patterns: Iterable[str], *, last: str = "") -> None:
+    """Remove what in a folder matches one of the patterns, `last` at the end of all; locks stay with their holders.
 
     Raises:
         CordaError: something there cannot be removed.
     """
     try:
         for path in sorted(entries(folder), key=lambda path: path.name == last):
+            if not any(fnmatchcase(path.name, pattern) for pattern in patterns):
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -305,20 +308,6 @@ def read_json(path: str | Path, what: str = "JSON") -> Any:
             raise
         raise ForeignFileError(
             f"{shown(path)} is not a {what} file ({shown(str(error))}); it may be truncated or of another kind. Make it again."
-        ) from error
-
-
-def read_text(path: str | Path, what: str = "") -> str:
-    """The text of a plain file.
-
-    Raises:
-        ForeignFileError: as `read_bytes`, or not UTF-8.
-    """
-    try:
-        return read_bytes(path, what).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ForeignFileError(
-            f"{shown(path)} is no {what or 'text'} file: it is not UTF-8 ({error.reason} at byte {error.start})"
         ) from error
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.errors import CordaError, ForeignFileError, brief
 from corda_vlm.files import shown, write_text
 from corda_vlm.locks import locked
 
@@ -131,7 +131,7 @@ def parse_row(line: bytes) -> Row:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(row, dict):
-        raise ValueError(f"it holds no JSON object, but {_short(row)}")
+        raise ValueError(f"it holds no JSON object, but {brief(row)}")
     return row
 
 
@@ -153,7 +153,7 @@ def wrong_field(
     for name, accepts in {**needed, **optional}.items():
         value = row.get(name)
         if not accepts(value) and not (value is None and name in optional):
-            return f"its {name} is {_short(value)}"
+            return f"its {name} is {brief(value)}"
     return None
 
 
@@ -166,14 +166,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"it holds {text[:40]}, which is beyond what a number holds")
     return value
-
-
-def _short(value: Any) -> str:
-    try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _content(path: Path, what: str) -> bytes | None:

@@ -54,7 +54,8 @@ from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan, check_rank
 from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.progress import note
-from corda_vlm.run_folder import DESCRIPTION, MADE_FROM, SCORES, check_claim, claim
+from corda_vlm.run_files import DESCRIPTION, MADE_FROM, PLAN, SCORES, TRADEOFF
+from corda_vlm.run_folder import check_claim, claim
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint, site_shape
 from corda_vlm.train import Head, train
 
@@ -130,7 +131,7 @@ def run_experiment(
     lab.train_all([t for t in experiment.trainings() if only is None or t.variant in only])
     page = write_report(folder)
     print(f"\n{summary_table(folder)}\n")
-    print(f"report   {page}\npicture  {folder / 'tradeoff.png'}")
+    print(f"report   {page}\npicture  {folder / TRADEOFF}")
     print(f"scores   {folder / SCORES}\n{(time.perf_counter() - started) / 60:.1f} minutes")
     return folder
 
@@ -386,7 +387,7 @@ class _Laboratory:
         if method.plan is None:
             return request
         if name not in self.plans:
-            path = self.folder / name / "plan.json"
+            path = self.folder / name / PLAN
             if path.is_file():
                 plan = AdapterPlan.load(path, model=self.loaded.model)
                 made_from = (plan.data_fingerprint, plan.task_fingerprint)

@@ -1,11 +1,8 @@
-"""The folder of a run: whose it is, and what `--fresh` may delete of it.
-
-A marker is the first file that a run writes into its folder and the last that is deleted of it.
-"""
+"""The folder of a run: whose it is, and what `--fresh` may delete of it."""
 
 from __future__ import annotations
 
-import shutil
+import glob
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +12,11 @@ import yaml
 
 from corda_vlm.errors import CordaError
 from corda_vlm.experiment import Experiment, load_experiment
-from corda_vlm.files import check_path, entries, read_json, write_json, write_text
+from corda_vlm.files import check_path, clear, entries, read_json, write_json, write_text
+from corda_vlm.progress import note
+from corda_vlm.run_files import BEGUN, CONFIG, MADE_FROM, MARKER, PATTERNS, PLAN
 from corda_vlm.train.options import HARMLESS
 
-SCORES, RESOLVED, MADE_FROM, DESCRIPTION = (
-    "scores.jsonl",
-    "config.yaml",
-    "made-from.json",
-    "run.json",
-)
-MARKER = ".corda_vlm.run"
 _MARK = {"made by": "corda-vlm run"}
 
 
@@ -63,7 +55,7 @@ def claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
     if fresh:
         _clear(folder, experiment)
     resolved = _merged(folder, experiment)
-    write_text(folder / RESOLVED, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
 
 def _is_run(folder: Path) -> bool:
@@ -72,9 +64,9 @@ def _is_run(folder: Path) -> bool:
         if (folder / MARKER).is_file():
             return read_json(folder / MARKER, "marker of a run") == _MARK
         # before there were markers
-        if not (folder / RESOLVED).is_file():
+        if not (folder / CONFIG).is_file():
             return False
-        load_experiment((folder / RESOLVED).resolve())
+        load_experiment((folder / CONFIG).resolve())
     except CordaError:
         return False
     return True
@@ -88,7 +80,7 @@ def _check_deletable(folder: Path) -> None:
         )
     if not (folder / MARKER).is_file() and not (folder / MADE_FROM).is_file():
         raise CordaError(
-            f"{folder} holds a {RESOLVED} and nothing that a run made; --fresh deletes only what a run made. Give another "
+            f"{folder} holds a {CONFIG} and nothing that a run made; --fresh deletes only what a run made. Give another "
             "folder with --output, or delete it by hand"
         )
     real = folder.resolve()
@@ -101,43 +93,21 @@ def _check_deletable(folder: Path) -> None:
 
 def _clear(folder: Path, experiment: Experiment) -> None:
     """Delete what runs write into their folders; what else lies there stays."""
-    ours = _of_a_run(folder, experiment)
-    try:
-        # The config names the variants' folders, so that it goes last.
-        for path in sorted(entries(folder), key=lambda path: path.name == RESOLVED):
-            if path.name not in ours and not path.match("covariance*.safetensors*"):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    except OSError as error:
-        raise CordaError(
-            f"could not remove {error.filename or folder}: {error.strerror}. Remove {folder} by hand, or give another "
-            "folder with --output"
-        ) from error
+    ours = (*PATTERNS, *map(glob.escape, _variants(folder, experiment)))
+    # The config names the variants' folders, so that it goes last.
+    clear(folder, ours, last=CONFIG)
     if kept := [path.name for path in entries(folder) if path.name != MARKER]:
-        print(f"left in {folder}, as no run made it: {', '.join(kept[:10])}")
+        note(f"left in {folder}, as no run made it: {', '.join(kept[:10])}")
 
 
-def _of_a_run(folder: Path, experiment: Experiment) -> set[str]:
+def _variants(folder: Path, experiment: Experiment) -> set[str]:
+    """The variants that the folder may hold folders of."""
     variants = set(experiment.variants)
     try:
-        variants |= set(load_experiment((folder / RESOLVED).resolve()).variants)
+        return variants | set(load_experiment((folder / CONFIG).resolve()).variants)
     except CordaError:  # a kill while it was deleted, or by hand
-        variants |= {path.parent.name for path in folder.glob("*/plan.json")}
-        variants |= {path.parent.parent.name for path in folder.glob("*/*/train.json")}
-    pictures = {path.name for path in folder.glob("*.png")}
-    return {
-        SCORES,
-        RESOLVED,
-        MADE_FROM,
-        DESCRIPTION,
-        "report.md",
-        "report.html",
-        *pictures,
-        *variants,
-    }
+        variants |= {path.parent.name for path in folder.glob(f"*/{PLAN}")}
+        return variants | {path.parent.parent.name for path in folder.glob(f"*/*/{BEGUN}")}
 
 
 def _merged(folder: Path, experiment: Experiment) -> dict[str, Any]:
@@ -147,10 +117,10 @@ def _merged(folder: Path, experiment: Experiment) -> dict[str, Any]:
         CordaError: the folder's differs in more than what adds to it.
     """
     now = plain(experiment)
-    if not (folder / RESOLVED).is_file():
+    if not (folder / CONFIG).is_file():
         return now
     # read as an experiment: what the config could not yet say when it was written has its default
-    former = plain(load_experiment((folder / RESOLVED).resolve()))
+    former = plain(load_experiment((folder / CONFIG).resolve()))
     before, after = _decisive(former), _decisive(now)
     shared = before["variants"].keys() & after["variants"].keys()
     changed = [key for key in after if key != "variants" and before.get(key) != after[key]]

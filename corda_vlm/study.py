@@ -32,10 +32,10 @@ from corda_vlm.experiment import (
 )
 from corda_vlm.files import entries, read_json, resolve, write_json, write_text
 from corda_vlm.names import check_name
-from corda_vlm.run_folder import SCORES, check_claim
+from corda_vlm.run_files import REPORT, SCORES, STUDY, TRADEOFF
+from corda_vlm.run_folder import check_claim
 
-OVERVIEW = "study.json"
-PICTURES = {"tradeoff.png": "task accuracy against knowledge kept"}
+PICTURES = {TRADEOFF: "task accuracy against knowledge kept"}
 """Of each experiment's pictures those that the overview shows, with what they show."""
 _KEYS = ("name", "title", "defaults", "experiments")
 
@@ -124,7 +124,7 @@ def run_study(
     folder = Path(output) if output is not None else Path("runs") / study.name
     check_study(study, resolve(config), folder, only=only, fresh=fresh)
     titles = {name: experiment.title or name for name, experiment in study.experiments.items()}
-    write_json(folder / OVERVIEW, {"title": study.title or study.name, "experiments": titles})
+    write_json(folder / STUDY, {"title": study.title or study.name, "experiments": titles})
     for name, experiment in study.experiments.items():
         if only is None or name in only:
             run_experiment(
@@ -169,7 +169,7 @@ def check_study(
     """Raise what can be told to be wrong with a study before any of it is run."""
     check_chosen(only, study.experiments, "experiment")
     check_output(folder, folder=True)
-    if entries(folder) and not (folder / OVERVIEW).is_file():
+    if entries(folder) and not (folder / STUDY).is_file():
         raise CordaError(
             f"{folder} is not empty and holds no study; give another folder with --output"
         )
@@ -188,7 +188,7 @@ def write_overview(folder: str | Path) -> Path:
     from corda_vlm.evaluation import Results, leading_finding
 
     folder = Path(folder)
-    title, experiments = _listed(folder / OVERVIEW)
+    title, experiments = _listed(folder / STUDY)
     lines = [f"# {markdown(title)}", ""]
     for name, own in experiments.items():
         lines += [f"## {markdown(own)}", ""]
@@ -205,8 +205,8 @@ def write_overview(folder: str | Path) -> Path:
             if (folder / name / picture).is_file():
                 alt = markdown(f"{own}: {PICTURES[picture]}")
                 lines += [f"![{alt}]({link(f'{name}/{picture}')})", ""]
-    write_text(folder / "report.md", "\n".join(lines))
-    return folder / "report.md"
+    write_text(folder / REPORT, "\n".join(lines))
+    return folder / REPORT
 
 
 def _listed(path: Path) -> tuple[str, dict[str, str]]:

@@ -26,6 +26,7 @@ ORDER = (
     "precision",
     "distributed",
     "progress",
+    "run_files",
     "decompose",
     "ranks",
     "families",

@@ -160,8 +160,9 @@ def test_a_training_that_goes_on_elsewhere_keeps_its_precision(
 ):
     """Begun where bfloat16 is fast and gone on with where it is slow, the weights are those of one machine."""
     from corda_vlm.files import read_json, write_json
+    from corda_vlm.run_files import BEGUN
     from corda_vlm.train import TrainOptions
-    from corda_vlm.train.loop import BEGUN, _bf16
+    from corda_vlm.train.loop import _bf16
 
     options = TrainOptions(steps=1)
     machine(FAST)

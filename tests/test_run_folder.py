@@ -12,7 +12,8 @@ from corda_vlm.errors import CordaError
 from corda_vlm.experiment import load_experiment
 from corda_vlm.files import asset
 from corda_vlm.run import run
-from corda_vlm.run_folder import MADE_FROM, MARKER, RESOLVED, check_claim, claim, plain
+from corda_vlm.run_files import CONFIG, MADE_FROM, MARKER
+from corda_vlm.run_folder import check_claim, claim, plain
 from corda_vlm.study import load_study, run_study
 
 
@@ -27,8 +28,17 @@ def made(tmp_path, demo):
     folder = tmp_path / "made"
     claim(folder, demo, fresh=False)
     (folder / MADE_FROM).write_text("{}")
-    (folder / "scores.jsonl").write_text("{}\n")
+    for name in (
+        "scores.jsonl",
+        "scores-base-examples.jsonl",
+        "diverged.jsonl",
+        "pictures.json",
+        "plans.png",
+    ):
+        (folder / name).write_text("{}\n")
     (folder / "covariance.safetensors").write_text("")
+    (folder / "covariance-task.safetensors.blocks").mkdir()
+    (folder / "mine.png").write_text("")
     (folder / "lora" / "0.001-0").mkdir(parents=True)
     (folder / "lora" / "plan.json").write_text("{}")
     (folder / "notes.md").write_text("my notes")
@@ -37,8 +47,8 @@ def made(tmp_path, demo):
 
 def test_fresh_leaves_what_no_run_made(made, demo, capsys):
     claim(made, replace(demo, rank=3), fresh=True)
-    assert {path.name for path in made.iterdir()} == {MARKER, RESOLVED, "notes.md"}
-    assert yaml.safe_load((made / RESOLVED).read_text())["rank"] == 3
+    assert {path.name for path in made.iterdir()} == {MARKER, CONFIG, "notes.md", "mine.png"}
+    assert yaml.safe_load((made / CONFIG).read_text())["rank"] == 3
     assert "notes.md" in capsys.readouterr().out
 
 
@@ -49,13 +59,14 @@ def test_fresh_takes_the_folder_of_a_run_from_before_markers(made, demo):
 
 
 def test_a_kill_on_the_way_leaves_what_says_whose_the_folder_is(made, demo):
-    (made / RESOLVED).unlink()
+    (made / CONFIG).unlink()
     claim(made, demo, fresh=True)
     assert not (made / "lora").exists(), "its plan tells that it is a variant's"
-    (made / RESOLVED).unlink()
+    (made / CONFIG).unlink()
     (made / "notes.md").unlink()
+    (made / "mine.png").unlink()
     claim(made, demo, fresh=False)
-    assert (made / RESOLVED).is_file()
+    assert (made / CONFIG).is_file()
 
 
 @pytest.mark.parametrize(
@@ -64,17 +75,17 @@ def test_a_kill_on_the_way_leaves_what_says_whose_the_folder_is(made, demo):
     ids=["half of one", "somebody else's", "a list", "torn", "empty"],
 )
 def test_a_config_of_something_else_makes_no_run(tmp_path, demo, config):
-    (tmp_path / RESOLVED).write_text(config)
+    (tmp_path / CONFIG).write_text(config)
     (tmp_path / "thesis.tex").write_text("years of work")
     for fresh in (True, False):
         with pytest.raises(CordaError, match="holds no run"):
             claim(tmp_path, demo, fresh)
     assert (tmp_path / "thesis.tex").exists()
-    assert (tmp_path / RESOLVED).read_text() == config
+    assert (tmp_path / CONFIG).read_text() == config
 
 
 def test_a_folder_with_a_config_of_ours_alone_is_not_deleted(tmp_path, demo):
-    (tmp_path / RESOLVED).write_text(yaml.safe_dump(plain(demo)))
+    (tmp_path / CONFIG).write_text(yaml.safe_dump(plain(demo)))
     (tmp_path / "lora").mkdir()
     with pytest.raises(CordaError, match="nothing that a run made"):
         claim(tmp_path, demo, fresh=True)
@@ -157,7 +168,7 @@ def test_a_study_takes_no_folder_of_something_else(tmp_path):
         run_study(path, output=folder, fresh=True)
     (folder / "study.json").write_text("{}")
     (folder / "one").mkdir()
-    (folder / "one" / RESOLVED).write_text("server: {port: 80}")
+    (folder / "one" / CONFIG).write_text("server: {port: 80}")
     with pytest.raises(CordaError, match="holds no run"):
         run_study(path, output=folder, fresh=True)
     assert sorted(path.name for path in folder.rglob("*")) == ["config.yaml", "one", "study.json", "thesis.tex"]  # fmt: skip

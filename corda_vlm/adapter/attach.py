@@ -50,7 +50,7 @@ from corda_vlm.adapter.paired import (
     trained,
 )
 from corda_vlm.covariance import collect_covariance
-from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError, first_line
 from corda_vlm.families.attention import pack, unpack
 from corda_vlm.files import shown
 from corda_vlm.plan import AdapterPlan, plan_adapter
@@ -409,10 +409,9 @@ def _fitting(model: nn.Module, folder: Path, adapter_name: str) -> Iterator[None
                 model.delete_adapter(adapter_name)
         if isinstance(error, (CordaError, torch.OutOfMemoryError, MemoryError)):
             raise
-        told = (str(error).strip().splitlines() or [""])[0]
         raise ForeignFileError(
             f"the adapter in {folder} does not fit this {type(base_of(model)).__name__}, or its {CONFIG} is damaged "
-            f"({type(error).__name__}: {shown(told)}). Load the model it was trained on, or train again."
+            f"({type(error).__name__}: {shown(first_line(error))}). Load the model it was trained on, or train again."
         ) from error
 
 

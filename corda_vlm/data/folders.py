@@ -11,8 +11,8 @@ from typing import Any
 from corda_vlm.data.images import IMAGE_SUFFIXES
 from corda_vlm.data.paths import find_one, find_paths, plain_file, unreadable
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.table import Table, first_line
-from corda_vlm.errors import DataError, UnknownNameError, brief
+from corda_vlm.data.table import Table
+from corda_vlm.errors import DataError, UnknownNameError, brief, first_line
 from corda_vlm.files import shown
 
 _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}

@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from corda_vlm.data.paths import plain_file
-from corda_vlm.data.table import first_line
-from corda_vlm.errors import CordaError, DataError
+from corda_vlm.errors import CordaError, DataError, first_line
 from corda_vlm.files import shown
 
 IMAGE_SUFFIXES = frozenset(

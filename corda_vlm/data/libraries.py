@@ -11,8 +11,8 @@ import numpy as np
 
 from corda_vlm.data.paths import find_one, plain_file
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.table import Table, first_line
-from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.data.table import Table
+from corda_vlm.errors import DataError, UnknownNameError, first_line
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

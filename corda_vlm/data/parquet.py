@@ -11,8 +11,8 @@ from typing import Any
 
 from corda_vlm.data.paths import find_paths, plain_file
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.table import Table, first_line
-from corda_vlm.errors import CordaError, DataError, brief
+from corda_vlm.data.table import Table
+from corda_vlm.errors import CordaError, DataError, brief, first_line
 
 _KEEP_IN_MEMORY = 2 << 30
 """Bytes of encoded pictures that a parquet source keeps in memory; more is read a row group at a time."""

@@ -150,8 +150,3 @@ def cut(
             return np.sort(order[round(start) : round(end)])
         start = end
     raise AssertionError("unreachable: the split is among the parts")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the pages that some libraries add."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

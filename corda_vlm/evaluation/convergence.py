@@ -12,6 +12,7 @@ import numpy as np
 
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.evaluation.frontier import REFERENCE, Results, Setting
+from corda_vlm.run_files import HISTORY
 from corda_vlm.train.watch import read_history
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def read_histories(run_dir: Path) -> dict[str, list[History]]:
     """Method -> its trainings, from `run_dir/<method>/<learning rate>-<seed>/history.jsonl`. One that cannot be read is
     left out with a warning."""
     found: dict[str, list[History]] = {}
-    for file in sorted(run_dir.glob("*/*/history.jsonl")):
+    for file in sorted(run_dir.glob(f"*/*/{HISTORY}")):
         rate, _, seed = file.parent.name.rpartition("-")
         try:
             entries = [e for e in read_history(file) if "loss" in e]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.jsonl import append_jsonl, is_number, read_jsonl, wrong_field
-
-DIVERGED = "diverged.jsonl"
+from corda_vlm.run_files import DIVERGED
 
 Trained = tuple[str, float | None, int | None]
 """Method (a run's variant), learning rate and seed."""

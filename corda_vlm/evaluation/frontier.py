@@ -31,8 +31,8 @@ from corda_vlm.errors import DataError
 from corda_vlm.evaluation.diverged import Trained as TrainedKey
 from corda_vlm.evaluation.diverged import read_diverged
 from corda_vlm.evaluation.scores import Interval, gain_of, interval_of, read_rows
+from corda_vlm.run_files import SCORES
 
-SCORES = "scores.jsonl"
 BASE = "base"
 REFERENCE = "lora"
 

@@ -15,6 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
+from corda_vlm import run_files
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.evaluation.drawing import FAINT, INK, literal_text, save
 from corda_vlm.evaluation.markup import shortened
@@ -111,7 +112,7 @@ def heatmap_picture(run_dir: str | Path) -> Picture | None:
     Plans lie in `run_dir/<variant>/plan.json`; the first four by name are drawn. None if there are none.
     """
     run_dir, chosen = Path(run_dir), {}
-    for file in sorted(run_dir.glob("*/plan.json")):
+    for file in sorted(run_dir.glob(f"*/{run_files.PLAN}")):
         try:
             plan = AdapterPlan.load(file, factors=False)
         except ForeignFileError as error:
@@ -120,7 +121,7 @@ def heatmap_picture(run_dir: str | Path) -> Picture | None:
         if len({s.rank for s in plan.sites}) > 1 or any(s.scores for s in plan.sites):
             chosen[file.parent.name] = plan
     drawn = dict(list(chosen.items())[:MOST])
-    path = plan_heatmap(drawn, run_dir / "plans.png")
+    path = plan_heatmap(drawn, run_dir / run_files.PLANS)
     if path is None:
         return None
     told = "; ".join(f"{name}: {_in_words(plan)}" for name, plan in drawn.items())

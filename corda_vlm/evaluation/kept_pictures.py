@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from corda_vlm import run_files
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.evaluation.heatmap import PLANS, PLANS_CAPTION
 from corda_vlm.evaluation.render import Picture
 from corda_vlm.files import read_json, write_json
+from corda_vlm.run_files import PICTURES, TRAINING
 
-PICTURES = "pictures.json"
 # What pictures are of that were drawn before their words were kept.
 _USUAL = {
-    "training.png": (
+    TRAINING: (
         "Training loss over steps, a panel for each method.",
         "Training loss, a running mean over a twentieth of the run; one line a seed.",
     ),
-    "plans.png": (PLANS, PLANS_CAPTION),
+    run_files.PLANS: (PLANS, PLANS_CAPTION),
 }
 
 

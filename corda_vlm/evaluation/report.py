@@ -22,7 +22,7 @@ from corda_vlm.evaluation.findings import (
     state,
 )
 from corda_vlm.evaluation.foretelling import forecast_picture
-from corda_vlm.evaluation.frontier import REFERENCE, SCORES, Results
+from corda_vlm.evaluation.frontier import REFERENCE, Results
 from corda_vlm.evaluation.heatmap import heatmap_picture
 from corda_vlm.evaluation.kept_pictures import keep_pictures, kept_pictures
 from corda_vlm.evaluation.learnt import reference_learnt
@@ -43,6 +43,7 @@ from corda_vlm.evaluation.tables import (
 )
 from corda_vlm.evaluation.tradeoff import FEW, tradeoff
 from corda_vlm.files import read_json, write_text
+from corda_vlm.run_files import DESCRIPTION, FORECAST, PAGE, REPORT, SCORES, TRADEOFF, TRAINING
 
 
 def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Path:
@@ -62,9 +63,9 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
     """
     run_dir = Path(run_dir)
     report = _Report(_results(run_dir), run_dir, pictures).content(_facts(run_dir))
-    write_text(run_dir / "report.md", markdown(report, run_dir))
-    write_text(run_dir / "report.html", page(report))
-    return run_dir / "report.html"
+    write_text(run_dir / REPORT, markdown(report, run_dir))
+    write_text(run_dir / PAGE, page(report))
+    return run_dir / PAGE
 
 
 def summary_table(run_dir: str | Path) -> str:
@@ -99,7 +100,7 @@ def _results(run_dir: Path) -> Results:
 
 
 def _facts(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "run.json"
+    path = run_dir / DESCRIPTION
     facts = read_json(path, "run description") if path.exists() else {}
     if not isinstance(facts, dict):
         raise ForeignFileError(f"{path} must hold a mapping with title, command, machine, …")
@@ -152,11 +153,11 @@ class _Report:
 
     def _kept(self) -> list[Section]:
         results, drawn = self.results, []
-        if tradeoff(results, self.run_dir / "tradeoff.png"):
+        if tradeoff(results, self.run_dir / TRADEOFF):
             found = " ".join(self.findings)
             drawn.append(
                 Picture(
-                    self.run_dir / "tradeoff.png",
+                    self.run_dir / TRADEOFF,
                     "Accuracy on the new task, left to right, against knowledge kept, bottom to top, "
                     f"for {listed(list(results.trained))}. {found}",
                     "Up and to the right is better. Compare the curves at one task accuracy, never single points.",
@@ -203,7 +204,7 @@ class _Report:
         return [Section(f"Steps to {REFERENCE}'s final loss", tables=[table], folded=self.many)]
 
     def _forecast(self) -> list[Section]:
-        path = self.run_dir / "forecast.png"
+        path = self.run_dir / FORECAST
         found = forecast_picture(self.results, path)
         if found is None:
             return []
@@ -233,7 +234,7 @@ class _Report:
         Some are drawn from what a run leaves beside its scores, and who keeps the scores and the pictures alone (as
         `eval/measured` does) keeps those pictures.
         """
-        path = self.run_dir / "training.png"
+        path = self.run_dir / TRAINING
         drawn: dict[str, Picture] = {}
         if training_curves(self.run_dir, path):
             drawn[path.name] = Picture(

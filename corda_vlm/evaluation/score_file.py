@@ -16,6 +16,7 @@ from corda_vlm.evaluation.measuring import TaskResult
 from corda_vlm.evaluation.scores import Outcome, append_rows, paired_gain, read_rows, score_row
 from corda_vlm.jsonl import PATIENCE, append_jsonl, is_number, read_jsonl, wrong_field
 from corda_vlm.locks import locked
+from corda_vlm.run_files import BASE_EXAMPLES
 
 BASE = "base"
 
@@ -65,7 +66,7 @@ def _add(path: Path, result: TaskResult, labels: dict[str, Any]) -> list[dict[st
 
 def examples_path(scores: str | Path) -> Path:
     """Where the base model's examples lie that belong to a file of scores."""
-    return Path(scores).with_name(f"{Path(scores).stem}-base-examples.jsonl")
+    return Path(scores).with_name(f"{Path(scores).stem}{BASE_EXAMPLES}")
 
 
 def _keep_examples(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, first_line
 from corda_vlm.families.trust import trusted
 from corda_vlm.files import atomic_folder, home_path
 from corda_vlm.locks import locked
@@ -39,20 +39,28 @@ def converted(path: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     _check(path)
+    within: Exception | None = None
     try:
         with locked(folder, wait=_PATIENCE):
             if not (folder / "config.json").is_file():  # another process was quicker
                 with atomic_folder(folder) as partial:
-                    _convert(path, partial)
+                    try:
+                        _convert(path, partial)
+                    except (
+                        Exception
+                    ) as error:  # transformers' and gguf's own errors are of every kind
+                        within = error
+                        raise
     except CordaError as error:
+        if error is within:
+            raise
         raise CordaError(
             f"the converted {path.name} could not be kept: {error} The environment variable CORDA_VLM_CACHE names "
             "another folder"
         ) from error
-    except Exception as error:  # transformers' and gguf's own errors are of every kind
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
+    except Exception as error:
         raise CordaError(
-            f"{path} does not load as a language model ({type(error).__name__}: {reason}); it may be truncated, or of an "
+            f"{path} does not load as a language model ({type(error).__name__}: {first_line(error)}); it may be truncated, or of an "
             "architecture that transformers does not read from GGUF"
         ) from error
     return folder

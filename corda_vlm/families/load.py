@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, first_line
 from corda_vlm.families.base import Family, Loaded, Processor
 from corda_vlm.families.clip_hf import CLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
@@ -97,9 +97,8 @@ def _usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
         raise CordaError(
-            f"device {str(device)!r} cannot be used ({reason}); give auto, cpu, or cuda or cuda:N where there is such a GPU"
+            f"device {str(device)!r} cannot be used ({first_line(error)}); give auto, cpu, or cuda or cuda:N where there is such a GPU"
         ) from error
 
 
@@ -141,7 +140,7 @@ def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
             raise RemoteCodeError(f"the model in {folder} {REFUSAL}") from error
         raise CordaError(
             f"the model in {folder} does not load as {found.name}; its files may be truncated or belong to "
-            f"another model ({type(error).__name__}: {_first_line(error)})"
+            f"another model ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -191,7 +190,7 @@ def _load_remote(family: Family | None, source: str, how: _How) -> _Parts:
         if wants_code(error):
             raise RemoteCodeError(f"the model {source!r} {REFUSAL}") from error
         raise CordaError(
-            f"could not load {source!r} from its hub ({type(error).__name__}: {_first_line(error)}), and no folder "
+            f"could not load {source!r} from its hub ({type(error).__name__}: {first_line(error)}), and no folder "
             f"of that name is here. Check the name and the network, or download it and give its folder. {FORMS}"
         ) from error
     return (
@@ -199,7 +198,3 @@ def _load_remote(family: Family | None, source: str, how: _How) -> _Parts:
         processor,
         detect_family(model),
     )  # transformers loads SigLIP by the same call as CLIP
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from corda_vlm.errors import CordaError
+from corda_vlm.errors import CordaError, first_line
 from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.tensors import load_tensors
 
@@ -128,7 +128,7 @@ def _damage_unsealed(folder: Path) -> str | None:
         except FileNotFoundError:
             return f"{name} is missing"
         except Exception as error:  # of every kind, by what was hit
-            return f"{name}: {shown((str(error).splitlines() or [''])[0])}"
+            return f"{name}: {shown(first_line(error))}"
     return None
 
 

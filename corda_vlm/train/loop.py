@@ -26,6 +26,7 @@ from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.locks import locks
 from corda_vlm.precision import takes_bf16
+from corda_vlm.run_files import BEGUN, DONE, HISTORY
 from corda_vlm.train.checkpoints import STATE, last_checkpoint, step_of
 from corda_vlm.train.heads import Template
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
@@ -45,8 +46,6 @@ from corda_vlm.train.weights import (
 )
 
 logger = logging.getLogger(__name__)
-
-BEGUN, DONE, HISTORY = "train.json", "result.json", "history.jsonl"
 
 
 class TrainingInterrupted(KeyboardInterrupt):

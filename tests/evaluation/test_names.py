@@ -18,7 +18,8 @@ from corda_vlm.evaluation import heatmap, markup, summary_table, write_report
 from corda_vlm.evaluation.diverged import note_diverged
 from corda_vlm.evaluation.heatmap import plan_heatmap
 from corda_vlm.plan import AdapterPlan, plan_adapter
-from corda_vlm.study import OVERVIEW, write_overview
+from corda_vlm.run_files import STUDY
+from corda_vlm.study import write_overview
 
 NASTY = (
     "$x_1$", "$", "$\\frac{", "a_b_c^2", "\\alpha", "100%", "{x}", "_hidden", "a|b", "**bold**", "`code`", "[link](http:)",
@@ -157,7 +158,7 @@ def test_the_overview_of_a_study(invented: Any, tmp_path: Path) -> None:
         invented.write_run(tmp_path / name, nasty_rows(invented, name, (name,)))
         write_report(tmp_path / name)
     titles = {name: f"Title {name}" for name in names}
-    (tmp_path / OVERVIEW).write_text(json.dumps({"title": "All $x$ <b>", "experiments": titles}))
+    (tmp_path / STUDY).write_text(json.dumps({"title": "All $x$ <b>", "experiments": titles}))
     source = write_overview(tmp_path).read_text(encoding="utf-8")
     assert source.startswith("# All \\$x\\$ \\<b>\n")
     targets = re.findall(r"(?<!\\)\]\(([^)]*)\)", source)

@@ -16,7 +16,8 @@ from corda_vlm.errors import ForeignFileError
 from corda_vlm.evaluation import write_report
 from corda_vlm.evaluation.render import Picture
 from corda_vlm.plan import plan_adapter
-from corda_vlm.study import OVERVIEW, write_overview
+from corda_vlm.run_files import STUDY
+from corda_vlm.study import write_overview
 
 
 def with_sources(invented: Any, folder: Path, model: Any) -> Path:
@@ -77,7 +78,7 @@ def test_a_study(invented: Any, tmp_path: Path, tiny_open_clip: Any) -> None:
     for name in ("one", "two"):
         write_report(with_sources(invented, tmp_path / name, tiny_open_clip))
     titles = {"one": "One", "two": "Two", "three": "Not yet"}
-    (tmp_path / OVERVIEW).write_text(json.dumps({"title": "Study", "experiments": titles}))
+    (tmp_path / STUDY).write_text(json.dumps({"title": "Study", "experiments": titles}))
     write_overview(tmp_path)
     before = pages(tmp_path)
     assert before["report.md"].decode().count(".png)") == 2

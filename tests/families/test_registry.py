@@ -147,3 +147,10 @@ class TestNames:
         there = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model("emoji-clip", device="auto").model
         assert {p.device.type for p in model.parameters()} == {there}
+
+
+def test_the_names_told_before_pytorch_is_imported_are_those_of_the_registry():
+    from corda_vlm.families.sources import FAMILY_NAMES
+
+    own = [name for name, family in FAMILIES.items() if family.load.__module__.startswith("corda_vlm.")]  # fmt: skip
+    assert sorted(FAMILY_NAMES) == sorted(own)
