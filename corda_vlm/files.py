@@ -290,7 +290,21 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, atomically. NaN and Inf are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value, indent=2) + "\n")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that UTF-8 can hold.
+
+    Raises:
+        ValueError: NaN or Inf.
+    """
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    return text
 
 
 def read_json(path: str | Path, what: str = "JSON") -> Any:

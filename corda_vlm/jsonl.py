@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, ForeignFileError, brief
-from corda_vlm.files import shown, write_text
+from corda_vlm.files import as_json, shown, write_text
 from corda_vlm.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -186,18 +186,9 @@ def _content(path: Path, what: str) -> bytes | None:
 
 def _dumped(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> str:
     try:
-        return "".join(f"{_line(dict(row))}\n" for row in rows)
+        return "".join(f"{as_json(dict(row))}\n" for row in rows)
     except (TypeError, ValueError, RecursionError) as error:
         raise CordaError(f"a {what} for {path} cannot be written as JSON: {error}") from error
-
-
-def _line(row: Row) -> str:
-    text = json.dumps(row, allow_nan=False, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8
-        text = json.dumps(row)
-    return text
 
 
 def _is_row(line: bytes) -> bool:

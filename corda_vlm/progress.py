@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -44,7 +44,10 @@ def shown(show: bool) -> Iterator[None]:
 def note(text: str) -> None:
     """Print how far a long verb is, one line, unless the user asked for quiet."""
     if not _quiet:
-        print(text, flush=True)
+        with suppress(
+            OSError, ValueError
+        ):  # a log on a full disk, or closed: the work matters more
+            print(text, flush=True)
 
 
 class Meter:
@@ -152,8 +155,11 @@ class Meter:
 
     def _say(self) -> None:
         self._said = True
-        sys.stderr.write(f"{self}\n")  # one call, so that lines of other threads do not mix in
-        sys.stderr.flush()
+        with suppress(
+            OSError, ValueError
+        ):  # a log on a full disk, or closed: the work matters more
+            sys.stderr.write(f"{self}\n")  # one call, so that lines of other threads do not mix in
+            sys.stderr.flush()
 
 
 def advance(n: float = 1, **facts: str) -> None:

@@ -106,6 +106,22 @@ def test_the_innermost_work_is_what_advances(log):
     advance()  # nothing is under way
 
 
+def test_a_log_that_cannot_be_written_stops_no_work(log, monkeypatch):
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+        def isatty(self) -> bool:
+            return False
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(sys, "stdout", Full())
+    with Meter("training", 2) as meter:
+        time.sleep(0.2)
+        meter.update(2)
+    note("done")
+
+
 def test_only_the_work_within_speaks(log):
     with Meter("corda-vlm run", bar=False):
         log.wait_for("corda-vlm run: 0 s so far")
@@ -130,7 +146,7 @@ def test_a_training_in_a_log_tells_step_loss_and_time_left(tmp_path):
         "from corda_vlm.__main__ import main; main(sys.argv[1:])"
     )
     words = ["run", "configs/demo.yaml", "--only", "lora", "--output", str(tmp_path / "run")]
-    words += ["--set", "seeds=[0]", "--set", "training.steps=12", "--set", "training.log_every=2"]
+    words += ["--set", "seeds=[0]", "--set", "training.steps=12", "--set", "training.log_every=12"]
     words += ["--set", "variants.lora.learning_rates=[1e-3]"]
     ran = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=400

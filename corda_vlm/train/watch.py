@@ -82,6 +82,10 @@ class Watch(TrainerCallback):
         self._samples += sum(len(batches.indices(n)) for n in micro if n < len(batches))
         if self._meter is not None:
             self._meter.update()
+            if (
+                "loss" not in self._meter.facts
+            ):  # until the first entry, which on a slow machine takes minutes
+                self._meter.update(0, loss=f"{float(self.trainer.loss_seen[-1]):.3f}")
         last = step >= state.max_steps
         control.should_log |= last  # a training shorter than `log_every` has a history too
         if self.measure and (last or (options.eval_every and step % options.eval_every == 0)):
