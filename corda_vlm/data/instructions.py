@@ -94,8 +94,7 @@ def prompt_completion(table: Table, spec: DataSpec, count: Callable[[int], int])
         if isinstance(asked, str) and isinstance(said, str):
             if not said.strip():
                 raise Fault("has an empty answer")
-            # Completions begin with the space that parts them from their prompts; here the template writes one.
-            return question_and_answers(asked, [said.strip()], pictures, spec)
+            return question_and_answers(asked, [_unparted(said)], pictures, spec)
         before = _as_messages("prompt", asked, "user", pictures, spec)
         after = _as_messages("completion", said, "assistant", pictures, spec)
         if after[-1]["role"] != "assistant":
@@ -109,6 +108,12 @@ def prompt_completion(table: Table, spec: DataSpec, count: Callable[[int], int])
         return made
 
     return each(table, make, ["messages", "question", "answers"])
+
+
+def _unparted(completion: str) -> str:
+    """Without the one space that parts a completion from its prompt, as the template writes one; indentation stays."""
+    text = completion.rstrip()
+    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
 
 
 def _turns(stored: Any) -> Any:

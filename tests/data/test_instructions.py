@@ -136,6 +136,18 @@ def test_the_completion_alone_is_learnt(read, tiny_llm):
     assert labels == " blue</s>"
 
 
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_a_completion_keeps_its_indentation(read, tiny_llm, template):
+    pair = {"prompt": "def one():", "completion": "    return 1\n"}
+    data = read(pair, {**pair, "completion": "\n\treturn 1"}, format="prompt_completion")
+    assert [row["messages"][1]["content"] for row in data] == ["    return 1", "\n\treturn 1"]
+    maker = ConversationMaker(data, tiny_llm.processor, chat=ChatOptions(template))
+    text = maker.chat.whole(data[0]["messages"])
+    (turn,) = text.turns
+    parted = " " if template == "plain" else ""
+    assert text.text[turn.start : turn.content_end] == f"{parted}    return 1"
+
+
 def test_qa_takes_a_completion_for_the_answer(read):
     pair = {"prompt": "Red?", "completion": "no"}
     assert read(pair, format="qa")[0]["answers"] == ["no"]
