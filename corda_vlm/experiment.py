@@ -213,6 +213,13 @@ class Experiment:
             self.chat_of("knowledge")  # raises
         for name in self.variants:
             self._check_variant(name)
+        lowered: dict[str, str] = {}
+        for name in self.variants:
+            if (other := lowered.setdefault(name.casefold(), name)) != name:
+                raise CordaError(
+                    f"the variants {other!r} and {name!r} would share a folder where file systems do not tell capital "
+                    "from small letters; rename one of them"
+                )
 
     def _check_variant(self, name: str) -> None:
         if name == "base":

@@ -105,6 +105,11 @@ def test_trainings_go_seed_by_seed():
             CordaError,
             "called 'base'",
         ),
+        (
+            {"variants__Lora": {"method": "lora", "learning_rates": [1]}},
+            CordaError,
+            "'lora' and 'Lora' would share a folder",
+        ),
         ({"calibration__tokens": "answer"}, UnknownNameError, "calibration.tokens 'answer'"),
         ({"calibration__max_tokens": 1}, CordaError, "max_tokens is 1"),
         ({"training__loss": "next_token"}, CordaError, "say which format: the task's data has"),
