@@ -16,6 +16,8 @@ from corda_vlm.experiment import parse_experiment
 from corda_vlm.files import asset
 from corda_vlm.yaml_file import read_yaml
 
+pytestmark = pytest.mark.unchecked  # anything anywhere is of wrong types
+
 ODD = [
     None, True, 0, -1, 1.5, float("nan"), float("inf"), 10**400, "", "x" * 5000, "\0", "~nosuchuser", "../..", [], [1],
     [[]], ["a", "a"], {}, {"a": 1}, {1: 2}, {"class_path": "os.path"},

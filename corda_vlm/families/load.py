@@ -129,10 +129,8 @@ def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
             "open_clip_model.safetensors) or those of transformers (config.json with a known model_type, and "
             f"model.safetensors). {_of_unknown_type(folder)}{hint}"
         )
-    for weights in sorted(folder.glob("*.safetensors")):
-        check_tensors(weights, "model weights", "export or download them again")
     try:
-        return (*how.load(found, folder), found)
+        loaded = how.load(found, folder)
     except CordaError:
         raise
     except Exception as error:  # a library's own errors are of every kind
@@ -142,6 +140,10 @@ def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
             f"the model in {folder} does not load as {found.name}; its files may be truncated or belong to "
             f"another model ({type(error).__name__}: {first_line(error)})"
         ) from error
+    # Afterwards, as what the configuration refuses need not be read. A bit that flipped stops no library.
+    for weights in sorted(folder.glob("*.safetensors")):
+        check_tensors(weights, "model weights", "export or download them again")
+    return (*loaded, found)
 
 
 def _of_unknown_type(folder: Path) -> str:

@@ -241,7 +241,7 @@ def test_pipes_and_devices_are_no_lists_of_classes(fifo):
     ("where", "why"),
     [
         ("a\0b", "NUL"),
-        ("x" * 300, "[Ff]ile name too long"),
+        ("x" * 300, "too long"),
         ("~nosuchuser/a", "home directory"),
         ("**x/*", "no pattern of paths|no data matches"),
         (f"{{0..{MOST_PATHS}}}", "stand for more than 100,000 paths"),

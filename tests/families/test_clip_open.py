@@ -411,7 +411,7 @@ class TestLoading:
     def test_truncated_weights(self, folder):
         path = folder / "open_clip_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(CordaError, match=r"not readable as model weights.*trunc"):
+        with pytest.raises(CordaError, match="files may be truncated"):
             load_model(folder)
 
     def test_weights_of_another_model(self, folder):
