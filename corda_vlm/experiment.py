@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from corda_vlm.options import (
     read_options,
 )
 from corda_vlm.precision import Bf16
+from corda_vlm.run_files import PATTERNS
 from corda_vlm.train.options import TrainOptions
 from corda_vlm.yaml_file import parse_yaml, read_yaml
 
@@ -225,6 +227,10 @@ class Experiment:
         if name == "base":
             raise CordaError("a variant cannot be called 'base': that is the model before training")
         check_name(name, "a variant's name")
+        if any(fnmatchcase(name.casefold(), pattern) for pattern in PATTERNS):
+            raise CordaError(
+                f"a variant cannot be called {name!r}: a run writes a file of that name beside its variants' folders"
+            )
         variant = self.variants[name]
         method = METHODS.get(self.method_of(name))
         if method is None:

@@ -110,6 +110,14 @@ def test_trainings_go_seed_by_seed():
             CordaError,
             "'lora' and 'Lora' would share a folder",
         ),
+        *(
+            (
+                {f"variants__{name}": {"method": "lora", "learning_rates": [1]}},
+                CordaError,
+                "a run writes a file of that name",
+            )
+            for name in ("scores.jsonl", "Config.yaml", "covariance.safetensors")
+        ),
         ({"calibration__tokens": "answer"}, UnknownNameError, "calibration.tokens 'answer'"),
         ({"calibration__max_tokens": 1}, CordaError, "max_tokens is 1"),
         ({"training__loss": "next_token"}, CordaError, "say which format: the task's data has"),
