@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -100,14 +100,15 @@ def sweep(folder: str | Path) -> None:
                 _remove(Path(entry.path))
 
 
-def clear(folder: str | Path, patterns: Iterable[str], *, last: str = "") -> None:
-    """Remove what in a folder matches one of the patterns, `last` at the end of all; locks stay with their holders.
+def clear(folder: str | Path, patterns: Iterable[str], *, last: Sequence[str] = ()) -> None:
+    """Remove what in a folder matches one of the patterns, those of `last` at the end in this order; locks stay with their holders.
 
     Raises:
         CordaError: something there cannot be removed.
     """
+    order = {name: place for place, name in enumerate(last)}
     try:
-        for path in sorted(entries(folder), key=lambda path: path.name == last):
+        for path in sorted(entries(folder), key=lambda path: order.get(path.name, -1)):
             if not any(fnmatchcase(path.name, pattern) for pattern in patterns):
                 continue
             if path.is_dir() and not path.is_symlink():

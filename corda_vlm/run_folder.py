@@ -94,8 +94,8 @@ def _check_deletable(folder: Path) -> None:
 def _clear(folder: Path, experiment: Experiment) -> None:
     """Delete what runs write into their folders; what else lies there stays."""
     ours = (*PATTERNS, *map(glob.escape, _variants(folder, experiment)))
-    # The config names the variants' folders, so that it goes last.
-    clear(folder, ours, last=CONFIG)
+    # What the results were made from stands while there are results; the config names the variants' folders.
+    clear(folder, ours, last=(MADE_FROM, CONFIG))
     if kept := [path.name for path in entries(folder) if path.name != MARKER]:
         note(f"left in {folder}, as no run made it: {', '.join(kept[:10])}")
 

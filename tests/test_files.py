@@ -16,6 +16,7 @@ from corda_vlm.files import (
     asset,
     atomic_folder,
     atomic_write,
+    clear,
     entries,
     read_json,
     resolve,
@@ -139,6 +140,16 @@ def test_what_another_host_of_a_like_name_writes_is_not_swept(tmp_path, monkeypa
         assert [path.name for path in tmp_path.iterdir()] == [f".a.0.{here.host}-{2**22 + 1}-17.partial"]  # fmt: skip
     finally:
         _host.cache_clear()
+
+
+def test_what_is_to_go_last_goes_last_and_in_order(tmp_path, monkeypatch):
+    for name in "abcde":
+        (tmp_path / name).touch()
+    gone, unlink = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: (gone.append(path.name), unlink(path)))
+    clear(tmp_path, "abce", last=("b", "a"))
+    assert gone == ["c", "e", "b", "a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
