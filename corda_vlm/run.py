@@ -54,12 +54,18 @@ from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan, check_rank
 from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.progress import note
-from corda_vlm.run_files import DESCRIPTION, MADE_FROM, PLAN, SCORES, TRADEOFF
+from corda_vlm.run_files import CONFIG, DESCRIPTION, MADE_FROM, PLAN, SCORES, TRADEOFF
 from corda_vlm.run_folder import check_claim, claim
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint, site_shape
-from corda_vlm.train import Head, train
+from corda_vlm.train import Head, TrainOptions, train
+from corda_vlm.train.loop import BEGUN
 
-_PRECISIONS = ("float32", "bfloat16 (autocast)")
+_AUTOCAST = "bfloat16 (autocast)"
+
+
+def _trained_in(variant: str) -> str:
+    """The name under which a description tells the precision of a variant that chooses its own."""
+    return f"{variant} trained in"
 
 
 def run(
@@ -176,9 +182,16 @@ class _Laboratory:
         """Write what the results are made from, and settle in which precision to go on."""
         experiment = self.experiment
         write_json(self.folder / MADE_FROM, self.sources)
+        wanted: dict[str, Bf16] = {
+            "trained in": experiment.training.get("bf16", "auto"),
+            "measured in": experiment.evaluation.bf16,
+        }
+        for name, variant in experiment.variants.items():
+            if "bf16" in variant.training:
+                wanted[_trained_in(name)] = variant.training["bf16"]
+        begun = self._begun()
         self.bf16 = {
-            "trained in": self._bf16("trained in", experiment.training.get("bf16", "auto")),
-            "measured in": self._bf16("measured in", experiment.evaluation.bf16),
+            fact: self._bf16(bf16, begun.get(fact, "auto")) for fact, bf16 in wanted.items()
         }
 
     def _sources(self) -> dict[str, str]:
@@ -208,13 +221,28 @@ class _Laboratory:
                 "another folder with --output, or --fresh to delete them and begin anew"
             )
 
-    def _bf16(self, fact: str, wanted: Bf16) -> bool:
-        """Whether to run under bfloat16; where the config leaves it open as the folder began, on whatever machine."""
+    def _begun(self) -> dict[str, Bf16]:
+        """In which precision the folder's results were made, fact by fact; "auto" where nothing says."""
         path = self.folder / DESCRIPTION
-        former = read_json(path, "description of a run") if path.is_file() else {}
-        if wanted == "auto" and isinstance(former, dict) and former.get(fact) in _PRECISIONS:
-            return former[fact] == _PRECISIONS[True]
-        return takes_bf16(wanted, next(self.loaded.model.parameters()).device)
+        told = read_json(path, "description of a run") if path.is_file() else None
+        told = told if isinstance(told, dict) else {}
+        config = load_experiment((self.folder / CONFIG).resolve())
+        # before there was auto, what a config left out was false, and no description named a precision
+        left_out: Bf16 = False if told and "measured in" not in told else "auto"
+        begun: dict[str, Bf16] = {
+            "trained in": config.training.get("bf16", left_out),
+            "measured in": config.evaluation.bf16,
+        }
+        for name, variant in config.variants.items():
+            if "bf16" in variant.training:
+                begun[_trained_in(name)] = variant.training["bf16"]
+        return begun | {fact: told[fact] == _AUTOCAST for fact in begun if fact in told}
+
+    def _bf16(self, wanted: Bf16, begun: Bf16) -> bool:
+        """Whether to run under bfloat16; where the config leaves it open as the folder began, on whatever machine."""
+        weight = next(self.loaded.model.parameters())
+        former = None if begun == "auto" else begun
+        return takes_bf16(wanted, weight.device, former=former, weights=weight.dtype)
 
     def _check_conversations(self) -> None:
         """Refuse what a model that generates text cannot read, before anything is measured."""
@@ -262,7 +290,7 @@ class _Laboratory:
                 "suite": f"{self.suite.name}, version {self.suite.version}",
                 "seeds": experiment.seeds,
                 "machine": _machine(self.loaded.model),
-                **{fact: _PRECISIONS[bf16] for fact, bf16 in self.bf16.items()},
+                **{fact: _AUTOCAST if on else experiment.dtype for fact, on in self.bf16.items()},
                 "versions": {
                     name: version(name) for name in ("corda-vlm", "torch", "transformers", "peft")
                 },
@@ -432,6 +460,14 @@ class _Laboratory:
             ahead = passed / number * (len(left) - number) / 60
             note(f"[{number}/{len(left)}] {training}: {told}; about {ahead:.1f} min left")
 
+    def _options(self, training: Training) -> TrainOptions:
+        """With the precision that the folder began with, unless the training has begun, which then knows its own."""
+        name = training.variant
+        options = self.experiment.train_options(name, training.learning_rate, training.seed)
+        if options.bf16 != "auto" or (self.folder / training.folder / BEGUN).is_file():
+            return options
+        return replace(options, bf16=self.bf16.get(_trained_in(name), self.bf16["trained in"]))
+
     def _train(self, training: Training) -> str:
         experiment = self.experiment
         method = METHODS[training.method]
@@ -439,14 +475,11 @@ class _Laboratory:
         request = replace(self._request(training.variant), seed=training.seed)
         # a copy: adapters and full fine-tuning change the model in place
         prepared = method.prepare(copy.deepcopy(self.loaded.model), request)
-        options = experiment.train_options(training.variant, training.learning_rate, training.seed)
-        if options.bf16 == "auto":
-            options = replace(options, bf16=self.bf16["trained in"])
         result = train(
             prepared.model,
             self.task_data,
             self.loaded.processor,
-            options=options,
+            options=self._options(training),
             output_dir=folder,
             classes=self.classes,
             templates=self.templates,

@@ -121,6 +121,7 @@ def _merged(folder: Path, experiment: Experiment) -> dict[str, Any]:
         return now
     # read as an experiment: what the config could not yet say when it was written has its default
     former = plain(load_experiment((folder / CONFIG).resolve()))
+    now = _in_its_precision(now, former)
     before, after = _decisive(former), _decisive(now)
     shared = before["variants"].keys() & after["variants"].keys()
     changed = [key for key in after if key != "variants" and before.get(key) != after[key]]
@@ -134,6 +135,30 @@ def _merged(folder: Path, experiment: Experiment) -> dict[str, Any]:
         )
     # variants that were left out this time keep their results, so they may not come back changed
     return {**now, "variants": {**former["variants"], **now["variants"]}}
+
+
+def _in_its_precision(now: dict[str, Any], former: Mapping[str, Any]) -> dict[str, Any]:
+    """`now`, with the precision that was asked for formerly where it is left open now: auto goes on as it began."""
+
+    def kept(options: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        fixed = options.get("bf16") == "auto" and isinstance(before.get("bf16"), bool)
+        return {**options, "bf16": before["bf16"]} if fixed else dict(options)
+
+    training = now["training"]
+    if training.get("bf16", "auto") == "auto":  # left out or written down, it is the same
+        own = {key: value for key, value in former["training"].items() if key == "bf16"}
+        training = {**{k: v for k, v in training.items() if k != "bf16"}, **own}
+    variants = {
+        name: {
+            **variant,
+            "training": kept(variant["training"], former["variants"][name]["training"]),
+        }
+        if name in former["variants"]
+        else variant
+        for name, variant in now["variants"].items()
+    }
+    evaluation = kept(now["evaluation"], former["evaluation"])
+    return {**now, "training": training, "evaluation": evaluation, "variants": variants}
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:

@@ -192,6 +192,71 @@ def test_calibration_leaves_float32_where_bfloat16_is_fast(machine, tiny_clip_hf
     assert precision_of("auto") == "float32"
 
 
+@pytest.fixture
+def laboratory(tiny_open_clip, tmp_path):
+    """Claims a folder for a run of the demo, with changes, and settles its precisions."""
+    from corda_vlm.experiment import load_experiment
+    from corda_vlm.families.base import Loaded
+    from corda_vlm.files import asset
+    from corda_vlm.run import _Laboratory
+    from corda_vlm.run_folder import claim
+
+    def begin(*overrides: str) -> _Laboratory:
+        lab = _Laboratory.__new__(_Laboratory)
+        lab.experiment = load_experiment(asset("configs/demo.yaml"), overrides)
+        lab.folder, lab.sources = tmp_path / "run", {}
+        lab.loaded = Loaded.__new__(Loaded)
+        object.__setattr__(lab.loaded, "model", tiny_open_clip)
+        claim(lab.folder, lab.experiment, fresh=False)
+        lab.begin()
+        return lab
+
+    return begin
+
+
+def test_a_variant_that_leaves_it_open_is_asked_by_itself(machine, laboratory):
+    machine(SLOW)
+    with pytest.warns(UserWarning, match="bf16 is on"):
+        lab = laboratory("training.bf16=true", "variants.full.training.bf16=auto")
+    of = {t.variant: lab._options(t).bf16 for t in lab.experiment.trainings()}
+    assert of.pop("full") is False
+    assert set(of.values()) == {True}
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_precision(machine, laboratory, recwarn):
+    from corda_vlm.files import write_json
+    from corda_vlm.run import _AUTOCAST
+    from corda_vlm.run_files import DESCRIPTION
+    from corda_vlm.train.loop import BEGUN
+
+    machine(SLOW)
+    lab = laboratory()
+    assert not any(lab.bf16.values())
+    told = dict.fromkeys(lab.bf16, _AUTOCAST)
+    write_json(lab.folder / DESCRIPTION, told)
+    lab = laboratory()
+    assert all(lab.bf16.values())
+    first, second, *_ = lab.experiment.trainings()
+    assert lab._options(first).bf16 is True
+    assert takes_bf16(True, "cpu"), "as the training then asks"
+    assert not recwarn.list, "nobody who left it at auto is told to leave it at auto"
+    write_json(lab.folder / first.folder / BEGUN, {"options": {"bf16": False}})
+    assert lab._options(first).bf16 == "auto", "its own folder says what it began with"
+    assert lab._options(second).bf16 is True
+
+
+def test_a_run_begun_before_there_was_auto_goes_on_in_float32(machine, laboratory):
+    from corda_vlm.files import write_json
+    from corda_vlm.run_files import DESCRIPTION
+
+    machine(FAST)
+    write_json(
+        (lab := laboratory("evaluation.bf16=false")).folder / DESCRIPTION, {"title": "older"}
+    )
+    assert lab.bf16 == {"trained in": True, "measured in": False}
+    assert laboratory().bf16 == {"trained in": False, "measured in": False}
+
+
 @pytest.mark.filterwarnings("ignore:.*have no full rank")
 @pytest.mark.parametrize("blockwise", [False, True], ids=["in one go", "blockwise"])
 def test_a_calibration_goes_on_in_its_precision(machine, tiny_llm, tmp_path, blockwise):

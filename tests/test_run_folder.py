@@ -58,6 +58,24 @@ def test_fresh_takes_the_folder_of_a_run_from_before_markers(made, demo):
     assert not (made / "scores.jsonl").exists()
 
 
+def test_auto_takes_the_precision_that_was_asked_for_formerly(made, demo):
+    """A folder of before there was auto says false, and one of any version may say true."""
+    full = demo.variants["full"]
+    fixed = replace(
+        demo,
+        evaluation=replace(demo.evaluation, bf16=False),
+        training={**demo.training, "bf16": True},
+        variants={**demo.variants, "full": replace(full, training={"bf16": False})},
+    )
+    auto = replace(demo.variants["full"], training={"bf16": "auto"})
+    claim(made, fixed, fresh=True)
+    claim(made, replace(demo, variants={**demo.variants, "full": auto}), fresh=False)
+    assert yaml.safe_load((made / CONFIG).read_text()) == plain(fixed)
+    claim(made, demo, fresh=True)
+    with pytest.raises(CordaError, match="differs in evaluation"):
+        claim(made, replace(demo, evaluation=fixed.evaluation), fresh=False)
+
+
 def test_a_kill_on_the_way_leaves_what_says_whose_the_folder_is(made, demo):
     (made / CONFIG).unlink()
     claim(made, demo, fresh=True)
