@@ -567,7 +567,7 @@ def export(
 
 
 def report(folder: str) -> None:
-    """Write the report of a run or a study again, from its scores, and print the table.
+    """Write the report of a run or a study again, from its scores, and print the table; also while it is going on.
 
     Args:
         folder: of the run, e.g. runs/demo.
@@ -580,15 +580,14 @@ def report(folder: str) -> None:
     if not (Path(folder) / STUDY).is_file():
         check_file(Path(folder) / SCORES, "scores", "give the folder of a run or a study")
     from corda_vlm.evaluation import summary_table, write_report
-    from corda_vlm.locks import locked
 
-    with locked(folder, inside=True):
-        if (Path(folder) / STUDY).is_file():
-            for scores in sorted(Path(folder).glob(f"*/{SCORES}")):
-                print(f"wrote {write_report(scores.parent)}")
-            print(f"wrote {write_overview(folder)}")
-            return
-        page = write_report(folder)
+    # Without the lock of the run, for an early look: each page and picture is written whole or not at all.
+    if (Path(folder) / STUDY).is_file():
+        for scores in sorted(Path(folder).glob(f"*/{SCORES}")):
+            print(f"wrote {write_report(scores.parent)}")
+        print(f"wrote {write_overview(folder)}")
+        return
+    page = write_report(folder)
     print(f"{summary_table(folder)}\n\nwrote {page}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,24 @@ def test_a_list_that_is_not_ours_is_refused(invented: Any, tmp_path: Path, conte
     (run / "pictures.json").write_text(json.dumps(content))
     with pytest.raises(ForeignFileError, match=r"pictures\.json is no list of a report's pictures"):
         write_report(run)
+
+
+def test_an_early_look_while_the_run_goes_on(invented: Any, tmp_path: Path, capsys: Any) -> None:
+    run = invented.write_run(tmp_path / "run", invented.large_study(("lora", "corda-kpm")))
+    code = (
+        "import sys; from corda_vlm.locks import locked\n"
+        "with locked(sys.argv[1], inside=True): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    assert holder.stdout.readline() == b"held\n"
+    try:
+        main(["report", str(run)])
+    finally:
+        holder.stdin.close()
+    assert holder.wait(60) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert (run / "report.md").is_file()
