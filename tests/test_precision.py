@@ -203,6 +203,8 @@ def laboratory(tiny_open_clip, tmp_path):
 
     def begin(*overrides: str) -> _Laboratory:
         lab = _Laboratory.__new__(_Laboratory)
+        # the demo itself measures in float32
+        overrides = ("evaluation.bf16=auto", *overrides)
         lab.experiment = load_experiment(asset("configs/demo.yaml"), overrides)
         lab.folder, lab.sources = tmp_path / "run", {}
         lab.loaded = Loaded.__new__(Loaded)

@@ -19,7 +19,7 @@ from corda_vlm.study import load_study, run_study
 
 @pytest.fixture
 def demo():
-    return load_experiment(asset("configs/demo.yaml"))
+    return load_experiment(asset("configs/demo.yaml"), ["evaluation.bf16=auto"])
 
 
 @pytest.fixture
