@@ -81,7 +81,7 @@ class Meter:
         self._began = time.monotonic()
         self._bar: Any = None
         self._closed = threading.Event()
-        self._said, self._inner = False, 0
+        self._said, self._inner, self._steps = False, 0, bar
         self._outer = _innermost.get()
         if self._outer is not None:
             self._outer._inner += 1
@@ -124,7 +124,7 @@ class Meter:
             _innermost.set(self._outer)
         if self._bar is not None:
             self._bar.close()
-        elif self._said:
+        elif self._said and self._steps:
             self._say()
 
     def __enter__(self) -> Meter:
