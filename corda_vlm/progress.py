@@ -44,10 +44,7 @@ def shown(show: bool) -> Iterator[None]:
 def note(text: str) -> None:
     """Print how far a long verb is, one line, unless the user asked for quiet."""
     if not _quiet:
-        with suppress(
-            OSError, ValueError
-        ):  # a log on a full disk, or closed: the work matters more
-            print(text, flush=True)
+        _write(sys.stdout, text)
 
 
 class Meter:
@@ -155,17 +152,13 @@ class Meter:
 
     def _say(self) -> None:
         self._said = True
-        with suppress(
-            OSError, ValueError
-        ):  # a log on a full disk, or closed: the work matters more
-            sys.stderr.write(f"{self}\n")  # one call, so that lines of other threads do not mix in
-            sys.stderr.flush()
+        _write(sys.stderr, str(self))
 
 
-def advance(n: float = 1, **facts: str) -> None:
+def advance(n: float = 1) -> None:
     """`n` more units of the innermost work that is under way are done, if there is such a work."""
     if (innermost := _innermost.get()) is not None:
-        innermost.update(n, **facts)
+        innermost.update(n)
 
 
 def track(items: Iterable[T], what: str, *, unit: str) -> Iterator[T]:
@@ -175,6 +168,13 @@ def track(items: Iterable[T], what: str, *, unit: str) -> Iterator[T]:
         for item in items:
             yield item
             meter.update()
+
+
+def _write(stream: Any, line: str) -> None:
+    """Write a line in one call, so that lines of other threads do not mix in."""
+    with suppress(OSError, ValueError):  # a log on a full disk, or closed: the work matters more
+        stream.write(f"{line}\n")
+        stream.flush()
 
 
 def _disabled() -> bool:

@@ -54,11 +54,10 @@ from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.plan import AdapterPlan, check_rank
 from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.progress import note
-from corda_vlm.run_files import CONFIG, DESCRIPTION, MADE_FROM, PLAN, SCORES, TRADEOFF
+from corda_vlm.run_files import BEGUN, CONFIG, DESCRIPTION, MADE_FROM, PLAN, SCORES, TRADEOFF
 from corda_vlm.run_folder import check_claim, claim
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint, site_shape
 from corda_vlm.train import Head, TrainOptions, train
-from corda_vlm.train.loop import BEGUN
 
 _AUTOCAST = "bfloat16 (autocast)"
 

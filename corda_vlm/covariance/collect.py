@@ -81,8 +81,8 @@ def collect_covariance(
             mapped files beside it meanwhile, and in memory one triangle at a time.
         precision: "float32", "float64", "bf16" (products in bfloat16 on a CPU and TF32 on CUDA, float32 sums), or
             "auto": that of the calibration which `path` holds, else "bf16" where the device multiplies bfloat16 faster,
-            else "float32". The rounding of "bf16" covers
-            the smallest directions, which the knowledge-preserved mode reads: it is for instruction-previewed mode.
+            else "float32". The rounding of "bf16" covers the smallest directions, which the knowledge-preserved mode
+            reads: it is for instruction-previewed mode.
         store: add to this one; it is left as it is.
         path: file for checkpoints and for the result, which then stays on disk until asked for.
         checkpoint_share: of the time, at most, for writing checkpoints; 1 writes one after every batch.
