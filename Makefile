@@ -56,7 +56,7 @@ bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@$(BIN)/python eval/benchmarks/blockwise_memory.py $(SMOLLM2) --out runs/bench/blockwise_memory.json
 
 reliability: $(VENV)/.installed-dev
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/campaign.py --seconds $(SECONDS) --seed $(SEED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.campaign --seconds $(SECONDS) --seed $(SEED)
 
 wheel: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip wheel -q --no-deps -w dist .

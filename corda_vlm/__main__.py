@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from corda_vlm.command_line import call
-from corda_vlm.data.chat_options import Learn, MaxTokens, TooLong
+from corda_vlm.data.text.chat_options import Learn, MaxTokens, TooLong
 from corda_vlm.errors import CordaError
 from corda_vlm.families.tokens import Tokens
 from corda_vlm.methods.method import Portion, Side
@@ -50,12 +50,12 @@ def run(
         fresh: delete the folder's former results first.
         device: cpu, cuda, or auto.
     """
-    from corda_vlm.study import check_config, is_study
+    from corda_vlm.experiment.study import check_config, is_study
 
     # before PyTorch is imported, which takes far longer than a slip deserves
     check_config(experiment, output=output, overrides=set or (), only=only, fresh=fresh)
-    from corda_vlm.run import run as run_one
-    from corda_vlm.study import run_study
+    from corda_vlm.experiment.runner import run as run_one
+    from corda_vlm.experiment.study import run_study
 
     run_all = run_study if is_study(experiment) else run_one
     run_all(experiment, output=output, overrides=set or (), only=only, fresh=fresh, device=device)
@@ -79,7 +79,7 @@ def sites(
         dtype: of the weights in memory; a language model of billions of parameters wants bfloat16.
         trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
-    from corda_vlm.checks import check_source
+    from corda_vlm.experiment.checks import check_source
 
     check_source(model)
     from corda_vlm.sites import find_sites, sites_table
@@ -135,7 +135,7 @@ def calibrate(
         device_map: auto spreads a language model over all GPUs.
         trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
-    from corda_vlm.checks import check_data, check_output, check_source
+    from corda_vlm.experiment.checks import check_data, check_output, check_source
 
     check_source(model)
     check_data(data)
@@ -225,8 +225,8 @@ def init(
         device: cpu, cuda, or auto.
         trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
-    from corda_vlm.checks import check_file, check_output, check_source
     from corda_vlm.errors import UnknownNameError
+    from corda_vlm.experiment.checks import check_file, check_output, check_source
     from corda_vlm.plan.bases import PLAN_METHODS
 
     check_source(model)
@@ -238,9 +238,9 @@ def init(
     if not dry_run:
         check_output(output)
     from corda_vlm.covariance import CovarianceStore
-    from corda_vlm.evaluation.heatmap import plan_heatmap
     from corda_vlm.locks import locked
     from corda_vlm.plan import plan_adapter
+    from corda_vlm.report.plots.plan import plan_heatmap
 
     loaded = _loaded(model, dtype, device, trust_remote_code=trust_remote_code)
     store, task_store = (
@@ -348,8 +348,8 @@ def train(
         device_map: auto spreads a language model over all GPUs.
         trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
-    from corda_vlm.checks import check_data, check_file, check_output, check_source
     from corda_vlm.data.spec import parse_spec
+    from corda_vlm.experiment.checks import check_data, check_file, check_output, check_source
     from corda_vlm.train.options import TrainOptions
 
     if anchor and covariance is None:
@@ -450,14 +450,14 @@ def evaluate(
         device_map: auto spreads a language model over all GPUs.
         trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
-    from corda_vlm.checks import (
+    from corda_vlm.evaluation.suite import load_suite
+    from corda_vlm.experiment.checks import (
         check_chosen,
         check_folder,
         check_output,
         check_source,
         check_suite,
     )
-    from corda_vlm.evaluation.suite import load_suite
 
     numbers = None if scales is None else _numbers("scales", scales)
     if scales is not None and adapter is None:
@@ -473,17 +473,11 @@ def evaluate(
     if adapter is not None:
         check_folder(adapter, "training's", "make it by corda-vlm train")
     check_output(output)
-    from corda_vlm.evaluation import (
-        Cache,
-        Trained,
-        add_result,
-        check_scales,
-        load_trained,
-        measure,
-        read_rows,
-    )
+    from corda_vlm.evaluation import Cache, add_result, read_rows
+    from corda_vlm.evaluation.measure import measure
     from corda_vlm.jsonl import PATIENCE
     from corda_vlm.locks import locked
+    from corda_vlm.train.trained import Trained, check_scales, load_trained
 
     strengths = (1.0,) if numbers is None else check_scales(numbers)
     loaded = _loaded(model, dtype, device, device_map, trust_remote_code=trust_remote_code)
@@ -553,7 +547,7 @@ def export(
         dtype: of what is written.
         trust_remote_code: run Python code that comes with the model; without, none of it runs.
     """
-    from corda_vlm.checks import check_folder, check_output, check_source
+    from corda_vlm.experiment.checks import check_folder, check_output, check_source
 
     check_source(model)
     check_folder(adapter, "training's", "make it by corda-vlm train")
@@ -572,14 +566,14 @@ def report(folder: str) -> None:
     Args:
         folder: of the run, e.g. runs/demo.
     """
-    from corda_vlm.checks import check_file, check_folder
+    from corda_vlm.experiment.checks import check_file, check_folder
+    from corda_vlm.report.overview import write_overview
     from corda_vlm.run_files import SCORES, STUDY
-    from corda_vlm.study import write_overview
 
     check_folder(folder, "run's", "give that of a run or a study, e.g. runs/demo")
     if not (Path(folder) / STUDY).is_file():
         check_file(Path(folder) / SCORES, "scores", "give the folder of a run or a study")
-    from corda_vlm.evaluation import summary_table, write_report
+    from corda_vlm.report import summary_table, write_report
 
     # Without the lock of the run, for an early look: each page and picture is written whole or not at all.
     if (Path(folder) / STUDY).is_file():

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jaxtyping
@@ -233,3 +234,11 @@ def shades(tmp_path) -> Path:
         rows.append({"image": buffer.getvalue(), "qa_json": json.dumps(qa)})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shades.parquet")
     return tmp_path / "shades.parquet"
+
+
+@pytest.fixture(scope="session")
+def invented() -> ModuleType:
+    """Invented scores, for the tests of what reads them."""
+    from tests.report import invented
+
+    return invented

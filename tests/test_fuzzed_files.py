@@ -18,12 +18,12 @@ from torch import nn
 
 from corda_vlm.adapter import attach_adapter, load_adapter, restore
 from corda_vlm.errors import CordaError
-from corda_vlm.evaluation import load_trained
 from corda_vlm.families.attention import is_packed
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import model_fingerprint
 from corda_vlm.train import Head
+from corda_vlm.train.trained import load_trained
 from corda_vlm.train.weights import save_weights
 
 FUZZ = settings(

@@ -15,9 +15,9 @@ from PIL import Image
 
 from corda_vlm.__main__ import VERBS, _show_warning, main
 from corda_vlm.errors import CordaError
-from corda_vlm.experiment import load_experiment
+from corda_vlm.experiment.load import load_experiment
+from corda_vlm.experiment.study import is_study, load_study
 from corda_vlm.files import asset
-from corda_vlm.study import is_study, load_study
 
 DRAWINGS = "parquet:model_zoo/emoji-clip/data/noto.parquet"
 
@@ -172,7 +172,7 @@ def test_wrong_words_end_with_a_message_and_status_2(args, message, capsys, tmp_
 def test_the_command_at_the_head_of_a_config(path, monkeypatch):
     asked = {}
     monkeypatch.setattr(
-        "corda_vlm.study.check_config", lambda *_, **__: None
+        "corda_vlm.experiment.study.check_config", lambda *_, **__: None
     )  # data may be missing
     for name in ("run.run", "study.run_study"):
         monkeypatch.setattr(
@@ -194,7 +194,9 @@ def test_the_command_at_the_head_of_a_config(path, monkeypatch):
 )
 def test_an_option_that_may_be_given_many_times(words, monkeypatch):
     asked = {}
-    monkeypatch.setattr("corda_vlm.run.run", lambda config, **options: asked.update(options))
+    monkeypatch.setattr(
+        "corda_vlm.experiment.runner.run", lambda config, **options: asked.update(options)
+    )
     main(["run", *words, "configs/demo.yaml"])
     assert (asked["overrides"], asked["only"]) == (["seeds=[0, 1]", "rank=4"], ["lora"])
 
@@ -202,8 +204,10 @@ def test_an_option_that_may_be_given_many_times(words, monkeypatch):
 @pytest.mark.parametrize("words", [["--set", "title=a 😀"], ["--set", "[title=a 😀]"]])
 def test_what_stands_in_a_list_stays_as_it_was_written(words, monkeypatch):
     asked = {}
-    monkeypatch.setattr("corda_vlm.study.check_config", lambda *_, **__: None)
-    monkeypatch.setattr("corda_vlm.run.run", lambda config, **options: asked.update(options))
+    monkeypatch.setattr("corda_vlm.experiment.study.check_config", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "corda_vlm.experiment.runner.run", lambda config, **options: asked.update(options)
+    )
     main(["run", "configs/demo.yaml", *words, "--only", "[2024-01-01, no]"])
     assert (asked["overrides"], asked["only"]) == (["title=a 😀"], ["2024-01-01", "no"])
     with pytest.raises(SystemExit):  # the next option is no value

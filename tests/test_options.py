@@ -11,7 +11,7 @@ import pytest
 
 from corda_vlm.data import ChatOptions
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.experiment import Calibration, Evaluation, Variant
+from corda_vlm.experiment.spec import Calibration, Evaluation, Variant
 from corda_vlm.methods import MethodRequest, get_method
 from corda_vlm.names import check_name
 from corda_vlm.options import Count, Items, NotNegative, check_options, read_options

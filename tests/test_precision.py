@@ -195,11 +195,11 @@ def test_calibration_leaves_float32_where_bfloat16_is_fast(machine, tiny_clip_hf
 @pytest.fixture
 def laboratory(tiny_open_clip, tmp_path):
     """Claims a folder for a run of the demo, with changes, and settles its precisions."""
-    from corda_vlm.experiment import load_experiment
+    from corda_vlm.experiment.folder import claim
+    from corda_vlm.experiment.load import load_experiment
+    from corda_vlm.experiment.runner import _Laboratory
     from corda_vlm.families.base import Loaded
     from corda_vlm.files import asset
-    from corda_vlm.run import _Laboratory
-    from corda_vlm.run_folder import claim
 
     def begin(*overrides: str) -> _Laboratory:
         lab = _Laboratory.__new__(_Laboratory)
@@ -226,8 +226,8 @@ def test_a_variant_that_leaves_it_open_is_asked_by_itself(machine, laboratory):
 
 
 def test_a_run_that_goes_on_elsewhere_keeps_its_precision(machine, laboratory, recwarn):
+    from corda_vlm.experiment.runner import _AUTOCAST
     from corda_vlm.files import write_json
-    from corda_vlm.run import _AUTOCAST
     from corda_vlm.run_files import DESCRIPTION
     from corda_vlm.train.loop import BEGUN
 
@@ -292,7 +292,7 @@ def test_a_calibration_goes_on_in_its_precision(machine, tiny_llm, tmp_path, blo
 
 
 def test_evaluation_asks_the_same(machine, tiny_open_clip):
-    from corda_vlm.evaluation import measuring
+    from corda_vlm.evaluation import measure as measuring
     from corda_vlm.families.base import Processor
 
     processor = Processor(lambda picture: torch.zeros(3, 32, 32), lambda texts: {}, (32, 32))

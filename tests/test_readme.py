@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from corda_vlm.__main__ import main
-from corda_vlm.experiment import load_experiment
+from corda_vlm.experiment.load import load_experiment
 from corda_vlm.files import asset
 
 README = asset("README.md").read_text(encoding="utf-8")

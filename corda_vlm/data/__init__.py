@@ -18,35 +18,35 @@ if TYPE_CHECKING:
         make_batches,
         make_maker,
     )
-    from corda_vlm.data.chat import TEMPLATES, Chat
-    from corda_vlm.data.conversations import ChatOptions, ConversationMaker, no_labels
-    from corda_vlm.data.images import to_rgb
-    from corda_vlm.data.instruction import InstructionData
     from corda_vlm.data.load import load_records
-    from corda_vlm.data.readers import READERS
     from corda_vlm.data.records import ImageTextData, Record
+    from corda_vlm.data.sources.images import to_rgb
+    from corda_vlm.data.sources.registry import READERS
     from corda_vlm.data.spec import DataSpec, parse_spec, with_root
+    from corda_vlm.data.text.chat import TEMPLATES, Chat
+    from corda_vlm.data.text.conversations import ChatOptions, ConversationMaker, no_labels
+    from corda_vlm.data.text.instruction import InstructionData
 
 _HOMES = {
-    "READERS": "readers",
-    "TEMPLATES": "chat",
+    "READERS": "sources.registry",
+    "TEMPLATES": "text.chat",
     "BatchLoader": "batches",
     "BatchMaker": "batches",
-    "Chat": "chat",
-    "ChatOptions": "conversations",
-    "ConversationMaker": "conversations",
+    "Chat": "text.chat",
+    "ChatOptions": "text.conversations",
+    "ConversationMaker": "text.conversations",
     "DataSpec": "spec",
     "ImageTextData": "records",
-    "InstructionData": "instruction",
+    "InstructionData": "text.instruction",
     "Maker": "batches",
     "Record": "records",
     "load_records": "load",
     "losses": "batches",
     "make_batches": "batches",
     "make_maker": "batches",
-    "no_labels": "conversations",
+    "no_labels": "text.conversations",
     "parse_spec": "spec",
-    "to_rgb": "images",
+    "to_rgb": "sources.images",
     "with_root": "spec",
 }
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corda_vlm.data.conversations import ChatOptions, ConversationMaker
 from corda_vlm.data.records import ImageTextData
+from corda_vlm.data.text.conversations import ChatOptions, ConversationMaker
 from corda_vlm.errors import DataError, UnknownNameError
 from corda_vlm.families.base import Processor
 from corda_vlm.families.language import LanguageProcessor

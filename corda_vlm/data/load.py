@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from corda_vlm.data.formats import conversations
-from corda_vlm.data.instruction import InstructionData
 from corda_vlm.data.meaning import label_rows, sample, text_rows
 from corda_vlm.data.paths import find_one
-from corda_vlm.data.readers import READERS
 from corda_vlm.data.records import ImageTextData, take
+from corda_vlm.data.sources.registry import READERS
+from corda_vlm.data.sources.table import Table, cut, pick_column, select_rows
 from corda_vlm.data.spec import DataSpec, parse_spec
-from corda_vlm.data.table import Table, cut, pick_column, select_rows
+from corda_vlm.data.text.formats import conversations
+from corda_vlm.data.text.instruction import InstructionData
 from corda_vlm.errors import DataError
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from corda_vlm.data.columns import formatted, is_whole
 from corda_vlm.data.paths import find_one, read_text
+from corda_vlm.data.sources.table import Table, shuffled_within_classes
 from corda_vlm.data.spec import DataSpec, Name
-from corda_vlm.data.table import Table, shuffled_within_classes
 from corda_vlm.errors import DataError, brief
 
 _MOST_CLASSES = 1_000_000

@@ -11,10 +11,10 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from corda_vlm.data.images import fetched, is_data_url, to_rgb
 from corda_vlm.data.paths import plain_file
+from corda_vlm.data.sources.images import fetched, is_data_url, to_rgb
+from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.table import Table
 from corda_vlm.errors import DataError
 
 Record = dict[str, Any]

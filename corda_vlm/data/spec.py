@@ -13,10 +13,10 @@ from corda_vlm.options import Count, Items, Seed, Share, Text, check_options, re
 KINDS = (
     "sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "csv", "tsv", "text",
 )  # fmt: skip
-"""The kinds of sources; `corda_vlm.data.readers.READERS` has a reader for each."""
+"""The kinds of sources; `corda_vlm.data.sources.registry.READERS` has a reader for each."""
 
 FORMATS = ("llava", "sharegpt", "chat", "qa", "alpaca", "prompt_completion", "text")
-"""What rows mean for a model that generates text; `corda_vlm.data.formats.FORMATS` has a function for each."""
+"""What rows mean for a model that generates text; `corda_vlm.data.text.formats.FORMATS` has a function for each."""
 
 
 Name = str | int | float

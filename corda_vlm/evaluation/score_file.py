@@ -6,14 +6,16 @@ for both cancels. So the base model's examples are kept, and the rows of a train
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corda_vlm.evaluation.measuring import TaskResult
-from corda_vlm.evaluation.scores import Outcome, append_rows, paired_gain, read_rows, score_row
+from corda_vlm.evaluation.bootstrap import Interval
+from corda_vlm.evaluation.measure import TaskResult
+from corda_vlm.evaluation.scores import ROLES, Outcome, Score, paired_gain
 from corda_vlm.jsonl import PATIENCE, append_jsonl, is_number, read_jsonl, wrong_field
 from corda_vlm.locks import locked
 from corda_vlm.run_files import BASE_EXAMPLES
@@ -129,3 +131,102 @@ def _same(one: Outcome, other: Outcome | None) -> bool:
             (one.weights, other.weights),
         )
     )
+
+
+def score_row(
+    score: Score,
+    *,
+    run: str,
+    method: str,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    scale: float = 1.0,
+    steps: int | None = None,
+    seconds: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """One row of scores.jsonl. `method` is "base" for the model before training."""
+    return {
+        "run": run, "method": method, "learning_rate": learning_rate, "seed": seed,
+        "scale": scale, "steps": steps, "seconds": seconds, **asdict(score), **more,
+    }  # fmt: skip
+
+
+def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a scores file in one write, see `append_jsonl`.
+
+    Raises:
+        CordaError: a value is NaN, Inf or no JSON; or the disk is full.
+    """
+    append_jsonl(path, rows, "score")
+
+
+def read_rows(path: str | Path, *, missing_ok: bool = False) -> list[dict[str, Any]]:
+    """The rows of a scores file. A last line without an end, torn by a kill, is reported and dropped.
+
+    Raises:
+        ForeignFileError: no such file (unless `missing_ok`), or a line that is not a score.
+    """
+    hint = "evaluate a model into it first"
+    return read_jsonl(path, "score", check=_not_a_score, missing_ok=missing_ok, hint=hint)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value) and value == int(value)
+
+
+_NEEDED = {"method": _is_name, "task": _is_name, "metric": _is_name, "value": is_number}
+_OPTIONAL = {
+    "learning_rate": is_number, "seed": _is_count, "scale": is_number, "low": is_number, "high": is_number,
+    "n": _is_count, "steps": _is_count, "chance": is_number, "forecast": is_number, "gain": is_number,
+    "gain_low": is_number, "gain_high": is_number,
+    "role": lambda role: isinstance(role, str) and role in ROLES,
+}  # fmt: skip
+
+
+def _not_a_score(row: Mapping[str, Any]) -> str | None:
+    return wrong_field(row, _NEEDED, _OPTIONAL)
+
+
+def done(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    method: str,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    scale: float = 1.0,
+) -> set[tuple[str, str]]:
+    """The (task, metric) pairs already measured for one trained model, so that a run resumes."""
+    wanted = (method, learning_rate, seed, scale)
+    return {
+        (row["task"], row["metric"])
+        for row in rows
+        if (
+            row["method"],
+            row.get("learning_rate"),
+            row.get("seed"),
+            1.0 if row.get("scale") is None else row["scale"],
+        )
+        == wanted
+    }
+
+
+def gain_of(row: Mapping[str, Any]) -> Interval | None:
+    """The `paired_gain` that a row of scores tells, None where it has none."""
+    return _interval_in(row, "gain", "gain_low", "gain_high")
+
+
+def interval_of(row: Mapping[str, Any]) -> Interval | None:
+    """The score of a row with its interval, None where it has none."""
+    return _interval_in(row, "value", "low", "high")
+
+
+def _interval_in(row: Mapping[str, Any], *names: str) -> Interval | None:
+    value, low, high = (row.get(name) for name in names)
+    if value is None or low is None or high is None:
+        return None
+    return Interval(float(value), float(low), float(high))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
-from corda_vlm.evaluation.kinds import KINDS, TEXT_OPTIONS
 from corda_vlm.evaluation.scores import ROLES
+from corda_vlm.evaluation.tasks.registry import KINDS, TEXT_OPTIONS
 from corda_vlm.files import asset, shown
 from corda_vlm.options import Text, fitted, read_options
 from corda_vlm.yaml_file import read_yaml

@@ -29,6 +29,7 @@ from corda_vlm.precision import takes_bf16
 from corda_vlm.run_files import BEGUN, DONE, HISTORY
 from corda_vlm.train.checkpoints import STATE, last_checkpoint, step_of
 from corda_vlm.train.heads import Template
+from corda_vlm.train.history import read_history
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.next_token import chat_options
 from corda_vlm.train.objectives import Objective, make_objective
@@ -36,7 +37,7 @@ from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
 from corda_vlm.train.penalty import Penalty
 from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.trainer import make_trainer
-from corda_vlm.train.watch import Watch, read_history, stop_on_signal
+from corda_vlm.train.watch import Watch, stop_on_signal
 from corda_vlm.train.weights import (
     all_finite,
     check_signature,

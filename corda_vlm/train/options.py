@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from corda_vlm.data.chat_options import Learn, MaxTokens, TooLong
+from corda_vlm.data.text.chat_options import Learn, MaxTokens, TooLong
 from corda_vlm.errors import CordaError
 from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Share, check_options
 from corda_vlm.precision import Bf16

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from corda_vlm.jsonl import append_jsonl, is_number, read_jsonl, write_jsonl, wrong_field
+from corda_vlm.jsonl import append_jsonl, is_number, write_jsonl
 from corda_vlm.progress import Meter, shown
+from corda_vlm.train.history import PENALTIES, read_history
 from corda_vlm.train.options import TrainOptions
-
-PENALTIES = ("anchor", "extra_loss")
-"""Terms that look at the weights, by their names in the logs and in the history."""
 
 SAVE_SECONDS = 120.0
 """Time between checkpoints when `save_every` is not given: what a kill may cost."""
@@ -154,25 +152,6 @@ class Watch(TrainerCallback):
     def _note(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
         append_jsonl(self.path, [entry], "history entry")
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The entries of a `history.jsonl`; a last line cut short by a kill is left out.
-
-    Raises:
-        ForeignFileError: another line is no entry.
-    """
-    return read_jsonl(path, "history entry", check=_not_an_entry, missing_ok=True)
-
-
-def _not_an_entry(row: Mapping[str, Any]) -> str | None:
-    return wrong_field(row, {"step": is_number}, dict.fromkeys(_NUMBERS, is_number))
-
-
-_NUMBERS = (
-    "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second", "eval_loss", "eval_accuracy",
-    *PENALTIES,
-)  # fmt: skip
 
 
 @contextmanager

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
-from covariance_toy import Named, clip_batches, collect, hook_count, same, toy, toy_batches
-from language_toy import TEXT, batch_for, make, text_batch, tokenizer
 from torch import nn
 
 from corda_vlm.adapter import adapt
@@ -24,6 +22,16 @@ from corda_vlm.families import FAMILIES, Family, Rule, block_rules, decoder, reg
 from corda_vlm.families.llm import family
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites
+from tests.covariance.covariance_toy import (
+    Named,
+    clip_batches,
+    collect,
+    hook_count,
+    same,
+    toy,
+    toy_batches,
+)
+from tests.families.language_toy import TEXT, batch_for, make, text_batch, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no full rank")
 

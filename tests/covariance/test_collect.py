@@ -4,16 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from covariance_toy import (
-    TOY_SITES,
-    clip_batches,
-    collect,
-    direct,
-    hook_count,
-    joined,
-    toy,
-    toy_batches,
-)
 from torch import nn
 
 from corda_vlm.covariance.checkpoint import Source
@@ -25,6 +15,16 @@ from corda_vlm.errors import (
 )
 from corda_vlm.families.attention import is_packed
 from corda_vlm.sites import Site, find_sites
+from tests.covariance.covariance_toy import (
+    TOY_SITES,
+    clip_batches,
+    collect,
+    direct,
+    hook_count,
+    joined,
+    toy,
+    toy_batches,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no full rank")
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from covariance_toy import (
-    collect,
-    toy,
-    toy_batches,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corda_vlm.covariance import SecondMoment
 from corda_vlm.covariance.moments import _products, triangle_sizes
+from tests.covariance.covariance_toy import (
+    collect,
+    toy,
+    toy_batches,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no full rank")
 

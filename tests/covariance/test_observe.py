@@ -6,15 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from covariance_toy import (
-    TOY_SITES,
-    clip_batches,
-    collect,
-    hook_count,
-    same,
-    toy,
-    toy_batches,
-)
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -24,6 +15,15 @@ from corda_vlm.errors import (
 )
 from corda_vlm.families.attention import is_packed
 from corda_vlm.sites import Site
+from tests.covariance.covariance_toy import (
+    TOY_SITES,
+    clip_batches,
+    collect,
+    hook_count,
+    same,
+    toy,
+    toy_batches,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no full rank")
 

@@ -13,17 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import covariance_toy
 import pytest
-from covariance_toy import (
-    TOY_SITES,
-    Named,
-    collect,
-    hook_count,
-    same,
-    toy,
-    toy_batches,
-)
 from torch import nn
 
 from corda_vlm.covariance import CovarianceStore, SecondMoment
@@ -35,6 +25,16 @@ from corda_vlm.errors import (
 )
 from corda_vlm.locks import LockedError
 from corda_vlm.processes import this_process
+from tests.covariance import covariance_toy
+from tests.covariance.covariance_toy import (
+    TOY_SITES,
+    Named,
+    collect,
+    hook_count,
+    same,
+    toy,
+    toy_batches,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no full rank")
 
@@ -298,7 +298,7 @@ def test_resuming_a_calibration_that_adds_to_a_store(tmp_path: Path) -> None:
 def child(path: Path, **environment: str) -> Iterator[subprocess.Popen]:
     """This file as a script, calibrating into `path`."""
     process = subprocess.Popen(
-        [sys.executable, covariance_toy.__file__, str(path)],
+        [sys.executable, "-m", covariance_toy.__name__, str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

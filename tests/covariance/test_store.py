@@ -9,15 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from covariance_toy import (
-    TOY_SITES,
-    Toy,
-    clip_batches,
-    collect,
-    same,
-    toy,
-    toy_batches,
-)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -29,6 +20,15 @@ from corda_vlm.errors import (
     UnknownNameError,
 )
 from corda_vlm.sites import Site, model_fingerprint
+from tests.covariance.covariance_toy import (
+    TOY_SITES,
+    Toy,
+    clip_batches,
+    collect,
+    same,
+    toy,
+    toy_batches,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*have no full rank")
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corda_vlm.data import InstructionData, load_records
-from corda_vlm.data.documents import pieces as cut_up
+from corda_vlm.data.text.documents import pieces as cut_up
 from corda_vlm.errors import DataError, UnknownNameError
 
 
@@ -433,7 +433,9 @@ def test_rows_are_of_each_file_in_its_own_order(tmp_path):
 
 
 def test_the_names_told_before_pytorch_is_imported_are_those_of_the_readers():
-    from corda_vlm.data import formats, readers, spec
+    from corda_vlm.data import spec
+    from corda_vlm.data.sources import registry as readers
+    from corda_vlm.data.text import formats
 
     assert sorted(spec.FORMATS) == sorted([*formats.FORMATS, "text"])
     assert sorted(spec.KINDS) == sorted(readers.READERS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from corda_vlm.data.images import Undecodable, to_rgb
+from corda_vlm.data.sources.images import Undecodable, to_rgb
 
 
 def _encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

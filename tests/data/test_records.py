@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corda_vlm.data import load_records
-from corda_vlm.data.table import cut, shuffled_within_classes
+from corda_vlm.data.sources.table import cut, shuffled_within_classes
 from corda_vlm.errors import DataError, UnknownNameError
 
 DIGITS = {"source": "sklearn:digits", "split": "train"}

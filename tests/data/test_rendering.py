@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from corda_vlm.data import Chat, ChatOptions, ConversationMaker, load_records, rendering
-from corda_vlm.data.chat import TEMPLATES
-from corda_vlm.data.rendering import render
+from corda_vlm.data import Chat, ChatOptions, ConversationMaker, load_records
+from corda_vlm.data.text import rendering
+from corda_vlm.data.text.chat import TEMPLATES
+from corda_vlm.data.text.rendering import render
 from corda_vlm.errors import CordaError, DataError
 
 ASKED = [{"role": "user", "content": "is it red?"}, {"role": "assistant", "content": "no <b>"}]

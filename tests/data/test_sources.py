@@ -98,7 +98,7 @@ def test_parquet_of_hugging_face_structs(tmp_path, digits):
 
 
 def test_parquet_row_groups_one_at_a_time(parquet, digits, monkeypatch):
-    from corda_vlm.data import parquet as reader
+    from corda_vlm.data.sources import parquet as reader
 
     monkeypatch.setattr(reader, "_KEEP_IN_MEMORY", 0)
     data = load_records(f"parquet:{parquet}/*.parquet")

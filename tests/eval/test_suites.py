@@ -12,7 +12,7 @@ from PIL import Image
 
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation import evaluate, load_suite
-from corda_vlm.evaluation.labels import load_class_names, load_templates, match_labels
+from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Loaded, Processor
 from corda_vlm.files import asset

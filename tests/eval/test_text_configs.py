@@ -13,9 +13,9 @@ import yaml
 from PIL import Image
 
 from corda_vlm.evaluation import load_suite, read_rows
-from corda_vlm.experiment import load_experiment
+from corda_vlm.experiment.load import load_experiment
+from corda_vlm.experiment.runner import run
 from corda_vlm.files import asset
-from corda_vlm.run import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,20 +12,6 @@ import torch
 from PIL import Image
 
 from corda_vlm.families.base import Processor
-
-
-@pytest.fixture(scope="session")
-def invented() -> ModuleType:
-    """invented.py beside this file; tests are no package, so it is loaded by its path."""
-    spec = importlib.util.spec_from_file_location(
-        "invented", Path(__file__).with_name("invented.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 

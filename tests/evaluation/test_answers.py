@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corda_vlm.errors import DataError
-from corda_vlm.evaluation import qa, vqa
-from corda_vlm.evaluation.scores import Outcome, bootstrap
+from corda_vlm.evaluation.bootstrap import bootstrap
+from corda_vlm.evaluation.scores import Outcome
+from corda_vlm.evaluation.tasks import qa, vqa
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 
 from corda_vlm.data import load_records
 from corda_vlm.errors import DataError, NotFiniteError, UnknownNameError
-from corda_vlm.evaluation.encoder import Encoder
-from corda_vlm.evaluation.retrieval import METRICS, Retrieval, _chance, recalled
+from corda_vlm.evaluation.models.encoder import Encoder
+from corda_vlm.evaluation.tasks.retrieval import METRICS, Retrieval, _chance, recalled
 from corda_vlm.families import detect_family
 
 # Two images with two captions each; similarities of each image to captions 0, 0, 1, 1:

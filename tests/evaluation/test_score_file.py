@@ -12,14 +12,16 @@ import pytest
 import torch
 
 from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
-from corda_vlm.evaluation import add_result, measure, read_rows
+from corda_vlm.evaluation import add_result, read_rows
+from corda_vlm.evaluation.bootstrap import paired_difference
 from corda_vlm.evaluation.diverged import note_diverged, read_diverged
-from corda_vlm.evaluation.frontier import Results
-from corda_vlm.evaluation.score_file import examples_path
-from corda_vlm.evaluation.scores import Outcome, gain_of, paired_difference, paired_gain
-from corda_vlm.evaluation.tables import trained_table
+from corda_vlm.evaluation.measure import measure
+from corda_vlm.evaluation.score_file import examples_path, gain_of
+from corda_vlm.evaluation.scores import Outcome, paired_gain
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Loaded
+from corda_vlm.report.analysis.results import Results
+from corda_vlm.report.tables import trained_table
 
 
 def suite_of(folder: Path) -> dict[str, Any]:

@@ -12,16 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corda_vlm.errors import CordaError, DataError, ForeignFileError
-from corda_vlm.evaluation.scores import (
-    Outcome,
-    Score,
-    append_rows,
-    bootstrap,
-    done,
-    paired_difference,
-    read_rows,
-    score_row,
-)
+from corda_vlm.evaluation.bootstrap import bootstrap, paired_difference
+from corda_vlm.evaluation.score_file import append_rows, done, read_rows, score_row
+from corda_vlm.evaluation.scores import Outcome, Score
 
 
 def test_accuracy_of_a_hand_worked_vector() -> None:

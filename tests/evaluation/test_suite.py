@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
-from corda_vlm.evaluation import Cache, Suite, evaluate, load_suite, measure
+from corda_vlm.evaluation import Cache, Suite, evaluate, load_suite
+from corda_vlm.evaluation.measure import measure
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Loaded
 

@@ -16,13 +16,13 @@ from torch import nn
 from corda_vlm.data import ChatOptions, ConversationMaker, load_records
 from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation import evaluate, load_suite
-from corda_vlm.evaluation.encoder import Encoder
-from corda_vlm.evaluation.generation import before_any, generate
-from corda_vlm.evaluation.likelihood import AnswerLikelihood, MultipleChoice, likelihoods
-from corda_vlm.evaluation.perplexity import Perplexity, windows
-from corda_vlm.evaluation.qa import Qa
-from corda_vlm.evaluation.speaker import Speaker
-from corda_vlm.evaluation.vqa import Vqa
+from corda_vlm.evaluation.models.encoder import Encoder
+from corda_vlm.evaluation.models.generate import before_any, generate
+from corda_vlm.evaluation.models.text_model import Speaker
+from corda_vlm.evaluation.tasks.likelihood import AnswerLikelihood, MultipleChoice, likelihoods
+from corda_vlm.evaluation.tasks.perplexity import Perplexity, windows
+from corda_vlm.evaluation.tasks.qa import Qa
+from corda_vlm.evaluation.tasks.vqa import Vqa
 
 PLAIN = ChatOptions(template="plain")
 
@@ -349,8 +349,9 @@ def test_refusals(tiny_clip_hf, tiny_processor, tiny_llm, records) -> None:
 
 
 def test_a_report_of_probabilities_tells_them_so_that_they_can_be_told_apart(tmp_path):
-    from corda_vlm.evaluation import append_rows, score_row, write_report
+    from corda_vlm.evaluation import append_rows, score_row
     from corda_vlm.evaluation.scores import Score
+    from corda_vlm.report import write_report
 
     rows = []
     for method, rate, gained, kept in (("base", None, 0.234, 0.0101), ("lora", 1e-3, 0.4, 0.0094)):

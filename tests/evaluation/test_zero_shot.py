@@ -11,8 +11,8 @@ from open_clip import build_zero_shot_classifier
 
 from corda_vlm.data import load_records
 from corda_vlm.errors import DataError, NotFiniteError, UnknownNameError
-from corda_vlm.evaluation.encoder import Cache, Encoder
-from corda_vlm.evaluation.zero_shot import ZeroShot, _ranks
+from corda_vlm.evaluation.models.encoder import Cache, Encoder
+from corda_vlm.evaluation.tasks.zero_shot import ZeroShot, _ranks
 from corda_vlm.families import detect_family
 
 NAMES = ["blue whale", "green tree", "red"]

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from language_toy import IMAGE, LANGUAGE, VLM, batch_for, inputs_of, make
 from peft import PeftModel
 from torch import nn
 
@@ -18,6 +17,7 @@ from corda_vlm.families.attention import unpacked
 from corda_vlm.families.conv1d import is_conv1d
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint, site_shape
+from tests.families.language_toy import IMAGE, LANGUAGE, VLM, batch_for, inputs_of, make
 
 # Few tokens on wide layers are enough here, and warn.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")

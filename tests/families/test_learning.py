@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from language_toy import LANGUAGE, VLM, batch_for, make
 
 from corda_vlm.train.next_token import NextTokenObjective
+from tests.families.language_toy import LANGUAGE, VLM, batch_for, make
 
 
 @pytest.mark.parametrize("name", [*LANGUAGE, *VLM])

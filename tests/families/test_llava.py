@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from language_toy import IMAGE, PROCESSORS, make, picture, with_processor
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.families import detect_family
 from corda_vlm.families.language import language_processor
 from corda_vlm.families.llava_names import rename, to_transformers
 from corda_vlm.sites import find_sites
+from tests.families.language_toy import IMAGE, PROCESSORS, make, picture, with_processor
 
 # transformers 5, transformers 4 (files on the hub), the original repository
 NAMES = [
@@ -101,7 +101,8 @@ def test_towers_do_not_leak():
 
 def test_a_language_model_that_is_not_known_is_refused():
     import transformers as t
-    from language_toy import TEXT, VISION
+
+    from tests.families.language_toy import TEXT, VISION
 
     text = t.MixtralConfig(**TEXT, num_local_experts=2)
     model = t.LlavaForConditionalGeneration(

@@ -8,7 +8,6 @@ import logging
 import pytest
 import torch
 import transformers as t
-from language_toy import TEXT, make, picture, tokenizer, with_processor
 from torch import nn
 
 from corda_vlm.adapter import attach_adapter, export_adapter
@@ -18,6 +17,7 @@ from corda_vlm.families import FAMILIES, block_rules, detect_family, load_model,
 from corda_vlm.families.llm import LLAMA, family
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites
+from tests.families.language_toy import TEXT, make, picture, tokenizer, with_processor
 
 
 @pytest.fixture

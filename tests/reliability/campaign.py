@@ -1,8 +1,8 @@
 """The campaign: kills, damages files, misleads, and prints a table of how the package took it.
 
-    python tests/reliability/campaign.py                          # all, within half an hour
-    python tests/reliability/campaign.py --seconds 7200 --cases 500 --seed 7
-    python tests/reliability/campaign.py --only fuzz --of plan --seed 0
+    python -m tests.reliability.campaign                          # all, within half an hour
+    python -m tests.reliability.campaign --seconds 7200 --cases 500 --seed 7
+    python -m tests.reliability.campaign --only fuzz --of plan --seed 0
 
 A seed gives the same cases every time. Each finding is printed with what to run to see it again.
 """
@@ -18,13 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import forks
-import fuzz
-import kills
-import misuse
-import world as worlds
+from tests.reliability import forks, fuzz, kills, misuse
+from tests.reliability import world as worlds
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def campaign(
     """
     rows, findings = [], []
     share: Callable[[float], float] = lambda part: seconds if only else part * seconds  # noqa: E731
-    again = f"python {Path(__file__).name} --seed {seed}"
+    again = f"python -m tests.reliability.campaign --seed {seed}"
     if only in (None, "kills"):
         count, lost = kills.kill_all(world, seed=seed, seconds=share(0.5), only=of, at_most=at_most)
         rows.append(("kills", count, "could not be gone on from", len(lost)))

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import forks
-from mutate import damaged
-from world import main
+from tests.reliability import forks
+from tests.reliability.mutate import damaged
+from tests.reliability.world import main
 
 Read = Callable[[Path], Any]
 
@@ -167,14 +167,15 @@ def formats(world: Path) -> list[Format]:
     from corda_vlm.adapter import load_adapter
     from corda_vlm.covariance import CovarianceStore, collect_covariance
     from corda_vlm.data import ChatOptions, load_records, make_batches
-    from corda_vlm.evaluation import load_suite, load_trained, read_rows
-    from corda_vlm.evaluation.labels import load_class_names, load_templates
-    from corda_vlm.experiment import load_experiment
+    from corda_vlm.evaluation import load_suite, read_rows
+    from corda_vlm.evaluation.class_names import load_class_names, load_templates
+    from corda_vlm.experiment.load import load_experiment
+    from corda_vlm.experiment.study import load_study
     from corda_vlm.families import load_model
     from corda_vlm.plan import AdapterPlan
     from corda_vlm.sites import find_sites
-    from corda_vlm.study import load_study
     from corda_vlm.train import Head
+    from corda_vlm.train.trained import load_trained
 
     clip, llm = load_model(world / "clip"), load_model(world / "llm")
 

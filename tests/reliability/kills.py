@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import forks
-from world import KEPT, Verb, main, verbs
+from tests.reliability import forks
+from tests.reliability.world import KEPT, Verb, main, verbs
 
 TIMES = ("seconds", "samples_per_second", "machine", "time")
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import forks
-from world import FAST, main
+from tests.reliability import forks
+from tests.reliability.world import FAST, main
 
 LONG, NUL = "x" * 300, "a\0b"
 PLACES = (

@@ -7,11 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import forks
-import kills
-import world as worlds
+from tests.reliability import forks, kills
+from tests.reliability import world as worlds
 
 RACED = ("calibrate", "init", "train", "evaluate", "export merged", "run")
 

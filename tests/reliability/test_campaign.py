@@ -15,12 +15,12 @@ HERE = Path(__file__).parent
 
 def test_a_short_campaign_finds_nothing(tmp_path):
     """Some kills of each verb, some damaged files of each kind, some of the bad inputs: all in words."""
-    command = [sys.executable, str(HERE / "campaign.py"), "--keep", str(tmp_path), "--seconds=20", "--cases=2", "--every=20"]  # fmt: skip
+    command = [sys.executable, "-m", "tests.reliability.campaign", "--keep", str(tmp_path), "--seconds=20", "--cases=2", "--every=20"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]
     assert "could not be gone on from" in ran.stdout
-    races = [sys.executable, str(HERE / "races.py"), str(tmp_path)]
+    races = [sys.executable, "-m", "tests.reliability.races", str(tmp_path)]
     ran = subprocess.run(races, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     ends = json.loads(ran.stdout.splitlines()[-1])
@@ -37,7 +37,7 @@ def test_a_short_campaign_finds_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_a_long_campaign_finds_nothing(tmp_path):
-    command = [sys.executable, str(HERE / "campaign.py"), "--keep", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.reliability.campaign", "--keep", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stdout[-10_000:] + ran.stderr[-3000:]

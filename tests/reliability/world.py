@@ -31,8 +31,8 @@ def warm() -> None:
     import torch
     import transformers
 
-    import corda_vlm.run
-    import corda_vlm.study  # noqa: F401
+    import corda_vlm.experiment.runner
+    import corda_vlm.experiment.study  # noqa: F401
 
     torch.set_num_threads(1)
     for name in ("CLIPModel", "LlamaForCausalLM", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor",

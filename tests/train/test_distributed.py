@@ -7,17 +7,12 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from processes_toy import collected, llama, trained, trainer_of  # noqa: E402
-
-from corda_vlm.errors import CordaError  # noqa: E402
+from corda_vlm.errors import CordaError
+from tests.train.processes_toy import collected, llama, trained, trainer_of
 
 TIMEOUT = 240.0
 
@@ -31,7 +26,7 @@ def ranks(tmp_path_factory) -> list[dict]:
         port = free.getsockname()[1]
     running = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "processes_toy.py"), str(output)],
+            [sys.executable, "-m", "tests.train.processes_toy", str(output)],
             env={
                 **os.environ,
                 "RANK": str(rank),

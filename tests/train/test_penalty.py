@@ -19,7 +19,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families import FAMILIES, Family, Rule, register_family
 from corda_vlm.methods import prepare_method
 from corda_vlm.train import AnchorMixin, TrainOptions, train
-from corda_vlm.train.watch import read_history
+from corda_vlm.train.history import read_history
 
 OPTIONS = {"steps": 8, "batch_size": 16, "log_every": 2, "bf16": False, "learning_rate": 1e-2}
 

@@ -25,7 +25,7 @@ from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites
 from corda_vlm.train import TrainingInterrupted, TrainOptions, TrainResult, train
-from corda_vlm.train.watch import read_history
+from corda_vlm.train.history import read_history
 
 FAST = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
 
@@ -313,11 +313,9 @@ def test_sigkill_costs_only_the_steps_since_the_last_checkpoint(processor, tmp_p
     """A process killed without warning; the next one ends like one that was left alone."""
     here = Path(__file__).parent
     code = f"""
-import sys
-sys.path.insert(0, {str(here)!r})
-from conftest import _image, _text
+from tests.train.conftest import _image, _text
 from corda_vlm.families import Processor
-from test_resume import killed_training
+from tests.train.test_resume import killed_training
 killed_training(Processor(image=_image, text=_text, image_size=(32, 32)), {str(tmp_path / "a")!r})
 """
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=here.parents[1])

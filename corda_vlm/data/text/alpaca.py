@@ -1,0 +1,141 @@
+"""Data for fine-tuning as Alpaca and TRL write them: an instruction with its input, a prompt with its completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from corda_vlm.data.columns import asked_column, filled, is_empty
+from corda_vlm.data.sources.table import Table
+from corda_vlm.data.spec import DataSpec
+from corda_vlm.data.text.messages import checked, matching, messages_of, needed
+from corda_vlm.data.text.questions import answers_of, question_and_answers
+from corda_vlm.data.text.rows import Columns, Fault, Message, each, not_text, unpacked
+from corda_vlm.errors import DataError
+
+_INPUT = ("input", "context")
+
+
+def alpaca(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
+    """`instruction`, `input` and `output`, and perhaps `history`, a list of [question, answer] from before.
+
+    What is asked is the instruction, and on the next line the input where there is one.
+
+    Raises:
+        DataError: there are an `input` and a `context`, of which one would not be asked.
+    """
+    names = list(table.columns)
+    instruction = asked_column(spec.question, ("instruction",), names, spec, "instruction")
+    if instruction is None:
+        needed(table, spec, "instruction")
+        raise AssertionError("unreachable: the column was not there")
+    inputs = [
+        name for name in _INPUT if name in names and not all(map(is_empty, table.columns[name]))
+    ]
+    if len(inputs) > 1 and spec.question == "auto":
+        raise DataError(
+            f"{spec}: has two inputs, {' and '.join(inputs)}, of which format: alpaca asks one; name what to ask, e.g. "
+            "question: '{instruction} {input} {context}'"
+        )
+    more = table.columns[inputs[0]] if inputs else None
+    history = table.columns.get("history")
+    target = None
+    if spec.answer is not None:
+        target = asked_column(spec.answer, ("output", "response"), names, spec, "output")
+        if target is None:
+            raise DataError(
+                f"{spec}: has no column 'output' with Alpaca's answers; its columns are "
+                f"{', '.join(table.names)}: name it with answer:, or write answer: null for questions alone"
+            )
+
+    def make(row: int) -> dict[str, Any]:
+        values = {name: column[row] for name, column in table.columns.items()}
+        parts = [_text("instruction", filled(instruction, values))]
+        if more is not None and spec.question == "auto":
+            parts.append(_text("input", more[row]))
+        answers = [] if target is None else answers_of(filled(target, values))
+        if target is not None and (not answers or not answers[0].strip()):
+            raise Fault("has an empty answer")
+        asked = "\n".join(part for part in parts if part.strip())
+        made = question_and_answers(asked, answers, count(row), spec)
+        before = [] if history is None else _before(history[row])
+        return {**made, "messages": [*before, *made["messages"]]}
+
+    return each(table, make, ["messages", "question", "answers"])
+
+
+def _text(what: str, stored: Any) -> str:
+    if not isinstance(stored, str) and not is_empty(stored):
+        raise not_text(what, stored)
+    return stored if isinstance(stored, str) else ""
+
+
+def _before(stored: Any) -> list[Message]:
+    """The messages of a history."""
+    if is_empty(stored):
+        return []
+    found = unpacked(stored)
+    said: list[Message] = []
+    for pair in found if isinstance(found, (list, tuple)) else [()]:
+        asked, answer = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else ("", "")
+        if not all(isinstance(text, str) and text.strip() for text in (asked, answer)):
+            raise Fault("its history is no list of [question, answer]")
+        said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return said
+
+
+def prompt_completion(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
+    """TRL's `prompt` and `completion`: texts, or lists of messages. What the prompt says is not learnt."""
+    prompts, completions = (needed(table, spec, name) for name in ("prompt", "completion"))
+
+    def make(row: int) -> dict[str, Any]:
+        pictures = count(row)
+        asked, said = _turns(prompts[row]), _turns(completions[row])
+        if isinstance(asked, str) and isinstance(said, str):
+            if not said.strip():
+                raise Fault("has an empty answer")
+            return question_and_answers(asked, [_unparted(said)], pictures, spec)
+        before = _as_messages("prompt", asked, "user", pictures, spec)
+        after = _as_messages("completion", said, "assistant", pictures, spec)
+        if after[-1]["role"] != "assistant":
+            raise Fault("its completion does not end in an answer")
+        before = [{**m, "learn": False} if m["role"] == "assistant" else m for m in before]
+        messages = checked(matching([*before, *after], pictures))
+        made: dict[str, Any] = {"messages": messages, "answers": [after[-1]["content"]]}
+        questions = [m["content"] for m in before if m["role"] == "user"]
+        if questions:
+            made["question"] = _said(questions[-1])
+        return made
+
+    return each(table, make, ["messages", "question", "answers"])
+
+
+def _unparted(completion: str) -> str:
+    """Without the one space that parts a completion from its prompt, as the template writes one; indentation stays."""
+    text = completion.rstrip()
+    return text[1:] if text[:1] == " " and not text[1:2].isspace() else text
+
+
+def _turns(stored: Any) -> Any:
+    """A list of messages, also one that is written as JSON, or what else is stored."""
+    found = unpacked(stored)
+    listed = isinstance(found, (list, tuple)) and all(isinstance(turn, Mapping) for turn in found)
+    return found if listed and found else stored
+
+
+def _as_messages(
+    what: str, stored: Any, role: str, pictures: int, spec: DataSpec
+) -> Sequence[Message]:
+    if is_empty(stored):
+        raise Fault(f"has an empty {what}")
+    if isinstance(stored, str):
+        stored = [{"role": role, "content": stored}]
+    if not isinstance(stored, (list, tuple)):
+        raise Fault(f"its {what} is neither text nor a list of messages")
+    return messages_of(stored, spec, split=pictures > 0)
+
+
+def _said(content: str | list[Mapping[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")

@@ -1,0 +1,104 @@
+"""Records for models that generate text: conversations with or without pictures, questions, documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from corda_vlm.data.records import ImageTextData, Record
+from corda_vlm.data.sources.images import fetched, to_rgb
+from corda_vlm.data.text.rows import Message
+from corda_vlm.errors import DataError
+
+_KEEP_PIXELS = 64 << 20
+"""Decoded pictures are kept as long as they have no more pixels than this, at three bytes each."""
+
+
+class InstructionData(ImageTextData):
+    """Conversations, questions or documents, in a fixed order.
+
+    A record has `messages` (list of {"role", "content"}; None for documents), `images` (RGB PIL images in the order of
+    their places in the messages), `image` (the first, or None), `text` (of a document), `question` and `answers` (the
+    first is the one to learn) of questions, and `choices` and `choice` of multiple choice.
+
+    Records of no use (a picture that does not decode, places for images that do not match, an empty answer) are skipped
+    and counted in `bad`, up to the share that the spec allows.
+    """
+
+    _trouble = "records cannot be used"
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        faults = self._table.faults
+        if faults:
+            self.bad = {i: faults[int(r)] for i, r in enumerate(self._rows) if int(r) in faults}
+
+    @property
+    def has_images(self) -> bool:
+        return self._table.pictures is not None
+
+    def messages(self, index: int) -> list[Message] | None:
+        """The conversation of record `index`; None for a document or a record of no use."""
+        column = self._table.columns.get("messages") if self.texts is None else None
+        return None if column is None else column[int(self._rows[index])]
+
+    def picture_key(self, index: int) -> int:
+        """Equal for records about the same pictures."""
+        row = int(self._rows[index])
+        return row if self._table.parents is None else self._table.parents[row]
+
+    def get(self, index: int) -> Record | None:
+        """Record `index`, or None if it is of no use.
+
+        Raises:
+            DataError: more than `max_bad_share` of the records are of no use; lists the first of them.
+        """
+        if index in self.bad:
+            return None
+        row = int(self._rows[index])
+        record: Record = {name: values[row] for name, values in self._table.columns.items()}
+        try:
+            record["images"] = self.images(index)
+        except DataError as error:
+            return self.reject(index, str(error))
+        record["image"] = record["images"][0] if record["images"] else None
+        record["messages"] = self.messages(index)
+        record["text"] = None if self.texts is None else self.texts[index]
+        record["label"] = None if self.labels is None else self.labels[index]
+        return record
+
+    def images(self, index: int) -> list[Image.Image]:
+        """The pictures of record `index` in RGB. Raises as `to_rgb` does.
+
+        Many questions may be about one picture, so decoded ones are kept while they are few or small.
+        """
+        if not self.has_images:
+            return []
+        kept: dict[int, list[Image.Image]] = self.cache.setdefault("pictures", {})
+        key = self.picture_key(index)
+        if key not in kept:
+            found = [to_rgb(stored, self._table.base) for stored in self._stored(index)]
+            size = sum(image.width * image.height for image in found)
+            if self.cache.get("pixels", 0) + size > _KEEP_PIXELS:
+                return found
+            self.cache["pixels"] = self.cache.get("pixels", 0) + size
+            kept[key] = found
+        return kept[key]
+
+    def image(self, index: int) -> Image.Image | None:
+        """The first picture of record `index`, None if it has none."""
+        return next(iter(self.images(index)), None)
+
+    def _said(self) -> list[Any]:
+        columns = [
+            self._table.columns.get(name) for name in ("messages", "answers", "choices", "choice")
+        ]
+        return [
+            *super()._said(),
+            [[column[int(row)] for row in self._rows] for column in columns if column is not None],
+        ]
+
+    def _stored(self, index: int) -> list[Any]:
+        pictures = self._table.pictures
+        return [] if pictures is None else fetched(pictures, int(self._rows[index]))

@@ -1,0 +1,265 @@
+"""Measuring a model on a suite, task by task."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
+from corda_vlm.evaluation.bootstrap import RESAMPLES
+from corda_vlm.evaluation.class_names import (
+    OPENAI,
+    Labels,
+    load_class_names,
+    load_templates,
+    match_labels,
+)
+from corda_vlm.evaluation.models.encoder import Cache, Encoder
+from corda_vlm.evaluation.scores import Outcome, Score, value_text
+from corda_vlm.evaluation.suite import Suite, Task, check_keys, load_suite
+from corda_vlm.evaluation.tasks import likelihood, perplexity, qa, vqa
+from corda_vlm.evaluation.tasks.base import Evaluator
+from corda_vlm.evaluation.tasks.retrieval import Retrieval
+from corda_vlm.evaluation.tasks.zero_shot import ZeroShot
+from corda_vlm.precision import Bf16, takes_bf16
+from corda_vlm.progress import Meter, shown
+
+if TYPE_CHECKING:
+    from corda_vlm.families.base import Loaded, Processor
+
+logger = logging.getLogger(__name__)
+
+TEXT_TASKS: dict[str, Any] = {
+    "vqa": vqa.Vqa,
+    "qa": qa.Qa,
+    "likelihood": likelihood.AnswerLikelihood,
+    "multiple_choice": likelihood.MultipleChoice,
+    "perplexity": perplexity.Perplexity,
+}
+"""Kind of task for models that generate text -> what measures it, with the options of `kinds.TEXT_OPTIONS`."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A measured task: its scores, what happened on each example, and how long it took."""
+
+    task: Task
+    scores: tuple[Score, ...]
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line: each metric with its interval."""
+        line = ", ".join(
+            f"{s.metric} {value_text(s.metric, s.value)} ({value_text(s.metric, s.low)} to {value_text(s.metric, s.high)})"
+            for s in self.scores
+        )
+        return f"{self.task.name}: {line}; {self.scores[0].n:,} examples in {self.seconds:.0f} s"
+
+
+def evaluate(
+    model: nn.Module | Loaded,
+    suite: str | Path | Mapping[str, Any] | Suite,
+    *,
+    processor: Processor | None = None,
+    **options: Any,
+) -> list[Score]:
+    """Measure a model on a suite; see `measure` for the options."""
+    results = measure(model, suite, processor=processor, **options)
+    return [score for result in results for score in result.scores]
+
+
+def measure(
+    model: nn.Module | Loaded,
+    suite: str | Path | Mapping[str, Any] | Suite,
+    *,
+    processor: Processor | None = None,
+    family: str = "auto",
+    tasks: Sequence[str] | None = None,
+    batch_size: int = 64,
+    bf16: Bf16 = "auto",
+    limit: int | None = None,
+    data_root: str | Path | None = None,
+    missing: str = "error",
+    resamples: int = RESAMPLES,
+    workers: int = 0,
+    cache: Cache | None = None,
+    head: Callable[[Tensor], Tensor] | None = None,
+    show_progress: bool = False,
+) -> Iterator[TaskResult]:
+    """Measure a model on a suite, task by task, so that each can be written down before the next begins.
+
+    Args:
+        model: any model of a known family, bare or with an adapter, or what `load_model` returned.
+        suite: a name of eval/suites, a path, a mapping or a `Suite`.
+        processor: what `load_model` returned beside the model; needed unless `model` is its whole answer.
+        tasks: names of the tasks to measure; all by default.
+        bf16: run the model under bfloat16 autocast, see `corda_vlm.precision`; similarities and probabilities are
+            computed in float32 all the same.
+        limit: at most so many examples a task, for a quick look; the suite's own limits stay.
+        data_root: overrides the suite's.
+        missing: "error", or "skip" to go on without the tasks whose data is not there (warned of).
+        resamples: of the bootstrap.
+        workers: threads that decode images; 0 uses the caller's.
+        cache: shared between the evaluations of a study, so that images are decoded once.
+        head: a classifier trained on the new task, image embeddings -> logits; in place of the prompts it judges the
+            zero-shot tasks that do not measure retention.
+        show_progress: how far each task is.
+
+    Raises:
+        UnknownNameError: no such suite or task.
+        DataError: data that cannot be read as described, or all of it missing.
+        NotFiniteError: the model's outputs are NaN or Inf, so there is no score; names the task and how many.
+    """
+    suite = load_suite(suite)
+    if missing not in ("error", "skip"):
+        raise UnknownNameError("choice for missing data", missing, ("error", "skip"))
+    by_name = {task.name: task for task in suite.tasks}
+    for name in tasks or ():
+        if name not in by_name:
+            raise UnknownNameError(f"task of suite {suite.name}", name, by_name)
+    encoder = _encoder(
+        model,
+        processor,
+        family,
+        batch_size=batch_size,
+        bf16=bf16,
+        workers=workers,
+        cache=cache or Cache(),
+    )
+    chosen = [by_name[name] for name in tasks] if tasks is not None else list(suite.tasks)
+    root = str(data_root if data_root is not None else suite.data_root)
+    measured = 0
+    for task in chosen:
+        started = time.perf_counter()
+        try:
+            data = task_data(task, root, encoder.cache, limit)
+        except DataError as error:
+            if missing == "error":
+                raise DataError(f"task {task.name} of suite {suite.name}: {error}") from error
+            logger.warning("task %s is left out: %s", task.name, error)
+            continue
+        evaluator = _evaluator(task, data, suite, root, encoder.cache)
+        if head is not None and isinstance(evaluator, ZeroShot) and task.role != "retention":
+            evaluator = replace(evaluator, head=head)
+        examples = None if task.kind == "multiple_choice" else len(data)  # each choice is one
+        try:
+            with shown(show_progress), Meter(task.name, examples, unit="example"):
+                outcomes = tuple(evaluator.outcomes(encoder))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"task {task.name} of suite {suite.name}: {error}") from error
+        scores = tuple(o.score(task.name, task.role, resamples=resamples) for o in outcomes)
+        if data.left_out:
+            logger.warning("task %s: %s", task.name, data.left_out)
+        measured += 1
+        seconds = time.perf_counter() - started
+        yield TaskResult(task, scores, outcomes, seconds)
+    if chosen and not measured:
+        raise DataError(f"no task of suite {suite.name} has its data under {root!r}; set data_root")
+
+
+def task_data(task: Task, data_root: str, cache: Cache, limit: int | None = None) -> Any:
+    """The records that a task is measured on.
+
+    Raises:
+        DataError: they cannot be read as the task describes them.
+    """
+    return _load(task.data, task.source, data_root, cache, _least(limit, task.limit))
+
+
+def _encoder(
+    model: Any, processor: Processor | None, family: str, bf16: Bf16, **options: Any
+) -> Encoder:
+    from corda_vlm.families import family_of
+    from corda_vlm.families.base import Loaded
+
+    net = model.model if isinstance(model, Loaded) else model
+    weight = next(net.parameters())
+    options["bf16"] = takes_bf16(bf16, weight.device, weights=weight.dtype)
+    if isinstance(model, Loaded):
+        return Encoder(model.model, model.family, processor or model.processor, **options)
+    if processor is None:
+        raise CordaError(
+            f"evaluate needs the processor that belongs to this {type(model).__name__}; load_model returns it "
+            "beside the model: loaded = load_model(...), then evaluate(loaded, suite) or, once the model has "
+            "an adapter, evaluate(model, suite, processor=loaded.processor)"
+        )
+    return Encoder(model, family_of(family, model), processor, **options)
+
+
+def _load(
+    spec: str | Mapping[str, Any],
+    beside: Path | None,
+    root: str,
+    cache: Cache,
+    limit: int | None = None,
+) -> Any:
+    from corda_vlm.data import load_records, with_root
+
+    options = with_root(spec, root)
+    if (least := _least(limit, options.get("limit"))) is not None:
+        options["limit"] = least
+    key = json.dumps([options, str(beside)], sort_keys=True, default=str)
+    if key not in cache.data:
+        cache.data[key] = load_records(options, beside=beside)
+    return cache.data[key]
+
+
+def _least(*limits: int | None) -> int | None:
+    given = [limit for limit in limits if limit is not None]
+    return min(given) if given else None
+
+
+def _evaluator(task: Task, data: Any, suite: Suite, root: str, cache: Cache) -> Evaluator:
+    if task.kind in TEXT_TASKS:
+        try:
+            return TEXT_TASKS[task.kind](data, task.metrics, **task.options)
+        except (CordaError, TypeError) as error:
+            raise CordaError(f"task {task.name} of suite {suite.name}: {error}") from error
+    if task.kind == "retrieval":
+        return Retrieval(data, task.metrics, _caption_column(task))
+    assert task.classes is not None
+    assert task.templates is not None
+    labels = _labels(task, data, suite, root, cache)
+    templates = load_templates(task.templates, task.source)
+    return ZeroShot(data, labels.names, templates, task.metrics, labels.remap)
+
+
+def _caption_column(task: Task) -> str | None:
+    column = task.data.get("text") if isinstance(task.data, Mapping) else None
+    return column if isinstance(column, str) and column != "auto" and "{" not in column else None
+
+
+def _labels(task: Task, data: Any, suite: Suite, root: str, cache: Cache) -> Labels:
+    what = f"task {task.name} of suite {suite.name}"
+    classes: Any = task.classes
+    options = dict(classes) if isinstance(classes, Mapping) else {}
+    if options:
+        check_keys(options, ("from", "names", "count"), (), f"classes of {what}")
+        if ("from" in options) == ("names" in options):
+            raise CordaError(f"classes of {what}: give either 'from' or 'names'")
+        classes = options.get("names")
+    count = options.get("count")
+    if "from" in options:
+        other = (
+            data if options["from"] == "data" else _load(options["from"], task.source, root, cache)
+        )
+        if not other.class_names:
+            raise DataError(
+                f"{what}: classes are to come from {options['from']!r}, which names no classes"
+            )
+        classes = {name: name for name in map(str, other.class_names)}
+    # ImageNet's order is that of its sorted synset ids, under whatever names the data has its classes.
+    in_order = classes == OPENAI
+    if isinstance(classes, str):
+        classes = load_class_names(classes, task.source)
+    if not classes:
+        raise CordaError(f"{what}: no class names")
+    return match_labels(classes, data.class_names, count=count, in_order=in_order, what=what)

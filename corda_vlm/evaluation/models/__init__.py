@@ -1,0 +1,1 @@
+"""What the tasks ask models for: encodings of pictures and texts, generated text, likelihoods."""

@@ -1,0 +1,1 @@
+"""The kinds of tasks, one file each: what is measured, and how it is scored."""

@@ -1,0 +1,85 @@
+"""Open questions: an answer is right if it is one of the known ones, but for case, punctuation and articles."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from corda_vlm.data import ChatOptions
+from corda_vlm.errors import DataError
+from corda_vlm.evaluation.models.encoder import Encoder
+from corda_vlm.evaluation.models.generate import answered, references
+from corda_vlm.evaluation.models.text_model import Speaker
+from corda_vlm.evaluation.scores import Outcome
+from corda_vlm.evaluation.tasks.base import Evaluator, known
+from corda_vlm.evaluation.tasks.registry import QA_METRICS as METRICS
+from corda_vlm.evaluation.tasks.registry import QaOptions
+
+if TYPE_CHECKING:
+    from corda_vlm.data import InstructionData
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:The|the|An|an|A|a) ")
+
+
+def normalise_answer(answer: str, articles: bool = False) -> str:
+    """An answer as it is compared: lower case, no punctuation, single spaces, and no articles unless `articles`.
+
+    As in lm-evaluation-harness's NQ-open, articles are those with a space after them, not in capitals, taken out before
+    punctuation: "vitamin A" keeps its A. White space in a row, which the harness keeps, counts as one here.
+    """
+    found = answer if articles else _ARTICLES.sub("", answer)
+    return " ".join(found.lower().translate(_NO_PUNCTUATION).split())
+
+
+def exact_match(answer: str, references: Sequence[str], *, articles: bool = False) -> float:
+    """1 if the normalised answer equals a normalised reference, else 0.
+
+    An answer of which normalisation leaves nothing is wrong, unless it is a reference letter by letter.
+
+    Raises:
+        DataError: no reference.
+    """
+    if not references:
+        raise DataError("an answer cannot be judged without a reference")
+    if answer in references:
+        return 1.0
+    given = normalise_answer(answer, articles)
+    return float(bool(given) and given in {normalise_answer(one, articles) for one in references})
+
+
+@dataclass(frozen=True)
+class Qa(QaOptions, Evaluator):
+    """Open questions, answered freely, by exact match with any of the known answers."""
+
+    data: InstructionData
+    metrics: Sequence[str] = METRICS
+
+    def __post_init__(self) -> None:
+        known(self.metrics, METRICS, "qa")
+        super().__post_init__()
+
+    def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
+        """Yield whether each question was answered rightly.
+
+        Raises:
+            DataError: no question is of use, or one has no answer.
+        """
+        chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
+        right = [
+            exact_match(said, references(record, str(self.data.spec)), articles=self.articles)
+            for record, said in answered(
+                Speaker.of(encoder),
+                self.data,
+                chat=chat,
+                max_new_tokens=self.max_new_tokens,
+                stop=self.stop,
+            )
+        ]
+        for metric in self.metrics:
+            yield Outcome(metric, np.asarray(right), chance=self.chance)

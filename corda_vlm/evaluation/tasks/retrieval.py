@@ -1,0 +1,124 @@
+"""Retrieval: find an image's captions among all captions, and a caption's image among all images."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from corda_vlm.errors import DataError
+from corda_vlm.evaluation.models.encoder import Encoder
+from corda_vlm.evaluation.models.finite import FiniteCheck
+from corda_vlm.evaluation.scores import Outcome
+from corda_vlm.evaluation.tasks.base import Evaluator, known
+from corda_vlm.evaluation.tasks.registry import RETRIEVAL_METRICS as METRICS
+
+if TYPE_CHECKING:
+    from corda_vlm.data import ImageTextData
+
+
+@dataclass(frozen=True)
+class Retrieval(Evaluator):
+    """Recall@k both ways, as CLIP_benchmark defines it.
+
+    image -> text: the share of images with at least one of their own captions among the k nearest.
+    text -> image: the share of captions whose own image is among the k nearest.
+
+    Attributes:
+        data: records with `image`, and one caption in `text` or a list of them.
+        metrics: any of `METRICS`.
+        captions: the column that holds all captions of an image, where `text` holds only its first.
+    """
+
+    data: ImageTextData
+    metrics: Sequence[str] = METRICS
+    captions: str | None = None
+
+    def __post_init__(self) -> None:
+        known(self.metrics, METRICS, "retrieval")
+
+    def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
+        """Yield for each metric what happened on each query.
+
+        Raises:
+            DataError: no examples, or an image without a caption.
+            NotFiniteError: the model's output is NaN or Inf.
+        """
+        captions: list[str] = []
+        owner: list[int] = []  # for each caption the index of its image
+
+        def pixels() -> Iterator[Tensor]:
+            for image, record in enumerate(self.data):  # leaves out what does not decode
+                own = self._captions(record)
+                if not own:
+                    raise DataError(
+                        f"{self.data.spec}: image {image} has no caption; name its text column"
+                    )
+                captions.extend(own)
+                owner.extend([image] * len(own))
+                yield encoder.processor.image(record["image"])
+
+        image_vectors = encoder.images(_stacked(pixels(), encoder.batch_size))  # (i, d)
+        text_vectors = encoder.texts(captions)  # (t, d)
+        image_ids, text_ids = torch.arange(len(image_vectors)), torch.tensor(owner)
+        per_image = np.bincount(owner, minlength=len(image_ids))
+        for metric in self.metrics:
+            direction, k = metric.split("_recall@")
+            if direction == "image_to_text":
+                hits = recalled(image_vectors, image_ids, text_vectors, text_ids, int(k))
+                chance = float(np.mean([_chance(int(m), len(text_ids), int(k)) for m in per_image]))
+            else:
+                hits = recalled(text_vectors, text_ids, image_vectors, image_ids, int(k))
+                chance = _chance(1, len(image_ids), int(k))
+            yield Outcome(metric, hits.numpy().astype(np.float64), chance=chance)
+
+    def _captions(self, record: Mapping[str, Any]) -> list[str]:
+        columns = ("captions", "caption") if self.captions is None else (self.captions,)
+        for column in columns:
+            if isinstance(found := record.get(column), (list, tuple)):
+                return [str(caption) for caption in found]
+        text = record.get("text")
+        return [text] if isinstance(text, str) else [str(caption) for caption in text or ()]
+
+
+def _stacked(images: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    while chunk := list(itertools.islice(images, size)):
+        yield torch.stack(chunk)  # (B, 3, H, W)
+
+
+def recalled(
+    queries: Float[Tensor, "q d"],
+    query_ids: Int[Tensor, " q"],
+    candidates: Float[Tensor, "c d"],
+    candidate_ids: Int[Tensor, " c"],
+    k: int,
+    chunk: int = 1024,
+) -> Bool[Tensor, " q"]:
+    """Is a candidate with the query's own id among its k most similar?
+
+    Raises:
+        NotFiniteError: a similarity is NaN or Inf, as of a model that diverged.
+    """
+    found, check = [], FiniteCheck("queries")
+    for at in range(
+        0, len(queries), chunk
+    ):  # a similarity matrix of COCO would take half a gigabyte
+        similarity = queries[at : at + chunk] @ candidates.T  # (B, c)
+        check(similarity)
+        nearest = similarity.topk(min(k, len(candidates)), dim=1).indices  # (B, k)
+        own = candidate_ids[nearest] == query_ids[at : at + chunk, None]
+        found.append(own.any(1))
+    return torch.cat(found)
+
+
+def _chance(own: int, candidates: int, k: int) -> float:
+    """The chance that k candidates drawn blindly contain at least one of `own`."""
+    k = min(k, candidates)
+    return 1.0 - math.comb(candidates - own, k) / math.comb(candidates, k)

@@ -1,0 +1,151 @@
+"""What can be told to be wrong before PyTorch is imported, a model loaded, or a file of a run touched.
+
+Each check raises a `CordaError`; what they let pass may still turn out wrong where it is used, and says so there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from corda_vlm.data.paths import find_one, find_paths
+from corda_vlm.data.spec import DataSpec, parse_spec, with_root
+from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.evaluation.class_names import OPENAI, SIMPLE, load_class_names, load_templates
+from corda_vlm.evaluation.suite import Suite, load_suite
+from corda_vlm.experiment.spec import Experiment
+from corda_vlm.families.sources import check_family, check_source
+from corda_vlm.files import check_path, shown
+
+
+def check_experiment(experiment: Experiment, config: Path) -> None:
+    """Its model, suite, data, class names and templates are there, as far as names and paths tell.
+
+    Args:
+        config: the file it was read from; paths may be relative to it.
+    """
+    check_family(experiment.family)
+    check_source(experiment.model)
+    suite = load_suite(experiment.suite)
+    root = experiment.data_root or suite.data_root
+    check_data(experiment.task.data, config, root)
+    if experiment.calibration is not None:
+        check_data(experiment.calibration.data, config, root)
+    check_labels(experiment.task.classes, experiment.task.templates, config)
+    check_suite(suite, str(root))
+
+
+def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> None:
+    """The data, class names and templates of a suite's tasks are there; of `tasks` alone, None for all."""
+    for task in suite.tasks:
+        if tasks is not None and task.name not in tasks:
+            continue
+        check_data(task.data, task.source, root)
+        named = task.classes.get("names") if isinstance(task.classes, Mapping) else task.classes
+        check_labels(named, task.templates, task.source)
+        if isinstance(task.classes, Mapping):
+            other = task.classes.get("from")
+            if other is not None and other != "data":
+                check_data(other, task.source, root)
+
+
+def check_labels(classes: Any, templates: Any, beside: Path | None) -> None:
+    """Files of class names and templates are there and read."""
+    if isinstance(classes, str) and classes != OPENAI:
+        load_class_names(classes, beside)
+    if templates is not None and templates not in (OPENAI, SIMPLE):
+        load_templates(templates, beside)
+
+
+def check_data(spec: Any, beside: Path | None = None, root: str | Path | None = None) -> None:
+    """The files and folders that a data spec names are there."""
+    options = spec if root is None or isinstance(spec, DataSpec) else with_root(spec, root)
+    found = parse_spec(options)
+    if found.kind == "sklearn" and found.location != "digits":
+        raise UnknownNameError("scikit-learn data set", found.location, ["digits"])
+    if found.kind in ("parquet", "folder", "webdataset", "jsonl", "json", "csv", "tsv", "text"):
+        find_paths(found.location, beside)
+    if found.kind == "hf" and found.location.startswith((".", "~", "/")):
+        find_one(found.location, beside)
+    if found.kind == "torchvision" and not found.download:
+        if found.root is None:
+            raise DataError(
+                f"{found}: give root: the folder that holds (or shall hold) the data set"
+            )
+        find_one(found.root, beside)
+
+
+def check_chosen(chosen: Iterable[str] | None, known: Iterable[str], what: str) -> None:
+    """Names to choose by are known, and each is given once."""
+    seen = set()
+    for name in chosen or ():
+        if name not in (choices := list(known)):
+            raise UnknownNameError(what, name, choices)
+        if name in seen:
+            raise CordaError(f"{what} {name!r} is given twice; each counts once")
+        seen.add(name)
+
+
+def check_file(path: str | Path | None, what: str, then: str = "") -> None:
+    """A file that is to be read is there.
+
+    Args:
+        what: says what it should be, e.g. "plan".
+        then: what to do where there is none.
+    """
+    if path is None:
+        return
+    mode = _mode(path)
+    if mode is None:
+        raise CordaError(f"no {what} file at {shown(path)}{then and '; '}{then}")
+    if not stat.S_ISREG(mode):
+        raise CordaError(f"{shown(path)} is no file; give the path of a {what} file")
+
+
+def check_folder(path: str | Path, what: str, then: str = "") -> None:
+    """A folder that is to be read is there; as of `check_file`."""
+    mode = _mode(path)
+    if mode is None or not stat.S_ISDIR(mode):
+        raise CordaError(f"no {what} folder {shown(path)}{then and '; '}{then}")
+
+
+def check_output(path: str | Path | None, *, folder: bool = False) -> None:
+    """A file (or folder) can be written there, as far as can be told without writing."""
+    if path is None:
+        return
+    path = Path(path)
+    mode = _mode(path)
+    if mode is not None:
+        if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+            raise CordaError(
+                f"{shown(path)} is no {'folder' if folder else 'file'}, so that nothing can be written there; give another "
+                "path"
+            )
+        if folder and not os.access(path, os.W_OK | os.X_OK):
+            raise CordaError(f"{shown(path)} cannot be written to; give another folder")
+    above = path if mode is not None and folder else path.absolute().parent
+    while (kind := _mode(above)) is None:
+        above = above.parent
+    if not stat.S_ISDIR(kind):
+        raise CordaError(f"{shown(path)} cannot be written: {shown(above)} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise CordaError(
+            f"{shown(path)} cannot be written: {shown(above)} is not writable; give another path"
+        )
+
+
+def _mode(path: str | Path) -> int | None:
+    """What lies there, None for nothing."""
+    check_path(path)
+    try:
+        return Path(path).stat().st_mode
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CordaError(f"{shown(path)} is no path that can be used: {reason}") from error

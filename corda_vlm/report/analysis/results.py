@@ -1,0 +1,322 @@
+"""From rows of scores to curves: what each method keeps at what task accuracy.
+
+A single trained model says little, as the learning rate alone moves it anywhere between the base model and
+a model that forgot everything. So methods are compared along the curve over their settings:
+how much they keep where they have learnt the task equally well.
+
+`task` is the mean over the gain tasks of each one's first metric; `kept` is the mean over the retention
+tasks of (score − chance) / (base − chance): 1 is the base model, 0 is guessing. Retention tasks on which the
+base model itself is not above chance with 95 % confidence have nothing to keep and do not count.
+
+Which settings count for what: a curve is drawn through every setting that was measured, and at a task accuracy it
+stands for the most that any of them, or a straight line between neighbours, keeps there. Curves of one run have equal
+chances of a lucky maximum as far as they have equally many settings. The accuracy at which curves are compared is the
+reference's at the learning rate chosen on the selection tasks, and where a single model is claimed (`choose`), its
+learning rate and scale are chosen there, never on the gain or retention tasks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from corda_vlm.errors import DataError
+from corda_vlm.evaluation.bootstrap import Interval
+from corda_vlm.evaluation.diverged import Trained as TrainedKey
+from corda_vlm.evaluation.diverged import read_diverged
+from corda_vlm.evaluation.score_file import gain_of, interval_of, read_rows
+from corda_vlm.run_files import SCORES
+
+BASE = "base"
+REFERENCE = "lora"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What distinguishes two trained models of one method, apart from the seed."""
+
+    learning_rate: float | None
+    scale: float = 1.0
+
+
+Place = tuple[str, Setting, int | None, str]
+"""Method, setting, seed and task: where one score of a trained model stands."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model, or the mean of several, on the plane of task accuracy and kept knowledge."""
+
+    task: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Results:
+    """The scores of one run, arranged.
+
+    Attributes:
+        gain, retention, selection: names of the tasks of each role, in the order they were measured.
+        primary: the metric by which each task is compared, its first one.
+        chance: what guessing gives on each task.
+        base: score of each task before training.
+        trained: method -> setting -> seed -> task -> score, in the order they were measured.
+        base_rows: the base model's rows as they are, with intervals.
+        forecasts: (method, learning rate, seed) -> the anchor's value at the end of training, where it was noted.
+        diverged: (method, learning rate, seed) -> why that training came to nothing; its scores, if it has any, are left
+            out, and a setting of which a seed diverged has no point: the seeds that survive are no fair sample of it.
+        gains: (method, setting, seed, task) -> how far the trained model is above the base model, paired over the examples,
+            where the rows tell it.
+        intervals: the same key -> the trained model's own interval over examples, where the rows tell it.
+    """
+
+    gain: tuple[str, ...]
+    retention: tuple[str, ...]
+    selection: tuple[str, ...]
+    primary: Mapping[str, str]
+    chance: Mapping[str, float]
+    base: Mapping[str, float]
+    trained: Mapping[str, Mapping[Setting, Mapping[int | None, Mapping[str, float]]]]
+    base_rows: Sequence[Mapping[str, Any]]
+    forecasts: Mapping[TrainedKey, float] = field(default_factory=dict)
+    diverged: Mapping[TrainedKey, str] = field(default_factory=dict)
+    gains: Mapping[Place, Interval] = field(default_factory=dict)
+    intervals: Mapping[Place, Interval] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> Results:
+        """The results in a run's folder: its scores, and its trainings that diverged.
+
+        Raises:
+            ForeignFileError: no scores, or a line that is none.
+            DataError: the base model was not measured on some task that a trained model was.
+        """
+        return cls.of(read_rows(Path(run_dir) / SCORES), read_diverged(run_dir))
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Mapping[str, Any]], diverged: Mapping[TrainedKey, str] | None = None
+    ) -> Results:
+        """Arrange rows of scores.jsonl. Of rows measured twice the last counts.
+
+        Raises:
+            DataError: the base model was not measured on some task that a trained model was.
+        """
+        primary: dict[str, str] = {}
+        roles: dict[str, list[str]] = {"gain": [], "retention": [], "selection": []}
+        chance: dict[str, float] = {}
+        base: dict[str, float] = {}
+        base_rows: dict[tuple[str, str], Mapping[str, Any]] = {}
+        trained: dict[str, dict[Setting, dict[int | None, dict[str, float]]]] = {}
+        forecasts: dict[TrainedKey, float] = {}
+        gains: dict[Place, Interval] = {}
+        intervals: dict[Place, Interval] = {}
+        diverged = dict(diverged or {})
+        for row in rows:
+            task, metric = row["task"], row["metric"]
+            if primary.setdefault(task, metric) == metric:
+                names = roles.setdefault(row.get("role") or "retention", [])
+                if task not in names:
+                    names.append(task)
+                chance[task] = float(row.get("chance") or 0.0)
+            if row["method"] == BASE:
+                base_rows[(task, metric)] = row
+            if primary[task] != metric:
+                continue
+            if row["method"] == BASE:
+                base[task] = float(row["value"])
+            else:
+                key = (row["method"], row.get("learning_rate"), row.get("seed"))
+                if key in diverged:
+                    continue
+                scale = row.get("scale")
+                setting = Setting(row.get("learning_rate"), 1.0 if scale is None else float(scale))
+                seeds = trained.setdefault(row["method"], {}).setdefault(setting, {})
+                seeds.setdefault(row.get("seed"), {})[task] = float(row["value"])
+                place = (row["method"], setting, row.get("seed"), task)
+                for told, its in ((gains, gain_of(row)), (intervals, interval_of(row))):
+                    told.pop(place, None)
+                    if its is not None:
+                        told[place] = its
+                # of the trained model itself: what a scale makes of it follows (`forecast`)
+                if row.get("forecast") is not None and setting.scale == 1.0:
+                    forecasts[key] = float(row["forecast"])
+        absent = [task for task in primary if task not in base]
+        if trained and absent:
+            raise DataError(
+                f"the base model has no score for {', '.join(absent)}, so what was kept cannot be said; "
+                'evaluate it with method "base" first'
+            )
+        return cls(
+            tuple(roles["gain"]), tuple(roles["retention"]), tuple(roles["selection"]),
+            primary, chance, base, trained, tuple(base_rows.values()), forecasts, diverged, gains,
+            intervals,
+        )  # fmt: skip
+
+    def kept_share(self, task: str, score: float) -> float:
+        """(score − chance) / (base − chance); NaN where the base model itself does no better than chance."""
+        known = self.base[task] - self.chance[task]
+        return (score - self.chance[task]) / known if known > 0 else float("nan")
+
+    @cached_property
+    def known(self) -> tuple[str, ...]:
+        """The retention tasks on which the base model is above chance, also at the lower end of its interval: on others
+        nothing can be kept, or a hair above chance would be divided by."""
+        low = dict(self.base)
+        for row in self.base_rows:
+            task = row["task"]
+            if self.primary[task] == row["metric"] and row.get("low") is not None:
+                low[task] = min(low[task], float(row["low"]))
+        return tuple(t for t in self.retention if low.get(t, 0.0) > self.chance[t])
+
+    def point(self, scores: Mapping[str, float]) -> Point | None:
+        """Where a model lies, or None while some task is not yet measured."""
+        if not self.gain or not self.known or any(t not in scores for t in self.gain + self.known):
+            return None
+        task = float(np.mean([scores[t] for t in self.gain]))
+        return Point(task, float(np.mean([self.kept_share(t, scores[t]) for t in self.known])))
+
+    def points(self, method: str) -> Mapping[Setting, Mapping[int | None, Point]]:
+        """Setting -> seed -> point, settings in the order of scale and learning rate."""
+        return self._points[method]
+
+    @cached_property
+    def _points(self) -> dict[str, dict[Setting, dict[int | None, Point]]]:
+        found: dict[str, dict[Setting, dict[int | None, Point]]] = {}
+        for method, settings in self.trained.items():
+            found[method] = {}
+            for setting in sorted(settings, key=lambda s: (s.scale, s.learning_rate or 0.0)):
+                if self.lost_seeds(method, setting.learning_rate):
+                    continue
+                placed = {
+                    seed: point
+                    for seed, scores in settings[setting].items()
+                    if (point := self.point(scores))
+                }
+                if placed:
+                    found[method][setting] = placed
+        return found
+
+    def lost_seeds(self, method: str, learning_rate: float | None) -> list[int | None]:
+        """The seeds of a setting that diverged."""
+        return [
+            seed for name, rate, seed in self.diverged if (name, rate) == (method, learning_rate)
+        ]
+
+    def forecast(self, method: str, setting: Setting) -> float | None:
+        """The forgetting that the anchor foretold, the mean over seeds: the relative change of the layers' outputs on
+        the knowledge. A scale s shrinks the change of every weight to s and this, being squared, to s²."""
+        values = [
+            self.forecasts[key]
+            for seed in self.trained[method][setting]
+            if (key := (method, setting.learning_rate, seed)) in self.forecasts
+        ]
+        return setting.scale**2 * float(np.mean(values)) if values else None
+
+    @property
+    def base_point(self) -> Point | None:
+        """The model before training: everything kept."""
+        return self.point(self.base)
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """All seeds of all methods."""
+        found = {seed for of in self.trained.values() for by in of.values() for seed in by}
+        return sorted(found, key=lambda seed: -1 if seed is None else seed)
+
+    def judged(self, method: str) -> dict[Setting, float]:
+        """Setting -> how well it learns, by which settings are chosen: the mean over the selection tasks, or over the
+        gain tasks themselves where there are none."""
+        tasks, found = self.selection or self.gain, {}
+        for setting, seeds in self.trained.get(method, {}).items():
+            values = [
+                np.mean([s[t] for t in tasks]) for s in seeds.values() if s.keys() >= {*tasks}
+            ]
+            if values and setting in self.points(method):
+                found[setting] = float(np.mean(values))
+        return found
+
+    def best_setting(self, method: str) -> Setting | None:
+        """The unscaled setting that learns the task best: on the selection tasks where there are any."""
+        means = {s: value for s, value in self.judged(method).items() if s.scale == 1.0}
+        return max(means, key=lambda s: means[s]) if means else None
+
+    def curves(self) -> dict[str, tuple[str, bool]]:
+        """Label -> (method, scaled): one curve a method over its learning rates, and where the models
+        were also scaled after training (WiSE-FT) a second one over learning rates and scales."""
+        found = {}
+        for method in self.trained:
+            found[method] = (method, False)
+            if any(setting.scale != 1.0 for setting in self.trained[method]):
+                found[f"{method}, scaled"] = (method, True)
+        return found
+
+
+def mean_point(points: Iterable[Point]) -> Point:
+    """The mean of both coordinates."""
+    points = list(points)
+    return Point(float(np.mean([p.task for p in points])), float(np.mean([p.kept for p in points])))
+
+
+class Curve:
+    """What one method keeps, over the task accuracies that its settings reach.
+
+    Between settings next to each other (in learning rate, or in scale) the curve is a straight line; scale 0 is the base
+    model, so with `base` a curve over scales starts there. At each task accuracy the highest line counts.
+    """
+
+    def __init__(self, points: Mapping[Setting, Point], base: Point | None = None) -> None:
+        ends = [*points.values(), *([base] if base is not None else [])]
+        self._ends = np.array([(p.task, p.kept) for p in ends]).reshape(-1, 2)
+        lines = [sorted(pair, key=lambda p: p.task) for pair in _neighbours(points, base)]
+        lines = [(a.task, a.kept, b.task, b.kept) for a, b in lines if a.task < b.task]
+        self._lines = np.array(lines).reshape(-1, 4)
+
+    def at(self, tasks: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """The most that is kept at task accuracies of at least `tasks`; NaN where the curve does not reach."""
+        wanted = np.asarray(tasks, dtype=float)[:, None]
+        task, kept = self._ends.T
+        found = np.where(task >= wanted, kept, -np.inf).max(1, initial=-np.inf)
+        left, from_, right, to = self._lines.T
+        with np.errstate(invalid="ignore"):
+            between = from_ + (wanted - left) / (right - left) * (to - from_)
+        inside = (left < wanted) & (wanted < right)
+        found = np.maximum(found, np.where(inside, between, -np.inf).max(1, initial=-np.inf))
+        return np.where(np.isfinite(found), found, np.nan)
+
+
+def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tuple[Point, Point]]:
+    lines: dict[tuple[str, float | None], list[tuple[float, Point]]] = {}
+    for setting, point in points.items():
+        lines.setdefault(("scale", setting.scale), []).append((setting.learning_rate or 0.0, point))
+        lines.setdefault(("rate", setting.learning_rate), []).append((setting.scale, point))
+    found = []
+    for (kind, _), line in lines.items():
+        # a learning rate that was not scaled (yet) has no line to the base model
+        if (
+            kind == "rate"
+            and base is not None
+            and len(line) > 1
+            and min(scale for scale, _ in line) > 0
+        ):
+            line.append((0.0, base))
+        ordered = [point for _, point in sorted(line, key=lambda entry: entry[0])]
+        found += itertools.pairwise(ordered)
+    return found
+
+
+def heights(curve: Curve, start: float, stop: float) -> Float[np.ndarray, " 101"]:
+    """What is kept on a grid of task accuracies; 0 where the curve does not reach."""
+    return np.nan_to_num(curve.at(np.linspace(start, stop, 101)), nan=0.0)
+
+
+def mean_height(heights: Float[np.ndarray, " n"]) -> float:
+    """The mean of a polygonal line with these heights at equal distances."""
+    return float((heights[1:] + heights[:-1]).mean() / 2)

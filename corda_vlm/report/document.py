@@ -1,0 +1,173 @@
+"""A report's content as Markdown and as one HTML page that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from corda_vlm.report import markup
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings; the first column names the row, the others are right-aligned."""
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file; `alt` says in words what it shows."""
+
+    path: Path
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands under it: paragraphs, pictures and tables, in this order.
+
+    Attributes:
+        folded: closed at first in the HTML, for what only some readers want.
+    """
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """A title, first paragraphs, and sections. All text is as of `markup`: plain, but for what `bold` and `code` wrap."""
+
+    title: str
+    lead: Sequence[str]
+    sections: Sequence[Section] = field(default_factory=tuple)
+
+
+def markdown(report: Report, folder: Path) -> str:
+    """The report as GitHub's Markdown; pictures are linked relative to `folder`."""
+    lines = [f"# {markup.markdown(report.title)}", ""]
+    for paragraph in report.lead:
+        lines += [markup.markdown(paragraph), ""]
+    for section in report.sections:
+        lines += [f"## {markup.markdown(section.heading)}", ""]
+        for paragraph in section.paragraphs:
+            lines += [markup.markdown(paragraph), ""]
+        for picture in section.pictures:
+            target = markup.link(picture.path.relative_to(folder).as_posix())
+            lines += [f"![{markup.markdown(markup.terminal(picture.alt))}]({target})", ""]
+            lines += [markup.markdown(picture.caption), ""]
+        for table in section.tables:
+            lines += [markup.markdown(table.caption), ""] if table.caption else []
+            lines.append(_md_row(table.headings))
+            lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.headings) - 1)) + "|")
+            lines += [_md_row(row) for row in table.rows]
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _md_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(markup.markdown(cell, cell=True) for cell in cells) + " |"
+
+
+def page(report: Report) -> str:
+    """The report as one HTML file with its pictures and style inside."""
+    body = [f"<h1>{markup.page(report.title)}</h1>"]
+    body += [f'<p class="lead">{markup.page(paragraph)}</p>' for paragraph in report.lead]
+    numbers = itertools.count(1)
+    for section in report.sections:
+        inside = [f"<p>{markup.page(paragraph)}</p>" for paragraph in section.paragraphs]
+        inside += [_figure(picture) for picture in section.pictures]
+        inside += [_table(table, next(numbers)) for table in section.tables]
+        heading = f"<h2>{markup.page(section.heading)}</h2>"
+        if section.folded:
+            body += ["<details>", f"<summary>{heading}</summary>", *inside, "</details>"]
+        else:
+            body += ["<section>", heading, *inside, "</section>"]
+    title = markup.page(markup.terminal(report.title))
+    return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{markup.page(markup.terminal(picture.alt))}">'
+        f"<figcaption>{markup.page(picture.caption)}</figcaption></figure>"
+    )
+
+
+def _table(table: Table, number: int) -> str:
+    head = "".join(f'<th scope="col">{markup.page(cell)}</th>' for cell in table.headings)
+    rows = "\n".join(
+        "<tr>"
+        + f'<th scope="row">{markup.page(row[0])}</th>'
+        + "".join(f"<td>{markup.page(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in table.rows
+    )
+    head = f"<thead><tr>{head}</tr></thead>" if any(table.headings) else ""
+    # The words about a table stand outside it: it scrolls by itself, also with the keyboard, on a narrow screen.
+    about = (
+        f'<p class="about" id="table-{number}">{markup.page(table.caption)}</p>\n'
+        if table.caption
+        else ""
+    )
+    named = f'aria-labelledby="table-{number}"' if table.caption else 'aria-label="table"'
+    return (
+        f'{about}<div class="wide" tabindex="0" role="region" {named}>'
+        f"<table {named}>{head}<tbody>\n{rows}\n</tbody></table></div>"
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1c1c1c;
+  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 66rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .75rem; }
+h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; }
+p { max-width: 46rem; margin: .6rem 0; }
+.lead { font-size: 1.08rem; }
+code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #f2f2f2;
+  padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
+figure { margin: 1.2rem 0; }
+img { max-width: 100%; height: auto; display: block; }
+figcaption, .about { color: #595959; font-size: .92rem; }
+.about { margin: 1.3rem 0 .4rem; }
+.wide { overflow-x: auto; margin: .4rem 0 1.6rem; }
+.wide:focus-visible { outline: 2px solid #0072b2; outline-offset: 3px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .38rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
+thead th { border-bottom: 2px solid #9a9a9a; vertical-align: bottom; white-space: normal; }
+th:first-child { text-align: left; padding-left: 0; }
+tbody th { font-weight: 600; }
+summary { cursor: pointer; margin-top: 2rem; }
+summary h2 { display: inline; margin: 0; }
+@media print { .wide { overflow: visible; } details { display: none; } }
+"""

@@ -1,0 +1,276 @@
+"""The picture of the trade-off: accuracy on the new task against knowledge kept."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from corda_vlm.report.analysis.findings import ONE_SEED
+from corda_vlm.report.analysis.learnt import learnt, reference_learnt
+from corda_vlm.report.analysis.results import REFERENCE, Curve, Point, Results, Setting, mean_point
+from corda_vlm.report.markup import shortened
+from corda_vlm.report.plots.labels import Words
+from corda_vlm.report.plots.style import FAINT, INK, frame, literal_text, percent, save, styles
+from corda_vlm.report.tables import over_all
+
+FEW = 4
+"""So many curves are read in one picture; of more, each has a panel of its own."""
+
+NEAR = 0.95
+"""The share of the reference's best accuracy at which panels tell what is kept."""
+
+_Placed = Mapping[str, Mapping[Setting, Mapping[int | None, Point]]]
+
+
+@literal_text()
+def tradeoff(results: Results, path: Path) -> bool:
+    """Draw task accuracy against kept knowledge: a curve for each method over its learning rates, and over its scales.
+
+    Few methods share one picture; of more, each has a panel, with the reference in grey in every one.
+    Returns whether there was anything to draw.
+    """
+    base = results.base_point
+    points = {method: found for method in results.trained if (found := results.points(method))}
+    if base is None or not points:
+        return False
+    if len(points) <= FEW:
+        figure = _together(results, points, base)
+    else:
+        figure = _panels(results, points, base)
+    save(figure, path)
+    return True
+
+
+def _together(results: Results, points: _Placed, base: Point) -> Figure:
+    figure = Figure(figsize=(8.6, 5.6), layout="constrained")
+    axes = figure.subplots()
+    look = styles(list(points))
+    curves: dict[str, dict[Setting, Point]] = {}
+    ink: dict[str, list[np.ndarray]] = defaultdict(list)
+    for method, settings in points.items():
+        colour, marker = look[method]
+        means = {setting: mean_point(by_seed.values()) for setting, by_seed in settings.items()}
+        unscaled = {s: p for s, p in means.items() if s.scale == 1.0}
+        for setting, by_seed in settings.items():
+            if setting.scale == 1.0 and len(by_seed) > 1:
+                axes.plot(
+                    [p.task for p in by_seed.values()], [p.kept for p in by_seed.values()],
+                    linestyle="", marker=marker, markersize=4, color=colour, alpha=0.35, markeredgewidth=0,
+                )  # fmt: skip
+        axes.plot(
+            [p.task for p in unscaled.values()], [p.kept for p in unscaled.values()],
+            marker=marker, markersize=7.5, color=colour, linewidth=2, markeredgecolor="white", zorder=3,
+        )  # fmt: skip
+        if len(means) > len(unscaled):
+            frontier = _envelope(means, base)
+            ink[method].append(np.array([(p.task, p.kept) for p in frontier]))
+            axes.plot(
+                [p.task for p in frontier], [p.kept for p in frontier],
+                linestyle=(0, (4, 2)), linewidth=1.4, color=colour, alpha=0.9, zorder=2,
+            )  # fmt: skip
+        if unscaled:
+            curves[method] = unscaled
+            ink[method].append(np.array([(p.task, p.kept) for p in unscaled.values()]))
+    found = np.array(
+        [(p.task, p.kept) for of in points.values() for by in of.values() for p in by.values()]
+    )
+    (left, bottom), (right, _) = found.min(0), found.max(0)
+    # curves far from the base model, or from chance, would be a knot in a corner: look closer
+    base_is_far = left - base.task > 1.5 * (right - left)
+    chance_is_far = bottom > 0.3
+    if base_is_far:
+        axes.axhline(1.0, color=INK, linewidth=1, linestyle="--", zorder=1)
+        axes.annotate(
+            f"base model, {base.task:.0%} on the new task", (0, 1.0), xycoords=("axes fraction", "data"),
+            xytext=(6, 4), textcoords="offset points", color=INK, fontsize=10,
+        )  # fmt: skip
+    else:
+        axes.plot(base.task, 1.0, marker="*", markersize=17, color=INK, linestyle="", zorder=4)
+    if not chance_is_far:
+        axes.axhline(0.0, color=FAINT, linewidth=1, linestyle=":")
+        axes.annotate(
+            "chance", (1, 0.0), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+            textcoords="offset points", ha="right", color=FAINT, fontsize=9,
+        )  # fmt: skip
+    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
+    if best is not None:
+        aim = mean_point(points[REFERENCE][best].values()).task
+        ink["aim"].append(np.array([[aim, bottom if chance_is_far else 0.0], [aim, 1.0]]))
+        axes.axvline(aim, color=look[REFERENCE][0], linewidth=1, linestyle=":", alpha=0.8, zorder=1)
+        axes.annotate(
+            f"{REFERENCE}'s best", (aim, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3),
+            textcoords="offset points", ha="right", va="top", color=look[REFERENCE][0], fontsize=9,
+        )  # fmt: skip
+    frame(axes)
+    axes.xaxis.set_major_formatter(percent())
+    axes.yaxis.set_major_formatter(percent())
+    axes.margins(x=0.08, y=0.08)
+    # the base model's 1.0 is always in sight, also where all others keep more, or nearly the same
+    low, high = min(bottom, 1.0), max(float(found[:, 1].max()), 1.0)
+    edge = 0.12 * max(high - low, 0.05)
+    floor = low - edge if chance_is_far else min(-0.03, axes.get_ylim()[0])
+    axes.set_ylim(top=high + edge if chance_is_far else max(1.08, high + 0.02), bottom=floor)
+    axes.set_xlabel(_new_task(results))
+    axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
+    several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
+    told = "one curve a method over its learning rates"
+    told += " (small numbers)" if len(curves) <= 6 else ""
+    told += "; faint marks: single seeds" if several else ""
+    told += "; dashed: scaled after training" if len(results.curves()) > len(points) else ""
+    told += "" if best is not None else _unlearnt(results)
+    axes.set_title(told, fontsize=9.5, color=FAINT, loc="left")
+    if not base_is_far:
+        ink["base"].append(np.array([[base.task, 1.0]]))
+    words = Words(axes, ink)
+    if not base_is_far:
+        words.add("base model", [(base.task, 1.0)], 10.0, "base", color=INK)
+    for method, curve in curves.items():
+        along = [(p.task, p.kept) for p in sorted(curve.values(), key=lambda p: -p.kept)]
+        middle = len(along) // 2
+        preferred = [along[middle], *along[:middle], *along[middle + 1 :]]
+        words.add(
+            shortened(method, 28), preferred, 11.0, method, color=look[method][0], fontweight="bold"
+        )
+    for method, curve in curves.items():
+        rated = [(s.learning_rate, p) for s, p in curve.items() if s.learning_rate is not None]
+        if len(curves) > 6 or len(rated) < 2:  # too many curves to read them by
+            continue
+        for rate, point in (rated[0], rated[-1]):
+            words.add(f"{rate:g}", [(point.task, point.kept)], 7.5, method, color=look[method][0])
+    return figure
+
+
+def _panels(results: Results, points: _Placed, base: Point) -> Figure:
+    """One panel a method, the one that keeps most where the reference is near its best first."""
+    means = {
+        method: {setting: mean_point(by.values()) for setting, by in settings.items()}
+        for method, settings in points.items()
+    }
+    look = styles(list(points))
+    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
+    # the best itself is out of reach for whoever learns a hair less, however much that keeps
+    aim = None if best is None else NEAR * means[REFERENCE][best].task
+    kept = {method: _kept(means[method], aim, base) for method in points}
+    order = sorted(
+        (method for method in points if method != REFERENCE),
+        key=lambda m: (
+            -1.0 if np.isnan(kept[m]) else kept[m],
+            max(p.task for p in means[m].values()),
+        ),
+        reverse=True,
+    )
+    columns = 3 if len(order) <= 9 else 4 if len(order) <= 20 else 5
+    lines = -(-len(order) // columns)
+    figure = Figure(figsize=(2.75 * columns + 0.5, 2.15 * lines + 1.0), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    found = np.array([(p.task, p.kept) for of in means.values() for p in of.values()])
+    for panel in panels.flat[len(order) :]:
+        panel.set_visible(False)
+    for index, (panel, method) in enumerate(zip(panels.flat, order, strict=False)):
+        if REFERENCE in points:
+            _one(panel, means[REFERENCE], base, "#a8a8a8", "o", quiet=True)
+        colour, marker = look[method]
+        _one(panel, means[method], base, colour, marker)
+        panel.plot(base.task, 1.0, marker="*", markersize=9, color=INK, linestyle="", zorder=4)
+        told = ""
+        if aim is not None:
+            panel.axvline(aim, color="#8c8c8c", linewidth=0.9, linestyle=":", zorder=1)
+            told = "not reached" if np.isnan(kept[method]) else f"{kept[method]:.0%}"
+            panel.set_title(told, fontsize=10.5, loc="right", color=INK, pad=4)
+        room = int((2.3 - 0.08 * len(told)) / 0.08)  # letters of this size beside the number
+        name = shortened(method, room)
+        panel.set_title(name, fontsize=10, loc="left", color=colour, fontweight="bold", pad=4)
+        frame(panel)
+        panel.tick_params(labelsize=8, labelbottom=index + columns >= len(order))
+    first = panels[0, 0]
+    first.xaxis.set_major_formatter(percent())
+    first.yaxis.set_major_formatter(percent())
+    first.margins(x=0.06)
+    first.set_ylim(
+        min(-0.05, float(found[:, 1].min()) - 0.02), max(1.08, float(found[:, 1].max()) + 0.03)
+    )
+    figure.supxlabel(_new_task(results), fontsize=10.5)
+    figure.supylabel("knowledge kept (base model 100%, chance 0%)", fontsize=10.5)
+    letters = int(12.5 * figure.get_figwidth())  # of this size on a line
+    told = (wrap(line, letters) for line in _told(results, kept, aim).splitlines())
+    text = "\n".join(chain.from_iterable(told))
+    figure.suptitle(text, fontsize=10, color=INK, x=0.01, ha="left")
+    return figure
+
+
+def _kept(means: Mapping[Setting, Point], aim: float | None, base: Point) -> float:
+    """What a method keeps at the accuracy aimed at, scaled where it was; NaN if it does not get there."""
+    if aim is None:
+        return float("nan")
+    return float(Curve(means, base if _is_scaled(means) else None).at(np.array([aim]))[0])
+
+
+def _told(results: Results, kept: Mapping[str, float], aim: float | None) -> str:
+    scaled = len(results.curves()) > len(results.trained)
+    lines = "marks: learning rates" + ("; dashes: scaled after training too" if scaled else "")
+    if aim is None:
+        return f"Star: the base model; {lines}{_unlearnt(results)}."
+    told = (
+        f"Number: knowledge kept at {NEAR:g} times {REFERENCE}'s best accuracy (dotted, {aim:.0%}), the most first; "
+        f"{REFERENCE}, grey, keeps {kept[REFERENCE]:.0%} there{' when scaled' if scaled else ''}"
+        f"{'' if len(results.seeds) > 1 else f' ({ONE_SEED})'}.\nStar: the base model; {lines}."
+    )
+    over = over_all(kept.values())
+    return f"{told}\n{over}" if over else told
+
+
+def _unlearnt(results: Results) -> str:
+    """Why no accuracy is marked at which to compare."""
+    of = learnt(results, REFERENCE)
+    if of is None:
+        return ""
+    how = "did not learn the task" if of.verdict == "no" else "may not have learnt the task"
+    return f"; {REFERENCE} {how}, so nothing is compared"
+
+
+def _one(
+    panel: Any,
+    means: Mapping[Setting, Point],
+    base: Point,
+    colour: str,
+    marker: str,
+    quiet: bool = False,
+) -> None:
+    unscaled = [p for setting, p in means.items() if setting.scale == 1.0]
+    panel.plot(
+        [p.task for p in unscaled], [p.kept for p in unscaled], color=colour, marker=marker,
+        markersize=3.5 if quiet else 5.5, linewidth=1.1 if quiet else 1.8, markeredgecolor="white",
+        markeredgewidth=0.5, zorder=2 if quiet else 3,
+    )  # fmt: skip
+    if _is_scaled(means):
+        frontier = _envelope(means, base)
+        panel.plot(
+            [p.task for p in frontier], [p.kept for p in frontier], color=colour,
+            linestyle=(0, (4, 2)), linewidth=1.0 if quiet else 1.4, zorder=2,
+        )  # fmt: skip
+
+
+def _is_scaled(means: Mapping[Setting, Point]) -> bool:
+    return any(setting.scale != 1.0 for setting in means)
+
+
+def _envelope(means: Mapping[Setting, Point], base: Point) -> list[Point]:
+    """The frontier over learning rates and scales: the most that is kept at each task accuracy."""
+    grid = np.linspace(base.task, max(p.task for p in means.values()), 200)
+    kept = Curve(means, base).at(grid)
+    return [Point(float(t), float(k)) for t, k in zip(grid, kept, strict=True) if np.isfinite(k)]
+
+
+def _new_task(results: Results) -> str:
+    of_text = {results.primary[task] for task in results.gain} == {"token_probability"}
+    what = "token probability" if of_text else "accuracy"
+    names = [shortened(task, 30) for task in results.gain]
+    names = names if len(names) < 4 else [*names[:2], f"{len(names) - 2} others"]
+    return f"{what} on the new task ({', '.join(names)})"

@@ -1,0 +1,337 @@
+"""The tables of a report, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from corda_vlm.evaluation.bootstrap import Interval
+from corda_vlm.evaluation.scores import NO_SHARE, value_text
+from corda_vlm.report.analysis.compare import Choice, Comparison, Dominance
+from corda_vlm.report.analysis.convergence import Convergence
+from corda_vlm.report.analysis.results import BASE, REFERENCE, Results, Setting
+from corda_vlm.report.document import Table
+
+ABSENT = "–"
+OVER_ALL = (
+    "Over 100%: on the retention tasks these models do better than the model before training did, through what they learnt or "
+    "by the luck of the test examples."
+)
+
+
+def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -> Table:
+    """What each curve keeps at the reference's accuracy, at shares of it, and on average along the way."""
+    shares = list(dict.fromkeys(c.share for c in comparisons))
+    by = {(c.curve, c.share): c for c in comparisons}
+    headings = ["method"]
+    for share in shares:
+        task = next(c.task for c in comparisons if c.share == share)
+        if share is None:
+            headings.append("area under the curve")
+        else:
+            headings += [f"kept at task {percent(task)}", f"× {REFERENCE}"]
+    rows, partly = [], False
+    for curve in sorted(dict.fromkeys(c.curve for c in comparisons), key=lambda c: _place(by, c)):
+        row = [curve]
+        for share in shares:
+            found = by[(curve, share)]
+            told = _interval(found.kept, percent) if found.kept else "not reached"
+            if found.kept and found.reached < 1.0:
+                told += f", in {found.reached:.0%} of resamples"
+                partly = True
+            row.append(told)
+            if share is not None:
+                row.append(_interval(found.ratio, lambda v: f"{v:.2f}"))
+        rows.append(row)
+    best = next(c.task for c in comparisons if c.share == 1.0)
+    about = caption or (
+        f"Kept knowledge where a method has learnt as much as {REFERENCE} at its best ({percent(best)}), and at "
+        "0.95 of that. Area: the mean of what is kept from five points above the base model's task accuracy to "
+        "there; left of its slowest learning rate a method counts as keeping what it keeps with that."
+    )
+    about += over_all_told(shown_of(c.kept for c in comparisons))
+    if partly:
+        about += " Where an accuracy is reached in some resamples of the seeds only, the interval is over those."
+    return Table(about, headings, rows)
+
+
+def trained_table(results: Results, brief: bool = False, scaled: bool = False) -> Table:
+    tasks = list(results.gain) + list(results.retention)
+    headings = ["method", "learning rate"] + (["scale"] if scaled else [])
+    for task in tasks:
+        role = "gain" if task in results.gain else "kept"
+        headings.append(f"{task} {results.primary[task]}" if not brief else f"{task} ({role})")
+    headings.append("kept share")
+    rows = []
+    base = results.base_point
+    as_text = {task: partial(value_text, results.primary[task]) for task in tasks}
+    cells = [as_text[t](results.base[t]) if t in results.base else ABSENT for t in tasks]
+    rows.append(
+        [BASE, ABSENT, *([ABSENT] if scaled else []), *cells, percent(1.0) if base else ABSENT]
+    )
+    shares: list[float] = []
+    for method in dict.fromkeys([*results.trained, *(name for name, _, _ in results.diverged)]):
+        settings = set(results.trained.get(method, ()))
+        if not scaled:
+            settings |= {Setting(rate) for name, rate, _ in results.diverged if name == method}
+        for setting in sorted(settings, key=lambda s: (s.learning_rate or 0.0, -s.scale)):
+            if (setting.scale != 1.0) != scaled:
+                continue
+            seeds = results.trained.get(method, {}).get(setting, {})
+            row = [
+                method,
+                ABSENT if setting.learning_rate is None else f"{setting.learning_rate:g}",
+            ]
+            row += [f"{setting.scale:g}"] if scaled else []
+            for task in tasks:
+                measured = [s[task] for s in seeds.values() if task in s]
+                row.append(_spread(measured, brief, as_text[task]))
+            placed = [p.kept for s in seeds.values() if (p := results.point(s))]
+            lost = len(results.lost_seeds(method, setting.learning_rate))
+            if lost:
+                rows.append(
+                    [
+                        *row,
+                        "diverged" + (f" in {lost} of {lost + len(seeds)} seeds" if seeds else ""),
+                    ]
+                )
+                continue
+            shares += [float(np.mean(placed))] if brief and placed else placed
+            rows.append([*row, _spread(placed, brief)])
+    seeds = len(results.seeds)
+    unknown = [task for task in results.retention if task not in results.known]
+    left_out = (
+        f" The base model does no better than chance on {listed(unknown)}, so it does not count there."
+        if unknown
+        else ""
+    )
+    if "token_probability" in results.primary.values():
+        left_out += (
+            " Token probability is exp of the mean log-likelihood a token, in nats: 1% is −4.6."
+        )
+    if results.diverged:
+        left_out += (
+            " Diverged: the loss, the weights or the outputs became NaN or Inf, which is no score; a setting of which a seed "
+            "diverged is in no curve and no comparison."
+        )
+    left_out += over_all_told(shares)
+    means = (
+        f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
+    )
+    return Table(
+        f"{means}Gain: {listed(results.gain)}. Retention: {listed(results.retention)}. Kept share: 100% is "
+        f"the base model, 0% is chance, the mean over the retention tasks.{left_out}",
+        headings, rows,
+    )  # fmt: skip
+
+
+def base_table(results: Results) -> Table:
+    rows = []
+    for row in results.base_rows:
+        value, low, high = row["value"], row.get("low"), row.get("high")
+        score = value_text(row["metric"], value)
+        if low is not None and high is not None:
+            score = _interval(Interval(value, low, high), partial(value_text, row["metric"]))
+        n = row.get("n")
+        chance = float(row.get("chance") or 0.0)
+        rows.append(
+            [
+                row["task"],
+                row.get("role") or ABSENT,
+                row["metric"],
+                score,
+                ABSENT if row["metric"] in NO_SHARE else percent(chance, digits=2),
+                f"{n:,}" if n else ABSENT,
+            ]
+        )
+    return Table(
+        "With 95% bootstrap intervals over examples.",
+        ["task", "role", "metric", "score", "chance", "examples"],
+        rows,
+    )
+
+
+def dominance_table(found: Sequence[Dominance], seeds: int) -> Table:
+    """Curves against one reference curve, in points of kept knowledge; `seeds`: how many the means are over."""
+    how = "with 95% confidence" if seeds > 1 else "by this one seed"
+    rows = [
+        [
+            d.curve,
+            _interval(d.mean, signed),
+            _interval(d.minimum, signed),
+            percent(d.where),
+            f"{d.above:.0%}",
+        ]
+        for d in found
+    ]
+    return Table(
+        f"More kept than by {found[0].reference}: on average along the range, and where it is least; then the share of "
+        f"the range on which the method lies above. What does not reach an accuracy keeps 0 there. Above everywhere, {how}: "
+        f"{listed([d.curve for d in found if d.everywhere])}.",
+        ["method", "on average", "at the least", "which is at task", "above on"], rows,
+    )  # fmt: skip
+
+
+def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
+    """The one model that stands for each method, chosen among its scales too where it has some."""
+    labels = {choice.curve for choice in choices}
+    choices = [c for c in choices if f"{c.curve}, scaled" not in labels]
+    headings = ["method", "chosen", "new task", f"of {REFERENCE}'s best", "kept share"]
+    headings += [f"{task} / base" for task in results.known]
+    rows = []
+    for choice in sorted(choices, key=lambda c: -(c.kept.value if c.kept else -np.inf)):
+        if choice.setting is None or choice.raw is None:
+            rows.append(
+                [
+                    choice.curve.removesuffix(", scaled"),
+                    "none learns enough",
+                    *[ABSENT] * (len(headings) - 2),
+                ]
+            )
+            continue
+        setting = choice.setting
+        told = "" if setting.learning_rate is None else f"{setting.learning_rate:g}"
+        told += "" if setting.scale == 1.0 else f" × {setting.scale:g}"
+        intervals = [choice.task, choice.share, choice.kept, *choice.raw.values()]
+        rows.append(
+            [
+                choice.curve.removesuffix(", scaled"),
+                told or ABSENT,
+                *(_interval(i, percent) for i in intervals),
+            ]
+        )
+    by, least = (
+        "the one with the smallest forecast of forgetting",
+        "the one that just learns enough",
+    )
+    over = over_all_told(shown_of(choice.kept for choice in choices))
+    foretold = [choice.forecast for choice in choices if choice.setting is not None]
+    if not any(foretold):
+        by = least
+    elif not all(foretold):
+        by += f" (of methods without forecasts {least})"
+    return Table(
+        f"Of the settings (learning rate × scale) that learn at least 0.95 of {REFERENCE}'s best on {listed(results.selection)}, "
+        f"{by}; then measured on the test splits. Last columns: accuracy as a share of the base model's, chance not "
+        f"subtracted.{over}",
+        headings, rows,
+    )  # fmt: skip
+
+
+def raw_table(results: Results, found: Mapping[str, Sequence[Comparison]]) -> Table:
+    """Accuracy on each retention task as a share of the base model's, along each curve's frontier."""
+    by = {(task, c.curve): c.kept for task, of in found.items() for c in of if c.share is not None}
+    rows = []
+    for curve in results.curves():
+        kept = [by.get((task, curve)) for task in found]
+        rows.append([curve, *(_interval(k, percent) if k else "not reached" for k in kept)])
+    return Table(
+        f"Accuracy at 0.95 times {REFERENCE}'s best task accuracy as a share of the base model's, chance not subtracted: "
+        f"the most along each task's own frontier.{over_all_told(shown_of(by.values()))}",
+        ["method", *(f"{task} / base" for task in found)], rows,
+    )  # fmt: skip
+
+
+def convergence_table(found: Sequence[Convergence]) -> Table:
+    """Steps to the reference's final loss."""
+    rows = []
+    for of in found:
+        reached = [n for n in of.steps if n is not None]
+        median = of.median()
+        told = ABSENT
+        if reached:
+            told = (
+                f"{min(reached):,} to {max(reached):,}"
+                if len(set(reached)) > 1
+                else f"{reached[0]:,}"
+            )
+        if len(reached) < len(of.steps):
+            told = f"{told} in {len(reached)} of {len(of.steps)} seeds" if reached else "never"
+        rows.append(
+            [
+                of.method,
+                ABSENT if of.setting.learning_rate is None else f"{of.setting.learning_rate:g}",
+                f"{median[0]:,.0f}" if median else "not reached",
+                told,
+                f"{median[1]:.2f}" if median else ABSENT,
+            ]
+        )
+    return Table(
+        f"Each method at the learning rate that learns the task best: the first step at which the training loss, a mean "
+        f"over an eighth of the run, is down to where {REFERENCE} of the same seed ends. Median over seeds; the last column "
+        f"divides by all steps of {REFERENCE}.",
+        ["method", "learning rate", "steps", "over seeds", f"of {REFERENCE}'s steps"], rows,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ words and numbers
+
+
+def over_all(shares: Iterable[float | None]) -> str:
+    """What it means that a kept share is over 100%, where one is shown as that; else nothing."""
+    return OVER_ALL if any(share is not None and share >= 1.0005 for share in shares) else ""
+
+
+def over_all_told(shares: Iterable[float | None]) -> str:
+    """`over_all` as another sentence of a caption."""
+    return f" {told}" if (told := over_all(shares)) else ""
+
+
+def shown_of(intervals: Iterable[Interval | None]) -> list[float]:
+    """The numbers that a table shows of intervals."""
+    return [value for i in intervals if i is not None for value in (i.value, i.high)]
+
+
+def signed(value: float) -> str:
+    """A difference of shares in points, with its sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def percent(value: float, unit: str = "%", digits: int = 1) -> str:
+    return ABSENT if np.isnan(value) else f"{100 * value:.{digits}f}{unit}"
+
+
+def _place(by: Mapping[tuple[str, float | None], Comparison], curve: str) -> tuple[float, float]:
+    """Who keeps most a little below the reference's best comes first: the best itself is out of reach for whoever learns
+    a hair less. Then who does not get there, by the area."""
+    near = min(share for _, share in by if share is not None)
+    kept, area = (by[curve, share].kept for share in (near, None))
+    return (np.inf if kept is None else -kept.value, 0.0 if area is None else -area.value)
+
+
+def _spread(
+    values: Sequence[float], brief: bool, as_text: Callable[[float], str] | None = None
+) -> str:
+    if not values:
+        return ABSENT
+    as_text = as_text or percent
+    told = as_text(float(np.mean(values)))
+    if brief or len(values) == 1:
+        return told
+    low, high = (as_text(value).removesuffix("%") for value in (min(values), max(values)))
+    return f"{told} ({low} to {high})"
+
+
+def _interval(interval: Interval | None, told: Callable[[float], str]) -> str:
+    if interval is None:
+        return ABSENT
+    low, high = (told(v).removesuffix("%") for v in (interval.low, interval.high))
+    return f"{told(interval.value)} ({low} to {high})" if low != high else told(interval.value)
+
+
+def setting_text(setting: Setting) -> str:
+    rate = (
+        "its only setting"
+        if setting.learning_rate is None
+        else f"learning rate {setting.learning_rate:g}"
+    )
+    return rate if setting.scale == 1.0 else f"{rate}, scale {setting.scale:g}"
+
+
+def listed(names: Sequence[str]) -> str:
+    names = list(names)
+    if not names:
+        return "none"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,172 @@
+"""Every shipped config reads, and a wrong one is told what is wrong with it."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+
+import pytest
+import yaml
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.evaluation import load_suite
+from corda_vlm.experiment.load import load_experiment, parse_experiment
+from corda_vlm.experiment.runner import command_of
+from corda_vlm.experiment.study import is_study, load_study
+from corda_vlm.files import asset
+
+CONFIGS = sorted(asset("configs").glob("*.yaml"))
+SHIPPED = [path for path in CONFIGS if not is_study(path)]
+STUDIES = [path for path in CONFIGS if is_study(path)]
+DEMO = yaml.safe_load(asset("configs/demo.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_an_experiment_with_a_suite(path):
+    named = load_study(path) if path in STUDIES else load_experiment(path)
+    assert named.name == path.stem
+    for experiment in named.experiments.values() if path in STUDIES else [named]:
+        roles = {task.role for task in load_suite(experiment.suite).tasks}
+        assert {"gain", "retention"} <= roles
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert f"corda-vlm run configs/{path.name}" in first, "a config begins with its command"
+    text = path.read_text(encoding="utf-8")
+    assert "# Expect" in text, "and says what result to expect"
+    assert "TODO" not in text
+
+
+def demo(**changes):
+    content = copy.deepcopy(DEMO)
+    for key, value in changes.items():
+        at = content
+        *parents, last = key.split("__")
+        for parent in parents:
+            at = at[parent]
+        at[last] = value
+    return content
+
+
+def test_overrides_reach_nested_keys_and_are_yaml():
+    experiment = load_experiment("configs/demo.yaml", ["training.steps=7", "seeds=[3]", "rank=4"])
+    assert experiment.training["steps"] == 7
+    assert experiment.seeds == [3]
+    assert experiment.rank == 4
+    with pytest.raises(CordaError, match="KEY=VALUE"):
+        load_experiment("configs/demo.yaml", ["seeds"])
+    with pytest.raises(CordaError, match="'name' is 'demo', which has no keys"):
+        load_experiment("configs/demo.yaml", ["name.x=1"])
+
+
+def test_data_stays_as_it_is_written():
+    data = {
+        "source": "jsonl:a.jsonl",
+        "format": "qa",
+        "answer": "{work}\n#### {answer}",
+        "where": {"level": "1"},
+    }
+    changes = {"task__data": data, "calibration__data": data, "training__loss": "next_token"}
+    experiment = parse_experiment(demo(**changes), "demo.yaml")
+    assert experiment.task.data["answer"] == "{work}\n#### {answer}"
+    assert experiment.calibration.data["where"] == {"level": "1"}
+
+
+def test_trainings_go_seed_by_seed():
+    trainings = list(load_experiment("configs/demo.yaml").trainings())
+    seeds = [training.seed for training in trainings]
+    assert seeds == sorted(seeds)
+    assert len({training.folder for training in trainings}) == len(trainings) == 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"datta": 1}, UnknownNameError, "unknown option in demo.yaml 'datta'"),
+        ({"seeds": "many"}, CordaError, "seeds"),
+        ({"variants": {}}, CordaError, "no variants"),
+        ({"variants__lora__learning_rate": 1}, CordaError, "learning_rate"),
+        ({"variants__lora__learning_rates": []}, CordaError, "no learning rates"),
+        (
+            {"variants__lora__learning_rates": ["fast"]},
+            CordaError,
+            "'fast'; it must be a finite number above 0",
+        ),
+        ({"variants__lora__method": "lroa"}, UnknownNameError, "Did you mean 'lora'"),
+        ({"calibration": None}, CordaError, "corda-kpm.*no `calibration`"),
+        ({"training__step": 3}, UnknownNameError, "option in the training.*Did you mean 'steps'"),
+        ({"training__steps": -3}, CordaError, "steps is -3"),
+        ({"training__steps": "ten"}, CordaError, "steps cannot be 'ten'"),
+        (
+            {"training__bf16": "maybe"},
+            CordaError,
+            "training of 'corda-kpm': bf16 cannot be 'maybe'; it must be true or false or 'auto'",
+        ),
+        (
+            {"variants__base": {"method": "lora", "learning_rates": [1]}},
+            CordaError,
+            "called 'base'",
+        ),
+        (
+            {"variants__Lora": {"method": "lora", "learning_rates": [1]}},
+            CordaError,
+            "'lora' and 'Lora' would share a folder",
+        ),
+        *(
+            (
+                {f"variants__{name}": {"method": "lora", "learning_rates": [1]}},
+                CordaError,
+                "a run writes a file of that name",
+            )
+            for name in ("scores.jsonl", "Config.yaml", "covariance.safetensors")
+        ),
+        ({"calibration__tokens": "answer"}, UnknownNameError, "calibration.tokens 'answer'"),
+        ({"calibration__max_tokens": 1}, CordaError, "max_tokens is 1"),
+        ({"training__loss": "next_token"}, CordaError, "say which format: the task's data has"),
+        (
+            {"task__data": {"source": "sklearn:digits", "format": "qa"}},
+            CordaError,
+            r"'corda-kpm' has the prompt loss.*\(format: qa\); give training: \{loss: next_token\}",
+        ),
+        ({"dtype": "bf16"}, UnknownNameError, "dtype 'bf16'.*float32"),
+        ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
+        ({"evaluation": {"scales": [1.5]}}, CordaError, r"scales hold 1\.5"),
+        ({"variants__lora__scales": [0.0]}, CordaError, r"'lora': scales hold 0\.0"),
+        (
+            {"variants__corda-kpm__dynamic_covariance": True},
+            CordaError,
+            "chooses among calibration rounds, and there is one",
+        ),
+        ({"variants__lora__dynamic_rank": True}, CordaError, "'lora' has no dynamic_rank"),
+        ({"variants__full__a_norm": 10}, CordaError, "'full' has no a_norm"),
+        ({"variants__lora__a_norm": 0}, CordaError, "a_norm is 0.0; it must be above 0"),
+        (
+            {"variants__linear-probe": {"learning_rates": [1], "scales": [0.5]}},
+            CordaError,
+            "linear head.*`scales: \\[\\]`",
+        ),
+        (
+            {"variants__linear-probe": {"learning_rates": [1], "anchor": 1}},
+            CordaError,
+            "nothing to anchor",
+        ),
+    ],
+)
+def test_a_wrong_experiment_names_what_is_wrong(changes, error, message):
+    with pytest.raises(error, match=message):
+        parse_experiment(demo(**changes), "demo.yaml")
+
+
+def test_a_command_reads_its_overrides_back():
+    overrides = ["training.steps=10", "title=It's small", "seeds=[0]"]
+    command = shlex.split(command_of("configs/demo.yaml", overrides))
+    assert command[:3] == ["corda-vlm", "run", "configs/demo.yaml"]
+    assert command[3::2] == ["--set"] * 3
+    assert command[4::2] == overrides
+
+
+def test_a_file_that_is_no_experiment(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(CordaError, match=r"list\.yaml must be a mapping"):
+        load_experiment(tmp_path / "list.yaml")
+    (tmp_path / "torn.yaml").write_text("a: [1")
+    with pytest.raises(CordaError, match=r"torn\.yaml is not YAML"):
+        load_experiment(tmp_path / "torn.yaml")
