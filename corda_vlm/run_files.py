@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MARKER = ".corda_vlm.experiment.runner"
+MARKER = ".corda_vlm.run"
 """The first file that a run writes into its folder, and the last that is deleted of it."""
 
 CONFIG, MADE_FROM, DESCRIPTION = "config.yaml", "made-from.json", "run.json"

@@ -52,6 +52,14 @@ def test_fresh_leaves_what_no_run_made(made, demo, capsys):
     assert "notes.md" in capsys.readouterr().out
 
 
+def test_the_marker_has_the_name_that_every_version_gave_it(made, demo):
+    """A folder without a config, of which a kill left the marker alone, is still a run's."""
+    assert (made / ".corda_vlm.run").is_file()
+    for path in (made / CONFIG, made / MADE_FROM):
+        path.unlink()
+    check_claim(made, demo, fresh=True)
+
+
 def test_fresh_takes_the_folder_of_a_run_from_before_markers(made, demo):
     (made / MARKER).unlink()
     claim(made, replace(demo, rank=3), fresh=True)
