@@ -13,7 +13,9 @@ from corda_vlm.lazy import names_of
 if TYPE_CHECKING:
     from corda_vlm.families.base import (
         Batch,
+        Contrastive,
         Family,
+        Generative,
         Loaded,
         Masking,
         Processor,
@@ -31,7 +33,9 @@ _HOMES = {
     "FAMILIES": "registry",
     "TOKENS": "tokens",
     "Batch": "base",
+    "Contrastive": "base",
     "Family": "base",
+    "Generative": "base",
     "LanguageProcessor": "language",
     "Loaded": "base",
     "Masking": "base",

@@ -68,50 +68,117 @@ class Processor:
 
 
 @dataclass(frozen=True)
+class Contrastive:
+    """What a family of models that compare images with texts adds to its `Family`.
+
+    Attributes:
+        encode_image: (model, pixel_values (B, 3, H, W) or a batch) -> (B, D) embeddings, not normalised.
+        encode_text: (model, batch with input_ids (n, L)) -> (n, D) embeddings, not normalised.
+        logit_scale: model -> the scalar that multiplies cosine similarities (already exponentiated).
+    """
+
+    encode_image: Callable[..., Float[Tensor, "b d"]]
+    encode_text: Callable[[nn.Module, Batch], Float[Tensor, "n d"]]
+    logit_scale: Callable[[nn.Module], Float[Tensor, ""]]
+
+
+@dataclass(frozen=True)
+class Generative:
+    """What a family of models that generate text adds to its `Family`. Its `load` takes a `device_map` as well.
+
+    Attributes:
+        choose_tokens: (model, tokens) -> the masks of the tokens that count, `tokens` being one of `TOKENS`.
+        projector: model -> the dotted path (canonical) of what leads from its vision tower to its language
+            model, or None.
+    """
+
+    choose_tokens: Callable[[nn.Module, str], Masking]
+    projector: Callable[[nn.Module], str | None] = lambda model: None
+
+
+def call(model: nn.Module, batch: Batch) -> object:
+    """Run a model on all that a batch holds, by name."""
+    return model(**batch)
+
+
+@dataclass(frozen=True)
 class Family:
     """How the models of one family are recognised, named, run and loaded.
 
-    Every function takes the bare model or a PEFT wrapper around it, packed or with unpacked attention.
+    Every function takes the bare model or a PEFT wrapper around it, packed or with unpacked attention. Three fields
+    are enough to adapt a model that was loaded elsewhere:
+
+        Family("mine", matches=lambda model: isinstance(model, Mine), rules=block_rules(...))
 
     Attributes:
         name: key in `FAMILIES`, e.g. "clip_hf".
         matches: does this model belong to the family? Sees the bare model (never a PEFT wrapper).
         rules: the weight matrices, in the model's own order.
         forward: run one batch so that every tower the batch has inputs for is executed (for calibration).
-        masks: batch -> tower -> (B, L) True on tokens that count, or no entry where every token counts.
-        encode_image: (model, pixel_values (B, 3, H, W)) -> (B, D) embeddings, not normalised.
-        encode_text: (model, batch with input_ids (n, L)) -> (n, D) embeddings, not normalised.
-        logit_scale: model -> the scalar that multiplies cosine similarities (already exponentiated).
-        load: (source, dtype) -> (model, processor); source is a folder or an id on a hub.
+        masks: batch -> tower -> (B, L) True on tokens that count, or no entry where every token counts. Families
+            that generate text choose their tokens instead.
+        contrastive: of models that compare images with texts, else None.
+        generative: of models that generate text, else None.
+        load: (source, dtype) -> (model, processor); source is a folder or an id on a hub. None where
+            `load_model` is not for this family.
         reads: does this folder hold a model of the family? Looks at file names and configs, never at weights.
         classes: the names of the model classes, for messages.
         canonical: (model, dotted path) -> the path under which the rules know it. A family whose classes name
             one layer differently (transformers 4 and 5; a tower alone or in the whole model) maps it here.
         towers: model -> the towers it has; each must have a site, or be left out by name. Empty: those that have sites.
         refuses: model -> why its layers cannot be adapted although the class matches, or None.
-        choose_tokens: (model, tokens) -> the function that gives the masks, for families whose masks depend on the
-            model or that can choose which tokens count (`TOKENS`); None where `masks` is all there is.
-        projector: model -> the dotted path (canonical) of what leads from its vision tower to its language model, or None.
         model_types: the `model_type`s of the configurations on a hub that the family's `load` takes.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     rules: tuple[Rule, ...]
-    forward: Callable[[nn.Module, Batch], object]
-    masks: Callable[[Batch], Mapping[str, Bool[Tensor, "b l"]]]
-    encode_image: Callable[..., Float[Tensor, "b d"]]
-    encode_text: Callable[[nn.Module, Batch], Float[Tensor, "n d"]]
-    logit_scale: Callable[[nn.Module], Float[Tensor, ""]]
-    load: Callable[..., tuple[nn.Module, Processor]]
+    forward: Callable[[nn.Module, Batch], object] = call
+    masks: Masking = lambda batch: {}
+    contrastive: Contrastive | None = None
+    generative: Generative | None = None
+    load: Callable[..., tuple[nn.Module, Processor]] | None = None
     reads: Callable[[Path], bool] = lambda folder: False
     classes: tuple[str, ...] = ()
     canonical: Callable[[nn.Module, str], str] = lambda model, name: name
     towers: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     refuses: Callable[[nn.Module], str | None] = lambda model: None
-    choose_tokens: Callable[[nn.Module, str], Masking] | None = None
-    projector: Callable[[nn.Module], str | None] = lambda model: None
     model_types: tuple[str, ...] = ()
+
+    def need_contrastive(self, model: nn.Module) -> Contrastive:
+        """What compares images with texts.
+
+        Raises:
+            CordaError: models of this family have no embeddings.
+        """
+        if self.contrastive is None:
+            raise CordaError(self._lacks(model, "contrastive"))
+        return self.contrastive
+
+    def need_generative(self, model: nn.Module) -> Generative:
+        """What generates text.
+
+        Raises:
+            CordaError: models of this family generate none.
+        """
+        if self.generative is None:
+            raise CordaError(self._lacks(model, "generative"))
+        return self.generative
+
+    def _lacks(self, model: nn.Module, part: str) -> str:
+        """The one place that says what a family is not for, and what is."""
+        kind = type(unwrap(model)).__name__
+        if part == "contrastive" and self.generative is not None:
+            return (
+                f"{kind} generates text and has no embeddings to compare; zero-shot classification and retrieval are "
+                "for CLIP models, questions, likelihood and perplexity for this one"
+            )
+        if part == "generative" and self.contrastive is not None:
+            return (
+                f"{kind} compares images with texts and generates none: measure it on zero_shot or retrieval tasks, "
+                "and train it with the prompt, linear or contrastive loss"
+            )
+        return f"the family {self.name!r} of {kind} declares nothing {part}; give its Family {part}={part.title()}(...)"
 
 
 @dataclass(frozen=True)
@@ -161,8 +228,8 @@ def token_masks(family: Family, model: nn.Module, tokens: str = "all") -> Maskin
     """
     if tokens not in TOKENS:
         raise UnknownNameError("choice of tokens", tokens, TOKENS)
-    if family.choose_tokens is not None:
-        return family.choose_tokens(model, tokens)
+    if family.generative is not None:
+        return family.generative.choose_tokens(model, tokens)
     if tokens != "all":
         raise CordaError(
             f"tokens={tokens!r} is for models that generate text; {type(model).__name__} ({family.name}) has no prompt, "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from corda_vlm.errors import CordaError
 from corda_vlm.families.base import (
     Batch,
+    Contrastive,
     Family,
     Processor,
     Rule,
@@ -317,9 +318,7 @@ CLIP_HF = Family(
     rules=_CLIP_RULES,
     forward=forward,
     masks=masks,
-    encode_image=encode_image,
-    encode_text=encode_text,
-    logit_scale=logit_scale,
+    contrastive=Contrastive(encode_image, encode_text, logit_scale),
     load=_load,
     reads=reads("clip", "clip_vision_model", "clip_text_model"),
     classes=_CLIP,
@@ -333,9 +332,7 @@ SIGLIP_HF = Family(
     rules=_SIGLIP_RULES,
     forward=_forward_siglip,
     masks=_masks_siglip,
-    encode_image=encode_image,
-    encode_text=_encode_text_siglip,
-    logit_scale=logit_scale,
+    contrastive=Contrastive(encode_image, _encode_text_siglip, logit_scale),
     load=_load,
     reads=reads(
         *(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families.base import (
     Batch,
+    Contrastive,
     Family,
     Processor,
     Rule,
@@ -311,9 +312,7 @@ CLIP_OPEN = Family(
     rules=_RULES,
     forward=forward,
     masks=masks,
-    encode_image=encode_image,
-    encode_text=encode_text,
-    logit_scale=logit_scale,
+    contrastive=Contrastive(encode_image, encode_text, logit_scale),
     load=load,
     reads=lambda folder: (folder / "open_clip_config.json").is_file(),
     classes=("CLIP", "CustomTextCLIP"),

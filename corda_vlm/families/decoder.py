@@ -42,21 +42,7 @@ def forward(model: nn.Module, batch: Batch) -> object:
     return inner(**inputs, use_cache=False)
 
 
-def no_embedding(model: nn.Module, *inputs: object) -> Tensor:
-    """In place of `encode_image`, `encode_text` and `logit_scale`."""
-    raise CordaError(
-        f"{type(unwrap(model)).__name__} generates text and has no embeddings to compare; zero-shot classification "
-        "and retrieval are for CLIP models, questions, likelihood and perplexity for this one"
-    )
-
-
 # ------------------------------------------------------------------ which tokens count
-
-
-def masks(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
-    """All tokens that are no padding."""
-    mask = _kept(batch)
-    return {} if mask is None else {"language": mask}
 
 
 def choose_tokens(model: nn.Module, tokens: str) -> Masking:

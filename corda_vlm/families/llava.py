@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from corda_vlm.families import decoder, llm
-from corda_vlm.families.base import Family, Rule, block_rules
+from corda_vlm.families.base import Family, Generative, Rule, block_rules
 from corda_vlm.families.llava_names import to_transformers
 from corda_vlm.families.llm import QKV, Layers
 
@@ -135,5 +135,5 @@ LLAVA: Family = llm.family(
     canonical=canonical,
     towers=towers,
     refuses=refuses,
-    projector=projector,
+    generative=Generative(decoder.choose_tokens, projector),
 )

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from corda_vlm.families import decoder
-from corda_vlm.families.base import Family, Rule, block_rules, class_of
+from corda_vlm.families.base import Family, Generative, Rule, block_rules, class_of
 from corda_vlm.families.hub import reads
 
 Layers = tuple[tuple[str, str, str], ...]
@@ -112,16 +112,12 @@ def family(
             "matches": matches,
             "rules": rules,
             "forward": decoder.forward,
-            "masks": decoder.masks,
-            "encode_image": decoder.no_embedding,
-            "encode_text": decoder.no_embedding,
-            "logit_scale": decoder.no_embedding,
+            "generative": Generative(decoder.choose_tokens),
             "load": decoder.loader("AutoModelForCausalLM"),
             "reads": reads(*model_types),
             "classes": model_types,
             "towers": lambda model: ("language",),
             "refuses": decoder.quantised,
-            "choose_tokens": decoder.choose_tokens,
             "model_types": model_types,
             **fields,
         }

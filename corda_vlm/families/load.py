@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,13 @@ class _How:
     device_map: Any
 
     def load(self, family: Family, source: str | Path) -> tuple[nn.Module, Processor]:
+        if family.load is None:
+            raise CordaError(
+                f"the family {family.name!r} does not say how its models are loaded; load it by its own library, "
+                "and give the model instead of a name"
+            )
         options = {} if self.device_map is None else {"device_map": self.device_map}
-        if options and "device_map" not in inspect.signature(family.load).parameters:
+        if options and family.generative is None:
             raise CordaError(f"device_map is for language models; {family.name} takes device=")
         with without_bars(source):
             return family.load(source, self.dtype, **options)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families.base import Family, Processor
+from corda_vlm.families.base import Contrastive, Processor
 from corda_vlm.tensors import load_tensors, read_header, save_tensors
 
 Template = str | Callable[[str], str]
@@ -162,7 +162,7 @@ class Prompts:
         self.tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
 
     def features(
-        self, family: Family, model: nn.Module, chunk: int | None = None
+        self, contrastive: Contrastive, model: nn.Module, chunk: int | None = None
     ) -> Float[Tensor, "classes d"]:
         """Class vectors: the mean of the unit vectors of a class's prompts, made a unit vector again.
 
@@ -171,7 +171,7 @@ class Prompts:
         count = len(next(iter(self.tokens.values())))
         step = count if chunk is None else chunk
         pieces = [
-            family.encode_text(
+            contrastive.encode_text(
                 model, {name: tensor[start : start + step] for name, tensor in self.tokens.items()}
             )
             for start in range(0, count, step)
@@ -179,10 +179,10 @@ class Prompts:
         unit = F.normalize(torch.cat(pieces).float(), dim=-1)  # (classes * templates, D)
         return F.normalize(unit.unflatten(0, (-1, self.templates)).mean(1), dim=-1)
 
-    def trained_with(self, family: Family, model: nn.Module) -> bool:
+    def trained_with(self, contrastive: Contrastive, model: nn.Module) -> bool:
         """Do the class vectors change in training? True if a gradient flows from them to the model."""
         with torch.enable_grad():
-            one = family.encode_text(
+            one = contrastive.encode_text(
                 model, {name: tensor[:1] for name, tensor in self.tokens.items()}
             )
         return one.requires_grad

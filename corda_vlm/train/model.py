@@ -92,7 +92,7 @@ def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What is trained of the projector: of its adapters, of its trained copy, or its own weights."""
     bare = unwrap(model)
     family = detect_family(bare)
-    path = family.projector(bare)
+    path = None if family.generative is None else family.generative.projector(bare)
     return [
         parameter
         for name, parameter in bare.named_parameters()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from corda_vlm.data import ImageTextData, InstructionData
 from corda_vlm.errors import CordaError, DataError
-from corda_vlm.families.base import Batch, Family, Processor, evaluating, unwrap
+from corda_vlm.families.base import Batch, Contrastive, Family, Processor, evaluating, unwrap
 from corda_vlm.train.heads import Head, Prompts, Template, prompt_logits
 from corda_vlm.train.losses import capped, contrastive_logits, contrastive_loss
 from corda_vlm.train.next_token import make_next_token
@@ -44,7 +44,7 @@ class PromptObjective:
     is a `head`, and else computed with gradients in every step.
     """
 
-    family: Family
+    contrastive: Contrastive
     prompts: Prompts
     frozen: Tensor | None
     head: Head | None
@@ -52,15 +52,15 @@ class PromptObjective:
     towers: tuple[str, ...] = ("vision",)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = self.family.encode_image(model, batch["pixel_values"])  # (B, D)
+        images = self.contrastive.encode_image(model, batch["pixel_values"])  # (B, D)
         if self.head is not None:
             classes = self.head.weight
         elif self.frozen is not None:
             classes = self.frozen
         else:
-            classes = self.prompts.features(self.family, model)  # (classes, D)
+            classes = self.prompts.features(self.contrastive, model)  # (classes, D)
         with torch.autocast(images.device.type, enabled=False):
-            scale = self.family.logit_scale(model).float()
+            scale = self.contrastive.logit_scale(model).float()
             logits = prompt_logits(images, classes, capped(scale))
             if self.head is not None:
                 self.head.logit_scale.copy_(scale.detach().clamp(max=100.0))
@@ -71,13 +71,13 @@ class PromptObjective:
 class LinearObjective:
     """Cross-entropy of a linear classifier on image features."""
 
-    family: Family
+    contrastive: Contrastive
     head: Head | None
     label_smoothing: float
     towers: tuple[str, ...] = ("vision",)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = self.family.encode_image(model, batch["pixel_values"])  # (B, D)
+        images = self.contrastive.encode_image(model, batch["pixel_values"])  # (B, D)
         assert self.head is not None
         with torch.autocast(images.device.type, enabled=False):
             return _classified(self.head(images), batch["labels"], self.label_smoothing)
@@ -87,17 +87,17 @@ class LinearObjective:
 class ContrastiveObjective:
     """CLIP's symmetric loss over the pairs of a batch; right means that an image's own text came first."""
 
-    family: Family
+    contrastive: Contrastive
     mask_duplicates: bool
     label_smoothing: float
     head: Head | None = None
     towers: tuple[str, ...] = ("vision", "text")
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = self.family.encode_image(model, batch["pixel_values"])  # (B, D)
-        texts = self.family.encode_text(model, batch)  # (B, D)
+        images = self.contrastive.encode_image(model, batch["pixel_values"])  # (B, D)
+        texts = self.contrastive.encode_text(model, batch)  # (B, D)
         with torch.autocast(images.device.type, enabled=False):
-            scale = capped(self.family.logit_scale(model).float())
+            scale = capped(self.contrastive.logit_scale(model).float())
             ids = batch["input_ids"] if self.mask_duplicates else None
             loss = contrastive_loss(
                 images, texts, scale, text_ids=ids, label_smoothing=self.label_smoothing
@@ -136,7 +136,8 @@ def make_objective(
             raise CordaError(
                 "the contrastive loss compares the pairs of a batch: batch_size must be above 1"
             )
-        return ContrastiveObjective(family, options.mask_duplicates, smoothing)
+        parts = family.need_contrastive(model)
+        return ContrastiveObjective(parts, options.mask_duplicates, smoothing)
 
     if isinstance(data, InstructionData):
         raise DataError(
@@ -144,6 +145,7 @@ def make_objective(
             "next_token"
         )
     names = _class_names(data, classes, options.loss)
+    contrastive = family.need_contrastive(model)
     bare, device = unwrap(model), next(model.parameters()).device
     with (
         evaluating(bare),
@@ -151,18 +153,22 @@ def make_objective(
     ):  # class vectors are the ones that an evaluation would use
         if options.loss == "linear":
             one = torch.zeros(1, 3, *processor.image_size, device=device)
-            width = family.encode_image(bare, one).shape[-1]
+            width = contrastive.encode_image(bare, one).shape[-1]
             return LinearObjective(
-                family, Head("linear", torch.zeros(len(names), width, device=device)), smoothing
+                contrastive,
+                Head("linear", torch.zeros(len(names), width, device=device)),
+                smoothing,
             )
         prompts = Prompts(processor, names, templates, device)
-        if not options.train_head and prompts.trained_with(family, bare):
-            return PromptObjective(family, prompts, None, None, smoothing)
-        start = prompts.features(family, bare, chunk=256)
+        if not options.train_head and prompts.trained_with(contrastive, bare):
+            return PromptObjective(contrastive, prompts, None, None, smoothing)
+        start = prompts.features(contrastive, bare, chunk=256)
         head = (
-            Head("prompt", start, float(family.logit_scale(bare))) if options.train_head else None
+            Head("prompt", start, float(contrastive.logit_scale(bare)))
+            if options.train_head
+            else None
         )
-        return PromptObjective(family, prompts, start, head, smoothing)
+        return PromptObjective(contrastive, prompts, start, head, smoothing)
 
 
 def _class_names(data: ImageTextData, classes: Sequence[str] | None, loss: str) -> Sequence[str]:

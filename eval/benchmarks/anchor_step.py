@@ -74,9 +74,11 @@ def measure(
         for kind in ("plain", "anchored") if round_ % 2 else ("anchored", "plain"):
             started = time.process_time()
             with torch.autocast("cpu", torch.bfloat16):
-                images = family.encode_image(ready, inputs["pixel_values"])
-                texts = family.encode_text(ready, inputs)
-            contrastive_loss(images, texts, family.logit_scale(ready)).backward()
+                images = family.need_contrastive(ready).encode_image(ready, inputs["pixel_values"])
+                texts = family.need_contrastive(ready).encode_text(ready, inputs)
+            contrastive_loss(
+                images, texts, family.need_contrastive(ready).logit_scale(ready)
+            ).backward()
             if kind == "anchored":
                 middle = time.process_time()
                 anchor.backward(30.0)

@@ -63,7 +63,10 @@ def measure(
 
     def embed(network: nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            image, text = family.encode_image(network, inputs), family.encode_text(network, inputs)
+            image, text = (
+                family.need_contrastive(network).encode_image(network, inputs),
+                family.need_contrastive(network).encode_text(network, inputs),
+            )
         return torch.cat([image.float().flatten(), text.float().flatten()])
 
     with unpacked(model):
@@ -90,8 +93,8 @@ def measure(
     times, cpu_times = [], []
     for _ in range(steps + 1):
         started, cpu_started = time.perf_counter(), time.process_time()
-        image = family.encode_image(attached, inputs).float()
-        text = family.encode_text(attached, inputs).float()
+        image = family.need_contrastive(attached).encode_image(attached, inputs).float()
+        text = family.need_contrastive(attached).encode_text(attached, inputs).float()
         loss = nn.functional.cross_entropy(image @ text.T, torch.arange(batch))
         loss.backward()
         optimizer.step()

@@ -48,7 +48,10 @@ def embed(model: nn.Module, seed: int = 2) -> torch.Tensor:
     family, batch = detect_family(model), make_batch(seed=seed)
     dtype = next(model.parameters()).dtype
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
-    image, text = family.encode_image(model, batch), family.encode_text(model, batch)
+    image, text = (
+        family.need_contrastive(model).encode_image(model, batch),
+        family.need_contrastive(model).encode_text(model, batch),
+    )
     return torch.cat([image.float().flatten(), text.float().flatten()])
 
 
@@ -149,8 +152,8 @@ class TestStart:
         attached = attach_adapter(model, plan_of(model), base=base)
         family, batch = detect_family(model), make_batch()
         (
-            family.encode_image(attached, batch).square().sum()
-            + family.encode_text(attached, batch).square().sum()
+            family.need_contrastive(attached).encode_image(attached, batch).square().sum()
+            + family.need_contrastive(attached).encode_text(attached, batch).square().sum()
         ).backward()
         for name, layer in paired_layers(attached).items():
             if name.endswith(("head.attention.q_proj", "head.attention.k_proj")):
@@ -635,7 +638,10 @@ class TestTrainer:
         class Squares(Trainer):
             def compute_loss(self, model, inputs, **kwargs):
                 family = detect_family(model)
-                image, text = family.encode_image(model, inputs), family.encode_text(model, inputs)
+                image, text = (
+                    family.need_contrastive(model).encode_image(model, inputs),
+                    family.need_contrastive(model).encode_text(model, inputs),
+                )
                 return (image.square().mean() - 1) ** 2 + (text.square().mean() - 1) ** 2
 
         batch = make_batch(16)

@@ -47,7 +47,10 @@ def make_batch(size: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
 def embed(model: nn.Module) -> torch.Tensor:
     family, batch = detect_family(model), make_batch(seed=2)
     batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
-    image, text = family.encode_image(model, batch), family.encode_text(model, batch)
+    image, text = (
+        family.need_contrastive(model).encode_image(model, batch),
+        family.need_contrastive(model).encode_text(model, batch),
+    )
     return torch.cat([image.float().flatten(), text.float().flatten()])
 
 
@@ -369,7 +372,12 @@ def test_a_model_of_the_zoo(tmp_path):
     @torch.no_grad()
     def run(model: nn.Module) -> torch.Tensor:
         family = detect_family(model)
-        return torch.cat([family.encode_image(model, images), family.encode_text(model, texts)])
+        return torch.cat(
+            [
+                family.need_contrastive(model).encode_image(model, images),
+                family.need_contrastive(model).encode_text(model, texts),
+            ]
+        )
 
     attached = trained(loaded.model)
     outputs = run(attached)

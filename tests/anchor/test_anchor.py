@@ -278,7 +278,9 @@ def test_the_factor_is_within_a_percent_on_a_trained_model():
     batch = next(iter(make_batches(digits, loaded.processor, batch_size=32, towers=("vision",))))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for _ in range(4):
-        features = detect_family(model).encode_image(model, batch["pixel_values"])
+        features = (
+            detect_family(model).need_contrastive(model).encode_image(model, batch["pixel_values"])
+        )
         classes = torch.nn.functional.normalize(features, dim=-1) @ features.detach().T
         torch.nn.functional.cross_entropy(classes, batch["labels"]).backward()
         optimizer.step()

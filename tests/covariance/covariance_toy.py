@@ -52,10 +52,6 @@ TOY = Family(
     ),
     forward=toy_forward,
     masks=lambda batch: {"text": batch["mask"]} if "mask" in batch else {},
-    encode_image=lambda *_: torch.empty(0),
-    encode_text=lambda *_: torch.empty(0),
-    logit_scale=lambda _: torch.ones(()),
-    load=lambda *_: (_ for _ in ()),
     classes=("Toy",),
     towers=lambda _: ("text",),
 )

@@ -386,7 +386,7 @@ def declared(name: str, rules: tuple[Rule, ...], kind: type) -> Family:
         rules,
         matches=lambda model: isinstance(model, kind),
         refuses=lambda model: None,
-        choose_tokens=None,
+        generative=None,
     )
 
 

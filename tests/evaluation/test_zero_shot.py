@@ -38,7 +38,10 @@ def test_the_classifier_of_a_transformers_model(tiny_clip_hf, tiny_processor) ->
         batch = tiny_processor.text([template.format(name) for template in TEMPLATES])
         with torch.no_grad():
             vectors = F.normalize(
-                detect_family(tiny_clip_hf).encode_text(tiny_clip_hf, batch), dim=-1
+                detect_family(tiny_clip_hf)
+                .need_contrastive(tiny_clip_hf)
+                .encode_text(tiny_clip_hf, batch),
+                dim=-1,
             )
         torch.testing.assert_close(ours[:, index], F.normalize(vectors.mean(0), dim=0))
 
@@ -57,7 +60,7 @@ def test_every_metric_from_end_to_end(family, request, tiny_processor, colour_fo
 
     with torch.no_grad():
         pixels = torch.stack([tiny_processor.image(record["image"]) for record in data])
-        vectors = detect_family(model).encode_image(model.eval(), pixels)
+        vectors = detect_family(model).need_contrastive(model).encode_image(model.eval(), pixels)
     guesses = (F.normalize(vectors, dim=-1) @ encoder.classifier(NAMES, TEMPLATES)).argmax(1)
     assert values["top1"] == pytest.approx(
         (guesses == torch.tensor(data.labels)).float().mean().item()

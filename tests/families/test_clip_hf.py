@@ -192,12 +192,18 @@ class TestRunning:
         with torch.no_grad():
             whole = tiny_clip_hf(**batch)
             image, text = (
-                family.encode_image(tiny_clip_hf, batch["pixel_values"]),
-                family.encode_text(tiny_clip_hf, batch),
+                family.need_contrastive(tiny_clip_hf).encode_image(
+                    tiny_clip_hf, batch["pixel_values"]
+                ),
+                family.need_contrastive(tiny_clip_hf).encode_text(tiny_clip_hf, batch),
             )
         torch.testing.assert_close(nn.functional.normalize(image, dim=-1), whole.image_embeds)
         torch.testing.assert_close(nn.functional.normalize(text, dim=-1), whole.text_embeds)
-        logits = family.logit_scale(tiny_clip_hf) * whole.text_embeds @ whole.image_embeds.T
+        logits = (
+            family.need_contrastive(tiny_clip_hf).logit_scale(tiny_clip_hf)
+            * whole.text_embeds
+            @ whole.image_embeds.T
+        )
         torch.testing.assert_close(logits, whole.logits_per_text)
 
     def test_a_mask_changes_no_embedding_of_clip(self, tiny_clip_hf, batch):
@@ -205,8 +211,8 @@ class TestRunning:
         family = detect_family(tiny_clip_hf)
         masked = {**batch, "attention_mask": family.masks(batch)["text"]}
         torch.testing.assert_close(
-            family.encode_text(tiny_clip_hf, masked),
-            family.encode_text(tiny_clip_hf, batch),
+            family.need_contrastive(tiny_clip_hf).encode_text(tiny_clip_hf, masked),
+            family.need_contrastive(tiny_clip_hf).encode_text(tiny_clip_hf, batch),
             atol=1e-5,
             rtol=1e-5,
         )
@@ -217,7 +223,9 @@ class TestRunning:
         mask = torch.arange(12) < torch.tensor([[4], [7], [12]])
         with torch.no_grad():
             whole = tiny_siglip(**batch)
-            text = family.encode_text(tiny_siglip, {**batch, "attention_mask": mask})
+            text = family.need_contrastive(tiny_siglip).encode_text(
+                tiny_siglip, {**batch, "attention_mask": mask}
+            )
         torch.testing.assert_close(nn.functional.normalize(text, dim=-1), whole.text_embeds)
 
     def test_unpacked_and_wrapped_models_run_and_agree(self, tiny_siglip, batch):
@@ -232,7 +240,7 @@ class TestRunning:
                 found = family.forward(wrapped, batch)
         for tower in ("vision", "text"):
             torch.testing.assert_close(found[tower], expected[tower], atol=1e-5, rtol=1e-5)
-        assert family.logit_scale(wrapped).shape == ()
+        assert family.need_contrastive(wrapped).logit_scale(wrapped).shape == ()
 
     def test_towers_alone(self, batch, tiny_clip_hf):
         vision = transformers.CLIPVisionModelWithProjection(
@@ -240,19 +248,24 @@ class TestRunning:
         ).eval()
         family = detect_family(vision)
         assert set(family.forward(vision, batch)) == {"vision"}
-        assert family.encode_image(vision, batch["pixel_values"]).shape == (
+        assert family.need_contrastive(vision).encode_image(
+            vision, batch["pixel_values"]
+        ).shape == (
             3,
             vision.config.projection_dim,
         )
         plain = transformers.CLIPVisionModel(tiny_clip_hf.config.vision_config).eval()
-        assert family.encode_image(plain, batch["pixel_values"]).shape == (3, 32)
+        assert family.need_contrastive(plain).encode_image(plain, batch["pixel_values"]).shape == (
+            3,
+            32,
+        )
         with pytest.raises(CordaError, match="CLIPVisionModel has no text tower"):
-            family.encode_text(plain, batch)
+            family.need_contrastive(plain).encode_text(plain, batch)
         with pytest.raises(CordaError, match="no logit scale"):
-            family.logit_scale(plain)
+            family.need_contrastive(plain).logit_scale(plain)
         text = transformers.CLIPTextModel(tiny_clip_hf.config.text_config).eval()
         assert set(family.forward(text, batch)) == {"text"}
-        assert family.encode_text(text, batch).shape == (3, 32)
+        assert family.need_contrastive(text).encode_text(text, batch).shape == (3, 32)
 
     def test_a_batch_that_feeds_no_tower_is_named(self, tiny_clip_hf):
         with pytest.raises(
@@ -302,9 +315,12 @@ class TestNaFlex:
         )
         family = detect_family(model)
         with torch.no_grad():
-            expected = family.encode_image(model, dict(inputs))
+            expected = family.need_contrastive(model).encode_image(model, dict(inputs))
             torch.testing.assert_close(
-                family.encode_image(model, pixels), expected, atol=1e-5, rtol=1e-5
+                family.need_contrastive(model).encode_image(model, pixels),
+                expected,
+                atol=1e-5,
+                rtol=1e-5,
             )
 
     def test_padding_patches_do_not_count_and_do_not_matter(self, model):
@@ -318,15 +334,17 @@ class TestNaFlex:
         }
         assert torch.equal(family.masks(inputs)["vision"], mask.bool())
         with torch.no_grad():
-            expected = family.encode_image(model, inputs)
+            expected = family.need_contrastive(model).encode_image(model, inputs)
             patches[1, 8:] = 100.0
             with unpacked(model):
-                found = family.encode_image(model, inputs)
+                found = family.need_contrastive(model).encode_image(model, inputs)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
     def test_an_image_that_is_not_made_of_patches(self, model):
         with pytest.raises(CordaError, match="30×32 pixels are not made of 8×8 patches"):
-            detect_family(model).encode_image(model, torch.rand(1, 3, 30, 32))
+            detect_family(model).need_contrastive(model).encode_image(
+                model, torch.rand(1, 3, 30, 32)
+            )
 
 
 class TestLoading:
@@ -343,8 +361,12 @@ class TestLoading:
         assert model_fingerprint(loaded.model) == model_fingerprint(tiny_clip_hf)
         with torch.no_grad():
             torch.testing.assert_close(
-                loaded.family.encode_image(loaded.model, batch["pixel_values"]),
-                loaded.family.encode_image(tiny_clip_hf, batch["pixel_values"]),
+                loaded.family.need_contrastive(loaded.model).encode_image(
+                    loaded.model, batch["pixel_values"]
+                ),
+                loaded.family.need_contrastive(tiny_clip_hf).encode_image(
+                    tiny_clip_hf, batch["pixel_values"]
+                ),
             )
 
     def test_dtype(self, folder):
@@ -414,10 +436,12 @@ class TestLoading:
         assert loaded.processor.image_size == (32, 32)
         picture = Image.effect_noise((60, 60), 90).convert("RGB")
         with torch.no_grad():
-            expected = loaded.family.encode_image(
+            expected = loaded.family.need_contrastive(loaded.model).encode_image(
                 loaded.model, dict(own(images=picture, return_tensors="pt"))
             )
-            found = loaded.family.encode_image(loaded.model, loaded.processor.image(picture)[None])
+            found = loaded.family.need_contrastive(loaded.model).encode_image(
+                loaded.model, loaded.processor.image(picture)[None]
+            )
         torch.testing.assert_close(
             found, expected, atol=0.02, rtol=0.02
         )  # PIL's resize against torch's

@@ -256,19 +256,27 @@ class TestRunning:
             found = family.forward(tiny_open_clip, batch)
         torch.testing.assert_close(nn.functional.normalize(found["vision"], dim=-1), image)
         torch.testing.assert_close(nn.functional.normalize(found["text"], dim=-1), text)
-        torch.testing.assert_close(family.logit_scale(tiny_open_clip), scale)
+        torch.testing.assert_close(
+            family.need_contrastive(tiny_open_clip).logit_scale(tiny_open_clip), scale
+        )
 
     def test_short_texts_are_padded_to_the_context(self, tiny_open_clip, batch):
         family = detect_family(tiny_open_clip)
         with torch.no_grad():
-            whole = family.encode_text(tiny_open_clip, {"input_ids": batch["input_ids"][:2]})
-            short = family.encode_text(tiny_open_clip, {"input_ids": batch["input_ids"][:2, :8]})
+            whole = family.need_contrastive(tiny_open_clip).encode_text(
+                tiny_open_clip, {"input_ids": batch["input_ids"][:2]}
+            )
+            short = family.need_contrastive(tiny_open_clip).encode_text(
+                tiny_open_clip, {"input_ids": batch["input_ids"][:2, :8]}
+            )
         torch.testing.assert_close(short, whole)
 
     def test_texts_that_are_too_long_are_named(self, tiny_open_clip):
         ids = torch.ones(1, 13, dtype=torch.long)
         with pytest.raises(CordaError, match="texts of 13 tokens; CLIP reads 12"):
-            detect_family(tiny_open_clip).encode_text(tiny_open_clip, {"input_ids": ids})
+            detect_family(tiny_open_clip).need_contrastive(tiny_open_clip).encode_text(
+                tiny_open_clip, {"input_ids": ids}
+            )
 
     @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
     def test_towers_that_return_tokens_too(self, make_open_clip, batch, kind):
@@ -286,8 +294,12 @@ class TestRunning:
     def test_low_precision_models_take_float32_pixels(self, tiny_open_clip, batch):
         family = detect_family(tiny_open_clip)
         with torch.no_grad():
-            expected = family.encode_image(tiny_open_clip, batch["pixel_values"])
-            found = family.encode_image(tiny_open_clip.to(torch.bfloat16), batch["pixel_values"])
+            expected = family.need_contrastive(tiny_open_clip).encode_image(
+                tiny_open_clip, batch["pixel_values"]
+            )
+            found = family.need_contrastive(tiny_open_clip).encode_image(
+                tiny_open_clip.to(torch.bfloat16), batch["pixel_values"]
+            )
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
 

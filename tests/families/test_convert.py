@@ -47,7 +47,10 @@ def assert_same_outputs(model, converted, batch, tolerance=1e-5):
         expected, found = one.forward(model, batch), other.forward(converted, batch)
     for tower, value in expected.items():
         torch.testing.assert_close(found[tower], value, atol=tolerance, rtol=tolerance, msg=tower)
-    torch.testing.assert_close(other.logit_scale(converted), one.logit_scale(model))
+    torch.testing.assert_close(
+        other.need_contrastive(converted).logit_scale(converted),
+        one.need_contrastive(model).logit_scale(model),
+    )
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "CustomTextCLIP"])
@@ -247,7 +250,7 @@ class TestTokenizer:
         assert loaded.family.name == "clip_hf"
         inputs = loaded.processor.text(TEXTS)
         with torch.no_grad():
-            found = loaded.family.encode_text(loaded.model, inputs)
+            found = loaded.family.need_contrastive(loaded.model).encode_text(loaded.model, inputs)
             expected = folder[1].encode_text(
                 inputs["input_ids"]
             )  # pooled at the first end of text by both
@@ -281,8 +284,12 @@ class TestEmojiClip:
         for loaded in both:
             pixels = torch.stack([loaded.processor.image(picture) for picture in pictures])
             with torch.no_grad():
-                image = loaded.family.encode_image(loaded.model, pixels)
-                text = loaded.family.encode_text(loaded.model, loaded.processor.text(TEXTS))
+                image = loaded.family.need_contrastive(loaded.model).encode_image(
+                    loaded.model, pixels
+                )
+                text = loaded.family.need_contrastive(loaded.model).encode_text(
+                    loaded.model, loaded.processor.text(TEXTS)
+                )
             embedded.append(nn.functional.normalize(torch.cat([image, text]), dim=-1))
         torch.testing.assert_close(*embedded, atol=1e-5, rtol=1e-5)
 

@@ -170,7 +170,7 @@ def test_records_of_every_kind_make_one_batch(toys, name):
             do_sample=False,
         )
     assert found.shape == (3, left["input_ids"].shape[1] + 2)
-    masks = detect_family(model).choose_tokens(model, "image")(right)
+    masks = detect_family(model).need_generative(model).choose_tokens(model, "image")(right)
     assert (right["input_ids"][masks["language"]] == processor.image_token_id).all()
     assert not masks["language"][1].any()
 
@@ -237,7 +237,7 @@ def test_a_batch_without_images_runs(toys):
 def test_there_are_no_embeddings():
     model = make("llava")
     family = detect_family(model)
-    for call in (family.encode_image, family.encode_text, family.logit_scale):
-        with pytest.raises(CordaError, match="generates text and has no embeddings"):
-            call(model)
+    with pytest.raises(CordaError, match="generates text and has no embeddings"):
+        family.need_contrastive(model)
+    assert family.need_generative(model) is family.generative
     assert model.config.image_token_id == IMAGE

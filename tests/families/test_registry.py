@@ -11,11 +11,13 @@ from torch import nn
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import (
     FAMILIES,
+    Family,
     detect_family,
     family_of,
     load_model,
     register_family,
     sources,
+    token_masks,
 )
 from corda_vlm.families.base import Rule
 from corda_vlm.sites import find_sites
@@ -30,13 +32,13 @@ def own_family():
             super().__init__()
             self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 8)])
 
-    family = dataclasses.replace(
-        FAMILIES["clip_hf"],
-        name="own",
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    family = Family(
+        "own",
         matches=lambda model: isinstance(model, Own),
         rules=(Rule(r"layers\.(?P<block>\d+)", "vision", "up", "layers.{block}.in"),),
-        towers=lambda model: ("vision",),
-        canonical=lambda model, name: name,
     )
     return family, Own()
 
@@ -79,6 +81,19 @@ def test_a_registered_family_is_found(registry, own_family):
     register_family(family)  # twice the same is fine
     with pytest.raises(CordaError, match="a family named 'own' is registered already"):
         register_family(dataclasses.replace(family, classes=("Other",)))
+
+
+def test_three_fields_are_enough_and_what_is_missing_is_named_when_it_is_needed(own_family):
+    family, model = own_family
+    batch = {"x": torch.ones(2, 4)}
+    assert torch.equal(family.forward(model, batch), model(torch.ones(2, 4)))
+    assert token_masks(family, model)(batch) == {}
+    with pytest.raises(CordaError, match=r"'own' of Own declares nothing contrastive"):
+        family.need_contrastive(model)
+    with pytest.raises(CordaError, match=r"'own' of Own declares nothing generative"):
+        family.need_generative(model)
+    with pytest.raises(CordaError, match=r"'own' does not say how its models are loaded"):
+        load_model("some/model", family=family)
 
 
 class TestNames:

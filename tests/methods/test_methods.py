@@ -38,7 +38,10 @@ def make_batch(size: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
 def run(model: nn.Module, seed: int = 2) -> torch.Tensor:
     family, batch = detect_family(model), make_batch(seed=seed)
     batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
-    image, text = family.encode_image(model, batch), family.encode_text(model, batch)
+    image, text = (
+        family.need_contrastive(model).encode_image(model, batch),
+        family.need_contrastive(model).encode_text(model, batch),
+    )
     return torch.cat([image.float().flatten(), text.float().flatten()])
 
 

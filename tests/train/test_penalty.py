@@ -319,13 +319,6 @@ TINY_LLAMA = Family(
         Rule(r"(?P<at>.*)\.(?P<block>\d+)\.self_attn\.v_proj", "language", "v", "{at}.{block}.attn.in"),
         Rule(r"(?P<at>.*)\.(?P<block>\d+)\.mlp\.down_proj", "language", "down", "{at}.{block}.down"),
     ),
-    forward=lambda model, inputs: model(**inputs),
-    masks=lambda inputs: {},
-    encode_image=lambda *_: (_ for _ in ()).throw(NotImplementedError),
-    encode_text=lambda *_: (_ for _ in ()).throw(NotImplementedError),
-    logit_scale=lambda _: torch.ones(()),
-    load=lambda *_: (_ for _ in ()).throw(NotImplementedError),
-    reads=lambda _: False,
     classes=("LlamaForCausalLM",),
     towers=lambda _: ("language",),
 )  # fmt: skip

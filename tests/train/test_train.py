@@ -146,7 +146,7 @@ def test_the_first_loss_is_the_one_computed_by_hand(
                 for c in digits.class_names
             ]
         )
-        logits = family.logit_scale(model) * image @ text.T
+        logits = family.need_contrastive(model).logit_scale(model) * image @ text.T
         share = logits.log_softmax(-1)
         expected = -(
             0.9 * share.gather(1, batch["labels"][:, None])[:, 0] + 0.1 * share.mean(-1)

@@ -63,10 +63,11 @@ class Encoder:
         Raises:
             NotFiniteError: the model's output is NaN or Inf.
         """
+        encode = self.family.need_contrastive(self.model).encode_image
         found, check = [], FiniteCheck("images")
         for pixels in batches:
             with self._running():
-                vectors = self.family.encode_image(self.model, self._cast(pixels.to(self.device)))
+                vectors = encode(self.model, self._cast(pixels.to(self.device)))
             check(vectors)
             found.append(F.normalize(vectors.float(), dim=-1).cpu())
             advance(len(pixels))
@@ -110,8 +111,9 @@ class Encoder:
         return _Tokens(self.processor.text(list(texts)))
 
     def _text_batch(self, tokens: _Tokens) -> Float[Tensor, "n d"]:
+        encode = self.family.need_contrastive(self.model).encode_text
         with self._running():
-            vectors = self.family.encode_text(self.model, tokens.to(self.device).batch)
+            vectors = encode(self.model, tokens.to(self.device).batch)
         FiniteCheck("texts")(vectors)
         return F.normalize(vectors.float(), dim=-1)
 
