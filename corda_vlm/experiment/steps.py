@@ -1,0 +1,334 @@
+"""The steps from a model and data to scores, which the verbs of the command line and the runner of experiments share.
+
+Each takes what it needs, and knows neither an experiment nor how a run's folder is laid out. What is one call of the library
+(finding sites, attaching a plan, exporting an adapter) needs no step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from corda_vlm.anchor import anchor_penalty
+from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.data import ImageTextData, load_records, losses, make_batches, with_root
+from corda_vlm.data.text.chat_options import ChatOptions
+from corda_vlm.errors import ForeignFileError, NotFiniteError
+from corda_vlm.evaluation import Cache, Suite, add_result, done
+from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
+from corda_vlm.evaluation.measure import TaskResult, measure
+from corda_vlm.families import LanguageProcessor, Loaded, Processor, load_model
+from corda_vlm.locks import locked
+from corda_vlm.plan import AdapterPlan
+from corda_vlm.precision import Bf16
+from corda_vlm.sites import Site, find_sites, lies_in
+from corda_vlm.train import TrainOptions, TrainResult, train
+from corda_vlm.train.trained import Trained
+
+logger = logging.getLogger(__name__)
+
+Names = Sequence[str] | str | None
+
+
+def load_base(
+    model: str,
+    *,
+    family: str = "auto",
+    dtype: str = "float32",
+    device: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """The model before training, as `load_model` has it; `dtype` is the name of one of PyTorch's."""
+    return load_model(
+        model,
+        family=family,
+        dtype=getattr(torch, dtype),
+        device=device,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_data(
+    spec: str | Mapping[str, Any], *, data_root: str | None = None, beside: Path | None = None
+) -> ImageTextData:
+    """The records of a data spec.
+
+    Args:
+        data_root: the folder that `{data_root}` in the spec stands for; None where nothing does.
+        beside: the file that the spec stands in; paths may be relative to it.
+
+    Raises:
+        DataError: they cannot be read as the spec describes them.
+    """
+    return load_records(spec if data_root is None else with_root(spec, data_root), beside=beside)
+
+
+# ------------------------------------------------------------------ covariances
+
+
+def calibrate(
+    loaded: Loaded,
+    data: ImageTextData,
+    path: str | Path,
+    *,
+    towers: Names,
+    roles: Names = None,
+    modules: Sequence[str] = (),
+    samples: int,
+    batch_size: int,
+    seed: int = 0,
+    rounds: int,
+    precision: str,
+    tokens: str,
+    blockwise: bool,
+    chat: ChatOptions,
+) -> CovarianceStore:
+    """Collect the covariances of the inputs of a model's sites over data, or go on with them, or read finished ones.
+
+    The batches hold what the towers need, which is part of what identifies the data.
+
+    Args:
+        path: the file that they are written to.
+        towers, roles: only these sites, as in `find_sites`.
+        modules: those of a language model that are trained whole: the sites that they are or hold are looked at too.
+        samples: at most so many records, drawn at random.
+        batch_size: records a forward pass.
+        seed: of the draw.
+        rounds, precision, tokens, blockwise: as in `collect_covariance`.
+        chat: how conversations become tokens.
+
+    Raises:
+        UnknownNameError: an unknown tower or role.
+        DataError: the data lacks what a tower needs.
+        CordaError: what `collect_covariance` raises.
+    """
+    sites = calibrated_sites(loaded, towers=towers, roles=roles, modules=modules)
+    batches = make_batches(
+        data,
+        loaded.processor,
+        batch_size=batch_size,
+        shuffle=True,
+        seed=seed,
+        limit=samples,
+        towers=towers,
+        chat=chat,
+    )
+    store = collect_covariance(
+        loaded.model,
+        batches,
+        sites,
+        rounds=rounds,
+        precision=precision,
+        tokens=tokens,
+        path=path,
+        blockwise=blockwise,
+    )
+    for warning in losses(batches.maker):
+        logger.warning(warning)
+    return store
+
+
+def calibrated_sites(
+    loaded: Loaded, *, towers: Names, roles: Names = None, modules: Sequence[str] = ()
+) -> list[Site]:
+    """The sites of these towers and roles, and of a language model those in `modules` besides.
+
+    The batches for one tower of a CLIP do not reach another, so that what lies there is not looked at.
+    """
+    chosen = find_sites(loaded.model, towers=towers, roles=roles)
+    if not modules or not isinstance(loaded.processor, LanguageProcessor):
+        return chosen
+    return [s for s in find_sites(loaded.model) if s in chosen or lies_in(s.name, modules)]
+
+
+# ------------------------------------------------------------------ plans
+
+
+def write_plan(path: str | Path, make: Callable[[], AdapterPlan]) -> AdapterPlan:
+    """Make a plan and write it to a file, which no other process may write meanwhile."""
+    with locked(path):
+        plan = make()
+        plan.save(path)
+    return plan
+
+
+def load_or_write_plan(
+    path: Path,
+    make: Callable[[], AdapterPlan],
+    *,
+    model: nn.Module,
+    store: CovarianceStore | None,
+    task_store: CovarianceStore | None,
+) -> AdapterPlan:
+    """The plan in a file, or where there is none yet the one that is made and written there.
+
+    Args:
+        model: the bare model that it is for.
+        store, task_store: the covariances that it would be made of; None for those that it does not take.
+
+    Raises:
+        ForeignFileError: the plan was made for another model or of other covariances.
+    """
+    if not path.is_file():
+        return write_plan(path, make)
+    plan = AdapterPlan.load(path, model=model)
+    made_from = ((store, plan.data_fingerprint), (task_store, plan.task_fingerprint))
+    if any(given is not None and given.data_fingerprint != made for given, made in made_from):
+        raise ForeignFileError(
+            f"{path} was made from other covariances than these; delete it, or run with --fresh"
+        )
+    return plan
+
+
+# ------------------------------------------------------------------ training
+
+
+def training_prompts(
+    data: ImageTextData,
+    classes: Sequence[str] | str | None,
+    templates: Sequence[str] | str | None,
+    *,
+    beside: Path | None = None,
+) -> tuple[Sequence[str] | None, Sequence[str] | None]:
+    """Class names in the order of the data's labels, and templates; None for those that a training takes by itself.
+
+    Args:
+        classes: names, or the name of a file in eval/class_names or its path.
+        templates: prompts with `{}` for the name, or the name of a file in eval/templates or its path.
+        beside: the file that says so; paths may be relative to it.
+
+    Raises:
+        UnknownNameError: no such file.
+        DataError: another number of names than the data has classes.
+    """
+    names = None
+    if classes is not None:
+        wanted = load_class_names(classes, beside) if isinstance(classes, str) else classes
+        labels = match_labels(wanted, data.class_names, what="the task's data")
+        order = range(len(labels.names)) if labels.remap is None else labels.remap
+        names = [labels.names[index] for index in order]
+    return names, templates and load_templates(templates, beside)
+
+
+def train_anchored(
+    model: nn.Module,
+    data: ImageTextData,
+    processor: Processor,
+    *,
+    options: TrainOptions,
+    output_dir: str | Path,
+    classes: Sequence[str] | None,
+    templates: Sequence[str] | None,
+    knowledge: CovarianceStore | None,
+    anchor_weight: float,
+) -> tuple[TrainResult, float | None]:
+    """Train a model that is prepared, and say how much it changed its outputs on the knowledge.
+
+    Args:
+        model, data, processor, options, output_dir, classes, templates: as in `corda_vlm.train.train`.
+        knowledge: covariances of the knowledge to keep; None trains without an anchor and forecasts nothing.
+        anchor_weight: of the anchor in the loss; with 0 it is the forecast of forgetting alone.
+
+    Returns:
+        what training tells, and the forecast at its end.
+
+    Raises:
+        NotFiniteError: the training diverged, or its forecast is NaN or Inf.
+        CordaError: what `train` and `anchor_penalty` raise.
+    """
+    anchor = None if knowledge is None else anchor_penalty(model, knowledge)
+    result = train(
+        model,
+        data,
+        processor,
+        options=options,
+        output_dir=output_dir,
+        classes=classes,
+        templates=templates,
+        anchor=anchor,
+        anchor_weight=anchor_weight,
+    )
+    if anchor is None:
+        return result, None
+    with torch.no_grad():
+        forecast = float(anchor())
+    if not math.isfinite(forecast):
+        raise NotFiniteError(f"the forecast of forgetting is {forecast}")
+    return result, forecast
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def tasks_to_measure(
+    suite: Suite,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    method: str,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    scale: float = 1.0,
+) -> list[str]:
+    """Names of the suite's tasks that the rows of scores do not have yet of one model."""
+    return suite.remaining(
+        done(rows, method=method, learning_rate=learning_rate, seed=seed, scale=scale)
+    )
+
+
+def measure_into(
+    scores: str | Path | None,
+    trained: Trained,
+    suite: Suite,
+    *,
+    scale: float,
+    tasks: Sequence[str] | None,
+    about: Mapping[str, Any],
+    processor: Processor,
+    cache: Cache,
+    batch_size: int,
+    bf16: Bf16,
+    data_root: str | Path | None,
+    limit: int | None = None,
+    missing: str = "error",
+) -> Iterator[tuple[TaskResult, list[dict[str, Any]]]]:
+    """Measure a model at one strength, task by task, and add what was measured to a file of scores.
+
+    Args:
+        scores: the file; None writes nothing.
+        trained: the model; `Trained(model)` for one before training.
+        scale: strength of what was trained.
+        tasks: names of those to measure; None for all.
+        about: which model it is, as in `score_row`: run, method, and what else its rows tell.
+        processor, cache, batch_size, bf16, data_root, limit, missing: as in `measure`.
+
+    Yields:
+        each task's result, with the rows of scores that were added, none where the file had them already.
+
+    Raises:
+        CordaError: what `measure` and `add_result` raise.
+    """
+    with trained.at_scale(scale) as head:
+        for result in measure(
+            trained.model,
+            suite,
+            processor=processor,
+            tasks=tasks,
+            limit=limit,
+            data_root=data_root,
+            missing=missing,
+            batch_size=batch_size,
+            bf16=bf16,
+            head=head,
+            cache=cache,
+            show_progress=True,
+        ):
+            added = [] if scores is None else add_result(scores, result, scale=scale, **about)
+            yield result, added

@@ -1,0 +1,179 @@
+"""The steps that verbs and runs share: the same data and options give the same files, however they are asked for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from corda_vlm.data.text.chat_options import ChatOptions
+from corda_vlm.errors import DataError, ForeignFileError, NotFiniteError, UnknownNameError
+from corda_vlm.evaluation import Cache, load_suite, read_rows
+from corda_vlm.experiment import steps
+from corda_vlm.plan import plan_adapter
+from corda_vlm.train import TrainOptions
+from corda_vlm.train.trained import Trained
+
+NOTO = {
+    "source": "parquet:model_zoo/emoji-clip/data/noto.parquet",
+    "split": "train",
+    "label": "group",
+    "text": "a picture of {class_name}",
+    "limit": 24,
+}
+OPTIONS = {
+    "samples": 16,
+    "batch_size": 8,
+    "rounds": 1,
+    "precision": "float32",
+    "tokens": "all",
+    "blockwise": False,
+    "chat": ChatOptions(),
+}
+SOME = {"towers": "vision", "roles": "o"}
+DIGITS = {"source": "sklearn:digits", "split": "train", "limit": 16}
+SUITE = {
+    "name": "small",
+    "version": 1,
+    "tasks": [
+        {"name": name, "role": role, "kind": "zero_shot", "limit": 20, "data": "sklearn:digits",
+         "classes": {"from": "data"}, "templates": ["{}"]}
+        for name, role in (("digits", "gain"), ("again", "retention"))
+    ],
+}  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
+
+
+@pytest.fixture
+def loaded():
+    return steps.load_base("emoji-clip", device="cpu")
+
+
+def test_the_towers_are_part_of_what_identifies_the_batches(loaded, tmp_path):
+    data = steps.load_data(NOTO)
+
+    def fingerprint(towers):
+        path = tmp_path / f"{towers}.safetensors"
+        return steps.calibrate(loaded, data, path, towers=towers, **OPTIONS).data_fingerprint
+
+    both = fingerprint(None)
+    assert fingerprint("vision") == fingerprint(["vision"]) != both
+    assert fingerprint("vision,text") == fingerprint(["vision", "text"]) == both
+
+
+def test_an_unknown_tower_is_told_with_the_models_own(loaded, tmp_path):
+    with pytest.raises(UnknownNameError, match="unknown tower 'visoin'"):
+        steps.calibrate(loaded, steps.load_data(NOTO), tmp_path / "c", towers=["visoin"], **OPTIONS)
+    with pytest.raises(DataError, match="no texts for the text tower"):
+        steps.calibrate(loaded, steps.load_data(DIGITS), tmp_path / "c", towers=["text"], **OPTIONS)
+
+
+def test_a_plan_is_made_once_and_refused_where_the_covariances_are_others(loaded, tmp_path):
+    def calibrated(name, seed):
+        data = steps.load_data(NOTO)
+        return steps.calibrate(loaded, data, tmp_path / name, **SOME, seed=seed, **OPTIONS)
+
+    store, other = calibrated("one", 0), calibrated("other", 1)
+    made = []
+
+    def make():
+        made.append(1)
+        return plan_adapter(loaded.model, store, rank=2, **SOME)
+
+    path, given = tmp_path / "plan.json", {"model": loaded.model, "task_store": None}
+    first = steps.load_or_write_plan(path, make, store=store, **given)
+    again = steps.load_or_write_plan(path, make, store=store, **given)
+    assert again.data_fingerprint == first.data_fingerprint == store.data_fingerprint
+    assert len(made) == 1
+    with pytest.raises(ForeignFileError, match=r"plan\.json was made from other covariances"):
+        steps.load_or_write_plan(path, make, store=other, **given)
+    assert steps.load_or_write_plan(path, make, store=None, **given) is not None, "of a plan alone"
+
+
+def test_class_names_come_in_the_order_of_the_datas_labels(tmp_path):
+    data = steps.load_data(DIGITS)
+    own = list(map(str, data.class_names))
+    assert steps.training_prompts(data, None, None) == (None, None)
+    names, templates = steps.training_prompts(data, own[::-1], ["a {}."])
+    assert list(names) == own
+    assert list(templates) == ["a {}."]
+    (tmp_path / "names.yaml").write_text(json.dumps({name: f"the {name}" for name in own}))
+    named, _ = steps.training_prompts(data, "names.yaml", None, beside=tmp_path / "x.yaml")
+    assert list(named) == [f"the {name}" for name in own]
+    with pytest.raises(DataError, match="10 classes"):
+        steps.training_prompts(data, ["zero"], None)
+
+
+def trained_by(loaded, output):
+    """A plan trained for two steps, with an anchor that is logged alone."""
+    from corda_vlm.adapter import attach_adapter
+
+    data = steps.load_data(NOTO)
+    store = steps.calibrate(loaded, data, output / "c", **SOME, **OPTIONS)
+    model = attach_adapter(loaded.model, plan_adapter(loaded.model, store, rank=2, **SOME))
+    options = TrainOptions(steps=2, batch_size=8, learning_rate=1e-3)
+    result, forecast = steps.train_anchored(
+        model,
+        steps.load_data(DIGITS),
+        loaded.processor,
+        options=options,
+        output_dir=output / "adapter",
+        classes=None,
+        templates=["{}"],
+        knowledge=store,
+        anchor_weight=0.0,
+    )
+    return model, result, forecast
+
+
+@pytest.mark.unchecked  # what stands for model and covariances is neither
+def test_a_forecast_that_is_no_number_is_a_divergence(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "train", lambda *_, **__: None)
+    given = {"options": None, "output_dir": tmp_path, "classes": None, "templates": None}
+
+    def forecast(value):
+        anchor = lambda *_: lambda: torch.tensor(value)  # noqa: E731
+        monkeypatch.setattr(steps, "anchor_penalty", anchor)
+        return steps.train_anchored(None, None, None, **given, knowledge=1, anchor_weight=0.0)[1]
+
+    assert forecast(0.5) == 0.5
+    assert (
+        steps.train_anchored(None, None, None, **given, knowledge=None, anchor_weight=0.0)[1]
+        is None
+    )
+    with pytest.raises(NotFiniteError, match="forecast of forgetting is nan"):
+        forecast(float("nan"))
+
+
+def test_what_was_trained_is_measured_once(loaded, tmp_path):
+    suite, scores = load_suite(SUITE), tmp_path / "scores.jsonl"
+    model, result, forecast = trained_by(loaded, tmp_path)
+    assert result.steps == 2
+    assert forecast is not None
+    assert forecast > 0
+    about = {"run": "small", "method": "lora", "seed": 0}
+    given = {
+        "about": about, "processor": loaded.processor, "cache": Cache(), "batch_size": 10, "bf16": False,
+        "data_root": None,
+    }  # fmt: skip
+
+    def measured(path, scale, tasks):
+        trained = Trained(model)
+        return list(steps.measure_into(path, trained, suite, scale=scale, tasks=tasks, **given))
+
+    assert [added for _, added in measured(None, 1.0, ["digits"])] == [[]]
+    assert not scores.exists()
+    ((result, added),) = measured(scores, 0.5, ["digits"])
+    assert result.task.name == "digits"
+    assert [(row["method"], row["scale"]) for row in added] == [("lora", 0.5)]
+    assert [added for _, added in measured(scores, 0.5, ["digits"])] == [[]], "it is there already"
+
+    rows, of = read_rows(scores), {"method": "lora", "seed": 0}
+    assert steps.tasks_to_measure(suite, rows, **of, scale=0.5) == ["again"]
+    assert steps.tasks_to_measure(suite, rows, **of) == ["digits", "again"]
+    assert (
+        steps.tasks_to_measure(replace(suite, tasks=suite.tasks[:1]), rows, **of, scale=0.5) == []
+    )
