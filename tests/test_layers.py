@@ -14,6 +14,7 @@ PACKAGE = Path(corda_vlm.__file__).parent
 ORDER = (
     "errors",
     "lazy",
+    "extras",
     "names",
     "options",
     "yaml_file",

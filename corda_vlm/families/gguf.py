@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from corda_vlm.errors import CordaError, first_line
+from corda_vlm.extras import require
 from corda_vlm.families.trust import trusted
 from corda_vlm.files import atomic_folder, home_path
 from corda_vlm.locks import locked
@@ -70,12 +71,7 @@ def _check(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CordaError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
-    try:
-        import gguf  # pyright: ignore[reportMissingImports] # noqa: F401
-    except ImportError as error:
-        raise CordaError(
-            f"reading {path.name} needs the package gguf: pip install 'corda-vlm[gguf]', or pip install gguf"
-        ) from error
+    require("gguf", "gguf", f"reading {path.name}")
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ from corda_vlm.data.paths import find_one, plain_file
 from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.errors import DataError, UnknownNameError, first_line
+from corda_vlm.extras import require
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -26,9 +27,7 @@ def read_sklearn(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """
     if spec.location != "digits":
         raise UnknownNameError("scikit-learn data set", spec.location, ["digits"])
-    from sklearn.datasets import load_digits
-
-    found: Any = load_digits()
+    found: Any = require("sklearn.datasets", "data", "reading sklearn:digits").load_digits()
     # The transform of a model enlarges by interpolation; eight-bit grey with ink dark on white, as on paper.
     pictures = (255 - found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8)
     labels = found.target.tolist()
