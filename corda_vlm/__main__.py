@@ -227,6 +227,7 @@ def init(
     """
     from corda_vlm.errors import UnknownNameError
     from corda_vlm.experiment.checks import check_file, check_output, check_source
+    from corda_vlm.extras import require
     from corda_vlm.plan.bases import PLAN_METHODS
 
     check_source(model)
@@ -235,12 +236,13 @@ def init(
     for path in (covariance, task_covariance):
         check_file(path, "covariance", "make it by corda-vlm calibrate")
     check_output(picture)
+    if picture is not None:
+        require("matplotlib", "report", "--picture")
     if not dry_run:
         check_output(output)
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.locks import locked
     from corda_vlm.plan import plan_adapter
-    from corda_vlm.report.plots.plan import plan_heatmap
 
     loaded = _loaded(model, dtype, device, trust_remote_code=trust_remote_code)
     store, task_store = (
@@ -268,8 +270,11 @@ def init(
             dynamic_covariance=dynamic_covariance,
         )
         print(plan.table())
-        if picture is not None and plan_heatmap({Path(output).stem: plan}, Path(picture)):
-            print(f"\nwrote {picture}")
+        if picture is not None:
+            from corda_vlm.report.plots.plan import plan_heatmap  # it imports matplotlib
+
+            if plan_heatmap({Path(output).stem: plan}, Path(picture)):
+                print(f"\nwrote {picture}")
         if not dry_run:
             plan.save(output)
     if not dry_run:

@@ -39,6 +39,7 @@ PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: (
 DECLARED = dict(
     re.findall(r"^(\w+) = \[(.*)\]", asset("pyproject.toml").read_text("utf-8"), re.MULTILINE)
 )
+TOWERS = ("--towers", "vision")
 SOURCES = sorted(Path(corda_vlm.__file__).parent.rglob("*.py"))
 
 
@@ -65,7 +66,7 @@ def test_the_verbs_need_no_extra(tmp_path):
     verbs = [
         ["--help"],
         ["sites", "emoji-clip"],
-        ["calibrate", "emoji-clip", f"parquet:{data}", "--samples", "4", "--towers", "vision"],
+        ["calibrate", "emoji-clip", f"parquet:{data}", "--samples", "4", *TOWERS],
         [
             "init",
             "emoji-clip",

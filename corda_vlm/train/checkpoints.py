@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from transformers import TrainerState
-from transformers.trainer import safe_globals  # transformers 5 has it elsewhere too, 4 here alone
+from transformers.trainer import (
+    safe_globals,  # pyright: ignore[reportPrivateImportUsage]  # transformers 4 has it here alone
+)
 
 from corda_vlm.errors import CordaError, first_line
 from corda_vlm.files import read_json, shown, write_json
