@@ -1,6 +1,8 @@
-"""Names that people give and that become files and folders."""
+"""Names: those that become files and folders, and lists of them in sentences."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from corda_vlm.errors import CordaError
 
@@ -46,3 +48,22 @@ def _reason(name: str) -> str | None:
     if name.lower().partition(".")[0] in _RESERVED:
         return "Windows keeps that name for itself"
     return None
+
+
+def listed(names: Iterable[object], most: int | None = None) -> str:
+    """Names as a sentence lists them: `a, b and c`, or of many `a, b and 7 others`; `none` of none.
+
+    Args:
+        most: so many are named where there are more than one beyond them; None for all.
+    """
+    shown = [str(name) for name in names]
+    if most is not None and len(shown) > most + 1:
+        shown = [*shown[:most], f"{len(shown) - most} others"]
+    if len(shown) < 2:
+        return shown[0] if shown else "none"
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def quoted(names: Iterable[object], most: int = 4) -> str:
+    """`listed`, each name as Python writes it: for names of somebody's files and models."""
+    return listed([repr(name) for name in names], most)

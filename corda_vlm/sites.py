@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
 from corda_vlm.families import Family, family_of, unwrap
 from corda_vlm.families.attention import is_packed, packed_parts
 from corda_vlm.families.conv1d import is_conv1d, linear_weight
+from corda_vlm.text_table import text_table
 
 TOWERS = ("vision", "text", "projector", "language")
 ROLES = ("q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up")
@@ -174,9 +174,7 @@ def sites_table(model: nn.Module, sites: Sequence[Site], *, full: bool = False) 
         ))  # fmt: skip
     if full:
         headers = (*headers[:4], "layer", *headers[5:])
-    table = tabulate(
-        rows, headers, colalign=("left", "left", "left", "right", "left", "right", "right")
-    )
+    table = text_table(rows, headers, right=(False, False, False, True, False, True, True))
     total = sum(out * inp for out, inp in shapes.values())
     streams = len({site.stream for site in sites})
     return f"{table}\n\n{len(sites)} sites, {streams} streams, {total:,} parameters"

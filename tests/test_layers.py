@@ -15,10 +15,12 @@ ORDER = (
     "errors",
     "lazy",
     "extras",
+    "text_table",
     "names",
     "options",
     "yaml_file",
     "command_line",
+    "interrupts",
     "processes",
     "files",
     "tensors",
@@ -80,6 +82,32 @@ def test_imports_only_downwards(path: Path) -> None:
     below = set(ORDER[: ORDER.index(mine)])
     upwards = imported_layers(path) - below - {mine}
     assert not upwards, f"{path.name} imports upwards: {sorted(upwards)}"
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules, of any package, that `path` imports anywhere."""
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    found = set()
+    for node in tree:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(str(node.module))
+    return found
+
+
+def test_only_the_pictures_import_matplotlib() -> None:
+    drawing = {
+        str(path.relative_to(PACKAGE).parent)
+        for path in SOURCES
+        if any(name.split(".")[0] == "matplotlib" for name in imported_modules(path))
+    }
+    assert drawing == {"report/plots"}
+
+
+def test_analysis_draws_nothing() -> None:
+    for path in (PACKAGE / "report" / "analysis").glob("*.py"):
+        assert not [name for name in imported_modules(path) if "report.plots" in name], path.name
 
 
 def test_no_utils() -> None:

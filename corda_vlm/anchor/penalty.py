@@ -19,9 +19,9 @@ from corda_vlm.anchor.adapters import Adapted, Adapters, as_adapted
 from corda_vlm.anchor.metric import Metrics
 from corda_vlm.anchor.whole import Whole, trained_sites
 from corda_vlm.covariance import CovarianceStore
-from corda_vlm.covariance.store import some
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import unwrap
+from corda_vlm.names import quoted
 from corda_vlm.sites import Site, lies_in, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def _unseen(model: nn.Module, store: CovarianceStore, whole: Iterable[str]) -> l
             logger.warning(
                 "the anchor does not see %s, trained whole beside the adapter: the store has no covariance of %s",
                 name,
-                some(missing),
+                quoted(missing),
             )
         found += missing
     return found
@@ -228,12 +228,12 @@ def _chosen(
         missing = [name for name in adapted if name not in store]
         if len(missing) == len(adapted):
             raise CordaError(
-                f"the store has the covariances of {some(list(store))}, and none of the adapted layers, "
-                f"{some(missing)}: collect them for these"
+                f"the store has the covariances of {quoted(list(store))}, and none of the adapted layers, "
+                f"{quoted(missing)}: collect them for these"
             )
         if missing:
             raise CordaError(
-                f"the store has no covariance of the adapted layers {some(missing)}: collect them too, or anchor only "
+                f"the store has no covariance of the adapted layers {quoted(missing)}: collect them too, or anchor only "
                 "some layers, with sites="
             )
         return [name for name in store if name in set(adapted)]
@@ -245,7 +245,7 @@ def _chosen(
         ("not in the covariance store", wanted - set(store)),
     ):
         if names:
-            raise CordaError(f"layers of sites= that are {problem}: {some(sorted(names))}")
+            raise CordaError(f"layers of sites= that are {problem}: {quoted(sorted(names))}")
     return [name for name in store if name in wanted]
 
 

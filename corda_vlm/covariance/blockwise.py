@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corda_vlm.covariance.checkpoint import Calibration, Interrupts
+from corda_vlm.covariance.checkpoint import Calibration
 from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CordaError
 from corda_vlm.families import Batch, unwrap
 from corda_vlm.families.attention import unpacked
 from corda_vlm.files import sweep
+from corda_vlm.interrupts import Interrupts
 from corda_vlm.progress import Meter
 from corda_vlm.sites import Site
 

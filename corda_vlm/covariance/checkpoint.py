@@ -1,29 +1,26 @@
-"""Calibration that can be stopped at any moment, and goes on from its file: what is asked for, the checkpoint, the signals."""
+"""Calibration that can be stopped at any moment, and goes on from its file: what is asked for, and the checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from corda_vlm.covariance.observe import Observer, observe
-from corda_vlm.covariance.store import CovarianceStore, some
+from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
 from corda_vlm.families import Batch
 from corda_vlm.files import sweep
+from corda_vlm.names import quoted
 from corda_vlm.sites import Site
 
 # ------------------------------------------------------------------ the data
@@ -195,7 +192,7 @@ class Calibration:
             what = f"has precision={saved.precision!r}, now {self.precision!r}"
         elif not asked.items() <= saved.site_streams.items():
             missing = sorted(name for name, _ in asked.items() - saved.site_streams.items())
-            what = f"lacks the sites {some(missing)}"
+            what = f"lacks the sites {quoted(missing)}"
         else:
             return
         raise ForeignFileError(
@@ -245,42 +242,3 @@ class Checkpoint:
             f"calibration stopped after {done}{f' of {total}' if total else ''} batches; they are saved in "
             f"{self._path}. Run the same command again to go on from there"
         )
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM, put off: `asked` turns True at the first, a second one raises at once."""
-
-    def __init__(self, *, active: bool) -> None:
-        # Python runs signal handlers, and lets them be set, in the main thread only.
-        self._active = active and threading.current_thread() is threading.main_thread()
-        self._former: dict[int, Any] = {}
-        self._process = os.getpid()
-        self.asked = False
-
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM) if self._active else ():
-            former = signal.getsignal(number)
-            if former not in (None, signal.SIG_IGN):
-                self._former[number] = former
-                signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if (
-            os.getpid() != self._process
-        ):  # a forked worker of a DataLoader has inherited this handler
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return  # Ctrl-C is the main process's to handle: it still wants its batch
-        if self.asked:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is whole")
-        self.asked = True
-        with suppress(OSError):  # not print: the signal may have come in the middle of one
-            os.write(
-                2, b"\nfinishing the batch in flight, then saving; once more to stop at once\n"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        for number, former in self._former.items():
-            signal.signal(number, former)

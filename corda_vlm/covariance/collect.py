@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from corda_vlm.covariance.blockwise import collect_blockwise, discard, folder_of
-from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Interrupts, Source
+from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Source
 from corda_vlm.covariance.observe import Observer
-from corda_vlm.covariance.store import CovarianceStore, some
+from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.distributed import (
     gathered,
@@ -30,7 +30,9 @@ from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, detect_family, token_masks
 from corda_vlm.families.base import evaluating
 from corda_vlm.files import check_path
+from corda_vlm.interrupts import Interrupts
 from corda_vlm.locks import locked
+from corda_vlm.names import quoted
 from corda_vlm.precision import takes_bf16
 from corda_vlm.progress import Meter, shown
 from corda_vlm.sites import Site, find_sites, model_fingerprint
@@ -158,7 +160,9 @@ def collect_covariance(
             )
     # Only now: the processes of a distributed run had to agree before one of them may be turned away.
     lock = nullcontext() if path is None else locked(path)
-    interruptible = Interrupts(active=path is not None)
+    interruptible = Interrupts(
+        "finishing the batch in flight, then saving", active=path is not None
+    )
     with lock, shown(show_progress), interruptible as interrupts, evaluating(model):
         if not blockwise:
             result = _in_one_go(job, path, saved, checkpoint_share, interrupts)
@@ -289,7 +293,7 @@ def _check_base(
     if asked != store.site_streams:
         names = sorted({name for name, _ in asked.items() ^ store.site_streams.items()})
         raise CalibrationError(
-            f"the store to add to differs in the sites {some(names)}; give sites=store.sites"
+            f"the store to add to differs in the sites {quoted(names)}; give sites=store.sites"
         )
     if rounds != store.round_count:
         raise CalibrationError(

@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
 from corda_vlm.covariance.sharing import Sharing
-from corda_vlm.covariance.store import CovarianceStore, Empty, Entry, Progress, some
+from corda_vlm.covariance.store import CovarianceStore, Empty, Entry, Progress
 from corda_vlm.covariance.tokens import Masks, TokenSelector
 from corda_vlm.errors import CalibrationError, UnknownNameError
 from corda_vlm.families.attention import unpacked
+from corda_vlm.names import quoted
 from corda_vlm.sites import Site, get_linear, model_fingerprint
 
 
@@ -124,7 +125,7 @@ class Observer:
         for stream, members in self._streams.items():
             sizes = {linears[site.name].in_features for site in members}
             if len(sizes) > 1:
-                names = some([site.name for site in members])
+                names = quoted([site.name for site in members])
                 raise CalibrationError(
                     f"{names} are declared to read one input, but their widths are {sorted(sizes)}"
                 )
@@ -236,7 +237,7 @@ class Observer:
         limit = torch.finfo(PRECISIONS[self.precision]).max ** 0.5 / 1e3
         if largest < limit:
             return
-        readers = some([member.name for member in self._streams[site.stream]])
+        readers = quoted([member.name for member in self._streams[site.stream]])
         bad = ~(rows.abs() < limit)
         raise CalibrationError(
             f"the input of {readers} has NaN, Inf or values too large to square in batch {self.batches} (from 0): "
@@ -297,7 +298,7 @@ class Observer:
                 else "the model does not call them with these batches: leave them out of `sites`"
             )
             raise CalibrationError(
-                f"no token reached {len(missed)} of {len(self.sites)} sites, {some([s.name for s in missed])}; {why}"
+                f"no token reached {len(missed)} of {len(self.sites)} sites, {quoted([s.name for s in missed])}; {why}"
             )
         for stream, numbers in counts.items():
             if 0 in numbers:

@@ -17,14 +17,15 @@ from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from corda_vlm.covariance.file import CovarianceFile, Pieces, write
 from corda_vlm.covariance.moments import SecondMoment, triangle_sizes
 from corda_vlm.errors import CalibrationError, ForeignFileError, UnknownNameError
+from corda_vlm.names import quoted
 from corda_vlm.sites import Site
 from corda_vlm.sites import model_fingerprint as fingerprint_of
+from corda_vlm.text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,11 @@ class CovarianceStore:
                     len(names),
                     len(streams),
                     "–".join(f"{n:,}" for n in tokens),
-                    megabytes,
+                    f"{megabytes:.1f}",
                 )
             )
         headers = ("tower", "width", "sites", "streams", "tokens a round", "MB")
-        table = tabulate(rows, headers, floatfmt=".1f")
+        table = text_table(rows, headers, right=(False, True, True, True, True, True))
         return (
             f"{table}\n\n{self.round_count} round{'s' * (self.round_count != 1)}, {self.precision}, "
             f"model {self.model_fingerprint}, data {self.data_fingerprint}"
@@ -384,17 +385,11 @@ def check_same(a: CovarianceStore, b: CovarianceStore) -> None:
         )
     if a.site_streams != b.site_streams:
         names = sorted({name for name, _ in a.site_streams.items() ^ b.site_streams.items()})
-        refuse(f"they differ in the sites {some(names)}. Collect both with the same `sites`")
+        refuse(f"they differ in the sites {quoted(names)}. Collect both with the same `sites`")
     if a.round_count != b.round_count:
         refuse(
             f"they have {a.round_count} and {b.round_count} rounds. Collect both with the same `rounds`"
         )
-
-
-def some(names: Sequence[str], most: int = 4) -> str:
-    """`'a', 'b' and 7 more`: a list that stays readable."""
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _package_version() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError, brief
 from corda_vlm.files import asset, resolve, shown
+from corda_vlm.names import quoted
 from corda_vlm.yaml_file import read_small_text, read_yaml
 
 OPENAI = "openai_imagenet"
@@ -132,8 +133,8 @@ def match_labels(
     if not by_name:
         if len(own) != len(names):
             raise DataError(
-                f"{what}: the data has {len(own)} classes ({_some(own)}) but {len(names)} names are given "
-                f"({_some(names)}); name each class of the data, in the order of its labels"
+                f"{what}: the data has {len(own)} classes ({quoted(own, 6)}) but {len(names)} names are given "
+                f"({quoted(names, 6)}); name each class of the data, in the order of its labels"
             )
         return Labels(names)
     exact = {key: index for index, key in enumerate(keys)}
@@ -152,7 +153,7 @@ def match_labels(
     if absent:
         raise DataError(
             f"{what}: {len(absent)} of the data's {len(own)} classes have no name among the {len(names)} "
-            f"given: {_some(absent)}; add them, or use the data that the names belong to"
+            f"given: {quoted(absent, 6)}; add them, or use the data that the names belong to"
         )
     return Labels(names, None if remap == list(range(len(names))) else tuple(remap))
 
@@ -163,11 +164,6 @@ def _plain(name: str) -> str:
     A name of punctuation alone keeps it.
     """
     return re.sub(r"[\W_]+", "", name.casefold()) or name
-
-
-def _some(names: Sequence[str], at_most: int = 6) -> str:
-    shown = ", ".join(repr(name) for name in names[:at_most])
-    return shown + (", …" if len(names) > at_most else "")
 
 
 def _find(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from corda_vlm.decompose import Decomposition
@@ -33,6 +32,7 @@ from corda_vlm.options import (
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.sites import Site, model_fingerprint
 from corda_vlm.tensors import load_tensors, read_header, save_tensors
+from corda_vlm.text_table import text_table
 
 FORMAT, VERSION = "corda_vlm.plan", 2
 _ENVELOPE = ("format", "version", "tensors", "factors")
@@ -126,18 +126,18 @@ class AdapterPlan:
 
     def table(self) -> str:
         """A readable table, one row a site; columns that would say nothing are left out."""
-        # heading, alignment, cell of a site
-        columns: list[tuple[str, str, Callable[[SitePlan], str]]] = [
-            ("site", "left", lambda s: s.site.name),
-            ("shape", "right", lambda s: f"{s.shape[0]}×{s.shape[1]}"),
-            ("side", "left", lambda s: s.side),
-            ("round", "right", lambda s: "" if s.round is None else str(s.round)),
-            ("score", "right", lambda s: _score(min(s.scores)) if s.scores else ""),
-            ("others", "left", _others),
-            ("log₁₀ π", "right", lambda s: f"{math.log10(s.compactness):.2f}" if s.compactness else ""),
-            ("rank", "right", lambda s: str(s.rank)),
-            ("at risk", "right", lambda s: _percent(s.predicted_damage)),
-            ("floored", "right", lambda s: str(s.floored or "")),
+        # heading, whether it is aligned to the right, cell of a site
+        columns: list[tuple[str, bool, Callable[[SitePlan], str]]] = [
+            ("site", False, lambda s: s.site.name),
+            ("shape", True, lambda s: f"{s.shape[0]}×{s.shape[1]}"),
+            ("side", False, lambda s: s.side),
+            ("round", True, lambda s: "" if s.round is None else str(s.round)),
+            ("score", True, lambda s: _score(min(s.scores)) if s.scores else ""),
+            ("others", False, _others),
+            ("log₁₀ π", True, lambda s: f"{math.log10(s.compactness):.2f}" if s.compactness else ""),
+            ("rank", True, lambda s: str(s.rank)),
+            ("at risk", True, lambda s: _percent(s.predicted_damage)),
+            ("floored", True, lambda s: str(s.floored or "")),
         ]  # fmt: skip
         told = [
             column
@@ -151,7 +151,7 @@ class AdapterPlan:
         scale = "the paper's split" if self.a_norm is None else f"rows of A at norm {self.a_norm:g}"
         lines = [
             f"{named}: {len(self.sites)} sites of {self.family}, damping {self.damping:g}, {scale}",
-            tabulate(rows, heads, disable_numparse=True, colalign=[align for _, align, _ in told]),
+            text_table(rows, heads, [right for _, right, _ in told]),
             self.spent,
             *(f"{head}: {_LEGEND[head]}" for head in heads if head in _LEGEND),
         ]

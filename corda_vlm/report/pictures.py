@@ -9,8 +9,13 @@ from corda_vlm import run_files
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.files import read_json, write_json
 from corda_vlm.report.document import Picture
-from corda_vlm.report.plots.plan import PLANS, PLANS_CAPTION
 from corda_vlm.run_files import PICTURES, TRAINING
+
+PLANS = "Rank and compactness of every adapted layer, blocks left to right, roles top to bottom."
+PLANS_CAPTION = (
+    "Which layers were given how much. Blue: the rank, darker for more (logarithmic). Orange: log₁₀ of the compactness π of "
+    "the covariance that the layer took; lighter layers lose less by what is adapted."
+)
 
 # What pictures are of that were drawn before their words were kept.
 _USUAL = {

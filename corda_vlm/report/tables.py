@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.evaluation.scores import NO_SHARE, value_text
+from corda_vlm.names import listed
 from corda_vlm.report.analysis.compare import Choice, Comparison, Dominance
 from corda_vlm.report.analysis.convergence import Convergence
 from corda_vlm.report.analysis.results import BASE, REFERENCE, Results, Setting
 from corda_vlm.report.document import Table
-
-ABSENT = "–"
-OVER_ALL = (
-    "Over 100%: on the retention tasks these models do better than the model before training did, through what they learnt or "
-    "by the luck of the test examples."
-)
+from corda_vlm.report.words import ABSENT, over_all_told, percent, shown_of, signed
 
 
 def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -> Table:
@@ -266,31 +262,7 @@ def convergence_table(found: Sequence[Convergence]) -> Table:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------ words and numbers
-
-
-def over_all(shares: Iterable[float | None]) -> str:
-    """What it means that a kept share is over 100%, where one is shown as that; else nothing."""
-    return OVER_ALL if any(share is not None and share >= 1.0005 for share in shares) else ""
-
-
-def over_all_told(shares: Iterable[float | None]) -> str:
-    """`over_all` as another sentence of a caption."""
-    return f" {told}" if (told := over_all(shares)) else ""
-
-
-def shown_of(intervals: Iterable[Interval | None]) -> list[float]:
-    """The numbers that a table shows of intervals."""
-    return [value for i in intervals if i is not None for value in (i.value, i.high)]
-
-
-def signed(value: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def percent(value: float, unit: str = "%", digits: int = 1) -> str:
-    return ABSENT if np.isnan(value) else f"{100 * value:.{digits}f}{unit}"
+# ------------------------------------------------------------------ cells
 
 
 def _place(by: Mapping[tuple[str, float | None], Comparison], curve: str) -> tuple[float, float]:
@@ -319,19 +291,3 @@ def _interval(interval: Interval | None, told: Callable[[float], str]) -> str:
         return ABSENT
     low, high = (told(v).removesuffix("%") for v in (interval.low, interval.high))
     return f"{told(interval.value)} ({low} to {high})" if low != high else told(interval.value)
-
-
-def setting_text(setting: Setting) -> str:
-    rate = (
-        "its only setting"
-        if setting.learning_rate is None
-        else f"learning rate {setting.learning_rate:g}"
-    )
-    return rate if setting.scale == 1.0 else f"{rate}, scale {setting.scale:g}"
-
-
-def listed(names: Sequence[str]) -> str:
-    names = list(names)
-    if not names:
-        return "none"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

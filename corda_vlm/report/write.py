@@ -1,4 +1,4 @@
-"""The report of a run: what each method gained and what it kept, as a table, a page and a picture.
+"""The report of a run: what each method gained and what it kept, as a table, a page and pictures.
 
 Everything is computed from scores.jsonl, so a report can be written at any time, of a run in progress too.
 """
@@ -6,44 +6,21 @@ Everything is computed from scores.jsonl, so a report can be written at any time
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.files import read_json, write_text
-from corda_vlm.report.analysis.compare import Comparison, Dominance, choose, compare
-from corda_vlm.report.analysis.convergence import convergence, read_histories
-from corda_vlm.report.analysis.findings import (
-    SCALED_REFERENCE,
-    findings,
-    scaled_dominances,
-    state,
-)
-from corda_vlm.report.analysis.forecast import forecast_picture
+from corda_vlm.report.analysis.compare import compare
+from corda_vlm.report.analysis.findings import findings, state
 from corda_vlm.report.analysis.learnt import reference_learnt
-from corda_vlm.report.analysis.results import REFERENCE, Results
-from corda_vlm.report.document import Picture, Report, Section, Table, markdown, page
-from corda_vlm.report.markup import bold, code, terminal
-from corda_vlm.report.pictures import keep_pictures, kept_pictures
-from corda_vlm.report.plots.plan import heatmap_picture
-from corda_vlm.report.plots.tradeoff import FEW, tradeoff
-from corda_vlm.report.plots.training import training_curves
-from corda_vlm.report.tables import (
-    base_table,
-    chosen_table,
-    convergence_table,
-    dominance_table,
-    equal_table,
-    listed,
-    percent,
-    raw_table,
-    setting_text,
-    trained_table,
-)
-from corda_vlm.run_files import DESCRIPTION, FORECAST, PAGE, REPORT, SCORES, TRADEOFF, TRAINING
+from corda_vlm.report.analysis.results import Results
+from corda_vlm.report.document import Picture, markdown, page
+from corda_vlm.report.markup import terminal
+from corda_vlm.report.tables import base_table, equal_table, trained_table
+from corda_vlm.report.words import FEW
+from corda_vlm.run_files import DESCRIPTION, PAGE, REPORT, SCORES
+from corda_vlm.text_table import text_table
 
 
 def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Path:
@@ -60,9 +37,13 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
     Raises:
         ForeignFileError: no scores, or a file that is not one of ours.
         DataError: trained models without the base model's scores.
+        CordaError: matplotlib is not installed.
     """
     run_dir = Path(run_dir)
-    report = _Report(_results(run_dir), run_dir, pictures).content(_facts(run_dir))
+    results, facts = _results(run_dir), _facts(run_dir)
+    from corda_vlm.report.sections import Sections  # which draws, so that it needs matplotlib
+
+    report = Sections(results, run_dir, pictures).report(facts)
     write_text(run_dir / REPORT, markdown(report, run_dir))
     write_text(run_dir / PAGE, page(report))
     return run_dir / PAGE
@@ -79,11 +60,10 @@ def summary_table(run_dir: str | Path) -> str:
     if not tables:
         tables = [base_table(results)]
     told = [
-        tabulate(
+        text_table(
             [[terminal(cell) for cell in row] for row in table.rows],
-            headers=[terminal(cell) for cell in table.headings],
-            colalign=["left"] + ["right"] * (len(table.headings) - 1),
-            disable_numparse=True,
+            [terminal(cell) for cell in table.headings],
+            [place > 0 for place in range(len(table.headings))],
         )
         for table in tables
     ]
@@ -105,196 +85,3 @@ def _facts(run_dir: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ForeignFileError(f"{path} must hold a mapping with title, command, machine, …")
     return {"title": run_dir.resolve().name, **facts}
-
-
-# ------------------------------------------------------------------ the content
-
-
-class _Report:
-    """The content of one run's report, what matters first."""
-
-    def __init__(self, results: Results, run_dir: Path, pictures: Sequence[Picture]) -> None:
-        self.results, self.run_dir, self.more = results, run_dir, pictures
-        self.comparisons = compare(results) if reference_learnt(results) else []
-        self.dominances = scaled_dominances(results)
-        self.findings = findings(results, self.dominances) or [state(results)]
-        self.many = len(results.trained) > FEW
-
-    def content(self, facts: dict[str, Any]) -> Report:
-        results = self.results
-        sections = [*self._kept(), *self._against(), *self._chosen(), *self._convergence()]
-        sections += self._forecast()
-        if results.trained or results.diverged:
-            sections.append(
-                Section(
-                    "Every method at every learning rate",
-                    tables=[trained_table(results)],
-                    folded=self.many,
-                )
-            )
-        sections += self._alone()
-        if any(setting.scale != 1.0 for of in results.trained.values() for setting in of):
-            tables = [trained_table(results, scaled=True)]
-            if len(self._leading()) < len(self.comparisons):
-                caption = "Every curve, with and without scaling; otherwise as the first table."
-                tables = [equal_table(self.comparisons, caption), *tables]
-            sections.append(Section("Scaled after training", tables=tables, folded=True))
-        sections.append(Section("The model before training", tables=[base_table(results)]))
-        if pictures := self._trained():
-            sections.append(Section("How it was trained", pictures=pictures))
-        told = {key: value for key, value in facts.items() if key != "title"}
-        if told:
-            rows = [
-                [key.replace("_", " "), code(str(value)) if key == "command" else _fact(value)]
-                for key, value in told.items()
-            ]
-            sections.append(Section("How it was run", tables=[Table("", ["", ""], rows)]))
-        return Report(str(facts["title"]), self.findings, sections)
-
-    def _kept(self) -> list[Section]:
-        results, drawn = self.results, []
-        if tradeoff(results, self.run_dir / TRADEOFF):
-            found = " ".join(self.findings)
-            drawn.append(
-                Picture(
-                    self.run_dir / TRADEOFF,
-                    "Accuracy on the new task, left to right, against knowledge kept, bottom to top, "
-                    f"for {listed(list(results.trained))}. {found}",
-                    "Up and to the right is better. Compare the curves at one task accuracy, never single points.",
-                )
-            )
-        if not drawn and not self.comparisons:
-            return []
-        if not self.comparisons:  # why, the report's first words say
-            return [Section("What was learnt and what was kept", pictures=drawn)]
-        told = _how_compared(results, self.comparisons)
-        tables = [equal_table(self._leading())]
-        return [Section("What was kept at equal task accuracy", [told], drawn, tables)]
-
-    def _leading(self) -> list[Comparison]:
-        """All comparisons, or of many methods only those of their curves over learning rates and scales."""
-        labels = {c.curve for c in self.comparisons}
-        return [
-            c
-            for c in self.comparisons
-            if not self.many or c.curve == REFERENCE or f"{c.curve}, scaled" not in labels
-        ]
-
-    def _against(self) -> list[Section]:
-        found = self.dominances
-        if not found:
-            return []
-        heading = f"Against {REFERENCE} scaled after training"
-        table = dominance_table(found, len(self.results.seeds))
-        return [Section(heading, [_dominance_text(found)], tables=[table])]
-
-    def _chosen(self) -> list[Section]:
-        # without selection tasks a single model could only be chosen by what it is then judged by
-        choices = choose(self.results) if self.results.selection and self.comparisons else []
-        if not choices:
-            return []
-        table = chosen_table(self.results, choices)
-        return [Section("One model of each method, chosen on validation data", tables=[table])]
-
-    def _convergence(self) -> list[Section]:
-        found = convergence(self.results, read_histories(self.run_dir))
-        if len(found) < 2:
-            return []
-        table = convergence_table(found)
-        return [Section(f"Steps to {REFERENCE}'s final loss", tables=[table], folded=self.many)]
-
-    def _forecast(self) -> list[Section]:
-        path = self.run_dir / FORECAST
-        found = forecast_picture(self.results, path)
-        if found is None:
-            return []
-        told = f"{found.correlation:.2f}".replace("-", "−")
-        picture = Picture(
-            path,
-            "The forecast of forgetting, left to right on a logarithmic axis, against the knowledge kept, for "
-            f"{len(found.kept)} trained models; rank correlation {told}.",
-            f"Each mark is a trained model. Spearman's rank correlation over all {len(found.kept)}: {bold(told)} (−1: "
-            "the forecast, made on the calibration data alone, puts all models in the order in which they forgot).",
-        )
-        return [Section("What the forecast of forgetting foretold", pictures=[picture])]
-
-    def _alone(self) -> list[Section]:
-        results = self.results
-        if len(results.known) < 2 or not self.comparisons:
-            return []
-        tables = [raw_table(results, _raw(results))]
-        for task in results.known:
-            table = equal_table(compare(replace(results, retention=(task,))))
-            tables.append(replace(table, caption=f"Kept knowledge, on {task} alone."))
-        return [Section("Each retention task by itself", tables=tables, folded=True)]
-
-    def _trained(self) -> list[Picture]:
-        """How it was trained: the losses, the plans, what the caller adds, and what was in the report before.
-
-        Some are drawn from what a run leaves beside its scores, and who keeps the scores and the pictures alone (as
-        `eval/measured` does) keeps those pictures.
-        """
-        path = self.run_dir / TRAINING
-        drawn: dict[str, Picture] = {}
-        if training_curves(self.run_dir, path):
-            drawn[path.name] = Picture(
-                path,
-                f"Training loss over steps, a panel for each of {listed(list(self.results.trained))}.",
-                "Training loss, a running mean over a twentieth of the run; one line a seed.",
-            )
-        if (plans := heatmap_picture(self.run_dir)) is not None:
-            drawn[plans.path.name] = plans
-        drawn |= {picture.path.name: picture for picture in self.more}
-        before = kept_pictures(self.run_dir)
-        pictures = {name: drawn.get(name) or before[name] for name in {**before, **drawn}}
-        keep_pictures(self.run_dir, pictures)
-        return list(pictures.values())
-
-
-def _raw(results: Results) -> dict[str, list[Comparison]]:
-    """Retention task -> what is kept of it as accuracy over the base model's, chance not subtracted."""
-    return {
-        task: compare(
-            replace(results, retention=(task,), chance={**results.chance, task: 0.0}),
-            shares=(0.95,),
-        )
-        for task in results.known
-    }
-
-
-def _dominance_text(found: Sequence[Dominance]) -> str:
-    first = found[0]
-    return (
-        f"Scaling costs no training, so a method has to beat {REFERENCE} together with it. Between task accuracies of "
-        f"{percent(first.start)} (five points over the base model) and {percent(first.stop)} ({REFERENCE}'s best), how much "
-        f"more than {code(SCALED_REFERENCE)} is kept, in points; in the same resampled seeds."
-    )
-
-
-def _how_compared(results: Results, comparisons: Sequence[Comparison]) -> str:
-    best = results.best_setting(REFERENCE)
-    assert best is not None
-    judged = (
-        "the validation split"
-        if results.selection
-        else "the task itself, which flatters it slightly"
-    )
-    seeds = len(results.seeds)
-    aim = next(c.task for c in comparisons if c.share == 1.0)
-    brackets = f"{seeds} seeds; brackets: 95% bootstrap interval over seeds"
-    few = ", which with so few runs from about the worst to the best seed" if 1 < seeds < 4 else ""
-    return (
-        f"{code(REFERENCE)} learns the task best at {setting_text(best)}, judged on {judged}: {percent(aim)}. Kept is "
-        "(score − chance) / (base − chance), averaged over the retention tasks. A curve stands for the most that any of "
-        "its settings keeps at an accuracy; between neighbouring settings it is taken as straight. Means over "
-        + (brackets + few if seeds > 1 else "one seed. One seed has no interval")
-        + ". The luck of the test examples, which all models share, is not in the brackets."
-    )
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_fact(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_fact(inner) for inner in value)
-    return str(value)

@@ -37,7 +37,7 @@ from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
 from corda_vlm.train.penalty import Penalty
 from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.trainer import make_trainer
-from corda_vlm.train.watch import Watch, stop_on_signal
+from corda_vlm.train.watch import Watch
 from corda_vlm.train.weights import (
     all_finite,
     check_signature,
@@ -170,7 +170,7 @@ def train(
         trainer.penalise("extra_loss", extra_loss, extra_weight)
     watch.trainer = trainer
     checkpoint = last_checkpoint(output)
-    with as_it_was(model), less_memory, stop_on_signal(watch):
+    with as_it_was(model), less_memory, watch.interrupts:
         try:
             trainer.restore(checkpoint)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -180,8 +180,8 @@ def train(
         if told not in known:  # of an earlier training on the same records
             logger.warning("%s", told)
     done = trainer.state.global_step
-    if watch.stopped is not None and done < steps:
-        if watch.stopped is SIGTERM:
+    if watch.interrupts.asked is not None and done < steps:
+        if watch.interrupts.asked is SIGTERM:
             raise SystemExit(128 + SIGTERM)
         raise TrainingInterrupted(
             f"stopped at step {done} of {steps}; checkpoint in {output}. "

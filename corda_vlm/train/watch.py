@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from corda_vlm.interrupts import Interrupts
 from corda_vlm.jsonl import append_jsonl, is_number, write_jsonl
 from corda_vlm.progress import Meter, shown
 from corda_vlm.train.history import PENALTIES, read_history
@@ -28,7 +25,7 @@ class Watch(TrainerCallback):
 
     Attributes:
         history: entries so far, those of resumed runs included; also lines of `path`.
-        stopped: a signal asked to stop.
+        interrupts: whether a signal asked to stop.
     """
 
     trainer: Any
@@ -43,7 +40,7 @@ class Watch(TrainerCallback):
         self.options, self.path, self.measure = options, path, measure
         self.show_progress = show_progress
         self.history: list[dict[str, Any]] = []
-        self.stopped: signal.Signals | None = None
+        self.interrupts = Interrupts("finishing this step, then saving")
         self._meter: Meter | None = None
 
     @property
@@ -101,7 +98,7 @@ class Watch(TrainerCallback):
             if options.save_every is None
             else step % options.save_every == 0
         )
-        if self.stopped is not None:
+        if self.interrupts.asked is not None:
             control.should_training_stop = True
             due = True
         if due and not last:  # the last step's weights are written as the result
@@ -152,27 +149,3 @@ class Watch(TrainerCallback):
     def _note(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
         append_jsonl(self.path, [entry], "history entry")
-
-
-@contextmanager
-def stop_on_signal(watch: Watch) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) asks for a checkpoint after the running step; the second one acts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may have handlers
-        return
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    former = {kind: signal.getsignal(kind) or signal.SIG_DFL for kind in kinds}
-
-    def ask(number: int, frame: Any) -> None:
-        watch.stopped = signal.Signals(number)
-        for kind in kinds:
-            signal.signal(kind, former[kind])
-        print("\nstopping after this step; press again to stop at once", file=sys.stderr)
-
-    try:
-        for kind in kinds:
-            signal.signal(kind, ask)
-        yield
-    finally:
-        for kind in kinds:
-            signal.signal(kind, former[kind])

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.families import detect_family
 from corda_vlm.methods import METHODS, prepare_method, restore_method
+from corda_vlm.text_table import text_table
 from corda_vlm.train import contrastive_loss
 
 KINDS = ("lora", "corda-kpm", "dora", "full")
@@ -127,7 +127,13 @@ def main() -> None:
         found.append(measure(method, model, store, args.rank, args.batch, args.steps))
         print(json.dumps({k: v for k, v in found[-1].items() if k != "seconds"}), flush=True)
     keys = ["method", "plain_seconds", "penalty_seconds", "overhead", "anchor_megabytes"]
-    print(tabulate([[row[key] for key in keys] for row in found], keys))
+    print(
+        text_table(
+            [[row["method"], *(f"{row[key]:g}" for key in keys[1:])] for row in found],
+            keys,
+            [False, *[True] * 4],
+        )
+    )
     about = {k: v for k, v in vars(args).items() if k != "out"}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"arguments": about, "torch": torch.__version__, "rows": found}, indent=2)

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
+
+from corda_vlm.text_table import text_table
 
 BASES = ("untouched", "residual")
 
@@ -184,8 +185,10 @@ def main() -> None:
     }
     keys = list(medians["untouched"])
     print(
-        tabulate(
-            [[base, *(f"{medians[base][k]:.3g}" for k in keys)] for base in BASES], ["base", *keys]
+        text_table(
+            [[base, *(f"{medians[base][k]:.3g}" for k in keys)] for base in BASES],
+            ["base", *keys],
+            [False, *[True] * len(keys)],
         )
     )
     if args.out:

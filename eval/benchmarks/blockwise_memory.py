@@ -35,13 +35,13 @@ from typing import Any
 import psutil
 import torch
 from init_measure import Peak, machine
-from tabulate import tabulate
 from torch import nn
 
 from corda_vlm.covariance import SecondMoment, collect_covariance
 from corda_vlm.families import load_model
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites, site_shape
+from corda_vlm.text_table import text_table
 
 WAYS = ("memory", "file", "blockwise")
 STAGES = ("calibrate", "plan")
@@ -176,7 +176,7 @@ def print_sizes() -> None:
         [key, *(f"{row[key] / 1e9:.2f}" for row in found.values())]
         for key in next(iter(found.values()))
     ]
-    print(tabulate(rows, heads, colalign=("left", *["right"] * len(found)), disable_numparse=True))
+    print(text_table(rows, heads, [False, *[True] * len(found)]))
     print(
         f"\n{SAMPLES} samples of {IMAGE_TOKENS} image and {TEXT_TOKENS} text tokens, bfloat16 model"
     )
@@ -220,7 +220,15 @@ def main() -> None:
                 rows.append(in_a_process(way, sys.argv[1:]))
                 write(args.out, about, rows)
                 print(json.dumps(rows[-1]), flush=True)
-    print(tabulate(summary(rows), "keys"))
+    table = summary(rows)
+    heads = list(table[0])
+    print(
+        text_table(
+            [[row["way"], *(f"{row[key]:g}" for key in heads[1:])] for row in table],
+            heads,
+            [False, *[True] * (len(heads) - 1)],
+        )
+    )
 
 
 def done(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:

@@ -65,9 +65,8 @@ def unescaped(text: str) -> str:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Every figure that is written, and it is written all the same."""
-    from corda_vlm.report.analysis import forecast as foretelling
+    from corda_vlm.report.plots import forecast, tradeoff
     from corda_vlm.report.plots import style as drawing
-    from corda_vlm.report.plots import tradeoff
     from corda_vlm.report.plots import training as pictures
 
     found: list[Any] = []
@@ -77,7 +76,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         found.append(figure)
         save(figure, path)
 
-    for module in (foretelling, pictures, tradeoff, heatmap):
+    for module in (forecast, pictures, tradeoff, heatmap):
         monkeypatch.setattr(module, "save", keep)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -276,7 +276,7 @@ def test_damaged_weights_are_named(lora, tiny_open_clip, digits, processor, tmp_
 
 
 def test_the_first_ctrl_c_saves_and_the_next_run_goes_on(
-    lora, tiny_open_clip, digits, processor, tmp_path, capsys
+    lora, tiny_open_clip, digits, processor, tmp_path, capfd
 ):
     import copy
 
@@ -302,7 +302,7 @@ def test_the_first_ctrl_c_saves_and_the_next_run_goes_on(
             show_progress=False,
         )
     assert signal.getsignal(signal.SIGINT) is before
-    assert "press again" in capsys.readouterr().err
+    assert "once more to stop at once" in capfd.readouterr().err
     result = train(
         lora(base), digits, processor, options=options, output_dir=tmp_path, show_progress=False
     )

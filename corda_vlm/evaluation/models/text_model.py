@@ -84,7 +84,7 @@ class Speaker:
             yield
 
 
-def some(found: Sequence[object], data: object) -> None:
-    """Raises `DataError` if nothing was measured: an average over nothing is no number."""
-    if not found:
+def check_measured(measured: Sequence[object], data: object) -> None:
+    """Raise `DataError` if nothing was measured: an average over nothing is no number."""
+    if not measured:
         raise DataError(f"{data}: not one record could be measured")

@@ -14,7 +14,7 @@ from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.models.generate import references
-from corda_vlm.evaluation.models.text_model import Speaker, some
+from corda_vlm.evaluation.models.text_model import Speaker, check_measured
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.registry import CHOICE_METRICS, ChoiceOptions, LikelihoodOptions
@@ -99,7 +99,7 @@ class AnswerLikelihood(LikelihoodOptions, Evaluator):
         for _, _, scored in _scored(Speaker.of(encoder), self, self._answers):
             total.append(max(one.total for one in scored))
             each.append(max(one.total / one.tokens for one in scored))
-        some(total, self.data.spec)
+        check_measured(total, self.data.spec)
         for metric in self.metrics:
             values = np.asarray(total if metric == "log_likelihood" else each)
             yield Outcome(metric, values, exp=metric == "token_probability")
@@ -137,7 +137,7 @@ class MultipleChoice(ChoiceOptions, Evaluator):
             right["acc"].append(float(total.argmax() == record["choice"]))
             right["acc_norm"].append(float((total / size).argmax() == record["choice"]))
             chance.append(1 / len(choices))
-        some(chance, self.data.spec)
+        check_measured(chance, self.data.spec)
         for metric in self.metrics:
             yield Outcome(metric, np.asarray(right[metric]), chance=float(np.mean(chance)))
 

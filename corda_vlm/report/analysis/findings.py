@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from corda_vlm.errors import CordaError
+from corda_vlm.names import listed
 from corda_vlm.report.analysis.compare import Dominance, against
 from corda_vlm.report.analysis.learnt import Learnt, all_learnt, learnt, reference_learnt
 from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.analysis.standing import Standing, standing
 from corda_vlm.report.markup import bold, code, markdown
-from corda_vlm.report.tables import listed, over_all, percent, setting_text, signed
+from corda_vlm.report.words import ONE_SEED, over_all, percent, setting_text, signed
 
 SCALED_REFERENCE = f"{REFERENCE}, scaled"
 
-ONE_SEED = "one seed: no interval"
+MOST = 5
+"""Names that a sentence lists."""
 
 
 def findings(results: Results, dominances: Sequence[Dominance] | None = None) -> list[str]:
@@ -162,7 +164,7 @@ def _at_equal_accuracy(results: Results, found: Standing) -> str:
         )
     if found.ties:
         first = (found.best, *found.ties)
-        names = listed(_some([f"{name} ({percent(found.kept[name])})" for name in first]))
+        names = listed([f"{name} ({percent(found.kept[name])})" for name in first], MOST)
         return (
             f"{where}, {names} keep more of what the model knew than {REFERENCE} ({percent(base)}) and are a tie: their "
             f"differences are within {seeds}."
@@ -187,7 +189,7 @@ def _along_the_frontier(results: Results, along: Sequence[Dominance]) -> str:
     if several and top.mean.low <= 0 <= top.mean.high:
         text += ": a tie, as the interval holds 0"
     elif ahead and ties:
-        text += f"; a tie with {listed(_some(ties))}, by the intervals of their differences"
+        text += f"; a tie with {listed(ties, MOST)}, by the intervals of their differences"
     return f"{text}."
 
 
@@ -195,11 +197,4 @@ def _diverged(keys: Iterable[tuple[str, float | None, int | None]]) -> str:
     told = [
         f"{name}{'' if rate is None else f' at learning rate {rate:g}'}" for name, rate, _ in keys
     ]
-    return listed(_some(list(dict.fromkeys(told))))
-
-
-def _some(names: Sequence[str], most: int = 5) -> list[str]:
-    """The first few names, and how many more there are."""
-    if len(names) <= most + 1:
-        return list(names)
-    return [*names[:most], f"{len(names) - most} others"]
+    return listed(dict.fromkeys(told), MOST)

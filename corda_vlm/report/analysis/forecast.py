@@ -1,30 +1,18 @@
-"""Does the forecast of forgetting, made on calibration data alone, foretell what the tests find forgotten?"""
+"""Does the forecast of forgetting, made on calibration data alone, predict what the tests find forgotten?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.figure import Figure
 
 from corda_vlm.report.analysis.results import Results
-from corda_vlm.report.markup import shortened
-from corda_vlm.report.plots.style import (
-    FAINT,
-    frame,
-    literal_text,
-    percent,
-    plain_powers,
-    save,
-    styles,
-)
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Forecasts:
     """Every unscaled trained model that carries a forecast.
 
     Attributes:
@@ -43,7 +31,7 @@ class Foretold:
         return spearman(self.forecasts, self.kept)
 
 
-def foretold(results: Results) -> Foretold:
+def forecasts_of(results: Results) -> Forecasts:
     """The models with a forecast. Scaled ones are left out: their forecast follows from the unscaled one's."""
     found = [
         (method, results.forecasts[key], point.kept)
@@ -54,7 +42,7 @@ def foretold(results: Results) -> Foretold:
         and (key := (method, setting.learning_rate, seed)) in results.forecasts
     ]
     methods, forecasts, kept = zip(*found, strict=True) if found else ((), (), ())
-    return Foretold(methods, np.array(forecasts, dtype=float), np.array(kept, dtype=float))
+    return Forecasts(methods, np.array(forecasts, dtype=float), np.array(kept, dtype=float))
 
 
 def spearman(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:
@@ -69,40 +57,3 @@ def spearman(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) ->
 def _ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[places]
-
-
-@literal_text()
-def forecast_picture(results: Results, path: Path) -> Foretold | None:
-    """Draw forecast against kept share, one mark a trained model. Gives what was drawn, None if there was nothing."""
-    found = foretold(results)
-    drawable = found.forecasts > 0  # nothing else has a place on a logarithmic axis
-    if drawable.sum() < 2:
-        return None
-    methods = list(dict.fromkeys(found.methods))
-    names: list[str] = []
-    look = styles(list(results.trained))
-    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for method in methods:
-        of = drawable & np.array([name == method for name in found.methods])
-        colour, marker = look[method]
-        names.append(shortened(method))
-        axes.plot(
-            found.forecasts[of], found.kept[of], linestyle="", marker=marker, color=colour,
-            markersize=6.5, markeredgecolor="white", markeredgewidth=0.6, alpha=0.9, label=str(len(names)),
-        )  # fmt: skip
-    axes.set_xscale("log")
-    plain_powers(axes.xaxis)
-    axes.yaxis.set_major_formatter(percent())
-    axes.axhline(0.0, color=FAINT, linewidth=1, linestyle=":")
-    axes.set_xlabel("forecast: relative change of the layers' outputs on the calibration data")
-    axes.set_ylabel("knowledge kept, as tested")
-    frame(axes)
-    legend = axes.legend(
-        loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5, handletextpad=0.3
-    )
-    # not as labels of what is drawn: one that begins with "_" would be left out
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(name)
-    save(figure, path)
-    return found

@@ -20,17 +20,13 @@ from corda_vlm.errors import ForeignFileError
 from corda_vlm.plan import AdapterPlan, SitePlan
 from corda_vlm.report.document import Picture
 from corda_vlm.report.markup import shortened
+from corda_vlm.report.pictures import PLANS, PLANS_CAPTION
 from corda_vlm.report.plots.style import FAINT, INK, literal_text, save
 from corda_vlm.sites import ROLES, TOWERS
 
 logger = logging.getLogger(__name__)
 
 MOST = 4  # plans in one picture
-PLANS = "Rank and compactness of every adapted layer, blocks left to right, roles top to bottom."
-PLANS_CAPTION = (
-    "Which layers were given how much. Blue: the rank, darker for more (logarithmic). Orange: log₁₀ of the compactness π of "
-    "the covariance that the layer took; lighter layers lose less by what is adapted."
-)
 _WORDS = {
     "q": "query", "k": "key", "v": "value", "o": "attention out", "up": "MLP up", "gate": "MLP gate",
     "down": "MLP down", "proj": "projection", "qkv": "query, key, value", "kv": "key, value",

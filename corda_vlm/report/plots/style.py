@@ -76,7 +76,7 @@ def frame(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def percent() -> Any:
+def percent_axis() -> Any:
     """Shares in percent, with decimals where the axis is so short that it has marks between whole percents."""
     return FuncFormatter(lambda share, _: f"{100 * share + 0.0:.5g}%")
 

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from corda_vlm.report.analysis.findings import ONE_SEED
+from corda_vlm.names import listed
 from corda_vlm.report.analysis.learnt import learnt, reference_learnt
 from corda_vlm.report.analysis.results import REFERENCE, Curve, Point, Results, Setting, mean_point
 from corda_vlm.report.markup import shortened
 from corda_vlm.report.plots.labels import Words
-from corda_vlm.report.plots.style import FAINT, INK, frame, literal_text, percent, save, styles
-from corda_vlm.report.tables import over_all
-
-FEW = 4
-"""So many curves are read in one picture; of more, each has a panel of its own."""
+from corda_vlm.report.plots.style import FAINT, INK, frame, literal_text, percent_axis, save, styles
+from corda_vlm.report.words import FEW, ONE_SEED, over_all
 
 NEAR = 0.95
 """The share of the reference's best accuracy at which panels tell what is kept."""
@@ -109,8 +106,8 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
             textcoords="offset points", ha="right", va="top", color=look[REFERENCE][0], fontsize=9,
         )  # fmt: skip
     frame(axes)
-    axes.xaxis.set_major_formatter(percent())
-    axes.yaxis.set_major_formatter(percent())
+    axes.xaxis.set_major_formatter(percent_axis())
+    axes.yaxis.set_major_formatter(percent_axis())
     axes.margins(x=0.08, y=0.08)
     # the base model's 1.0 is always in sight, also where all others keep more, or nearly the same
     low, high = min(bottom, 1.0), max(float(found[:, 1].max()), 1.0)
@@ -190,8 +187,8 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
         frame(panel)
         panel.tick_params(labelsize=8, labelbottom=index + columns >= len(order))
     first = panels[0, 0]
-    first.xaxis.set_major_formatter(percent())
-    first.yaxis.set_major_formatter(percent())
+    first.xaxis.set_major_formatter(percent_axis())
+    first.yaxis.set_major_formatter(percent_axis())
     first.margins(x=0.06)
     first.set_ylim(
         min(-0.05, float(found[:, 1].min()) - 0.02), max(1.08, float(found[:, 1].max()) + 0.03)
@@ -271,6 +268,5 @@ def _envelope(means: Mapping[Setting, Point], base: Point) -> list[Point]:
 def _new_task(results: Results) -> str:
     of_text = {results.primary[task] for task in results.gain} == {"token_probability"}
     what = "token probability" if of_text else "accuracy"
-    names = [shortened(task, 30) for task in results.gain]
-    names = names if len(names) < 4 else [*names[:2], f"{len(names) - 2} others"]
-    return f"{what} on the new task ({', '.join(names)})"
+    names = listed([shortened(task, 30) for task in results.gain], most=2)
+    return f"{what} on the new task ({names})"

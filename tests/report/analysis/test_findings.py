@@ -12,7 +12,7 @@ from corda_vlm.report import Results, leading_finding, summary_table, write_repo
 from corda_vlm.report.analysis.findings import findings
 from corda_vlm.report.analysis.learnt import learnt
 from corda_vlm.report.plots.tradeoff import tradeoff
-from corda_vlm.report.tables import OVER_ALL
+from corda_vlm.report.words import OVER_ALL
 
 Row = dict[str, Any]
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from corda_vlm.report import Results
-from corda_vlm.report.analysis.forecast import forecast_picture, foretold, spearman
+from corda_vlm.report.analysis.forecast import forecasts_of, spearman
+from corda_vlm.report.plots.forecast import forecast_picture
 
 
 def test_rank_correlation_by_hand() -> None:
@@ -50,4 +51,4 @@ def test_the_picture_is_drawn_only_with_forecasts(invented: Any, tmp_path: Path)
 def test_a_forecast_of_zero_has_no_place_on_the_axis(invented: Any, tmp_path: Path) -> None:
     rows = [{**row, "forecast": 0.0} for row in invented.study(invented.DEMO)]
     assert forecast_picture(Results.of(rows), tmp_path / "forecast.png") is None
-    assert len(foretold(Results.of(rows)).kept) == 18
+    assert len(forecasts_of(Results.of(rows)).kept) == 18
