@@ -141,7 +141,7 @@ def calibrate(
     check_data(data)
     check_output(output)
     from corda_vlm.covariance import collect_covariance
-    from corda_vlm.data import ChatOptions, load_records, losses, make_batches
+    from corda_vlm.data import ChatOptions, data_warnings, load_records, make_batches
     from corda_vlm.sites import find_sites
 
     loaded = _loaded(model, dtype, device, device_map, trust_remote_code=trust_remote_code)
@@ -167,7 +167,7 @@ def calibrate(
         blockwise=blockwise,
     )
     print(store.summary())
-    for told in losses(batches.maker):
+    for told in data_warnings(batches.builder):
         print(told, file=sys.stderr)
     done = f"{output} was complete before" if before == _modified(output) else f"wrote {output}"
     _next(done, "init", model, "--covariance", output, "--output", "plan.json")

@@ -209,7 +209,7 @@ def saved(tmp_path):
     def save(loaded, name: str) -> Path:
         folder = tmp_path / name
         loaded.model.save_pretrained(folder)
-        (loaded.processor.whole or loaded.processor.tokenizer).save_pretrained(folder)
+        (loaded.processor.hf_processor or loaded.processor.tokenizer).save_pretrained(folder)
         return folder
 
     return save

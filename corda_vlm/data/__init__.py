@@ -10,40 +10,36 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
-    from corda_vlm.data.batches import (
-        BatchLoader,
-        BatchMaker,
-        Maker,
-        losses,
-        make_batches,
-        make_maker,
-    )
+    from corda_vlm.data.batches import BatchLoader, make_batches
+    from corda_vlm.data.builders import BatchBuilder, batch_builder, data_warnings
+    from corda_vlm.data.image_text import ImageTextBatches
     from corda_vlm.data.load import load_records
-    from corda_vlm.data.records import ImageTextData, Record
+    from corda_vlm.data.records import ImageTextData, Record, Records
     from corda_vlm.data.sources.images import to_rgb
     from corda_vlm.data.sources.registry import READERS
     from corda_vlm.data.spec import DataSpec, parse_spec, with_root
     from corda_vlm.data.text.chat import TEMPLATES, Chat
-    from corda_vlm.data.text.conversations import ChatOptions, ConversationMaker, no_labels
+    from corda_vlm.data.text.conversations import ChatOptions, ConversationBatches, no_labels
     from corda_vlm.data.text.instruction import InstructionData
 
 _HOMES = {
     "READERS": "sources.registry",
     "TEMPLATES": "text.chat",
+    "BatchBuilder": "builders",
     "BatchLoader": "batches",
-    "BatchMaker": "batches",
     "Chat": "text.chat",
     "ChatOptions": "text.conversations",
-    "ConversationMaker": "text.conversations",
+    "ConversationBatches": "text.conversations",
     "DataSpec": "spec",
+    "ImageTextBatches": "image_text",
     "ImageTextData": "records",
     "InstructionData": "text.instruction",
-    "Maker": "batches",
     "Record": "records",
+    "Records": "records",
+    "batch_builder": "builders",
+    "data_warnings": "builders",
     "load_records": "load",
-    "losses": "batches",
     "make_batches": "batches",
-    "make_maker": "batches",
     "no_labels": "text.conversations",
     "parse_spec": "spec",
     "to_rgb": "sources.images",

@@ -22,7 +22,7 @@ from corda_vlm.errors import DataError
 
 def load_records(
     spec: str | Mapping[str, Any] | DataSpec, *, beside: str | Path | None = None
-) -> ImageTextData:
+) -> ImageTextData | InstructionData:
     """Read a source's records; pictures are decoded only when a record is looked at.
 
     Args:
@@ -62,24 +62,31 @@ def load_records(
         rows, labels = rows[part], take(labels, part)
     chosen = sample(spec, labels, len(rows))
     rows, labels = rows[chosen], take(labels, chosen)
-    if spec.format is not None:
-        documents = (
-            [table.columns["text"][int(row)] for row in rows] if spec.format == "text" else None
-        )
-        if len(rows) == 0:
-            raise DataError(f"{spec}: not one record is left after split, filter and sampling")
-        found = InstructionData(table, rows, spec, columns["image"], documents, labels, class_names)
-        found.check()
-        return found
-    texts = text_rows(table, spec.text, columns["text"], rows, labels, class_names)
+    if spec.format is None:
+        kind = ImageTextData
+        texts = text_rows(table, spec.text, columns["text"], rows, labels, class_names)
+    else:
+        kind = InstructionData
+        documents = spec.format == "text"
+        texts = [table.columns["text"][int(row)] for row in rows] if documents else None
     if len(rows) == 0:
         raise DataError(f"{spec}: not one record is left after split, filter and sampling")
-    if columns["image"] is None and texts is None:
+    if kind is ImageTextData and columns["image"] is None and texts is None:
         raise DataError(
             f"{spec}: neither pictures nor texts were found; its columns are {', '.join(table.names)}: "
             "name them with image: and text:, or say which format: of conversations or questions it has"
         )
-    return ImageTextData(table, rows, spec, columns["image"], texts, labels, class_names)
+    records = kind(
+        table,
+        rows,
+        spec,
+        texts=texts,
+        labels=labels,
+        class_names=class_names,
+        image_column=columns["image"],
+    )
+    records.check()
+    return records
 
 
 def _part(

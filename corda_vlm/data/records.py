@@ -1,4 +1,8 @@
-"""Records of images and texts: decoded when they are looked at, with a cheap fingerprint of what they say."""
+"""Records: decoded when they are looked at, with a cheap fingerprint of what they say.
+
+`Records` is what all kinds have in common; `ImageTextData` has an image, a text and a label each, and
+`text.instruction.InstructionData` a conversation.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
 from PIL import Image
@@ -21,34 +25,46 @@ Record = dict[str, Any]
 """`image` (RGB PIL image or None), `text` (str or None), `label` (int or None), and the source's other columns."""
 
 
-# Not `Sequence[Record]`: beartype would then decode a record at each call that is checked.
-class ImageTextData(Sequence):
-    """Records of images, texts and labels, in a fixed order.
+_Records = TypeVar("_Records", bound="Records")
 
-    `data[i]` decodes record i and raises `DataError` if it cannot; iterating skips such records and counts
+
+# Not `Sequence[Record]`: beartype would then decode a record at each call that is checked.
+class Records(Sequence):
+    """Records in a fixed order.
+
+    `data[i]` decodes record i and raises `DataError` if it is of no use; iterating skips such records and counts
     them, up to the share that the spec allows. `data[a:b]` and `select` give a part of the same source.
 
     Attributes:
+        conversational: does a record hold what a model that generates text learns from?
         spec: what was asked for.
         labels: (n,) whole numbers, or None.
         texts: (n,) strings, or None.
         class_names: the names of the labels in index order, or None.
-        bad: record number -> why it does not decode, for those met so far.
+        bad: record number -> why it is of no use, for those met so far.
         cache: what batch builders keep about these records, e.g. their pixels.
     """
+
+    conversational: ClassVar[bool] = False
+    _trouble: ClassVar[str] = "records cannot be used"
 
     def __init__(
         self,
         table: Table,
         rows: np.ndarray,
         spec: DataSpec,
-        image_column: str | None,
+        *,
         texts: list[str] | None,
         labels: list[int] | None,
         class_names: tuple[str, ...] | None,
+        image_column: str | None = None,
     ) -> None:
         self.spec, self.labels, self.texts, self.class_names = spec, labels, texts, class_names
-        self.bad: dict[int, str] = {}
+        self.bad: dict[int, str] = {
+            number: table.faults[int(row)]
+            for number, row in enumerate(rows if table.faults else ())
+            if int(row) in table.faults
+        }
         self.cache: dict[Any, Any] = {}
         self._table, self._rows, self._image_column = table, rows, image_column
         self._fingerprint: str | None = None
@@ -64,7 +80,23 @@ class ImageTextData(Sequence):
 
     @property
     def has_images(self) -> bool:
-        return self._image_column is not None
+        raise NotImplementedError
+
+    def image(self, index: int) -> Image.Image | None:
+        """The picture of record `index` in RGB, its first of several; None if it has none.
+
+        Raises:
+            DataError: as `to_rgb` does.
+        """
+        raise NotImplementedError
+
+    def _decoded(self, index: int) -> Record:
+        """What has to be decoded of a record. Raises `DataError` if it is of no use."""
+        raise NotImplementedError
+
+    def _stored(self, index: int) -> list[Any]:
+        """The stored pictures of a record."""
+        raise NotImplementedError
 
     @property
     def skipped(self) -> int:
@@ -87,8 +119,8 @@ class ImageTextData(Sequence):
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload
-    def __getitem__(self, index: slice) -> ImageTextData: ...
-    def __getitem__(self, index: int | slice) -> Record | ImageTextData:
+    def __getitem__(self, index: slice) -> Records: ...
+    def __getitem__(self, index: int | slice) -> Record | Records:
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
         record = self.get(range(len(self))[index])
@@ -104,10 +136,10 @@ class ImageTextData(Sequence):
                 yield record
 
     def get(self, index: int) -> Record | None:
-        """Record `index`, or None if its picture does not decode.
+        """Record `index`, or None if it is of no use.
 
         Raises:
-            DataError: more than `max_bad_share` of the records do not decode; lists the first of them.
+            DataError: more than `max_bad_share` of the records are of no use; lists the first of them.
         """
         if index in self.bad:
             return None
@@ -118,7 +150,7 @@ class ImageTextData(Sequence):
             if name != self._image_column
         }
         try:
-            record["image"] = self.image(index)
+            record |= self._decoded(index)
         except DataError as error:
             return self.reject(index, str(error))
         record["text"] = None if self.texts is None else self.texts[index]
@@ -134,23 +166,17 @@ class ImageTextData(Sequence):
         self.bad[index] = why
         self.check()
 
-    def image(self, index: int) -> Image.Image | None:
-        """The picture of record `index` in RGB, None if the data has none. Raises `DataError` as `to_rgb` does."""
-        if self._image_column is None:
-            return None
-        return to_rgb(self._stored(index)[0], self._table.base)
-
-    def select(self, indices: Sequence[int] | range | np.ndarray) -> ImageTextData:
+    def select(self: _Records, indices: Sequence[int] | range | np.ndarray) -> _Records:
         """The records at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
         return type(self)(
             self._table,
             self._rows[chosen],
             self.spec,
-            self._image_column,
-            take(self.texts, chosen),
-            take(self.labels, chosen),
-            self.class_names,
+            texts=take(self.texts, chosen),
+            labels=take(self.labels, chosen),
+            class_names=self.class_names,
+            image_column=self._image_column,
         )
 
     @property
@@ -174,20 +200,12 @@ class ImageTextData(Sequence):
         """What the records say, as JSON, but for their pictures."""
         return [len(self), self.labels, self.texts, self.class_names, self.has_images]
 
-    def _stored(self, index: int) -> list[Any]:
-        """The stored pictures of a record."""
-        row, column = int(self._rows[index]), str(self._image_column)
-        get = self._table.images.get(column)
-        return [fetched(get, row) if get is not None else self._table.columns[column][row]]
-
     def _readable(self, index: int) -> list[Any]:
         """As `_stored`, for a fingerprint: what cannot be read is as if it were not there."""
         try:
             return self._stored(index)
         except DataError:
             return [None]
-
-    _trouble = "images do not decode"
 
     def check(self) -> None:
         """Raises `DataError` if more than `max_bad_share` of the records are of no use; lists the first of them."""
@@ -199,6 +217,30 @@ class ImageTextData(Sequence):
             f"{self.spec}: {len(self.bad)} of {len(self)} {self._trouble}, more than the {allowed:.3g} "
             "that max_bad_share allows:\n" + "\n".join(listed)
         )
+
+
+class ImageTextData(Records):
+    """Records of images, texts and labels."""
+
+    _trouble = "images do not decode"
+
+    @property
+    def has_images(self) -> bool:
+        return self._image_column is not None
+
+    def image(self, index: int) -> Image.Image | None:
+        """The picture of record `index` in RGB, None if the data has none. Raises `DataError` as `to_rgb` does."""
+        if self._image_column is None:
+            return None
+        return to_rgb(self._stored(index)[0], self._table.base)
+
+    def _decoded(self, index: int) -> Record:
+        return {"image": self.image(index)}
+
+    def _stored(self, index: int) -> list[Any]:
+        row, column = int(self._rows[index]), str(self._image_column)
+        get = self._table.images.get(column)
+        return [fetched(get, row) if get is not None else self._table.columns[column][row]]
 
 
 def take(values: list[Any] | None, indices: np.ndarray) -> list[Any] | None:

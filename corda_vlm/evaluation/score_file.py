@@ -15,7 +15,7 @@ import numpy as np
 
 from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.evaluation.measure import TaskResult
-from corda_vlm.evaluation.scores import ROLES, Outcome, Score, paired_gain
+from corda_vlm.evaluation.scores import TASK_ROLES, Outcome, Score, paired_gain
 from corda_vlm.jsonl import PATIENCE, append_jsonl, is_number, read_jsonl, wrong_field
 from corda_vlm.locks import locked
 from corda_vlm.run_files import BASE_EXAMPLES
@@ -184,7 +184,7 @@ _OPTIONAL = {
     "learning_rate": is_number, "seed": _is_count, "scale": is_number, "low": is_number, "high": is_number,
     "n": _is_count, "steps": _is_count, "chance": is_number, "forecast": is_number, "gain": is_number,
     "gain_low": is_number, "gain_high": is_number,
-    "role": lambda role: isinstance(role, str) and role in ROLES,
+    "role": lambda role: isinstance(role, str) and role in TASK_ROLES,
 }  # fmt: skip
 
 

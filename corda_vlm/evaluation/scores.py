@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from corda_vlm.evaluation.bootstrap import RESAMPLES, Interval, bootstrap
 
-ROLES = {
+TASK_ROLES = {
     "gain": "the task that is being learnt",
     "retention": "knowledge from before that should stay",
     "selection": "a validation split on which the learning rate is chosen; in no table",
@@ -26,7 +26,7 @@ class Score:
         metric: "top1", "top5", "mean_per_class", "image_to_text_recall@1", …
         value, low, high: a share in [0, 1] (but for `NO_SHARE`) and its 95 % bootstrap interval over examples.
         n: examples measured.
-        role: one of `ROLES`.
+        role: one of `TASK_ROLES`.
         chance: what guessing gives, the zero of "kept knowledge".
     """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
-from corda_vlm.evaluation.scores import ROLES
+from corda_vlm.evaluation.scores import TASK_ROLES
 from corda_vlm.evaluation.tasks.registry import KINDS, TEXT_OPTIONS
 from corda_vlm.files import asset, shown
 from corda_vlm.options import Text, fitted, read_options
@@ -23,7 +23,7 @@ class Task:
 
     Attributes:
         name: how tables call it.
-        role: one of `ROLES`: "gain", "retention", "selection".
+        role: one of `TASK_ROLES`: "gain", "retention", "selection".
         kind: "zero_shot" or "retrieval", or for models that generate text one of `kinds.TEXT_OPTIONS`.
         data: what `corda_vlm.data.load_records` takes; `{data_root}` in its strings is filled in.
         classes: zero-shot only: a list in the order of the labels; the name of a file in eval/class_names or
@@ -157,8 +157,8 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
     content = {key: fitted(content[key], _OF_TASK[key], key, where) for key in content}
     _check_printable(content["name"], where)
     kind, role = content["kind"], content["role"]
-    if role not in ROLES:
-        raise UnknownNameError(f"role in {where}", role, ROLES)
+    if role not in TASK_ROLES:
+        raise UnknownNameError(f"role in {where}", role, TASK_ROLES)
     if kind not in KINDS:
         raise UnknownNameError(f"kind in {where}", kind, KINDS)
     needed = ("classes", "templates") if kind == "zero_shot" else ()

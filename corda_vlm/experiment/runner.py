@@ -26,7 +26,14 @@ from torch import nn
 from corda_vlm.adapter.attach import whole_modules
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
-from corda_vlm.data import ImageTextData, load_records, losses, make_batches, make_maker, with_root
+from corda_vlm.data import (
+    Records,
+    batch_builder,
+    data_warnings,
+    load_records,
+    make_batches,
+    with_root,
+)
 from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import Cache, Suite, add_result, done, load_suite, read_rows, task_data
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
@@ -38,7 +45,7 @@ from corda_vlm.experiment.checks import check_chosen, check_experiment
 from corda_vlm.experiment.folder import check_claim, claim
 from corda_vlm.experiment.load import load_experiment
 from corda_vlm.experiment.spec import Experiment, Training
-from corda_vlm.families import LanguageProcessor, Loaded, load_model
+from corda_vlm.families import Loaded, load_model
 from corda_vlm.files import read_json, resolve, write_json
 from corda_vlm.locks import locks
 from corda_vlm.methods import METHODS, MethodRequest
@@ -237,21 +244,21 @@ class _Laboratory:
 
     def _check_conversations(self) -> None:
         """Refuse what a model that generates text cannot read, before anything is measured."""
-        if not isinstance(self.loaded.processor, LanguageProcessor):
+        if self.loaded.family.generative is None:
             return
-        make_maker(self.task_data, self.loaded.processor, chat=self.experiment.chat_of("task"))
+        batch_builder(self.task_data, self.loaded.processor, chat=self.experiment.chat_of("task"))
         if self.experiment.calibration is not None:
-            make_maker(
+            batch_builder(
                 self.knowledge, self.loaded.processor, chat=self.experiment.chat_of("knowledge")
             )
 
     @cached_property
-    def knowledge(self) -> ImageTextData:
+    def knowledge(self) -> Records:
         """The records that stand for the knowledge to keep."""
         assert self.experiment.calibration is not None  # checked by Experiment
         return self.load(self.experiment.calibration.data)
 
-    def load(self, spec: str | Mapping[str, Any]) -> ImageTextData:
+    def load(self, spec: str | Mapping[str, Any]) -> Records:
         """The records of `spec`, which may be relative to the config or to `data_root`."""
         root = self.experiment.data_root or self.suite.data_root
         return load_records(with_root(spec, root), beside=self.config)
@@ -374,7 +381,7 @@ class _Laboratory:
                 rounds=calibration.rounds if of == "knowledge" else 1,
                 path=self.folder / f"{name}.safetensors",
             )
-            for told in losses(batches.maker):
+            for told in data_warnings(batches.builder):
                 note(told)
         return self.stores[of]
 
@@ -382,7 +389,7 @@ class _Laboratory:
         """The layers of the chosen towers; of the knowledge also those that a variant trains whole and looks at."""
         model, experiment = self.loaded.model, self.experiment
         adapted = find_sites(model, towers=experiment.towers)
-        if of != "knowledge" or not isinstance(self.loaded.processor, LanguageProcessor):
+        if of != "knowledge" or self.loaded.family.generative is None:
             return adapted  # batches for one tower of a CLIP do not reach another
         whole = [
             name

@@ -205,12 +205,12 @@ def processor(source: str | Path, model: nn.Module) -> LanguageProcessor:
 
     if getattr(unwrap(model).config, "vision_config", None) is None:
         return language_processor(model, words())
-    whole = or_missing(
+    hf_processor = or_missing(
         lambda: transformers.AutoProcessor.from_pretrained(source, trust_remote_code=trusted()),
         f"{source} came without the files that this needs: for images, processor_config.json (or "
         "preprocessor_config.json) was looked for. Put it beside its weights.",
     )
-    tokenizer = getattr(whole, "tokenizer", None)
+    tokenizer = getattr(hf_processor, "tokenizer", None)
     if tokenizer is None:  # a folder without an image processor still reads text
         tokenizer = words()
-    return language_processor(model, tokenizer, whole)
+    return language_processor(model, tokenizer, hf_processor)

@@ -47,14 +47,14 @@ class LanguageProcessor(Processor):
 
     Attributes:
         tokenizer: transformers'; its padding token is set.
-        whole: transformers' processor of a vision-language model, None for a model of text alone.
+        hf_processor: transformers' processor of a vision-language model, None for a model of text alone.
         context: most tokens of a sequence, None where the configuration sets no limit.
         image_token: what stands for one image in a text, e.g. "<image>"; None for a model of text alone.
         image_token_id: the id that every place of an image feature has.
     """
 
     tokenizer: Any = None
-    whole: Any = None
+    hf_processor: Any = None
     context: int | None = None
     image_token: str | None = None
     image_token_id: int | None = None
@@ -66,8 +66,8 @@ class LanguageProcessor(Processor):
     @property
     def templater(self) -> Any:
         """What has the chat template: `templater.apply_chat_template(messages, tokenize=False, ...)`."""
-        if getattr(self.whole, "chat_template", None):
-            return self.whole
+        if getattr(self.hf_processor, "chat_template", None):
+            return self.hf_processor
         return self.tokenizer
 
     def need_tokenizer(self) -> None:
@@ -101,11 +101,11 @@ class LanguageProcessor(Processor):
             CordaError: the model came without a tokenizer or image processor; spans cannot be told.
         """
         self._check(text, images, responses)
-        if images and "suffix" in inspect.signature(self.whole.__call__).parameters:
+        if images and "suffix" in inspect.signature(self.hf_processor.__call__).parameters:
             return self._prefix_and_suffix(text, images, responses)
         offsets = responses is not None
         if images:
-            found = self.whole(
+            found = self.hf_processor(
                 text=[text],
                 images=[picture.convert("RGB") for picture in images],
                 text_kwargs={
@@ -128,7 +128,7 @@ class LanguageProcessor(Processor):
         if offsets:
             if moved is None:
                 raise CordaError(
-                    f"{type(self.whole).__name__} does not say where it puts images into a text, which labels need; "
+                    f"{type(self.hf_processor).__name__} does not say where it puts images into a text, which labels need; "
                     "take transformers 5 or later"
                 )
             spans = [tuple(_moved(at, moved[0]) for at in span) for span in responses or ()]
@@ -175,8 +175,8 @@ class LanguageProcessor(Processor):
                 f"{len(images)} images, and {places} places for them ({self.image_token}) in the text "
                 f"{text[:60]!r}; they have to be as many"
             )
-        if images and isinstance(self.whole, Missing):
-            self.whole()
+        if images and isinstance(self.hf_processor, Missing):
+            self.hf_processor()
         for start, end in responses or ():
             if not 0 <= start < end <= len(text):
                 raise DataError(
@@ -199,13 +199,13 @@ class LanguageProcessor(Processor):
         if responses is not None:
             if len(responses) != 1 or responses[0][1] < len(text.rstrip()):
                 raise DataError(
-                    f"{type(self.whole).__name__} takes one answer at the end of the text; got {len(responses)} responses"
+                    f"{type(self.hf_processor).__name__} takes one answer at the end of the text; got {len(responses)} responses"
                 )
             start = responses[0][0]
             end_of_text = self.tokenizer.eos_token or ""  # which the processor adds
             answer = {"suffix": text[start:].rstrip().removesuffix(end_of_text).strip()}
             text = text[:start].rstrip()
-        found = self.whole(
+        found = self.hf_processor(
             text=[text], images=[[picture.convert("RGB") for picture in images]],
             images_kwargs={"return_tensors": "pt"}, **answer,
         )  # fmt: skip
@@ -215,7 +215,9 @@ class LanguageProcessor(Processor):
         return sample
 
 
-def language_processor(model: nn.Module, tokenizer: Any, whole: Any = None) -> LanguageProcessor:
+def language_processor(
+    model: nn.Module, tokenizer: Any, hf_processor: Any = None
+) -> LanguageProcessor:
     """A `LanguageProcessor` from transformers' tokenizer, and its processor for a vision-language model.
 
     A tokenizer without a padding token gets the end of text as one, which a log line says: padding is masked, so
@@ -234,9 +236,9 @@ def language_processor(model: nn.Module, tokenizer: Any, whole: Any = None) -> L
     def image(picture: Any) -> Float[Tensor, "3 h w"]:
         if sees is None:
             raise no_tower(bare, "vision")
-        if isinstance(whole, Missing):
-            whole()
-        images: Any = whole
+        if isinstance(hf_processor, Missing):
+            hf_processor()
+        images: Any = hf_processor
         pixels = images.image_processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
         if pixels.dim() != 4 or len(pixels) != 1:
             raise CordaError(
@@ -262,9 +264,9 @@ def language_processor(model: nn.Module, tokenizer: Any, whole: Any = None) -> L
         text=text,
         image_size=image_size(sees) if sees is not None else (0, 0),
         tokenizer=tokenizer,
-        whole=whole,
+        hf_processor=hf_processor,
         context=_context(config),
-        image_token=_image_token(tokenizer, whole, token_id),
+        image_token=_image_token(tokenizer, hf_processor, token_id),
         image_token_id=token_id,
     )
 
@@ -277,10 +279,10 @@ def image_token_id(config: Any) -> int | None:
     return getattr(config, "image_token_index", None) if found is None else found
 
 
-def _image_token(tokenizer: Any, whole: Any, token_id: int | None) -> str | None:
+def _image_token(tokenizer: Any, hf_processor: Any, token_id: int | None) -> str | None:
     if token_id is None or isinstance(tokenizer, Missing):
         return None
-    named = getattr(whole, "image_token", None)
+    named = getattr(hf_processor, "image_token", None)
     return named if isinstance(named, str) else tokenizer.convert_ids_to_tokens(token_id)
 
 

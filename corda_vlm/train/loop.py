@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.adapter.folder import WEIGHTS
 from corda_vlm.anchor import Anchor
-from corda_vlm.data import ImageTextData, losses, make_batches, make_maker
+from corda_vlm.data import Records, batch_builder, data_warnings, make_batches
 from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
@@ -56,14 +56,14 @@ class TrainingInterrupted(KeyboardInterrupt):
 @locks("output_dir", inside=True)
 def train(
     model: nn.Module,
-    data: ImageTextData,
+    data: Records,
     processor: Processor,
     *,
     options: TrainOptions,
     output_dir: str | Path,
     classes: Sequence[str] | None = None,
     templates: Sequence[Template] | None = None,
-    eval_data: ImageTextData | None = None,
+    eval_data: Records | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     anchor: Anchor | None = None,
     anchor_weight: float = 0.0,
@@ -110,7 +110,7 @@ def train(
     objective = make_objective(options, model, family, processor, data, classes, templates)
     check_trainable(model, objective, options)
     check_anchor(model, anchor, anchor_weight)
-    maker = make_maker(
+    builder = batch_builder(
         data,
         processor,
         towers=objective.towers,
@@ -127,14 +127,14 @@ def train(
     if (output / DONE).is_file():
         return _finished(output, model, objective)
 
-    known = losses(maker)
+    known = data_warnings(builder)
     count = len(data)
     per_epoch = -(-count // options.batch_size)
     steps = options.steps or max(
         1, round((options.epochs or 0) * per_epoch / options.gradient_accumulation)
     )
     batches = StepBatches(
-        maker,
+        builder,
         batch_size=options.batch_size,
         steps=steps * options.gradient_accumulation,
         seed=options.seed,
@@ -176,7 +176,7 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             watch.close()
-    for told in losses(maker):
+    for told in data_warnings(builder):
         if told not in known:  # of an earlier training on the same records
             logger.warning("%s", told)
     done = trainer.state.global_step
@@ -205,7 +205,7 @@ def train(
 
 def _plan(
     model: nn.Module,
-    data: ImageTextData,
+    data: Records,
     options: TrainOptions,
     classes: Sequence[str] | None,
     templates: Sequence[Template] | None,

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corda_vlm.data import ChatOptions, ImageTextData, InstructionData, no_labels
+from corda_vlm.data import ChatOptions, Records, no_labels
 from corda_vlm.errors import DataError
-from corda_vlm.families.base import Batch, Processor
-from corda_vlm.families.language import IGNORED, LanguageProcessor
+from corda_vlm.families.base import Batch, Family
+from corda_vlm.families.language import IGNORED
 from corda_vlm.train.heads import Head
 from corda_vlm.train.options import TrainOptions
 
@@ -49,20 +49,18 @@ class NextTokenObjective:
         return loss, right.all(1)
 
 
-def make_next_token(
-    options: TrainOptions, processor: Processor, data: ImageTextData
-) -> NextTokenObjective:
+def make_next_token(options: TrainOptions, family: Family, data: Records) -> NextTokenObjective:
     """The objective, once model and data go with it.
 
     Raises:
         DataError: a model that does not generate text, or records that are no conversations.
     """
-    if not isinstance(processor, LanguageProcessor):
+    if family.generative is None:
         raise DataError(
             f"{data.spec}: the next_token loss is for models that generate text; for this one choose prompt, linear "
             "or contrastive"
         )
-    if not isinstance(data, InstructionData):
+    if not data.conversational:
         raise DataError(
             f"{data.spec}: the next_token loss needs conversations, questions or documents; say which format: the "
             "records have, e.g. llava, chat, qa or alpaca"

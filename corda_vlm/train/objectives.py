@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corda_vlm.data import ImageTextData, InstructionData
+from corda_vlm.data import Records
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Batch, Contrastive, Family, Processor, evaluating, unwrap
 from corda_vlm.train.heads import Head, Prompts, Template, prompt_logits
@@ -113,7 +113,7 @@ def make_objective(
     model: nn.Module,
     family: Family,
     processor: Processor,
-    data: ImageTextData,
+    data: Records,
     classes: Sequence[str] | None,
     templates: Sequence[Template] | None,
 ) -> Objective:
@@ -125,7 +125,7 @@ def make_objective(
     """
     smoothing = options.label_smoothing
     if options.loss == "next_token":
-        return make_next_token(options, processor, data)
+        return make_next_token(options, family, data)
     if options.loss == "contrastive":
         if data.texts is None:
             raise DataError(
@@ -139,7 +139,7 @@ def make_objective(
         parts = family.need_contrastive(model)
         return ContrastiveObjective(parts, options.mask_duplicates, smoothing)
 
-    if isinstance(data, InstructionData):
+    if data.conversational:
         raise DataError(
             f"{data.spec}: holds conversations, and the {options.loss} loss is for images with labels; choose loss "
             "next_token"
@@ -171,7 +171,7 @@ def make_objective(
         return PromptObjective(contrastive, prompts, start, head, smoothing)
 
 
-def _class_names(data: ImageTextData, classes: Sequence[str] | None, loss: str) -> Sequence[str]:
+def _class_names(data: Records, classes: Sequence[str] | None, loss: str) -> Sequence[str]:
     names = data.class_names if classes is None else classes
     if data.labels is None or names is None:
         raise DataError(f"{data.spec}: the {loss} loss needs labels; name their column with label:")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from corda_vlm.data import Maker
+from corda_vlm.data import BatchBuilder
 from corda_vlm.errors import DataError
 
 
@@ -24,13 +24,19 @@ class StepBatches(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, maker: Maker, *, batch_size: int, steps: int, seed: int, augment: str = "none"
+        self,
+        builder: BatchBuilder,
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        augment: str = "none",
     ) -> None:
-        self.maker, self.batch_size, self.steps = maker, batch_size, steps
+        self.builder, self.batch_size, self.steps = builder, batch_size, steps
         self.seed, self.augment = seed, augment
-        self.per_epoch = math.ceil(len(maker.data) / batch_size)
+        self.per_epoch = math.ceil(len(builder.data) / batch_size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
-        self._ahead = ThreadPoolExecutor(1) if maker.workers > 0 else None
+        self._ahead = ThreadPoolExecutor(1) if builder.workers > 0 else None
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
 
     def __len__(self) -> int:
@@ -52,19 +58,19 @@ class StepBatches(Dataset[dict[str, Tensor]]):
         kept, order = self._order  # read once: the thread that works ahead may be in the next epoch
         if kept != epoch:
             order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(
-                len(self.maker.data)
+                len(self.builder.data)
             )
             self._order = (epoch, order)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def _make(self, step: int) -> dict[str, Tensor]:
-        batch = self.maker.batch(self.indices(step))
+        batch = self.builder.batch(self.indices(step))
         if not batch:  # none of its records is of use: the next ones, so that a step is a step
             for later in range(step + 1, step + 1 + self.per_epoch):
-                if batch := self.maker.batch(self.indices(later)):
+                if batch := self.builder.batch(self.indices(later)):
                     break
             else:
-                raise DataError(f"{self.maker.data.spec}: not one record is of use")
+                raise DataError(f"{self.builder.data.spec}: not one record is of use")
         if self.augment == "light" and "pixel_values" in batch:
             if batch["pixel_values"].dim() != 4:
                 raise DataError(

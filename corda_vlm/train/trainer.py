@@ -293,7 +293,7 @@ def make_trainer(
         objective,
         batches,
         options,
-        batches.maker.processor.image_size,
+        batches.builder.processor.image_size,
         args=args,
         callbacks=callbacks,
     )

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from corda_vlm.data import Chat, ChatOptions, ConversationMaker, load_records, make_batches
+from corda_vlm.data import Chat, ChatOptions, ConversationBatches, load_records, make_batches
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 
 MESSAGES = [
@@ -66,7 +66,7 @@ def learnt(processor, sample):
 )
 def test_where_the_answers_are(tiny_llm, template, text, answers):
     chat = Chat(tiny_llm.processor, template)
-    whole = chat.whole(MESSAGES)
+    whole = chat.full(MESSAGES)
     assert whole.text.endswith(text)
     assert [whole.text[turn.start : turn.end] for turn in whole.turns] == answers
     assert whole.text[whole.turns[1].start : whole.turns[1].content_end].strip() == "dark blue"
@@ -89,7 +89,7 @@ def test_labels_are_exact_where_white_space_merges(tiny_llm, kind):
     """What a model is trained to say after a prompt is what follows the prompt's own tokens."""
     processor = tiny_llm.processor
     chat = Chat(processor, MERGING[kind])
-    whole, prompt = chat.whole(MESSAGES[:2]), chat.prompt(MESSAGES[:2])
+    whole, prompt = chat.full(MESSAGES[:2]), chat.prompt(MESSAGES[:2])
     (turn,) = whole.turns
     sample = processor.encode(
         whole.text, responses=[(turn.start, turn.end)], special_tokens=whole.special_tokens
@@ -113,18 +113,18 @@ FORGETS_EARLY = "{% for m in messages %}{{ m['role'] }}: {{ '...' if m['role'] =
 
 def test_the_models_own_template_and_unknown_ones(tiny_llm, tiny_llava, tmp_path, questions):
     with pytest.raises(CordaError, match=r"unknown chat template.*brings none.*plain"):
-        Chat(tiny_llm.processor).whole(MESSAGES)
+        Chat(tiny_llm.processor).full(MESSAGES)
     with pytest.raises(
         UnknownNameError, match=r"unknown chat template 'plian'.*Did you mean 'plain'"
     ):
-        Chat(tiny_llm.processor, "plian").whole(MESSAGES)
+        Chat(tiny_llm.processor, "plian").full(MESSAGES)
     (tmp_path / "own.jinja").write_text(MERGING["no opening"])
     assert (
         Chat(tiny_llm.processor, str(tmp_path / "own.jinja"))
-        .whole(MESSAGES)
+        .full(MESSAGES)
         .text.startswith("[INST]")
     )
-    own = Chat(tiny_llava.processor).whole(MESSAGES[:2])
+    own = Chat(tiny_llava.processor).full(MESSAGES[:2])
     assert own.text == "USER: is there a circle? ASSISTANT: yes</s>", (
         "made to end, as LLaVA's template does not"
     )
@@ -135,20 +135,20 @@ def test_the_models_own_template_and_unknown_ones(tiny_llm, tiny_llava, tmp_path
         DataError,
         match=r"qa\.jsonl, line 1: the chat template does not take it \(one message only\)",
     ):
-        ConversationMaker(data, tiny_llm.processor, chat=ChatOptions(template=picky)).batch([0])
+        ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(template=picky)).batch([0])
 
 
 def test_a_template_that_rewrites_answers_is_refused(tiny_llm):
     forgets = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if loop.last else '...' }}\n{% endfor %}"
     with pytest.raises(DataError, match="writes message 1 in other words"):
-        Chat(tiny_llm.processor, forgets).whole(MESSAGES)
+        Chat(tiny_llm.processor, forgets).full(MESSAGES)
     with pytest.raises(DataError, match=r"message 1 .*or learn: last"):
-        Chat(tiny_llm.processor, FORGETS_EARLY).whole(MESSAGES)
-    whole = Chat(tiny_llm.processor, FORGETS_EARLY).whole(MESSAGES, "last")
+        Chat(tiny_llm.processor, FORGETS_EARLY).full(MESSAGES)
+    whole = Chat(tiny_llm.processor, FORGETS_EARLY).full(MESSAGES, "last")
     assert [whole.text[turn.start : turn.end] for turn in whole.turns] == [" dark blue</s>"]
     shouts = "{% for m in messages %}{{ m['content'] | upper }}\n{% endfor %}"
     with pytest.raises(DataError, match="writes message 1 in other words"):
-        Chat(tiny_llm.processor, shouts).whole(MESSAGES[:2])
+        Chat(tiny_llm.processor, shouts).full(MESSAGES[:2])
 
 
 @pytest.mark.parametrize("learn", ["all", "last"])
@@ -157,7 +157,7 @@ def test_a_template_that_writes_the_last_answer_in_another_way(tiny_llm, learn, 
     """Labels are each answer with its end, and of the last one the empty thoughts that the model is to say too."""
     chat = Chat(tiny_llm.processor, THINKS)
     said = [MESSAGES[0], {"role": "assistant", "content": answer}, MESSAGES[2]]
-    whole = chat.whole([*said, {"role": "assistant", "content": answer}], learn)
+    whole = chat.full([*said, {"role": "assistant", "content": answer}], learn)
     assert whole.text.count("<think>") == 1
     last = f"<think>\n\n</think>\n\n{answer}</s>"
     expected = [f"{answer}</s>", last] if learn == "all" else [last]
@@ -167,7 +167,7 @@ def test_a_template_that_writes_the_last_answer_in_another_way(tiny_llm, learn, 
         assert whole.text[: turn.content_end].endswith(answer)
         assert whole.text[turn.content_end : turn.end] == "</s>"
     for thought in ("<think>\nA circle.\n</think>\n\nyes", "<think>\n\n</think>\n\nyes"):
-        (turn,) = chat.whole([MESSAGES[0], {"role": "assistant", "content": thought}], learn).turns
+        (turn,) = chat.full([MESSAGES[0], {"role": "assistant", "content": thought}], learn).turns
         assert turn.content_end - turn.start == len(thought)
 
 
@@ -193,16 +193,16 @@ def test_a_batch_of_text(tiny_llm, questions):
 
 def test_a_batch_with_images(tiny_llava, shapes):
     processor = tiny_llava.processor
-    maker = ConversationMaker(shapes, processor)
-    batch = maker.batch([0, 1])
+    builder = ConversationBatches(shapes, processor)
+    batch = builder.batch([0, 1])
     assert batch["pixel_values"].shape == (2, 3, 32, 32)
     assert ((batch["input_ids"] == 3).sum(1) == 16).all()
     assert bool((batch["labels"][batch["input_ids"] == 3] == -100).all())
-    assert learnt(processor, maker.sample(1)).split("</s>") == [" A one no", ""]
-    last = ConversationMaker(shapes, processor, chat=ChatOptions(learn="last"))
+    assert learnt(processor, builder.sample(1)).split("</s>") == [" A one no", ""]
+    last = ConversationBatches(shapes, processor, chat=ChatOptions(learn="last"))
     assert learnt(processor, last.sample(1)) == " no</s>"
     assert torch.isfinite(tiny_llava.model(**batch).loss)
-    again = maker.batch([0, 1])
+    again = builder.batch([0, 1])
     assert all(torch.equal(batch[name], again[name]) for name in batch), "as kept"
 
 
@@ -217,19 +217,19 @@ def test_an_image_is_preprocessed_once_for_all_its_questions(
         pa.table({"image": [d[0] for d in digits[:2]], "qa_json": [qa] * 2}), tmp_path / "x.parquet"
     )
     data = load_records({"source": f"parquet:{tmp_path}/x.parquet", "format": "qa"})
-    maker = ConversationMaker(data, tiny_llava.processor)
-    first = maker.batch(range(6))
-    kept = [maker._kept.images[data.picture_key(i)]["pixel_values"] for i in range(6)]
+    builder = ConversationBatches(data, tiny_llava.processor)
+    first = builder.batch(range(6))
+    kept = [builder._kept.images[data.picture_key(i)]["pixel_values"] for i in range(6)]
     assert kept[0] is kept[2]
     assert kept[0] is not kept[3]
     monkeypatch.setattr(data, "get", None)
-    assert torch.equal(maker.batch(range(6))["pixel_values"], first["pixel_values"])
+    assert torch.equal(builder.batch(range(6))["pixel_values"], first["pixel_values"])
 
 
 def test_documents_are_learnt_whole(tiny_llm, tmp_path):
     (tmp_path / "a.txt").write_text("is there a red circle in the image?")
     data = load_records({"source": f"text:{tmp_path}/a.txt", "format": "text"})
-    sample = ConversationMaker(data, tiny_llm.processor).sample(0)
+    sample = ConversationBatches(data, tiny_llm.processor).sample(0)
     assert torch.equal(sample["labels"], sample["input_ids"])
 
 
@@ -239,24 +239,24 @@ def test_documents_are_learnt_whole(tiny_llm, tmp_path):
 def test_a_sequence_that_is_too_long(tiny_llm, questions, caplog):
     data = questions(("x " * 200, "yes"), ("is there?", "no"), max_bad_share=0.5)
     skip, error = (ChatOptions("plain", too_long=kind) for kind in ("skip", "error"))
-    maker = ConversationMaker(data, tiny_llm.processor, chat=skip)
-    assert maker.batch([0, 1])["input_ids"].shape[0] == 1
+    builder = ConversationBatches(data, tiny_llm.processor, chat=skip)
+    assert builder.batch([0, 1])["input_ids"].shape[0] == 1
     assert "tokens are more than the 128 that fit" in data.bad[0]
     fresh = data.select([0, 1])
     with pytest.raises(
         DataError,
         match=r"qa\.jsonl, line 1: 4\d\d tokens are more than the 128.*model's context of 128",
     ):
-        ConversationMaker(fresh, tiny_llm.processor, chat=error).batch([0])
+        ConversationBatches(fresh, tiny_llm.processor, chat=error).batch([0])
     with pytest.raises(
         DataError, match=r"2 of 2 records cannot be used(.|\n)*more than the 8 that fit"
     ):
-        ConversationMaker(
+        ConversationBatches(
             fresh, tiny_llm.processor, chat=dataclasses.replace(skip, max_tokens=8)
         ).batch([0, 1])
 
     long = questions(("is there?", "yes " * 200))
-    cut = ConversationMaker(
+    cut = ConversationBatches(
         long, tiny_llm.processor, chat=ChatOptions("plain", too_long="truncate")
     )
     sample = cut.sample(0)
@@ -265,14 +265,14 @@ def test_a_sequence_that_is_too_long(tiny_llm, questions, caplog):
     assert "line 1" in caplog.text
     gone = questions(("x " * 200, "yes"))
     with pytest.raises(DataError, match="all its labels are masked"):
-        ConversationMaker(gone, tiny_llm.processor, chat=cut.options, labelled=True).sample(0)
+        ConversationBatches(gone, tiny_llm.processor, chat=cut.options, labelled=True).sample(0)
 
 
 def test_an_image_is_never_cut(tiny_llava, shapes):
     options = ChatOptions(max_tokens=15, too_long="truncate")
     with pytest.raises(DataError, match="cutting it would cut an image"):
-        ConversationMaker(shapes, tiny_llava.processor, chat=options).sample(0)
-    roomy = ConversationMaker(
+        ConversationBatches(shapes, tiny_llava.processor, chat=options).sample(0)
+    roomy = ConversationBatches(
         shapes.select([0, 1]),
         tiny_llava.processor,
         chat=dataclasses.replace(options, max_tokens=25),
@@ -284,9 +284,9 @@ def test_an_image_is_never_cut(tiny_llava, shapes):
 
 def test_data_that_does_not_go_with_the_model(tiny_llm, shapes, questions, processor):
     with pytest.raises(DataError, match="reads text alone"):
-        ConversationMaker(shapes, tiny_llm.processor)
+        ConversationBatches(shapes, tiny_llm.processor)
     with pytest.raises(DataError, match="compares images with texts"):
-        ConversationMaker(shapes, processor)
+        ConversationBatches(shapes, processor)
     with pytest.raises(DataError, match="say which format"):
         make_batches(load_records("sklearn:digits"), tiny_llm.processor, batch_size=2)
     for bad in ({"learn": "some"}, {"too_long": "cut"}):
@@ -299,7 +299,7 @@ def test_data_that_does_not_go_with_the_model(tiny_llm, shapes, questions, proce
 def test_a_question_without_an_answer_calibrates_but_is_not_learnt(tiny_llm, questions):
     data = questions(("is there?", "yes"), answer=None)
     chat = ChatOptions("plain")
-    sample = ConversationMaker(data, tiny_llm.processor, chat=chat).sample(0)
+    sample = ConversationBatches(data, tiny_llm.processor, chat=chat).sample(0)
     assert bool((sample["labels"] == -100).all())
     with pytest.raises(DataError, match="line 1: holds no token to learn"):
-        ConversationMaker(data, tiny_llm.processor, chat=chat, labelled=True).sample(0)
+        ConversationBatches(data, tiny_llm.processor, chat=chat, labelled=True).sample(0)

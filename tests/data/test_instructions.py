@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from corda_vlm.data import ChatOptions, ConversationMaker, load_records
+from corda_vlm.data import ChatOptions, ConversationBatches, load_records
 from corda_vlm.errors import DataError
 
 ADD = {"instruction": "Add", "input": "1 and 1", "output": "2"}
@@ -37,10 +37,10 @@ def answer(text, **more):
     return {"role": "assistant", "content": text, **more}
 
 
-def learnt(maker, index):
-    sample = maker.sample(index)
+def learnt(builder, index):
+    sample = builder.sample(index)
     ids, labels = sample["input_ids"], sample["labels"]
-    return maker.processor.tokenizer.decode(ids), maker.processor.tokenizer.decode(
+    return builder.processor.tokenizer.decode(ids), builder.processor.tokenizer.decode(
         labels[labels != -100]
     )
 
@@ -53,8 +53,8 @@ def test_alpaca_asks_the_instruction_with_its_input(read, tiny_llm):
     assert data[0]["messages"] == [user("Add\n1 and 1"), answer("2")]
     assert data[1]["messages"] == [user("Name a fruit"), answer("Fig")]
     assert (data[0]["question"], data[0]["answers"]) == ("Add\n1 and 1", ["2"])
-    maker = ConversationMaker(data, tiny_llm.processor, chat=ChatOptions("plain"))
-    assert learnt(maker, 0) == ("Question: Add\n1 and 1\nAnswer: 2</s>", " 2</s>")
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    assert learnt(builder, 0) == ("Question: Add\n1 and 1\nAnswer: 2</s>", " 2</s>")
     alone = read(ADD, format="alpaca", question="instruction", answer=None)
     assert alone[0]["messages"] == [user("Add")]
     dolly = read({"instruction": "Add", "context": "1 and 1", "response": "2"}, format="alpaca")
@@ -129,9 +129,9 @@ def test_the_completion_alone_is_learnt(read, tiny_llm):
     assert data[0]["messages"] == [user("is it red?"), answer("no")]
     assert data[1]["messages"] == [user("Hi"), answer("Hello", learn=False), user("what colour?"), answer("blue")]  # fmt: skip
     assert (data[1]["question"], data[1]["answers"]) == ("what colour?", ["blue"])
-    maker = ConversationMaker(data, tiny_llm.processor, chat=ChatOptions("plain"))
-    assert learnt(maker, 0)[1] == " no</s>"
-    text, labels = learnt(maker, 1)
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    assert learnt(builder, 0)[1] == " no</s>"
+    text, labels = learnt(builder, 1)
     assert text == "Question: Hi\nAnswer: Hello\nQuestion: what colour?\nAnswer: blue</s>"
     assert labels == " blue</s>"
 
@@ -141,8 +141,8 @@ def test_a_completion_keeps_its_indentation(read, tiny_llm, template):
     pair = {"prompt": "def one():", "completion": "    return 1\n"}
     data = read(pair, {**pair, "completion": "\n\treturn 1"}, format="prompt_completion")
     assert [row["messages"][1]["content"] for row in data] == ["    return 1", "\n\treturn 1"]
-    maker = ConversationMaker(data, tiny_llm.processor, chat=ChatOptions(template))
-    text = maker.chat.whole(data[0]["messages"])
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(template))
+    text = builder.chat.full(data[0]["messages"])
     (turn,) = text.turns
     parted = " " if template == "plain" else ""
     assert text.text[turn.start : turn.content_end] == f"{parted}    return 1"
@@ -175,8 +175,8 @@ def test_what_is_wrong_with_a_prompt_or_its_completion(read, prompt, completion,
 def test_answers_of_weight_0_are_not_learnt(read, tiny_llm):
     talk = [user("Hi"), answer("no", weight=0), user("Red?"), answer("yes", weight=1)]
     data = read({"messages": talk}, format="chat")
-    maker = ConversationMaker(data, tiny_llm.processor, chat=ChatOptions("plain"))
-    assert learnt(maker, 0)[1] == " yes</s>"
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    assert learnt(builder, 0)[1] == " yes</s>"
 
 
 # ------------------------------------------------------------------ ShareGPT's, and system texts
@@ -186,8 +186,8 @@ def test_sharegpt_keeps_its_system_text(read, tiny_llm):
     turns = [{"from": "human", "value": "Say <image>"}, {"from": "gpt", "value": "no"}]
     data = read({"conversations": turns, "system": "Be short."}, format="sharegpt")
     assert data[0]["messages"] == [{"role": "system", "content": "Be short."}, user("Say <image>"), answer("no")]  # fmt: skip
-    maker = ConversationMaker(data, tiny_llm.processor, chat=ChatOptions("plain"))
-    assert learnt(maker, 0)[0].startswith("Be short.\n\nQuestion: Say")
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    assert learnt(builder, 0)[0].startswith("Be short.\n\nQuestion: Say")
     first = {"from": "system", "value": "Be long."}
     with pytest.raises(DataError, match="begin with another system text than its system"):
         read({"conversations": [first, *turns], "system": "Be short."}, format="sharegpt")
@@ -256,8 +256,8 @@ def test_the_place_of_a_picture_is_there_once(read, pictures, tiny_llava, format
     assert first["content"] == (SHOWN[::-1] if last else SHOWN)
     if "question" in data[0]:
         assert data[0]["question"] == "What is it?"
-    maker = ConversationMaker(data, tiny_llava.processor)
-    assert int((maker.sample(0)["input_ids"] == 3).sum()) == 16, "the patches of one picture"
+    builder = ConversationBatches(data, tiny_llava.processor)
+    assert int((builder.sample(0)["input_ids"] == 3).sum()) == 16, "the patches of one picture"
     (without,) = read({**record, "image": "0.png"}, format=format, image=None)
     assert without["messages"] == [user("What is it?"), answer("A digit")]
 

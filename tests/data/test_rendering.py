@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from corda_vlm.data import Chat, ChatOptions, ConversationMaker, load_records
+from corda_vlm.data import Chat, ChatOptions, ConversationBatches, load_records
 from corda_vlm.data.text import rendering
 from corda_vlm.data.text.chat import TEMPLATES
 from corda_vlm.data.text.rendering import render
@@ -80,7 +80,7 @@ def test_templates_write_what_transformers_writes(tiny_tokenizer, name):
 
 
 def test_the_models_own_template_writes_what_transformers_writes(tiny_llava):
-    whole = tiny_llava.processor.whole
+    whole = tiny_llava.processor.hf_processor
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
     shown = [{"role": "user", "content": parts}]
     told = whole.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
@@ -191,7 +191,7 @@ def test_a_models_own_template_is_under_the_limits(tiny_llm, tmp_path):
     tokenizer.chat_template = ENDLESS["loops that write nothing"]
     try:
         with pytest.raises(CordaError, match=r"ran for more than .*choose another with template:"):
-            ConversationMaker(data, tiny_llm.processor)  # before a record is looked at
+            ConversationBatches(data, tiny_llm.processor)  # before a record is looked at
         tokenizer.chat_template = {"default": TEMPLATES["plain"], "tools": "x"}
         assert Chat(tiny_llm.processor).prompt(ASKED).text == "Question: is it red?\nAnswer:"
     finally:

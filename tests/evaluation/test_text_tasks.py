@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from corda_vlm.data import ChatOptions, ConversationMaker, load_records
+from corda_vlm.data import ChatOptions, ConversationBatches, load_records
 from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation import evaluate, load_suite
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import before_any, generate
-from corda_vlm.evaluation.models.text_model import Speaker
+from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.tasks.likelihood import AnswerLikelihood, MultipleChoice, likelihoods
 from corda_vlm.evaluation.tasks.perplexity import Perplexity, windows
 from corda_vlm.evaluation.tasks.qa import Qa
@@ -158,10 +158,10 @@ def test_a_model_that_diverged_has_no_score(tiny_llm, records, document, value) 
 
 def test_likelihoods_are_those_of_each_sample_alone(tiny_llm, records) -> None:
     data = records([{"question": "is there " * k, "answer": "yes or no"} for k in (1, 7, 3, 12, 5)])
-    maker = ConversationMaker(data, tiny_llm.processor, chat=PLAIN)
-    samples = [maker.sample(i) for i in range(5)]
+    builder = ConversationBatches(data, tiny_llm.processor, chat=PLAIN)
+    samples = [builder.sample(i) for i in range(5)]
     tiny_llm.model.train()
-    found = likelihoods(Speaker(tiny_llm.model, tiny_llm.processor, batch_size=2), samples)
+    found = likelihoods(TextGenerator(tiny_llm.model, tiny_llm.processor, batch_size=2), samples)
     assert tiny_llm.model.training
     for sample, own in zip(samples, found, strict=True):
         ids, labels = sample["input_ids"], sample["labels"]
@@ -217,13 +217,13 @@ def test_a_window_that_cannot_be_is_refused(tiny_llm, document) -> None:
 
 def test_generation_is_that_of_each_prompt_alone(tiny_llm, records) -> None:
     data = records([{"question": "is there " * k, "answer": "yes"} for k in (1, 7, 3, 12, 5)])
-    maker = ConversationMaker(data, tiny_llm.processor, chat=PLAIN)
-    prompts = [maker.prompt(i, 6) for i in range(5)]
+    builder = ConversationBatches(data, tiny_llm.processor, chat=PLAIN)
+    prompts = [builder.prompt(i, 6) for i in range(5)]
     tokenizer, side = tiny_llm.processor.tokenizer, tiny_llm.processor.tokenizer.padding_side
     tiny_llm.model.train()
     tiny_llm.model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=2.0)
-    speaker = Speaker(tiny_llm.model, tiny_llm.processor, batch_size=2)
-    said = generate(speaker, prompts, max_new_tokens=6)
+    generator = TextGenerator(tiny_llm.model, tiny_llm.processor, batch_size=2)
+    said = generate(generator, prompts, max_new_tokens=6)
     assert tiny_llm.model.training
     assert tokenizer.padding_side == side
     tiny_llm.model.eval()
@@ -240,7 +240,7 @@ def test_generation_is_that_of_each_prompt_alone(tiny_llm, records) -> None:
             == tokenizer.decode(ids[len(prompt["input_ids"]) :], skip_special_tokens=True).strip()
         )
     words = [text[len(text) // 2 :][:1] for text in said if text]
-    stopped = generate(speaker, prompts, max_new_tokens=6, stop=words)
+    stopped = generate(generator, prompts, max_new_tokens=6, stop=words)
     assert stopped == [before_any(text, words).strip() for text in said]
     assert before_any("yes, no.", [".", ","]) == "yes"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from corda_vlm.data import ChatOptions, ConversationMaker, load_records
+from corda_vlm.data import ChatOptions, ConversationBatches, load_records
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation import evaluate
 from corda_vlm.train import TrainOptions, train
@@ -36,7 +36,7 @@ def shades(shades):
 
 
 def test_the_loss_is_that_of_transformers(tiny_llm, questions) -> None:
-    batch = ConversationMaker(questions, tiny_llm.processor, chat=ChatOptions("plain")).batch(
+    batch = ConversationBatches(questions, tiny_llm.processor, chat=ChatOptions("plain")).batch(
         range(5)
     )
     loss, right = NextTokenObjective()(tiny_llm.model, batch)
@@ -48,8 +48,8 @@ def test_the_loss_is_that_of_transformers(tiny_llm, questions) -> None:
 
 
 def test_only_the_answers_are_learnt(tiny_llm, questions) -> None:
-    maker = ConversationMaker(questions, tiny_llm.processor, chat=ChatOptions("plain"))
-    batch = maker.batch([0])
+    builder = ConversationBatches(questions, tiny_llm.processor, chat=ChatOptions("plain"))
+    batch = builder.batch([0])
     logits = tiny_llm.model(**batch).logits.detach().requires_grad_()
     given = type(
         "Stub",

@@ -7,14 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from corda_vlm.data import BatchMaker, load_records
+from corda_vlm.data import ImageTextBatches, load_records
 from corda_vlm.errors import DataError
 from corda_vlm.train.steps import StepBatches, jitter
 
 
 def _steps(digits, processor, **options):
-    maker = BatchMaker(digits, processor, towers="vision", workers=options.pop("workers", 0))
-    return StepBatches(maker, **{"batch_size": 7, "steps": 30, "seed": 0, **options})
+    builder = ImageTextBatches(
+        digits, processor, towers="vision", workers=options.pop("workers", 0)
+    )
+    return StepBatches(builder, **{"batch_size": 7, "steps": 30, "seed": 0, **options})
 
 
 def test_epochs_go_through_all_records_in_orders_of_their_own(digits, processor):
@@ -46,13 +48,13 @@ def test_a_batch_of_bad_pictures_is_replaced(digits, processor, tmp_path):
     )
     digits[0]["image"].save(tmp_path / "2.png")
     spec = {"source": f"jsonl:{tmp_path}/captions.jsonl", "max_bad_share": 0.9}
-    maker = BatchMaker(load_records(spec), processor)
-    steps = StepBatches(maker, batch_size=1, steps=8, seed=0)
+    builder = ImageTextBatches(load_records(spec), processor)
+    steps = StepBatches(builder, batch_size=1, steps=8, seed=0)
     assert all(len(steps[n]["pixel_values"]) == 1 for n in range(8))
     (tmp_path / "2.png").unlink()
-    maker = BatchMaker(load_records(spec), processor)
+    builder = ImageTextBatches(load_records(spec), processor)
     with pytest.raises(DataError, match="do not decode"):
-        StepBatches(maker, batch_size=1, steps=8, seed=0)[0]
+        StepBatches(builder, batch_size=1, steps=8, seed=0)[0]
 
 
 def test_jitter_moves_a_little_and_mirrors_nothing():

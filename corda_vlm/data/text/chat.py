@@ -146,7 +146,7 @@ class Chat:
         text = self._opening(messages[:until])
         return Rendered(text, (), self._wants_special_tokens(text))
 
-    def whole(self, messages: Sequence[Message], learn: str = "all") -> Rendered:
+    def full(self, messages: Sequence[Message], learn: str = "all") -> Rendered:
         """The whole conversation, with its answers that are to be learnt.
 
         Args:
@@ -212,7 +212,7 @@ class Chat:
 
     def _render(self, messages: Sequence[Message], opens: bool) -> str:
         processor = self.processor
-        own_parts = self.template == "auto" and processor.templater is processor.whole
+        own_parts = self.template == "auto" and processor.templater is processor.hf_processor
         place = processor.image_token
         written = [_in_parts(m) if own_parts else _in_text(m, place) for m in messages]
         return render(

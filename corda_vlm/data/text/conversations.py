@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from corda_vlm.data.records import ImageTextData
+from corda_vlm.data.records import Records
 from corda_vlm.data.spec import FORMATS
 from corda_vlm.data.text.chat import Chat, Rendered, is_learnt
 from corda_vlm.data.text.chat_options import ChatOptions
@@ -40,7 +40,7 @@ class _Kept:
             self.size += size
 
 
-class ConversationMaker:
+class ConversationBatches:
     """Builds the batch of any set of records, for a model that generates text.
 
     Batches hold `input_ids`, `attention_mask` and `labels` (B, L), padded on the right, labels -100 but on the
@@ -61,7 +61,7 @@ class ConversationMaker:
 
     def __init__(
         self,
-        data: ImageTextData,
+        data: Records,
         processor: Processor,
         *,
         chat: ChatOptions | None = None,
@@ -103,6 +103,11 @@ class ConversationMaker:
         given = [n for n in (self.options.max_tokens, self.processor.context) if n is not None]
         return min(given, default=None)
 
+    def warnings(self) -> list[str]:
+        """How many records were cut, if any."""
+        cut = self.truncated
+        return [f"{cut:,} records were cut to {self.limit:,} tokens"] if cut else []
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         """The batch of the records at `indices`; those of no use leave it smaller, or empty ({})."""
         mapped = map if self._pool is None else self._pool.map
@@ -140,7 +145,7 @@ class ConversationMaker:
 
         def rendered(messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
             last = len(messages) - (messages[-1]["role"] == "assistant")
-            whole = self.chat.whole(
+            whole = self.chat.full(
                 [*messages[:last], {"role": "assistant", "content": answer.strip()}], "last"
             )
             turn = whole.turns[-1]
@@ -151,7 +156,7 @@ class ConversationMaker:
     def _answers(self, messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
         if not any(map(is_learnt, messages)):
             return self.chat.prompt(messages), []
-        whole = self.chat.whole(messages, self.options.learn)
+        whole = self.chat.full(messages, self.options.learn)
         return whole, [(turn.start, turn.end) for turn in whole.turns]
 
     def _made(self, index: int, render: Any, room: int = 0) -> Sample | None:

@@ -6,16 +6,15 @@ from typing import Any
 
 from PIL import Image
 
-from corda_vlm.data.records import ImageTextData, Record
+from corda_vlm.data.records import Record, Records
 from corda_vlm.data.sources.images import fetched, to_rgb
 from corda_vlm.data.text.rows import Message
-from corda_vlm.errors import DataError
 
 _KEEP_PIXELS = 64 << 20
 """Decoded pictures are kept as long as they have no more pixels than this, at three bytes each."""
 
 
-class InstructionData(ImageTextData):
+class InstructionData(Records):
     """Conversations, questions or documents, in a fixed order.
 
     A record has `messages` (list of {"role", "content"}; None for documents), `images` (RGB PIL images in the order of
@@ -26,13 +25,7 @@ class InstructionData(ImageTextData):
     and counted in `bad`, up to the share that the spec allows.
     """
 
-    _trouble = "records cannot be used"
-
-    def __init__(self, *parts: Any) -> None:
-        super().__init__(*parts)
-        faults = self._table.faults
-        if faults:
-            self.bad = {i: faults[int(r)] for i, r in enumerate(self._rows) if int(r) in faults}
+    conversational = True
 
     @property
     def has_images(self) -> bool:
@@ -47,26 +40,6 @@ class InstructionData(ImageTextData):
         """Equal for records about the same pictures."""
         row = int(self._rows[index])
         return row if self._table.parents is None else self._table.parents[row]
-
-    def get(self, index: int) -> Record | None:
-        """Record `index`, or None if it is of no use.
-
-        Raises:
-            DataError: more than `max_bad_share` of the records are of no use; lists the first of them.
-        """
-        if index in self.bad:
-            return None
-        row = int(self._rows[index])
-        record: Record = {name: values[row] for name, values in self._table.columns.items()}
-        try:
-            record["images"] = self.images(index)
-        except DataError as error:
-            return self.reject(index, str(error))
-        record["image"] = record["images"][0] if record["images"] else None
-        record["messages"] = self.messages(index)
-        record["text"] = None if self.texts is None else self.texts[index]
-        record["label"] = None if self.labels is None else self.labels[index]
-        return record
 
     def images(self, index: int) -> list[Image.Image]:
         """The pictures of record `index` in RGB. Raises as `to_rgb` does.
@@ -89,6 +62,14 @@ class InstructionData(ImageTextData):
     def image(self, index: int) -> Image.Image | None:
         """The first picture of record `index`, None if it has none."""
         return next(iter(self.images(index)), None)
+
+    def _decoded(self, index: int) -> Record:
+        images = self.images(index)
+        return {
+            "images": images,
+            "image": images[0] if images else None,
+            "messages": self.messages(index),
+        }
 
     def _said(self) -> list[Any]:
         columns = [

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corda_vlm.data import ChatOptions, ConversationMaker, no_labels
+from corda_vlm.data import ChatOptions, ConversationBatches, no_labels
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.finite import FiniteCheck
-from corda_vlm.evaluation.models.text_model import Speaker, check_measured
+from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
 from corda_vlm.families.base import unwrap
 from corda_vlm.families.language import Sample
 
 
 @torch.no_grad()
 def generate(
-    speaker: Speaker,
+    generator: TextGenerator,
     prompts: Sequence[Sample],
     *,
     max_new_tokens: int = 32,
@@ -38,7 +38,7 @@ def generate(
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    model, tokenizer = unwrap(speaker.model), speaker.processor.tokenizer
+    model, tokenizer = unwrap(generator.model), generator.processor.tokenizer
     own = getattr(model, "generation_config", None)
     ends = [getattr(own, "eos_token_id", None), tokenizer.eos_token_id]
     ids = {
@@ -52,11 +52,11 @@ def generate(
     )  # fmt: skip
     found: dict[int, str] = {}
     check = FiniteCheck("prompts")
-    for chosen, batch in speaker.batches(prompts, "left"):
+    for chosen, batch in generator.batches(prompts, "left"):
         given = batch["input_ids"].shape[1]
         said = StoppingCriteriaList([Said(tokenizer, given, tuple(stop))] if stop else [])
         sound = FiniteLogits()
-        with speaker.running():
+        with generator.running():
             ids_out = model.generate(
                 **no_labels(batch), generation_config=settings, stopping_criteria=said,
                 logits_processor=LogitsProcessorList([sound]),
@@ -70,7 +70,7 @@ def generate(
 
 
 def answered(
-    speaker: Speaker,
+    generator: TextGenerator,
     data: Any,
     *,
     chat: ChatOptions,
@@ -82,13 +82,13 @@ def answered(
     Raises:
         DataError: no record is of use, or one has no answer to compare with.
     """
-    maker = ConversationMaker(
-        data, speaker.processor, chat=chat, cache_mb=0, workers=speaker.workers
+    builder = ConversationBatches(
+        data, generator.processor, chat=chat, cache_mb=0, workers=generator.workers
     )
     count = 0
-    for window in speaker.windows(len(data)):
-        prompts = {i: s for i in window if (s := maker.prompt(i, max_new_tokens)) is not None}
-        said = generate(speaker, list(prompts.values()), max_new_tokens=max_new_tokens, stop=stop)
+    for window in generator.windows(len(data)):
+        prompts = {i: s for i in window if (s := builder.prompt(i, max_new_tokens)) is not None}
+        said = generate(generator, list(prompts.values()), max_new_tokens=max_new_tokens, stop=stop)
         for index, text in zip(prompts, said, strict=True):
             count += 1
             yield data[index], text

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from corda_vlm.errors import CordaError, DataError
+from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
-from corda_vlm.families.base import evaluating, unwrap
+from corda_vlm.families.base import evaluating
 from corda_vlm.families.language import LanguageProcessor, Sample
 from corda_vlm.progress import advance
 
 
 @dataclass(frozen=True)
-class Speaker:
+class TextGenerator:
     """Runs a model that generates text, for one evaluation; the model's mode is as before afterwards.
 
     Attributes:
@@ -32,20 +33,15 @@ class Speaker:
     workers: int = 0
 
     @classmethod
-    def of(cls, encoder: Encoder) -> Speaker:
+    def of(cls, encoder: Encoder) -> TextGenerator:
         """The same model as `encoder`'s.
 
         Raises:
             CordaError: it does not generate text.
         """
-        if not isinstance(encoder.processor, LanguageProcessor):
-            raise CordaError(
-                f"{type(unwrap(encoder.model)).__name__} compares images with texts and generates none: measure it "
-                "on zero_shot or retrieval tasks"
-            )
-        return cls(
-            encoder.model, encoder.processor, encoder.batch_size, encoder.bf16, encoder.workers
-        )
+        encoder.family.need_generative(encoder.model)
+        processor = cast(LanguageProcessor, encoder.processor)
+        return cls(encoder.model, processor, encoder.batch_size, encoder.bf16, encoder.workers)
 
     @property
     def device(self) -> torch.device:

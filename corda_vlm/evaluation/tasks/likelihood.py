@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from corda_vlm.data import ChatOptions, ConversationMaker, no_labels
+from corda_vlm.data import ChatOptions, ConversationBatches, no_labels
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.models.generate import references
-from corda_vlm.evaluation.models.text_model import Speaker, check_measured
+from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.registry import CHOICE_METRICS, ChoiceOptions, LikelihoodOptions
@@ -40,7 +40,7 @@ class Likelihood:
 
 
 @torch.no_grad()
-def likelihoods(speaker: Speaker, samples: Sequence[Sample]) -> list[Likelihood]:
+def likelihoods(generator: TextGenerator, samples: Sequence[Sample]) -> list[Likelihood]:
     """The log-likelihood of each sample's labelled tokens, in the order of the samples.
 
     Raises:
@@ -49,13 +49,13 @@ def likelihoods(speaker: Speaker, samples: Sequence[Sample]) -> list[Likelihood]
     """
     found: dict[int, Likelihood] = {}
     check = FiniteCheck("texts")
-    for chosen, batch in speaker.batches(samples, "right"):
+    for chosen, batch in generator.batches(samples, "right"):
         labels = batch["labels"][:, 1:]  # position i predicts token i + 1
         learnt = labels != IGNORED
         if not bool(learnt.any(1).all()):
             raise CordaError("a sample has no labelled token whose likelihood could be told")
-        with speaker.running():
-            logits = unwrap(speaker.model)(**no_labels(batch), use_cache=False).logits[:, :-1]
+        with generator.running():
+            logits = unwrap(generator.model)(**no_labels(batch), use_cache=False).logits[:, :-1]
         # Only where it is asked for: the whole (B, L, V) in float32 may not fit.
         picked = logits[learnt].float().log_softmax(-1)  # (n, V)
         each = picked.gather(1, labels[learnt][:, None])[:, 0]  # (n,)
@@ -96,7 +96,7 @@ class AnswerLikelihood(LikelihoodOptions, Evaluator):
             DataError: no question is of use, or one has no answer.
         """
         total, each = [], []
-        for _, _, scored in _scored(Speaker.of(encoder), self, self._answers):
+        for _, _, scored in _scored(TextGenerator.of(encoder), self, self._answers):
             total.append(max(one.total for one in scored))
             each.append(max(one.total / one.tokens for one in scored))
         check_measured(total, self.data.spec)
@@ -131,7 +131,7 @@ class MultipleChoice(ChoiceOptions, Evaluator):
         """
         right: dict[str, list[float]] = {metric: [] for metric in CHOICE_METRICS}
         chance = []
-        for record, choices, scored in _scored(Speaker.of(encoder), self, _choices):
+        for record, choices, scored in _scored(TextGenerator.of(encoder), self, _choices):
             total = np.array([one.total for one in scored])
             size = np.array([len(choice) for choice in choices])
             right["acc"].append(float(total.argmax() == record["choice"]))
@@ -149,13 +149,13 @@ def _choices(record: Any, place: str) -> list[str]:
 
 
 def _scored(
-    speaker: Speaker, task: AnswerLikelihood | MultipleChoice, answers_of: Any
+    generator: TextGenerator, task: AnswerLikelihood | MultipleChoice, answers_of: Any
 ) -> Iterator[tuple[Any, list[str], list[Likelihood]]]:
     """Yield each record of use with its answers and their likelihoods, in the order of the records."""
     data: Any = task.data
     chat = ChatOptions(template=task.template, max_tokens=task.max_tokens)
-    maker = ConversationMaker(data, speaker.processor, chat=chat, cache_mb=0)
-    for window in speaker.windows(len(data)):
+    builder = ConversationBatches(data, generator.processor, chat=chat, cache_mb=0)
+    for window in generator.windows(len(data)):
         records: list[tuple[Any, list[str]]] = []
         samples: list[Sample] = []
         for index in window:
@@ -163,12 +163,12 @@ def _scored(
             if record is None:
                 continue
             answers = answers_of(record, data.place(index))
-            own = [maker.answered(index, answer) for answer in answers]
+            own = [builder.answered(index, answer) for answer in answers]
             kept = [sample for sample in own if sample is not None]
             # A question of which one choice does not fit cannot be answered fairly.
             if len(kept) == len(own):
                 records.append((record, answers))
                 samples += kept
-        scored = iter(likelihoods(speaker, samples))
+        scored = iter(likelihoods(generator, samples))
         for record, answers in records:
             yield record, answers, [next(scored) for _ in answers]

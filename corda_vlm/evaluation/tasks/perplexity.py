@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from corda_vlm.data import ChatOptions, ConversationMaker
+from corda_vlm.data import ChatOptions, ConversationBatches
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.models.encoder import Encoder
-from corda_vlm.evaluation.models.text_model import Speaker, check_measured
+from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.likelihood import likelihoods
@@ -49,8 +49,8 @@ class Perplexity(PerplexityOptions, Evaluator):
             DataError: no document of at least two tokens.
             CordaError: a window beyond the model's context, or a stride that is not below the window.
         """
-        speaker = Speaker.of(encoder)
-        context = speaker.processor.context
+        generator = TextGenerator.of(encoder)
+        context = generator.processor.context
         window = self.window or context or 2048
         if context is not None and window > context:
             raise CordaError(
@@ -63,19 +63,19 @@ class Perplexity(PerplexityOptions, Evaluator):
                 "each window would be predicted from nothing"
             )
         # No limit here: what is too long for one window is read in several.
-        maker = ConversationMaker(
+        builder = ConversationBatches(
             self.data,
-            replace(speaker.processor, context=None),
+            replace(generator.processor, context=None),
             chat=ChatOptions(template=self.template),
             labelled=True,
             cache_mb=0,
         )
         totals: list[float] = []
         tokens: list[int] = []
-        for indices in speaker.windows(len(self.data)):
-            samples = [s for i in indices if (s := maker.sample(i)) is not None]
+        for indices in generator.windows(len(self.data)):
+            samples = [s for i in indices if (s := builder.sample(i)) is not None]
             cut = [windows(sample, window, stride) for sample in samples]
-            scored = iter(likelihoods(speaker, [piece for pieces in cut for piece in pieces]))
+            scored = iter(likelihoods(generator, [piece for pieces in cut for piece in pieces]))
             for pieces in cut:
                 own = [next(scored) for _ in pieces]
                 totals.append(sum(one.total for one in own))

@@ -14,7 +14,7 @@ from corda_vlm.data import ChatOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import answered, references
-from corda_vlm.evaluation.models.text_model import Speaker
+from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.registry import QA_METRICS as METRICS
@@ -74,7 +74,7 @@ class Qa(QaOptions, Evaluator):
         right = [
             exact_match(said, references(record, str(self.data.spec)), articles=self.articles)
             for record, said in answered(
-                Speaker.of(encoder),
+                TextGenerator.of(encoder),
                 self.data,
                 chat=chat,
                 max_new_tokens=self.max_new_tokens,

@@ -21,7 +21,7 @@ from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.registry import RETRIEVAL_METRICS as METRICS
 
 if TYPE_CHECKING:
-    from corda_vlm.data import ImageTextData
+    from corda_vlm.data import Records
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Retrieval(Evaluator):
         captions: the column that holds all captions of an image, where `text` holds only its first.
     """
 
-    data: ImageTextData
+    data: Records
     metrics: Sequence[str] = METRICS
     captions: str | None = None
 

@@ -13,7 +13,7 @@ from corda_vlm.data import ChatOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import answered, references
-from corda_vlm.evaluation.models.text_model import Speaker
+from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.registry import VQA_METRICS as METRICS
@@ -174,7 +174,7 @@ class Vqa(VqaOptions, Evaluator):
         chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
         right: list[tuple[float, float, str]] = []
         for record, said in answered(
-            Speaker.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
+            TextGenerator.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
         ):  # fmt: skip
             known_answers = references(record, str(self.data.spec))
             accuracy, match = vqa_accuracy(said, known_answers), exact_match(said, known_answers)

@@ -19,7 +19,7 @@ from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.registry import ZERO_SHOT_METRICS as METRICS
 
 if TYPE_CHECKING:
-    from corda_vlm.data import ImageTextData
+    from corda_vlm.data import Records
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ZeroShot(Evaluator):
         head: image embeddings (b, d) -> logits (b, classes) in the order of the data's labels, in place of the prompts.
     """
 
-    data: ImageTextData
+    data: Records
     class_names: Sequence[str]
     templates: Sequence[str]
     metrics: Sequence[str] = ("top1",)
