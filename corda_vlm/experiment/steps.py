@@ -17,13 +17,13 @@ from torch import nn
 
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
-from corda_vlm.data import ImageTextData, load_records, losses, make_batches, with_root
+from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import Cache, Suite, add_result, done
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
 from corda_vlm.evaluation.measure import TaskResult, measure
-from corda_vlm.families import LanguageProcessor, Loaded, Processor, load_model
+from corda_vlm.families import Loaded, Processor, load_model
 from corda_vlm.locks import locked
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.precision import Bf16
@@ -58,7 +58,7 @@ def load_base(
 
 def load_data(
     spec: str | Mapping[str, Any], *, data_root: str | None = None, beside: Path | None = None
-) -> ImageTextData:
+) -> Records:
     """The records of a data spec.
 
     Args:
@@ -76,7 +76,7 @@ def load_data(
 
 def calibrate(
     loaded: Loaded,
-    data: ImageTextData,
+    data: Records,
     path: str | Path,
     *,
     towers: Names,
@@ -131,7 +131,7 @@ def calibrate(
         path=path,
         blockwise=blockwise,
     )
-    for warning in losses(batches.maker):
+    for warning in data_warnings(batches.builder):
         logger.warning(warning)
     return store
 
@@ -144,7 +144,7 @@ def calibrated_sites(
     The batches for one tower of a CLIP do not reach another, so that what lies there is not looked at.
     """
     chosen = find_sites(loaded.model, towers=towers, roles=roles)
-    if not modules or not isinstance(loaded.processor, LanguageProcessor):
+    if not modules or loaded.family.generative is None:
         return chosen
     return [s for s in find_sites(loaded.model) if s in chosen or lies_in(s.name, modules)]
 
@@ -192,7 +192,7 @@ def load_or_write_plan(
 
 
 def training_prompts(
-    data: ImageTextData,
+    data: Records,
     classes: Sequence[str] | str | None,
     templates: Sequence[str] | str | None,
     *,
@@ -220,7 +220,7 @@ def training_prompts(
 
 def train_anchored(
     model: nn.Module,
-    data: ImageTextData,
+    data: Records,
     processor: Processor,
     *,
     options: TrainOptions,
