@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +14,11 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation.bootstrap import RESAMPLES
-from corda_vlm.evaluation.class_names import (
-    OPENAI,
-    Labels,
-    load_class_names,
-    load_templates,
-    match_labels,
-)
 from corda_vlm.evaluation.models.encoder import Cache, Encoder
 from corda_vlm.evaluation.scores import Outcome, Score, value_text
-from corda_vlm.evaluation.suite import Suite, Task, check_keys, load_suite
-from corda_vlm.evaluation.tasks import likelihood, perplexity, qa, vqa
-from corda_vlm.evaluation.tasks.base import Evaluator
-from corda_vlm.evaluation.tasks.retrieval import Retrieval
-from corda_vlm.evaluation.tasks.zero_shot import ZeroShot
+from corda_vlm.evaluation.suite import Suite, Task, load_suite
+from corda_vlm.evaluation.tasks.base import Setting
+from corda_vlm.evaluation.tasks.registry import TASK_KINDS
 from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.progress import Meter, shown
 
@@ -35,15 +26,6 @@ if TYPE_CHECKING:
     from corda_vlm.families.base import Loaded, Processor
 
 logger = logging.getLogger(__name__)
-
-TEXT_TASKS: dict[str, Any] = {
-    "vqa": vqa.Vqa,
-    "qa": qa.Qa,
-    "likelihood": likelihood.AnswerLikelihood,
-    "multiple_choice": likelihood.MultipleChoice,
-    "perplexity": perplexity.Perplexity,
-}
-"""Kind of task for models that generate text -> what measures it, with the options of `kinds.TEXT_OPTIONS`."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +128,15 @@ def measure(
                 raise DataError(f"task {task.name} of suite {suite.name}: {error}") from error
             logger.warning("task %s is left out: %s", task.name, error)
             continue
-        evaluator = _evaluator(task, data, suite, root, encoder.cache)
-        if head is not None and isinstance(evaluator, ZeroShot) and task.role != "retention":
-            evaluator = replace(evaluator, head=head)
-        examples = None if task.kind == "multiple_choice" else len(data)  # each choice is one
+        setting = Setting(
+            f"task {task.name} of suite {suite.name}",
+            lambda spec, beside: _load(spec, beside, root, encoder.cache),
+        )
+        evaluator = TASK_KINDS[task.kind].load().build(task, data, setting)
+        if head is not None and task.role != "retention":
+            evaluator = evaluator.with_head(head)
         try:
-            with shown(show_progress), Meter(task.name, examples, unit="example"):
+            with shown(show_progress), Meter(task.name, evaluator.examples, unit="example"):
                 outcomes = tuple(evaluator.outcomes(encoder))
         except NotFiniteError as error:
             raise NotFiniteError(f"task {task.name} of suite {suite.name}: {error}") from error
@@ -215,51 +200,3 @@ def _load(
 def _least(*limits: int | None) -> int | None:
     given = [limit for limit in limits if limit is not None]
     return min(given) if given else None
-
-
-def _evaluator(task: Task, data: Any, suite: Suite, root: str, cache: Cache) -> Evaluator:
-    if task.kind in TEXT_TASKS:
-        try:
-            return TEXT_TASKS[task.kind](data, task.metrics, **task.options)
-        except (CordaError, TypeError) as error:
-            raise CordaError(f"task {task.name} of suite {suite.name}: {error}") from error
-    if task.kind == "retrieval":
-        return Retrieval(data, task.metrics, _caption_column(task))
-    assert task.classes is not None
-    assert task.templates is not None
-    labels = _labels(task, data, suite, root, cache)
-    templates = load_templates(task.templates, task.source)
-    return ZeroShot(data, labels.names, templates, task.metrics, labels.remap)
-
-
-def _caption_column(task: Task) -> str | None:
-    column = task.data.get("text") if isinstance(task.data, Mapping) else None
-    return column if isinstance(column, str) and column != "auto" and "{" not in column else None
-
-
-def _labels(task: Task, data: Any, suite: Suite, root: str, cache: Cache) -> Labels:
-    what = f"task {task.name} of suite {suite.name}"
-    classes: Any = task.classes
-    options = dict(classes) if isinstance(classes, Mapping) else {}
-    if options:
-        check_keys(options, ("from", "names", "count"), (), f"classes of {what}")
-        if ("from" in options) == ("names" in options):
-            raise CordaError(f"classes of {what}: give either 'from' or 'names'")
-        classes = options.get("names")
-    count = options.get("count")
-    if "from" in options:
-        other = (
-            data if options["from"] == "data" else _load(options["from"], task.source, root, cache)
-        )
-        if not other.class_names:
-            raise DataError(
-                f"{what}: classes are to come from {options['from']!r}, which names no classes"
-            )
-        classes = {name: name for name in map(str, other.class_names)}
-    # ImageNet's order is that of its sorted synset ids, under whatever names the data has its classes.
-    in_order = classes == OPENAI
-    if isinstance(classes, str):
-        classes = load_class_names(classes, task.source)
-    if not classes:
-        raise CordaError(f"{what}: no class names")
-    return match_labels(classes, data.class_names, count=count, in_order=in_order, what=what)

@@ -9,12 +9,10 @@ from typing import Any
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
 from corda_vlm.evaluation.scores import TASK_ROLES
-from corda_vlm.evaluation.tasks.registry import KINDS, TEXT_OPTIONS
+from corda_vlm.evaluation.tasks.registry import TASK_KINDS
 from corda_vlm.files import asset, shown
 from corda_vlm.options import Text, fitted, read_options
 from corda_vlm.yaml_file import read_yaml
-
-_ONE = ("zero_shot", "vqa")  # kinds that measure one metric unless asked for more
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Task:
     Attributes:
         name: how tables call it.
         role: one of `TASK_ROLES`: "gain", "retention", "selection".
-        kind: "zero_shot" or "retrieval", or for models that generate text one of `kinds.TEXT_OPTIONS`.
+        kind: one of `tasks.registry.TASK_KINDS`.
         data: what `corda_vlm.data.load_records` takes; `{data_root}` in its strings is filled in.
         classes: zero-shot only: a list in the order of the labels; the name of a file in eval/class_names or
             its path; "openai_imagenet"; or a mapping with `names` (any of those) or `from` ("data", or another
@@ -32,7 +30,7 @@ class Task:
         templates: zero-shot only: a list, "openai_imagenet", or the name of a file in eval/templates.
         metrics: what is measured; tasks are compared by the first.
         limit: at most so many examples.
-        options: of a kind of `kinds.TEXT_OPTIONS`, e.g. `{template: plain, max_new_tokens: 8}`.
+        options: those of its kind, e.g. `{template: plain, max_new_tokens: 8}`.
         source: the suite's file that says so; paths may be relative to it.
     """
 
@@ -159,20 +157,20 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
     kind, role = content["kind"], content["role"]
     if role not in TASK_ROLES:
         raise UnknownNameError(f"role in {where}", role, TASK_ROLES)
-    if kind not in KINDS:
-        raise UnknownNameError(f"kind in {where}", kind, KINDS)
-    needed = ("classes", "templates") if kind == "zero_shot" else ()
+    if kind not in TASK_KINDS:
+        raise UnknownNameError(f"kind in {where}", kind, TASK_KINDS)
+    declared = TASK_KINDS[kind]
     for key in ("classes", "templates"):
-        if key in needed and content.get(key) is None:
-            raise CordaError(f"{where}: a zero_shot task needs {key}")
-        if key not in needed and key in content:
+        if key in declared.needs and content.get(key) is None:
+            raise CordaError(f"{where}: a {kind} task needs {key}")
+        if key not in declared.needs and key in content:
             raise CordaError(f"{where}: a {kind} task takes no {key}")
     _check_options(content, where)
-    metrics = content.get("metrics") or (KINDS[kind][:1] if kind in _ONE else KINDS[kind])
+    metrics = content.get("metrics") or declared.usual or declared.metrics
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for metric in metrics:
-        if metric not in KINDS[kind]:
-            raise UnknownNameError(f"metric in {where}", metric, KINDS[kind])
+        if metric not in declared.metrics:
+            raise UnknownNameError(f"metric in {where}", metric, declared.metrics)
     return Task(**{**content, "metrics": metrics, "source": path})
 
 
@@ -198,11 +196,12 @@ def _check_options(content: Mapping[str, Any], where: str) -> None:
     if "options" not in content:
         return
     options, kind = content["options"], content["kind"]
-    if kind not in TEXT_OPTIONS:
+    known = TASK_KINDS[kind].options
+    if known is None:
         raise CordaError(f"{where}: a {kind} task takes no options")
     if not isinstance(options, Mapping):
         raise CordaError(f"{where}: options must be a mapping, got {brief(options)}")
-    read_options(TEXT_OPTIONS[kind], options, f"options of {where}")
+    read_options(known, options, f"options of {where}")
 
 
 def check_keys(

@@ -18,8 +18,10 @@ from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameE
 from corda_vlm.evaluation import evaluate, load_suite
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import before_any, generate
+from corda_vlm.evaluation.models.likelihoods import likelihoods
 from corda_vlm.evaluation.models.text_model import TextGenerator
-from corda_vlm.evaluation.tasks.likelihood import AnswerLikelihood, MultipleChoice, likelihoods
+from corda_vlm.evaluation.tasks.likelihood import AnswerLikelihood
+from corda_vlm.evaluation.tasks.multiple_choice import MultipleChoice
 from corda_vlm.evaluation.tasks.perplexity import Perplexity, windows
 from corda_vlm.evaluation.tasks.qa import Qa
 from corda_vlm.evaluation.tasks.vqa import Vqa

@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from corda_vlm.errors import UnknownNameError
+from torch import Tensor
+
+from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.scores import Outcome
+from corda_vlm.evaluation.suite import Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a task is measured.
+
+    Attributes:
+        what: "task NAME of suite NAME", for messages.
+        load: (data spec, the file that names it) -> records, read once and under the suite's data folder.
+    """
+
+    what: str
+    load: Callable[[str | Mapping[str, Any], Path | None], Any]
 
 
 class Evaluator(ABC):
-    """A kind of task with its data and metrics, to be measured on any model."""
+    """A kind of task with its data and metrics, to be measured on any model.
+
+    Attributes:
+        data: the records.
+    """
+
+    data: Any
+
+    @classmethod
+    def build(cls, task: Task, data: Any, setting: Setting) -> Evaluator:
+        """What measures `task` on `data`; a class whose fields are its data, metrics and options needs no other."""
+        fields: Any = cls
+        try:
+            return fields(data, task.metrics, **task.options)
+        except (CordaError, TypeError) as error:
+            raise CordaError(f"{setting.what}: {error}") from error
+
+    @property
+    def examples(self) -> int | None:
+        """How many examples are measured, None where that shows only on the way."""
+        return len(self.data)
+
+    def with_head(self, head: Callable[[Tensor], Tensor]) -> Evaluator:
+        """The same judged by a trained classifier, where that has a meaning."""
+        return self
 
     @abstractmethod
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:

@@ -11,12 +11,12 @@ import numpy as np
 from corda_vlm.data import ChatOptions, ConversationBatches
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.models.encoder import Encoder
+from corda_vlm.evaluation.models.likelihoods import likelihoods
 from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
-from corda_vlm.evaluation.tasks.likelihood import likelihoods
-from corda_vlm.evaluation.tasks.registry import PERPLEXITY_METRICS as METRICS
-from corda_vlm.evaluation.tasks.registry import PerplexityOptions
+from corda_vlm.evaluation.tasks.options import PERPLEXITY_METRICS as METRICS
+from corda_vlm.evaluation.tasks.options import PerplexityOptions
 from corda_vlm.families.language import IGNORED, Sample
 
 if TYPE_CHECKING:

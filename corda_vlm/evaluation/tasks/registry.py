@@ -1,132 +1,73 @@
-"""The kinds of tasks: their metrics and options, which are read before anything heavy is imported."""
+"""The kinds of tasks by name. A new kind is a file with its `Evaluator`, and a line here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from corda_vlm.data.text.chat_options import MaxTokens
-from corda_vlm.options import Count, Share, Text, check_options
+from corda_vlm.evaluation.tasks import options
 
-ZERO_SHOT_METRICS = ("top1", "top5", "mean_per_class")
-DIRECTIONS = ("image_to_text", "text_to_image")
-RETRIEVAL_METRICS = tuple(f"{direction}_recall@{k}" for direction in DIRECTIONS for k in (1, 5, 10))
-ANSWER_TYPES = ("yes_no", "number", "other")
-VQA_METRICS = ("vqa_accuracy", "exact_match", *(f"accuracy_{kind}" for kind in ANSWER_TYPES))
-QA_METRICS = ("exact_match",)
-LIKELIHOOD_METRICS = ("token_probability", "log_likelihood", "log_likelihood_per_token")
-CHOICE_METRICS = ("acc", "acc_norm")
-PERPLEXITY_METRICS = ("token_probability", "perplexity")
+if TYPE_CHECKING:
+    from corda_vlm.evaluation.tasks.base import Evaluator
 
-KINDS = {
-    "zero_shot": ZERO_SHOT_METRICS,
-    "retrieval": RETRIEVAL_METRICS,
-    "vqa": VQA_METRICS,
-    "qa": QA_METRICS,
-    "likelihood": LIKELIHOOD_METRICS,
-    "multiple_choice": CHOICE_METRICS,
-    "perplexity": PERPLEXITY_METRICS,
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What a suite has to know of a kind of task before a model is there.
+
+    Attributes:
+        evaluator: the class that measures it, or where that is, as "module:Class", which is imported on first use.
+        metrics: all that it can measure.
+        usual: what it measures unless a suite asks for more; empty for all metrics.
+        options: the class of options that a suite may give, or None where there are none.
+        needs: the keys besides `data` that its tasks need in a suite, of "classes" and "templates".
+    """
+
+    evaluator: str | type[Evaluator]
+    metrics: tuple[str, ...]
+    usual: tuple[str, ...] = ()
+    options: type | None = None
+    needs: tuple[str, ...] = ()
+
+    def load(self) -> type[Evaluator]:
+        """The class that measures tasks of this kind."""
+        if not isinstance(self.evaluator, str):
+            return self.evaluator
+        module, _, name = self.evaluator.partition(":")
+        return getattr(import_module(module), name)
+
+
+_HERE = __name__.rpartition(".")[0]
+
+TASK_KINDS: dict[str, TaskKind] = {
+    "zero_shot": TaskKind(
+        f"{_HERE}.zero_shot:ZeroShot",
+        options.ZERO_SHOT_METRICS,
+        usual=("top1",),
+        needs=("classes", "templates"),
+    ),
+    "retrieval": TaskKind(f"{_HERE}.retrieval:Retrieval", options.RETRIEVAL_METRICS),
+    "vqa": TaskKind(
+        f"{_HERE}.vqa:Vqa",
+        options.VQA_METRICS,
+        usual=("vqa_accuracy",),
+        options=options.VqaOptions,
+    ),
+    "qa": TaskKind(f"{_HERE}.qa:Qa", options.QA_METRICS, options=options.QaOptions),
+    "likelihood": TaskKind(
+        f"{_HERE}.likelihood:AnswerLikelihood",
+        options.LIKELIHOOD_METRICS,
+        options=options.LikelihoodOptions,
+    ),
+    "multiple_choice": TaskKind(
+        f"{_HERE}.multiple_choice:MultipleChoice",
+        options.CHOICE_METRICS,
+        options=options.ChoiceOptions,
+    ),
+    "perplexity": TaskKind(
+        f"{_HERE}.perplexity:Perplexity",
+        options.PERPLEXITY_METRICS,
+        options=options.PerplexityOptions,
+    ),
 }
-"""Kind of task -> its metrics."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VqaOptions:
-    """Options of questions about pictures, answered freely.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        max_new_tokens, stop: of an answer.
-        chance: what a blind guess gives, for what is kept; it cannot be told from the data.
-    """
-
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
-    max_new_tokens: Count = 16
-    stop: Sequence[Text] = ("\n",)
-    chance: Share = 0.0
-
-    def __post_init__(self) -> None:
-        check_options(self, VqaOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QaOptions:
-    """Options of open questions, answered freely.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        max_new_tokens, stop: of an answer; the harness stops at a line's end, a period and a comma.
-        articles: articles count, as in the harness's TriviaQA; without, they do not, as in its NQ-open.
-        chance: what a blind guess gives, for what is kept.
-    """
-
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
-    max_new_tokens: Count = 32
-    stop: Sequence[Text] = ("\n", ".", ",")
-    articles: bool = False
-    chance: Share = 0.0
-
-    def __post_init__(self) -> None:
-        check_options(self, QaOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikelihoodOptions:
-    """Options of answers by their likelihood.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        most_answers: only the first so many of a question's right answers; None takes all.
-    """
-
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
-    most_answers: Count | None = None
-
-    def __post_init__(self) -> None:
-        check_options(self, LikelihoodOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceOptions:
-    """Options of choices by their likelihood.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-    """
-
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
-
-    def __post_init__(self) -> None:
-        check_options(self, ChoiceOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerplexityOptions:
-    """Options of perplexity.
-
-    Attributes:
-        window: tokens of a window; None takes the model's context.
-        stride: tokens between the starts of two windows, below the window; None takes half of it.
-        template: as of `ChatOptions`, for conversations.
-    """
-
-    window: MaxTokens | None = None
-    stride: Count | None = None
-    template: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_options(self, PerplexityOptions)
-
-
-TEXT_OPTIONS: dict[str, type] = {
-    "vqa": VqaOptions,
-    "qa": QaOptions,
-    "likelihood": LikelihoodOptions,
-    "multiple_choice": ChoiceOptions,
-    "perplexity": PerplexityOptions,
-}
-"""Kind of task for models that generate text -> the options it takes."""

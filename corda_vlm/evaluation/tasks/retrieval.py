@@ -17,8 +17,9 @@ from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.scores import Outcome
-from corda_vlm.evaluation.tasks.base import Evaluator, known
-from corda_vlm.evaluation.tasks.registry import RETRIEVAL_METRICS as METRICS
+from corda_vlm.evaluation.suite import Task
+from corda_vlm.evaluation.tasks.base import Evaluator, Setting, known
+from corda_vlm.evaluation.tasks.options import RETRIEVAL_METRICS as METRICS
 
 if TYPE_CHECKING:
     from corda_vlm.data import Records
@@ -43,6 +44,13 @@ class Retrieval(Evaluator):
 
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "retrieval")
+
+    @classmethod
+    def build(cls, task: Task, data: Records, setting: Setting) -> Retrieval:
+        """What measures `task`; a column named as its text holds the captions."""
+        column = task.data.get("text") if isinstance(task.data, Mapping) else None
+        named = isinstance(column, str) and column != "auto" and "{" not in column
+        return cls(data, task.metrics, column if named else None)
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each query.

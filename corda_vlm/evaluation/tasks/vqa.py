@@ -16,8 +16,8 @@ from corda_vlm.evaluation.models.generate import answered, references
 from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
-from corda_vlm.evaluation.tasks.registry import VQA_METRICS as METRICS
-from corda_vlm.evaluation.tasks.registry import VqaOptions
+from corda_vlm.evaluation.tasks.options import VQA_METRICS as METRICS
+from corda_vlm.evaluation.tasks.options import VqaOptions
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from corda_vlm.errors import DataError
+from corda_vlm.errors import CordaError, DataError
+from corda_vlm.evaluation.class_names import (
+    OPENAI,
+    Labels,
+    load_class_names,
+    load_templates,
+    match_labels,
+)
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.scores import Outcome
-from corda_vlm.evaluation.tasks.base import Evaluator, known
-from corda_vlm.evaluation.tasks.registry import ZERO_SHOT_METRICS as METRICS
+from corda_vlm.evaluation.suite import Task, check_keys
+from corda_vlm.evaluation.tasks.base import Evaluator, Setting, known
+from corda_vlm.evaluation.tasks.options import ZERO_SHOT_METRICS as METRICS
 
 if TYPE_CHECKING:
     from corda_vlm.data import Records
@@ -44,6 +52,18 @@ class ZeroShot(Evaluator):
 
     def __post_init__(self) -> None:
         known(self.metrics, METRICS, "zero-shot")
+
+    @classmethod
+    def build(cls, task: Task, data: Records, setting: Setting) -> ZeroShot:
+        """What measures `task`, with the class names and templates that it names."""
+        assert task.templates is not None, "a suite refuses a zero-shot task without templates"
+        labels = labels_of(task, data, setting)
+        templates = load_templates(task.templates, task.source)
+        return cls(data, labels.names, templates, task.metrics, labels.remap)
+
+    def with_head(self, head: Callable[[Tensor], Tensor]) -> ZeroShot:
+        """The same images judged by a trained classifier in place of the prompts."""
+        return replace(self, head=head)
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
         """Yield for each metric what happened on each example.
@@ -113,3 +133,36 @@ def _ranks(
         earlier = torch.arange(logits.shape[1]) < label
         found.append(((logits > own) | ((logits == own) & earlier)).sum(1))
     return torch.cat(found)
+
+
+def labels_of(task: Task, data: Any, setting: Setting) -> Labels:
+    """The class names of a task as its prompts say them, and which of them each label of the data is.
+
+    Raises:
+        DataError: the records that should name them do not, or they are not those of the data.
+        CordaError: they are described wrongly, or there is none.
+    """
+    what = setting.what
+    classes: Any = task.classes
+    options = dict(classes) if isinstance(classes, Mapping) else {}
+    if options:
+        check_keys(options, ("from", "names", "count"), (), f"classes of {what}")
+        if ("from" in options) == ("names" in options):
+            raise CordaError(f"classes of {what}: give either 'from' or 'names'")
+        classes = options.get("names")
+    count = options.get("count")
+    if "from" in options:
+        named_by = options["from"]
+        other = data if named_by == "data" else setting.load(named_by, task.source)
+        if not other.class_names:
+            raise DataError(
+                f"{what}: classes are to come from {named_by!r}, which names no classes"
+            )
+        classes = {name: name for name in map(str, other.class_names)}
+    # ImageNet's order is that of its sorted synset ids, under whatever names the data has its classes.
+    in_order = classes == OPENAI
+    if isinstance(classes, str):
+        classes = load_class_names(classes, task.source)
+    if not classes:
+        raise CordaError(f"{what}: no class names")
+    return match_labels(classes, data.class_names, count=count, in_order=in_order, what=what)
