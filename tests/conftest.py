@@ -17,6 +17,8 @@ import jaxtyping
 import pytest
 import torch
 
+from tests.budget import pytest_sessionstart, pytest_terminal_summary  # noqa: F401
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
