@@ -176,6 +176,10 @@ LLAVA_TEMPLATE = (
 @pytest.fixture
 def tiny_llava(tiny_tokenizer):
     """A `Loaded` tiny LLaVA: 32-pixel images in 16 patches, the text model of `tiny_llm`, LLaVA-1.5's template."""
+    import transformers
+
+    if transformers.__version__.startswith("4."):
+        pytest.skip("vision-language models take transformers 5")
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,

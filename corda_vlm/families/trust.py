@@ -8,6 +8,7 @@ them are met, what imports such files is out of order while a model is loaded.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from corda_vlm.errors import CordaError
 
 _trusted: ContextVar[bool] = ContextVar("_trusted", default=False)
 _IMPORTS = ("get_cached_module_file", "get_class_in_module", "get_class_from_dynamic_module")
+_GENERATE = "custom_generate/generate.py"
 _guard = threading.RLock()  # the functions are replaced for all threads
 
 REFUSAL = (
@@ -53,21 +55,36 @@ def loading(trust_remote_code: bool) -> Iterator[None]:
 def _nothing_imported() -> Iterator[None]:
     import transformers.dynamic_module_utils as dynamic
 
-    def refuse(*names: Any, **_: Any) -> Any:
+    def refuse(*names: Any, **options: Any) -> Any:
+        if (
+            options.get("module_file") == _GENERATE
+        ):  # looked for with every model, and gone on without
+            raise OSError(f"{_GENERATE} is code, and not run")
         raise RemoteCodeError(f"the model {REFUSAL} ({', '.join(map(str, names))[:200]})")
 
     with _guard:
         former = {name: getattr(dynamic, name) for name in _IMPORTS}
         seconds = dynamic.TIME_OUT_REMOTE_CODE
-        for name in _IMPORTS:
-            setattr(dynamic, name, refuse)
+        for name, function in former.items():
+            _replace(name, function, refuse)
         dynamic.TIME_OUT_REMOTE_CODE = 0  # for an answer on the terminal
         try:
             yield
         finally:
             for name, function in former.items():
-                setattr(dynamic, name, function)
+                _replace(name, refuse, function)
             dynamic.TIME_OUT_REMOTE_CODE = seconds
+
+
+def _replace(name: str, former: Any, function: Any) -> None:
+    """Put `function` in the place of `former` in every module of transformers, as modules import it by its name.
+
+    transformers 4.57 runs `custom_generate/generate.py` of a folder by such a name, also where it is told to trust nothing.
+    """
+    for known_as, module in list(sys.modules.items()):
+        ours = known_as.partition(".")[0] == "transformers" and module is not None
+        if ours and vars(module).get(name) is former:
+            setattr(module, name, function)
 
 
 def wants_code(error: BaseException) -> bool:

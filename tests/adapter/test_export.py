@@ -91,8 +91,9 @@ for job in jobs:
         if job["kind"] == "open_clip":
             image, text = model.encode_image(batch["pixel_values"]), model.encode_text(batch["input_ids"])
         else:
-            image = model.get_image_features(batch["pixel_values"]).pooler_output
-            text = model.get_text_features(batch["input_ids"]).pooler_output
+            image = model.get_image_features(batch["pixel_values"])
+            text = model.get_text_features(batch["input_ids"])
+            image, text = (getattr(out, "pooler_output", out) for out in (image, text))  # transformers 5
     torch.save(torch.cat([image.float().flatten(), text.float().flatten()]), job["out"])
 assert not [m for m in sys.modules if m.startswith("corda_vlm")]
 """

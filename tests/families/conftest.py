@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+
+from tests.families.language_toy import VLM
 
 TEXT = {"context_length": 12, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2}
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
@@ -94,3 +97,18 @@ def registry():
     yield FAMILIES
     FAMILIES.clear()
     FAMILIES.update(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With transformers 4 the models that see and answer are refused, so their tests have nothing to test."""
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return
+    skip = pytest.mark.skip(reason="vision-language models take transformers 5")
+    for item in items:
+        given = getattr(item, "callspec", None)
+        sees = given is not None and any(
+            isinstance(value, str) and value in (*VLM, "tiny_llava")
+            for value in given.params.values()
+        )
+        if sees or item.path.name == "test_llava.py" or item.get_closest_marker("sees"):
+            item.add_marker(skip)

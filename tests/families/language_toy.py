@@ -183,9 +183,12 @@ def tokenizer(*special: str, extra_special_tokens=None, **tokens):
     )
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     named = {key: value for key, value in (named | tokens).items() if value is not None}
-    return t.PreTrainedTokenizerFast(
-        tokenizer_object=words, extra_special_tokens=extra_special_tokens or list(special), **named
-    )
+    # transformers 4 takes a dict of names alone as `extra_special_tokens`
+    if extra_special_tokens:
+        named["extra_special_tokens"] = extra_special_tokens
+    else:
+        named["additional_special_tokens"] = list(special)
+    return t.PreTrainedTokenizerFast(tokenizer_object=words, **named)
 
 
 def _clip_images(kind, **options):

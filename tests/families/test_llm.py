@@ -89,6 +89,7 @@ class TestFolders:
         state = loaded.model.state_dict()
         assert all(torch.equal(value, state[key]) for key, value in toy.model.state_dict().items())
 
+    @pytest.mark.sees
     def test_a_merged_export_is_a_folder_like_the_first(self, tmp_path):
         toy = with_processor("llava")
         toy.whole.chat_template = "{{ messages[0].content }}"
@@ -113,6 +114,7 @@ class TestFolders:
             with pytest.raises(CordaError, match="came without the files that this needs"):
                 call(["What"])
 
+    @pytest.mark.sees
     @pytest.mark.parametrize(
         ("gone", "told"),
         [

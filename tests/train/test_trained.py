@@ -18,12 +18,13 @@ from corda_vlm.methods import prepare_method
 from corda_vlm.train import Head
 from corda_vlm.train.trained import Trained, check_scales, load_trained
 from corda_vlm.train.weights import save_weights
+from tests.embeddings import image_embeddings
 
 
 @torch.no_grad()
 def embed(model: nn.Module) -> torch.Tensor:
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return model.get_image_features(pixels).pooler_output  # pyright: ignore[reportCallIssue]
+    return image_embeddings(model, pixels)
 
 
 def learn(model: nn.Module) -> None:
