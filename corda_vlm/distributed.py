@@ -17,7 +17,7 @@ from corda_vlm.errors import CordaError
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others to come to the same place."""
 
 ROUNDING = 1e-4
@@ -54,7 +54,7 @@ def gathered(what: str, told: str) -> list[str]:
         told: a short text.
 
     Raises:
-        CordaError: a process did not come within `PATIENCE`.
+        CordaError: a process did not come within `TIMEOUT`.
     """
     if not has_group() or dist.get_world_size() == 1:
         return [told]
@@ -65,10 +65,10 @@ def gathered(what: str, told: str) -> list[str]:
     store.set(keys[rank], told)
     if not _have_come(store, keys, _WARN_AFTER):
         logger.warning("rank %d waits for the other processes, to compare %s", rank, what)
-        if not _have_come(store, keys, PATIENCE):
+        if not _have_come(store, keys, TIMEOUT):
             absent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
             raise CordaError(
-                f"rank {', '.join(absent)} of {size} did not come to compare {what} within {PATIENCE.seconds} s. Every process "
+                f"rank {', '.join(absent)} of {size} did not come to compare {what} within {TIMEOUT.seconds} s. Every process "
                 "has to make the same calls; what only one of them needs is better made before the run, in one process"
             )
     found = [store.get(key).decode() for key in keys]

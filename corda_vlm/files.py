@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -315,7 +316,7 @@ def read_json(path: str | Path, what: str = "JSON") -> Any:
         ForeignFileError: no file, not UTF-8, or not JSON; `what` names the kind of file in the message.
     """
     try:
-        content = read_bytes(path, what)
+        content = read_bytes(path, f"{what} file")
         return json.loads(content.decode("utf-8"))
     # RecursionError: lists in lists in lists, thousands deep
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
@@ -326,21 +327,84 @@ def read_json(path: str | Path, what: str = "JSON") -> Any:
         ) from error
 
 
-def read_bytes(path: str | Path, what: str = "") -> bytes:
-    """The bytes of a plain file.
+def plain_file(
+    path: str | Path, what: str = "file", error: type[CordaError] = ForeignFileError
+) -> Path:
+    """`path`, if it is a file that can be opened without harm: reading a pipe may never end, nor a device.
+
+    Args:
+        what: names the kind of file in messages, e.g. "plan file".
+        error: the class of the error.
 
     Raises:
-        ForeignFileError: no file, a folder, a device, or not readable; `what` names the kind of file in the message.
+        CordaError: there is nothing, a folder, a device or a pipe, or it may not be looked at.
     """
-    what = what and f"{what} "
     try:
-        if not os.path.lexists(path):
-            raise ForeignFileError(f"no {what}file at {shown(path)}")
-        if not Path(path).is_file():
-            raise ForeignFileError(f"{shown(path)} is no file; a {what}file was expected")
-        return Path(path).read_bytes()
-    except ForeignFileError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ForeignFileError(f"the {what}file {shown(path)} cannot be read: {reason}") from error
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError as missing:
+        raise error(f"no {what} at {shown(path)}") from missing
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
+        raise unreadable(path, cause, error) from cause
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise error(f"{shown(path)}: is {kind}; a {what} was expected")
+    return Path(path)
+
+
+def read_bytes(
+    path: str | Path,
+    what: str = "file",
+    error: type[CordaError] = ForeignFileError,
+    *,
+    at_most: int | None = None,
+) -> bytes:
+    """The bytes of a plain file.
+
+    Args:
+        what, error: as of `plain_file`.
+        at_most: bytes; None for any number.
+
+    Raises:
+        CordaError: as of `plain_file`, or it cannot be read, or it is larger.
+    """
+    try:
+        with plain_file(path, what, error).open("rb") as file:
+            content = file.read() if at_most is None else file.read(at_most + 1)
+    except (OSError, MemoryError) as cause:
+        raise unreadable(path, cause, error) from cause
+    if at_most is not None and len(content) > at_most:
+        raise error(f"{shown(path)} is above {at_most // 1_000_000} MB; is it another file?")
+    return content
+
+
+def read_text(
+    path: str | Path,
+    what: str = "file",
+    error: type[CordaError] = ForeignFileError,
+    *,
+    at_most: int | None = None,
+) -> str:
+    """The text of a plain file in UTF-8, with or without a mark of byte order.
+
+    Raises:
+        CordaError: as of `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, what, error, at_most=at_most).decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(
+            f"{shown(path)}: not UTF-8 text ({cause.reason} at byte {cause.start:,}); save it as UTF-8"
+        ) from cause
+
+
+def unreadable(path: str | Path, cause: BaseException, error: type[CordaError]) -> CordaError:
+    """The error that says why a path cannot be read."""
+    reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return error(f"{shown(path)}: cannot be read ({reason})")
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """What a file holds, a mebibyte at a time."""
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece

@@ -11,13 +11,12 @@ import json
 import logging
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, ForeignFileError, brief
-from corda_vlm.files import as_json, shown, write_text
+from corda_vlm.files import as_json, check_path, read_bytes, shown, write_text
 from corda_vlm.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -53,10 +52,11 @@ def read_jsonl(
             Inf, or that `check` refuses; names the file and the line.
     """
     path = Path(path)
-    content = _content(path, what)
-    if content is None:
-        if missing_ok:
-            return []
+    if check_path(path).exists():
+        content = read_bytes(path, f"file of {what}s")
+    elif missing_ok:
+        return []
+    else:
         raise ForeignFileError(f"no {what}s at {path}" + (f"; {hint}" if hint else ""))
     *lines, rest = content.split(b"\n")
     if _is_row(rest):
@@ -166,22 +166,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"it holds {text[:40]}, which is beyond what a number holds")
     return value
-
-
-def _content(path: Path, what: str) -> bytes | None:
-    """The bytes of a file, None where there is none."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe might never end
-            raise ForeignFileError(f"cannot read the {what}s in {path}: it is no file")
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except ForeignFileError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ForeignFileError(
-            f"cannot read the {what}s in {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
 
 
 def _dumped(path: Path, rows: Iterable[Mapping[str, Any]], what: str) -> str:

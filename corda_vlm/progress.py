@@ -1,6 +1,6 @@
 """What long work says while it runs: a bar on a terminal, a line every half minute in a log.
 
-Both go to the standard error, and neither appears with `TQDM_DISABLE` set, under `shown(False)` or after `be_quiet()`.
+Both go to the standard error, and neither appears with `TQDM_DISABLE` set, under `showing(False)` or after `be_quiet()`.
 A line in a log comes from a thread of its own, so that it is there also while a single step takes minutes.
 """
 
@@ -32,7 +32,7 @@ def be_quiet(quiet: bool = True) -> None:
 
 
 @contextmanager
-def shown(show: bool) -> Iterator[None]:
+def showing(show: bool) -> Iterator[None]:
     """Within the block progress is shown only if `show` is true, and if it is shown outside of the block too."""
     before = _shown.set(_shown.get() and show)
     try:

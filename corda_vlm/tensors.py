@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,29 @@ def save_tensors(
             "damaged. Train again with a lower learning rate, or load an intact model"
         )
     header = {"format": "pt", **(metadata or {})}
-    header[CHECKSUMS] = _checksums(plain, header)
+
+    def checked(crc32: dict[str, str]) -> dict[str, str]:
+        checksums = {"": _header_checksum(header), **dict(sorted(crc32.items()))}
+        return {**header, CHECKSUMS: json.dumps(checksums)}
+
     # Not safetensors' own writer, which puts the entries of the header in another order each time.
-    write_pieces(path, {name: Pieces.of(value) for name, value in plain.items()}, lambda _: header)
+    pieces = {name: replace(Pieces.of(t), start=_begun(name, t)) for name, t in plain.items()}
+    write_pieces(path, pieces, checked)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor to be written: its dtype and shape, and a function that gives its values in order, in pieces."""
+    """A tensor to be written.
+
+    Attributes:
+        make: gives its values in order, in pieces.
+        start: the CRC-32 that its checksum goes on from.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Iterable[Tensor]]
+    start: int = 0
 
     @classmethod
     def of(cls, tensor: Tensor) -> Pieces:
@@ -89,23 +100,23 @@ def write_pieces(
         )
     # the widest first, so that every tensor is aligned to its own size
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    found = dict.fromkeys(ordered, 0)
+    crcs = {name: tensor.start for name, tensor in ordered.items()}
 
     def header() -> bytes:
-        told: dict[str, Any] = {
-            "__metadata__": dict(metadata({name: f"{crc:08x}" for name, crc in found.items()}))
+        entries: dict[str, Any] = {
+            "__metadata__": dict(metadata({name: f"{crc:08x}" for name, crc in crcs.items()}))
         }
         start = 0
         for name, tensor in ordered.items():
             end = start + tensor.nbytes
             offsets = (start, end)
-            told[name] = {
+            entries[name] = {
                 "dtype": _NAMES[tensor.dtype],
                 "shape": tensor.shape,
                 "data_offsets": offsets,
             }
             start = end
-        text = json.dumps(told).encode()
+        text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
@@ -114,7 +125,7 @@ def write_pieces(
         for name, tensor in ordered.items():
             for piece in tensor.make():
                 data = as_bytes(piece)
-                found[name] = zlib.crc32(data, found[name])
+                crcs[name] = zlib.crc32(data, crcs[name])
                 file.write(data)
         file.seek(0)
         file.write(header())  # of the same length as before
@@ -131,7 +142,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def seal(path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+def add_checksums(path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Add checksums to a file that another library has just written, readable by whom the umask lets.
 
     Args:
@@ -149,10 +160,10 @@ def seal(path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     )
 
 
-def seal_folder(folder: str | Path) -> None:
-    """`seal` every safetensors file that lies in a folder."""
+def add_checksums_in(folder: str | Path) -> None:
+    """`add_checksums` to every safetensors file that lies in a folder."""
     for path in sorted(Path(folder).glob("*.safetensors")):
-        seal(path)
+        add_checksums(path)
 
 
 def load_tensors(path: str | Path, what: str, remedy: str) -> dict[str, Tensor]:
@@ -244,13 +255,13 @@ def _check(
     if noted is None:
         return
     wanted = json.loads(noted)
-    found = json.loads(_checksums(tensors, metadata))
-    if wanted != found:
-        names = {**wanted, **found} if isinstance(wanted, dict) else {"": ""}
+    actual = _checksums(tensors, metadata)
+    if wanted != actual:
+        names = {**wanted, **actual} if isinstance(wanted, dict) else {"": ""}
         name = next(
             name
             for name in names
-            if not isinstance(wanted, dict) or wanted.get(name) != found.get(name)
+            if not isinstance(wanted, dict) or wanted.get(name) != actual.get(name)
         )
         raise ForeignFileError(
             f"{shown(path)} is damaged: {shown(name) or 'its header'} is not what was written (checksum). This {what} is of no "
@@ -258,13 +269,20 @@ def _check(
         )
 
 
-def _checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def _checksums(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Of tensors that were read: tensor name -> its checksum; "" -> that of the header's other entries."""
+    crcs = {name: zlib.crc32(as_bytes(t), _begun(name, t)) for name, t in sorted(tensors.items())}
+    return {"": _header_checksum(metadata), **{name: f"{crc:08x}" for name, crc in crcs.items()}}
+
+
+def _begun(name: str, tensor: Tensor) -> int:
+    """The CRC-32 of what a tensor is called and is, before its values."""
+    return zlib.crc32(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+
+
+def _header_checksum(metadata: Mapping[str, str]) -> str:
     others = sorted((name, value) for name, value in metadata.items() if name != CHECKSUMS)
-    found = {"": zlib.crc32(json.dumps(others).encode())}
-    for name, tensor in sorted(tensors.items()):
-        described = f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode()
-        found[name] = zlib.crc32(as_bytes(tensor), zlib.crc32(described))
-    return json.dumps({name: f"{value:08x}" for name, value in found.items()})
+    return f"{zlib.crc32(json.dumps(others).encode()):08x}"
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

@@ -7,7 +7,6 @@ end. Files of other people are read here, so none of that is taken.
 from __future__ import annotations
 
 import re
-import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from corda_vlm.errors import CordaError
+from corda_vlm.files import read_text
 
 # The same in C where the package yaml was built with it, some ten times faster.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -92,23 +92,7 @@ def read_small_text(path: str | Path) -> str:
     Raises:
         CordaError: no regular file (a device or a pipe may never end), not UTF-8, above 10 MB, or it cannot be read.
     """
-    path = Path(path)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CordaError(f"{path} is no file that holds text; give the path of one")
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise CordaError(f"{path} is above {MOST_BYTES // 1_000_000} MB; is it another file?")
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CordaError(f"{path} is not YAML or text: it is not UTF-8 ({error})") from error
-    except OSError as error:
-        raise CordaError(f"{path} cannot be read: {error.strerror or error}") from error
-    except CordaError:
-        raise
-    except ValueError as error:  # a NUL within the path
-        raise CordaError(f"no file can be called {str(path)[:200]!r}: {error}") from error
+    return read_text(path, "file of text", CordaError, at_most=MOST_BYTES)
 
 
 def _unshared(value: Any) -> Any:

@@ -153,7 +153,7 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
         (["train", "emoji-clip", "{source: [1}"], "data is not YAML"),
         (["train", "emoji-clip", "{source: 'folder:x', class_path: os.x}"], "data option"),
         (["sites", "x" * 5000], "' is no model's name"),
-        (["sites", "emoji\0clip"], "unknown model"),
+        (["sites", "emoji\0clip"], "is no model's name"),
     ],
 )
 def test_wrong_words_end_with_a_message_and_status_2(args, message, capsys, tmp_path, monkeypatch):

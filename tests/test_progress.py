@@ -10,7 +10,7 @@ import time
 import pytest
 
 from corda_vlm import progress
-from corda_vlm.progress import Meter, advance, be_quiet, note, shown, track
+from corda_vlm.progress import Meter, advance, be_quiet, note, showing, track
 
 
 class Log:
@@ -77,7 +77,7 @@ def test_nothing_is_shown_where_it_is_not_wanted(how, log, monkeypatch, capsys):
         monkeypatch.setenv("TQDM_DISABLE", "1")
     be_quiet(how == "quiet")
     try:
-        with shown(show), shown(True), Meter("training", 2) as meter:
+        with showing(show), showing(True), Meter("training", 2) as meter:
             meter.update(1)
             time.sleep(0.2)
         note("one of two")

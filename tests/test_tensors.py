@@ -14,11 +14,11 @@ import corda_vlm
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.tensors import (
     CHECKSUMS,
+    add_checksums,
     check_tensors,
     load_tensors,
     read_header,
     save_tensors,
-    seal,
 )
 
 KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8,
@@ -136,14 +136,14 @@ def test_nan_and_inf_are_neither_written_nor_read(kind, value, tmp_path):
     with pytest.raises(ForeignFileError, match="odd holds NaN or Inf"):
         load(tmp_path / "a.safetensors")
     with pytest.raises(CordaError, match="odd holds NaN or Inf"):
-        seal(tmp_path / "a.safetensors")
+        add_checksums(tmp_path / "a.safetensors")
 
 
 def test_files_of_other_tools_are_read_and_can_be_sealed(tmp_path):
     path, tensors = tmp_path / "a.safetensors", {"a": torch.randn(3, 3), "b": torch.zeros(2).half()}
     save_file(tensors, path, {"format": "pt", "told": "by another"})
     assert same(load(path), tensors)
-    seal(path, {"more": "by us"})
+    add_checksums(path, {"more": "by us"})
     assert same(load_file(path), tensors)
     header = read_header(path, "weights", "")[1]
     assert (header["told"], header["more"]) == ("by another", "by us")

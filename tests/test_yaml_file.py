@@ -61,14 +61,14 @@ def test_what_is_refused(text, told, tmp_path, monkeypatch):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(CordaError, match="cannot be read: No such file"):
+    with pytest.raises(CordaError, match="no file of text at"):
         read_yaml(tmp_path / "none.yaml")
-    with pytest.raises(CordaError, match="no file that holds text"):
+    with pytest.raises(CordaError, match="a file of text was expected"):
         read_yaml(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     started = time.monotonic()
     for endless in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(CordaError, match="no file that holds text"):
+        with pytest.raises(CordaError, match="a file of text was expected"):
             read_yaml(endless)
     assert time.monotonic() - started < 5, "nobody writes into it"
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))

@@ -17,7 +17,7 @@ from corda_vlm.tensors import read_header
 
 logger = logging.getLogger(__name__)
 
-BASE = "base.json"
+BASE_NOTE = "base.json"
 """The note beside weights; in the folder of a model that an export made, the fingerprint of that model."""
 
 HEADER = "corda_vlm.base"
@@ -37,7 +37,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 def save_base(fingerprint: str, directory: Path) -> None:
     """Note beside weights which model they were trained from."""
-    write_json(directory / BASE, {"model_fingerprint": fingerprint})
+    write_json(directory / BASE_NOTE, {"model_fingerprint": fingerprint})
 
 
 def check_base(
@@ -59,12 +59,12 @@ def check_base(
     _, header = read_header(weights, "trained weights", "train or export them again")
     if HEADER in header:
         check_fingerprint(header[HEADER], model, directory)
-    if (directory / BASE).is_file():
+    if (directory / BASE_NOTE).is_file():
         check_fingerprint(_noted(directory), model, directory)
     elif HEADER not in header and config is not None:
         name = config.get("base_model_name_or_path") or ""
         places = _places(name, directory)
-        base = next((place for place in places if _is_there(place / BASE)), None)
+        base = next((place for place in places if _is_there(place / BASE_NOTE)), None)
         if base is not None:
             check_fingerprint(_noted(base), model, directory, base)
         elif _names_a_folder(name) and not any(map(_is_there, places)):
@@ -109,7 +109,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _noted(folder: Path) -> object:
-    noted = read_json(folder / BASE, "note of the base model")
+    noted = read_json(folder / BASE_NOTE, "note of the base model")
     return noted.get("model_fingerprint") if isinstance(noted, dict) else None
 
 

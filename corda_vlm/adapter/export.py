@@ -86,8 +86,8 @@ def export_adapter(
         CordaError: no `PeftModel`; the folder holds something else; a plain LoRA cannot express the sites (take
             "merged"); a rank that is not positive; NaN or Inf among what was learned; not enough space.
     """
-    if format not in FORMATS:
-        raise UnknownNameError("export format", format, FORMATS)
+    if format not in EXPORTS:
+        raise UnknownNameError("export format", format, EXPORTS)
     if not isinstance(peft_model, PeftModel):
         raise CordaError(f"export takes a model with an adapter, not a {type(peft_model).__name__}")
     if rank is not None and format != "lora":
@@ -104,7 +104,7 @@ def export_adapter(
         )
     directory = Path(directory) if Path(directory).name else Path(directory).resolve()
     with new_folder(directory) as folder:
-        report = FORMATS[format](peft_model, active[0], folder, directory, rank, located(source))
+        report = EXPORTS[format](peft_model, active[0], folder, directory, rank, located(source))
         write_json(folder / REPORT, {"format": format, **report})
     return directory
 
@@ -192,7 +192,7 @@ def _merged(
     return {"load": loader}
 
 
-FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
+EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {
     "lora": _lora,
     "residual": _residual,
     "merged": _merged,

@@ -26,7 +26,7 @@ from corda_vlm.files import (
     write_json,
 )
 from corda_vlm.locks import locked
-from corda_vlm.tensors import save_tensors, seal_folder
+from corda_vlm.tensors import add_checksums_in, save_tensors
 
 REPORT = "corda_export.json"  # marks a folder as ours, so that a later export may replace it
 
@@ -152,7 +152,7 @@ def save_model(model: nn.Module, folder: Path, source: str | Path | None) -> Non
     if is_transformers(model):
         with without_bars():
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-        seal_folder(folder)
+        add_checksums_in(folder)
         _copy_beside(source or getattr(model, "name_or_path", None), folder)
         return
     write_json(folder / "open_clip_config.json", open_clip_config(model, source))

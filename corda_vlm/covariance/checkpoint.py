@@ -22,6 +22,7 @@ from corda_vlm.families import Batch
 from corda_vlm.files import sweep
 from corda_vlm.names import quoted
 from corda_vlm.sites import Site
+from corda_vlm.tensors import as_bytes
 
 # ------------------------------------------------------------------ the data
 
@@ -72,10 +73,8 @@ def _hash(batch: object, total: int | None) -> str:
     for key, value in sorted(items, key=lambda item: str(item[0])):
         digest.update(f"{key}:".encode())
         if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            content: Any = value.view(-1).view(torch.uint8).numpy()
-            digest.update(content)
+            digest.update(as_bytes(value))
         elif isinstance(value, (str, int, float, list, tuple)):
             digest.update(repr(value).encode())
     return digest.hexdigest()

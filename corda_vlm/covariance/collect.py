@@ -34,7 +34,7 @@ from corda_vlm.interrupts import Interrupts
 from corda_vlm.locks import locked
 from corda_vlm.names import quoted
 from corda_vlm.precision import takes_bf16
-from corda_vlm.progress import Meter, shown
+from corda_vlm.progress import Meter, showing
 from corda_vlm.sites import Site, find_sites, model_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def collect_covariance(
     interruptible = Interrupts(
         "finishing the batch in flight, then saving", active=path is not None
     )
-    with lock, shown(show_progress), interruptible as interrupts, evaluating(model):
+    with lock, showing(show_progress), interruptible as interrupts, evaluating(model):
         if not blockwise:
             result = _in_one_go(job, path, saved, checkpoint_share, interrupts)
         elif path is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from corda_vlm import files
 from corda_vlm.errors import CordaError, DataError
-from corda_vlm.files import asset, resolve, shown
+from corda_vlm.files import asset, home_path, resolve, shown
 
 MOST_PATHS = 100_000
 """What a pattern with braces may stand for; more is a slip, which would fill the memory."""
@@ -24,13 +24,11 @@ def find_paths(pattern: str | Path, beside: str | Path | None = None) -> list[Pa
         DataError: nothing matches, or it is no path; the message says where was looked.
     """
     try:
-        written = os.path.expandvars(Path(pattern).expanduser())
-    except RuntimeError as error:  # ~ of a user that does not exist
-        raise DataError(f"{shown(pattern)} is no path: {error}") from error
+        written = os.path.expandvars(home_path(pattern))
+    except CordaError as error:
+        raise DataError(str(error)) from error
     if "$" in written:
         raise DataError(f"{pattern}: an environment variable in this path is not set ({written})")
-    if "\0" in written:
-        raise DataError(f"{shown(pattern)} is no path: it holds a NUL character")
     expanded = list(itertools.islice(_braces(written), MOST_PATHS + 1))
     if len(expanded) > MOST_PATHS:
         raise DataError(f"{shown(pattern)}: its braces stand for more than {MOST_PATHS:,} paths")
@@ -48,40 +46,18 @@ def find_one(pattern: str | Path, beside: str | Path | None = None) -> Path:
 
 
 def plain_file(path: Path) -> Path:
-    """`path`, if it is a file that can be opened without harm: reading a pipe may never end, nor a device.
-
-    Raises:
-        DataError: there is nothing, a folder, a device or a pipe, or it may not be looked at.
-    """
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise unreadable(path, error) from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise DataError(f"{shown(path)}: is {kind}; a file was expected")
-    return path
+    """`path`, if it is a file that can be opened without harm. Raises `DataError` where it is none."""
+    return files.plain_file(path, error=DataError)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a mark of byte order.
-
-    Raises:
-        DataError: no plain file, not readable, or not UTF-8.
-    """
-    try:
-        return plain_file(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{shown(path)}: not UTF-8 text ({error.reason} at byte {error.start:,}); save it as UTF-8"
-        ) from error
-    except (OSError, MemoryError) as error:
-        raise unreadable(path, error) from error
+    """The text of a file in UTF-8. Raises `DataError` for no plain file, one that cannot be read, or other text."""
+    return files.read_text(path, error=DataError)
 
 
-def unreadable(path: Path, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return DataError(f"{shown(path)}: cannot be read ({reason})")
+def unreadable(path: Path, error: Exception) -> CordaError:
+    """The `DataError` that says why a path cannot be read."""
+    return files.unreadable(path, error, DataError)
 
 
 def _matches(pattern: str, beside: str | Path | None) -> list[Path]:

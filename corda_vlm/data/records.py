@@ -15,11 +15,11 @@ from typing import Any, ClassVar, TypeVar, overload
 import numpy as np
 from PIL import Image
 
-from corda_vlm.data.paths import plain_file
 from corda_vlm.data.sources.images import fetched, is_data_url, to_rgb
 from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.errors import DataError
+from corda_vlm.files import read_bytes
 
 Record = dict[str, Any]
 """`image` (RGB PIL image or None), `text` (str or None), `label` (int or None), and the source's other columns."""
@@ -256,8 +256,8 @@ def _content(stored: Any, base: Path | None) -> bytes:
     if isinstance(stored, (str, Path)):
         path = Path(stored) if base is None else base / stored
         try:
-            stored = plain_file(path).read_bytes()
-        except (DataError, OSError, MemoryError):
+            stored = read_bytes(path, error=DataError)
+        except DataError:
             stored = b"missing"
     if isinstance(stored, (Image.Image, np.ndarray)):
         stored = stored.tobytes()

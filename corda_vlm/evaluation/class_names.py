@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.errors import CordaError, DataError, UnknownNameError, brief
-from corda_vlm.files import asset, resolve, shown
+from corda_vlm.errors import CordaError, DataError, brief
+from corda_vlm.evaluation.shipped import find_shipped
 from corda_vlm.names import quoted
 from corda_vlm.yaml_file import read_small_text, read_yaml
 
@@ -49,7 +49,7 @@ def load_templates(source: str | Sequence[str], beside: Path | None = None) -> t
         chosen = OPENAI_IMAGENET_TEMPLATES if source == OPENAI else SIMPLE_IMAGENET_TEMPLATES
         templates = [template("{}") for template in chosen]
     else:
-        lines = _find(source, "templates", ".txt", "template list", (OPENAI, SIMPLE), beside)
+        lines = find_shipped(source, "templates/*.txt", "template list", (OPENAI, SIMPLE), beside)
         templates = [line.strip() for line in read_small_text(lines).splitlines()]
         templates = [line for line in templates if line and not line.startswith("#")]
     for template in templates:
@@ -79,7 +79,7 @@ def load_class_names(source: str, beside: Path | None = None) -> tuple[str, ...]
         from open_clip import IMAGENET_CLASSNAMES
 
         return tuple(IMAGENET_CLASSNAMES)
-    path = _find(source, "class_names", ".yaml", "class names", (OPENAI,), beside)
+    path = find_shipped(source, "class_names/*.yaml", "class names", (OPENAI,), beside)
     names = read_yaml(path)
     if isinstance(names, Mapping) and names:
         return {_named(own, path): _named(name, path) for own, name in names.items()}
@@ -164,18 +164,3 @@ def _plain(name: str) -> str:
     A name of punctuation alone keeps it.
     """
     return re.sub(r"[\W_]+", "", name.casefold()) or name
-
-
-def _find(
-    source: str, folder: str, suffix: str, kind: str, built_in: Sequence[str], beside: Path | None
-) -> Path:
-    shipped = asset("eval") / folder / f"{source}{suffix}"
-    try:
-        if shipped.is_file():
-            return shipped
-        return resolve(source, beside)
-    except (CordaError, OSError, ValueError):
-        listed = [path.stem for path in shipped.parent.glob(f"*{suffix}")]
-        raise UnknownNameError(
-            kind, shown(source), [*built_in, *listed], "Or give the path of a file."
-        ) from None

@@ -9,7 +9,7 @@ from typing import Any
 from corda_vlm.jsonl import append_jsonl, is_number, read_jsonl, wrong_field
 from corda_vlm.run_files import DIVERGED
 
-Trained = tuple[str, float | None, int | None]
+TrainingKey = tuple[str, float | None, int | None]
 """Method (a run's variant), learning rate and seed."""
 
 
@@ -28,7 +28,7 @@ def note_diverged(
     append_jsonl(Path(run_dir) / DIVERGED, [row], "diverged training")
 
 
-def read_diverged(run_dir: str | Path) -> dict[Trained, str]:
+def read_diverged(run_dir: str | Path) -> dict[TrainingKey, str]:
     """The trainings of a run that diverged, each with the reason; none where there is no such file.
 
     Raises:

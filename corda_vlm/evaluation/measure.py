@@ -20,7 +20,7 @@ from corda_vlm.evaluation.suite import Suite, Task, load_suite
 from corda_vlm.evaluation.tasks.base import Setting
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
 from corda_vlm.precision import Bf16, takes_bf16
-from corda_vlm.progress import Meter, shown
+from corda_vlm.progress import Meter, showing
 
 if TYPE_CHECKING:
     from corda_vlm.families.base import Loaded, Processor
@@ -136,7 +136,7 @@ def measure(
         if head is not None and task.role != "retention":
             evaluator = evaluator.with_head(head)
         try:
-            with shown(show_progress), Meter(task.name, evaluator.examples, unit="example"):
+            with showing(show_progress), Meter(task.name, evaluator.examples, unit="example"):
                 outcomes = tuple(evaluator.outcomes(encoder))
         except NotFiniteError as error:
             raise NotFiniteError(f"task {task.name} of suite {suite.name}: {error}") from error

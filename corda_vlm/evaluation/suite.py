@@ -9,8 +9,9 @@ from typing import Any
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
 from corda_vlm.evaluation.scores import TASK_ROLES
+from corda_vlm.evaluation.shipped import find_shipped
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
-from corda_vlm.files import asset, shown
+from corda_vlm.files import shown
 from corda_vlm.options import Text, fitted, read_options
 from corda_vlm.yaml_file import read_yaml
 
@@ -85,7 +86,7 @@ def load_suite(source: str | Path | Mapping[str, Any] | Suite) -> Suite:
         return source
     if isinstance(source, Mapping):
         return _parse(source, "the suite given", None, ())
-    return _read(_find(source, None), ())
+    return _read(find_shipped(source, "suites/*.yaml", "suite", (), None), ())
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> Suite:
@@ -93,24 +94,6 @@ def _read(path: Path, below: tuple[Path, ...]) -> Suite:
     if not isinstance(content, Mapping):
         raise CordaError(f"suite {path} must be a mapping with name, version and tasks")
     return _parse(content, f"suite {path}", path, below)
-
-
-def _find(source: str | Path, beside: Path | None) -> Path:
-    folder = asset("eval/suites")
-    try:
-        tried = [folder / f"{source}.yaml", Path(source).expanduser()]
-        for candidate in tried if beside is None else [*tried, beside.parent / source]:
-            if candidate.is_file():
-                return candidate
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, ~ of no user
-        reason = getattr(error, "strerror", None) or error
-        raise CordaError(f"{shown(source)} is no suite: {reason}") from error
-    raise UnknownNameError(
-        "suite",
-        shown(source),
-        [path.stem for path in folder.glob("*.yaml")],
-        "Or give the path of a file.",
-    )
 
 
 def _parse(
@@ -130,7 +113,7 @@ def _parse(
     options = {key: value for key, value in content.items() if key != "extends"}
     by_name = {}
     if content.get("extends") is not None:
-        parent = _find(content["extends"], path).resolve()
+        parent = find_shipped(content["extends"], "suites/*.yaml", "suite", (), path).resolve()
         if parent in below:
             raise CordaError(f"{where}: extends itself, by way of {parent}")
         extended = _read(parent, (*below, parent))

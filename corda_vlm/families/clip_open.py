@@ -28,7 +28,7 @@ from corda_vlm.families.base import (
     unwrap,
 )
 from corda_vlm.families.hub import PICKLED
-from corda_vlm.families.trust import check_options
+from corda_vlm.families.trust import check_config
 from corda_vlm.files import read_json
 
 # ------------------------------------------------------------------ rules
@@ -229,7 +229,7 @@ def load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
         name, tag = f"local-dir:{source}", None
     elif source.startswith(("hf-hub:", "local-dir:")):
         name, tag = source, None
-        check_options(open_clip.get_model_config(name), source)
+        check_config(open_clip.get_model_config(name), source)
     else:
         name, _, tag = source.partition("/")
         if name not in open_clip.list_models():
@@ -292,7 +292,7 @@ def _check_folder(folder: Path) -> None:
     config = read_json(path, "model configuration")
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ForeignFileError(f"{path} has no 'model_cfg': it is not open_clip's")
-    check_options(config, str(folder))
+    check_config(config, str(folder))
     vision = config["model_cfg"].get("vision_cfg")
     timm_name = vision.get("timm_model_name") if isinstance(vision, dict) else None
     if isinstance(timm_name, str) and ":" in timm_name:

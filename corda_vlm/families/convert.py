@@ -21,7 +21,7 @@ from corda_vlm.families.attention import PARTS, is_packed, packed_parts
 from corda_vlm.families.base import Processor, class_of, unwrap
 from corda_vlm.families.hub import without_bars
 from corda_vlm.files import write_json, write_text
-from corda_vlm.tensors import seal_folder
+from corda_vlm.tensors import add_checksums_in
 
 _LAYERS = {
     **{f"attn.{part}": f"self_attn.{part}" for part in PARTS},
@@ -276,7 +276,7 @@ def save_hf(model: nn.Module, directory: str | Path, *, tokenizer: bool = True) 
     directory.mkdir(parents=True, exist_ok=True)
     with without_bars():
         converted.save_pretrained(directory)
-    seal_folder(directory)
+    add_checksums_in(directory)
     write_json(directory / "preprocessor_config.json", images)
     if tokenizer:
         save_tokenizer(directory, bare.context_length)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families.trust import REFUSAL, check_options, trusted, wants_code
+from corda_vlm.families.trust import REFUSAL, check_config, trusted, wants_code
 from corda_vlm.files import read_json
 
 
@@ -42,7 +42,7 @@ def config_from(source: str | Path) -> Any:
     import transformers
 
     told, _ = transformers.PretrainedConfig.get_config_dict(str(source))
-    check_options(told, str(source))
+    check_config(told, str(source))
     return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted())
 
 

@@ -18,6 +18,7 @@ from corda_vlm.families.hub import config_of, without_bars
 from corda_vlm.families.registry import FAMILIES, chosen, detect_family
 from corda_vlm.families.sources import FORMS, built_in, check_source
 from corda_vlm.families.trust import REFUSAL, RemoteCodeError, loading, wants_code
+from corda_vlm.files import home_path
 from corda_vlm.tensors import check_tensors
 from corda_vlm.yaml_file import read_yaml
 
@@ -52,7 +53,7 @@ def load_model(
     how = _How(dtype, device_map)
     device = _usable(device)
     with loading(trust_remote_code):
-        if (path := Path(source).expanduser()).suffix == ".gguf" and path.is_file():
+        if (path := home_path(source)).suffix == ".gguf" and path.is_file():
             source = converted(path)
         model, processor, found = _load(source, family, how)
     # Not to the dtype, which its family loaded it in: a language model keeps its rotary frequencies in float32.
@@ -63,7 +64,7 @@ def load_model(
 
 def _load(source: str | Path, family: str | Family, how: _How) -> _Parts:
     text = str(source).removeprefix("local-dir:")
-    path = Path(text).expanduser()
+    path = home_path(text)
     zoo = built_in()
     if text in zoo:  # before a folder of that name in the working directory, which is './NAME'
         return _load_zoo(zoo[text], family, how)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
-from corda_vlm.files import asset
+from corda_vlm.files import asset, home_path
 
 FORMS = (
     "A model is: a built-in name; a folder in the format of transformers (config.json) or open_clip "
@@ -52,10 +52,10 @@ def check_source(source: str | Path) -> None:
     text = str(source).removeprefix("local-dir:")
     zoo = built_in()
     try:
-        path = Path(text).expanduser()
+        path = home_path(text)
         if text in zoo or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
             return
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, ~ of no user
+    except (OSError, CordaError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CordaError(f"{brief(text)} is no model's name or folder: {reason}") from error
     if text.startswith("hf-hub:") or text.removesuffix("-hf") in zoo:

@@ -92,7 +92,7 @@ def wants_code(error: BaseException) -> bool:
     return isinstance(error, RemoteCodeError) or "trust_remote_code" in str(error)
 
 
-def check_options(options: Any, where: str) -> None:
+def check_config(options: Any, where: str) -> None:
     """Refuse a model's own configuration that names code or leads out of the model; nested ones too.
 
     Raises:

@@ -25,7 +25,7 @@ from corda_vlm.families.attention import unpacked
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, SIDES, Basis, Route
 from corda_vlm.plan.choose import choose_covariances, choose_ranks, rank_budget
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
-from corda_vlm.progress import shown, track
+from corda_vlm.progress import showing, track
 from corda_vlm.ranks import Bound
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
@@ -100,7 +100,7 @@ def plan_adapter(
     for given, of in ((store, "covariances"), (task_store, "task's covariances")):
         if given is not None:
             check_made_from(fingerprint, given, of)
-    with shown(show_progress), unpacked(model):
+    with showing(show_progress), unpacked(model):
         sites = find_sites(model, towers=towers, roles=roles)
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}

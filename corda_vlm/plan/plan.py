@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
-from corda_vlm.files import check_path, read_json, shown, write_text
+from corda_vlm.files import check_path, pieces, read_json, shown, write_text
 from corda_vlm.locks import locks
 from corda_vlm.options import (
     Count,
@@ -357,9 +357,8 @@ def _is_plan(tensors: Path) -> bool:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for piece in pieces(path):
+        digest.update(piece)
     return digest.hexdigest()
 
 

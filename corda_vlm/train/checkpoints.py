@@ -16,7 +16,7 @@ from transformers.trainer import (
 )
 
 from corda_vlm.errors import CordaError, first_line
-from corda_vlm.files import read_json, shown, write_json
+from corda_vlm.files import pieces, read_json, shown, write_json
 from corda_vlm.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,6 @@ def _damage_unsealed(folder: Path) -> str | None:
 
 def _size_and_crc(path: Path) -> dict[str, Any]:
     size, crc = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    for piece in pieces(path):
+        size, crc = size + len(piece), zlib.crc32(piece, crc)
     return {"bytes": size, "crc32": f"{crc:08x}"}

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.jsonl import append_jsonl, is_number, write_jsonl
-from corda_vlm.progress import Meter, shown
+from corda_vlm.progress import Meter, showing
 from corda_vlm.train.history import PENALTIES, read_history
 from corda_vlm.train.options import TrainOptions
 
@@ -61,7 +61,7 @@ class Watch(TrainerCallback):
             entry for entry in read_history(self.path) if entry["step"] <= state.global_step
         ]
         write_jsonl(self.path, self.history, "history entry")
-        with shown(self.show_progress):
+        with showing(self.show_progress):
             self._meter = Meter("training", state.max_steps, initial=state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

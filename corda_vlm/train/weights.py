@@ -15,7 +15,7 @@ from corda_vlm.adapter.folder import ADAPTER, TRAINED, WEIGHTS
 from corda_vlm.adapter.paired import PairedConfig, base_of
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.files import write_text
-from corda_vlm.tensors import load_tensors, save_tensors, seal
+from corda_vlm.tensors import add_checksums, load_tensors, save_tensors
 from corda_vlm.train.heads import Head
 
 HEAD = "head.safetensors"
@@ -51,7 +51,7 @@ def save_weights(
         )
         # "auto" would ask the hub whether the vocabulary has grown, at every checkpoint.
         model.save_pretrained(str(folder), save_embedding_layers=False)
-        seal(folder / ADAPTER, header)
+        add_checksums(folder / ADAPTER, header)
         if isinstance(model.peft_config[str(model.active_adapter)], PairedConfig):
             write_text(folder / "README.md", _CARD)  # in place of PEFT's empty model card
     else:

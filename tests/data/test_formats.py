@@ -95,7 +95,7 @@ def test_a_missing_or_damaged_image_is_a_bad_record(tmp_path, pictures):
     data = load_records(spec)
     assert len(list(data)) == 1
     assert data.bad[1].startswith("no image that can be decoded: 2.png (Unidentified")
-    assert "No such file" in data.bad[2]
+    assert "no file at" in data.bad[2]
     with pytest.raises(DataError, match=r"record 1 \(id r2\)"):
         list(load_records({**spec, "max_bad_share": 0.0}))
 

@@ -101,7 +101,7 @@ def said(call) -> str:
 
 
 def main(output: Path) -> None:
-    distributed.PATIENCE = timedelta(seconds=30)
+    distributed.TIMEOUT = timedelta(seconds=30)
     rank = int(os.environ["RANK"])
     found: dict = {"no group": said(lambda: collected(llama(), 3))}
     plain = trainer_of(output, 4, ddp_backend="gloo")  # this makes the process group
@@ -138,7 +138,7 @@ def main(output: Path) -> None:
     fsdp = trainer_of(output, 4, ddp_backend="gloo", fsdp="full_shard")
     found["fsdp"] = said(lambda: fsdp.anchor_to(store, 0.0))
 
-    distributed.PATIENCE = distributed._WARN_AFTER = timedelta(seconds=1)
+    distributed.TIMEOUT = distributed._WARN_AFTER = timedelta(seconds=1)
     if rank == 0:
         found["absent"] = said(lambda: distributed.gathered("the dinner", "here"))
     torch.distributed.barrier()

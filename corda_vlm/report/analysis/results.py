@@ -29,12 +29,10 @@ from jaxtyping import Float
 
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.bootstrap import Interval
-from corda_vlm.evaluation.diverged import Trained as TrainedKey
-from corda_vlm.evaluation.diverged import read_diverged
-from corda_vlm.evaluation.score_file import gain_of, interval_of, read_rows
+from corda_vlm.evaluation.diverged import TrainingKey, read_diverged
+from corda_vlm.evaluation.score_file import BASE, gain_of, interval_of, read_rows
 from corda_vlm.run_files import SCORES
 
-BASE = "base"
 REFERENCE = "lora"
 
 
@@ -85,8 +83,8 @@ class Results:
     base: Mapping[str, float]
     trained: Mapping[str, Mapping[Setting, Mapping[int | None, Mapping[str, float]]]]
     base_rows: Sequence[Mapping[str, Any]]
-    forecasts: Mapping[TrainedKey, float] = field(default_factory=dict)
-    diverged: Mapping[TrainedKey, str] = field(default_factory=dict)
+    forecasts: Mapping[TrainingKey, float] = field(default_factory=dict)
+    diverged: Mapping[TrainingKey, str] = field(default_factory=dict)
     gains: Mapping[Place, Interval] = field(default_factory=dict)
     intervals: Mapping[Place, Interval] = field(default_factory=dict)
 
@@ -102,7 +100,7 @@ class Results:
 
     @classmethod
     def of(
-        cls, rows: Sequence[Mapping[str, Any]], diverged: Mapping[TrainedKey, str] | None = None
+        cls, rows: Sequence[Mapping[str, Any]], diverged: Mapping[TrainingKey, str] | None = None
     ) -> Results:
         """Arrange rows of scores.jsonl. Of rows measured twice the last counts.
 
@@ -115,7 +113,7 @@ class Results:
         base: dict[str, float] = {}
         base_rows: dict[tuple[str, str], Mapping[str, Any]] = {}
         trained: dict[str, dict[Setting, dict[int | None, dict[str, float]]]] = {}
-        forecasts: dict[TrainedKey, float] = {}
+        forecasts: dict[TrainingKey, float] = {}
         gains: dict[Place, Interval] = {}
         intervals: dict[Place, Interval] = {}
         diverged = dict(diverged or {})
