@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
 from corda_vlm.families import Family, family_of, unwrap
-from corda_vlm.families.attention import is_packed, packed_parts
-from corda_vlm.families.conv1d import is_conv1d, linear_weight
+from corda_vlm.families.layers.attention import is_packed, packed_parts
+from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
 from corda_vlm.text_table import text_table
 
 TOWERS = ("vision", "text", "projector", "language")
@@ -106,7 +106,7 @@ def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.L
         if is_packed(module):
             raise NoSitesError(
                 f"{name}: {'.'.join(parts[:step])} is packed, so its parts are no modules yet; "
-                "work under corda_vlm.families.attention.unpacked(model)"
+                "work under corda_vlm.families.layers.attention.unpacked(model)"
             )
         child = module._modules.get(key)
         if child is None:
@@ -114,7 +114,7 @@ def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.L
         module = inner_layer(child, as_trained=as_trained)
     if is_conv1d(module):
         raise NoSitesError(
-            f"{name} is a Conv1D, which is no nn.Linear yet; work under corda_vlm.families.attention.unpacked(model)"
+            f"{name} is a Conv1D, which is no nn.Linear yet; work under corda_vlm.families.layers.attention.unpacked(model)"
         )
     if not isinstance(module, nn.Linear):
         raise NoSitesError(f"{name} is a {type(module).__name__}, not an nn.Linear")

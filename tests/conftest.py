@@ -159,7 +159,7 @@ def tiny_llm(tiny_tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from corda_vlm.families import Loaded, detect_family
-    from corda_vlm.families.language import language_processor
+    from corda_vlm.families.generative.language import language_processor
 
     model = LlamaForCausalLM(LlamaConfig(**_text_config(tiny_tokenizer))).eval()
     return Loaded(model, language_processor(model, tiny_tokenizer), detect_family(model), "tiny")
@@ -190,7 +190,7 @@ def tiny_llava(tiny_tokenizer):
     )
 
     from corda_vlm.families import Loaded, detect_family
-    from corda_vlm.families.language import language_processor
+    from corda_vlm.families.generative.language import language_processor
 
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                               image_size=32, patch_size=8)  # fmt: skip

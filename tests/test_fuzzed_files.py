@@ -18,7 +18,7 @@ from torch import nn
 
 from corda_vlm.adapter import attach_adapter, load_adapter, restore
 from corda_vlm.errors import CordaError
-from corda_vlm.families.attention import is_packed
+from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import model_fingerprint

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
-from corda_vlm.families.attention import unpacked
+from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.sites import (
     ROLES,
     TOWERS,

@@ -51,7 +51,7 @@ from corda_vlm.adapter.paired import (
 )
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError, first_line
-from corda_vlm.families.attention import pack, unpack
+from corda_vlm.families.layers.attention import pack, unpack
 from corda_vlm.files import shown
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites, lies_in

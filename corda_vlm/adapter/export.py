@@ -39,9 +39,9 @@ from corda_vlm.adapter.folder import (
 )
 from corda_vlm.adapter.paired import PairedLinear, base_of, base_weight, trained
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families import convert
-from corda_vlm.families.attention import is_packed, pack
-from corda_vlm.families.conv1d import is_conv1d
+from corda_vlm.families.layers.attention import is_packed, pack
+from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.families.loading import convert
 from corda_vlm.files import write_json
 from corda_vlm.sites import model_fingerprint
 from corda_vlm.tensors import not_finite, save_tensors

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families import convert
-from corda_vlm.families.hub import without_bars
-from corda_vlm.families.open_clip_config import open_clip_config
+from corda_vlm.families.loading import convert
+from corda_vlm.families.loading.hub import without_bars
+from corda_vlm.families.loading.open_clip_config import open_clip_config
 from corda_vlm.files import (
     asset,
     atomic_folder,

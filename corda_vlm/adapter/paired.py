@@ -32,7 +32,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families.attention import pack
+from corda_vlm.families.layers.attention import pack
 
 BASES = ("untouched", "residual")
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.errors import CordaError
-from corda_vlm.families.attention import is_packed, packed_weights
+from corda_vlm.families.layers.attention import is_packed, packed_weights
 from corda_vlm.precision import fast_dtype
 from corda_vlm.sites import find_sites, get_linear, inner_layer
 

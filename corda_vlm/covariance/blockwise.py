@@ -22,7 +22,7 @@ from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CordaError
 from corda_vlm.families import Batch, unwrap
-from corda_vlm.families.attention import unpacked
+from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.files import sweep
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.progress import Meter

@@ -18,7 +18,7 @@ from corda_vlm.covariance.sharing import Sharing
 from corda_vlm.covariance.store import CovarianceStore, Empty, Entry, Progress
 from corda_vlm.covariance.tokens import Masks, TokenSelector
 from corda_vlm.errors import CalibrationError, UnknownNameError
-from corda_vlm.families.attention import unpacked
+from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.names import quoted
 from corda_vlm.sites import Site, get_linear, model_fingerprint
 

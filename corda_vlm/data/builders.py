@@ -13,7 +13,7 @@ from corda_vlm.data.records import Records
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.data.text.conversations import ConversationBatches
 from corda_vlm.families.base import Processor
-from corda_vlm.families.language import LanguageProcessor
+from corda_vlm.families.generative.language import LanguageProcessor
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.evaluation.class_names import OPENAI, SIMPLE, load_class_names, load_templates
 from corda_vlm.evaluation.suite import Suite, load_suite
 from corda_vlm.experiment.spec import Experiment
-from corda_vlm.families.sources import check_family, check_source
+from corda_vlm.families.loading.sources import check_family, check_source
 from corda_vlm.files import check_path, shown
 
 

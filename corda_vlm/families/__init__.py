@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         token_masks,
         unwrap,
     )
-    from corda_vlm.families.language import LanguageProcessor
+    from corda_vlm.families.generative.language import LanguageProcessor
     from corda_vlm.families.load import load_model
     from corda_vlm.families.registry import FAMILIES, detect_family, family_of, register_family
     from corda_vlm.families.tokens import TOKENS
@@ -36,7 +36,7 @@ _HOMES = {
     "Contrastive": "base",
     "Family": "base",
     "Generative": "base",
-    "LanguageProcessor": "language",
+    "LanguageProcessor": "generative.language",
     "Loaded": "base",
     "Masking": "base",
     "Processor": "base",

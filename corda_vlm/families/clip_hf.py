@@ -28,7 +28,7 @@ from corda_vlm.families.base import (
     token_mask,
     unwrap,
 )
-from corda_vlm.families.hub import (
+from corda_vlm.families.loading.hub import (
     Missing,
     config_from,
     how_to_read,
@@ -37,7 +37,7 @@ from corda_vlm.families.hub import (
     reads,
     tokenizer_of,
 )
-from corda_vlm.families.trust import trusted
+from corda_vlm.families.loading.trust import trusted
 
 _CLIP = (
     "CLIPModel",

@@ -27,8 +27,8 @@ from corda_vlm.families.base import (
     token_mask,
     unwrap,
 )
-from corda_vlm.families.hub import PICKLED
-from corda_vlm.families.trust import check_config
+from corda_vlm.families.loading.hub import PICKLED
+from corda_vlm.families.loading.trust import check_config
 from corda_vlm.files import read_json
 
 # ------------------------------------------------------------------ rules

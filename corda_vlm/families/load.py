@@ -13,11 +13,11 @@ from corda_vlm.errors import CordaError, first_line
 from corda_vlm.families.base import Family, Loaded, Processor
 from corda_vlm.families.clip_hf import CLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
-from corda_vlm.families.gguf import converted
-from corda_vlm.families.hub import config_of, without_bars
+from corda_vlm.families.loading.gguf import converted
+from corda_vlm.families.loading.hub import config_of, without_bars
+from corda_vlm.families.loading.sources import FORMS, built_in, check_source
+from corda_vlm.families.loading.trust import REFUSAL, RemoteCodeError, loading, wants_code
 from corda_vlm.families.registry import FAMILIES, chosen, detect_family
-from corda_vlm.families.sources import FORMS, built_in, check_source
-from corda_vlm.families.trust import REFUSAL, RemoteCodeError, loading, wants_code
 from corda_vlm.files import home_path
 from corda_vlm.tensors import check_tensors
 from corda_vlm.yaml_file import read_yaml
@@ -36,7 +36,7 @@ def load_model(
 
     Args:
         source: "emoji-clip" or another built-in name (add "-hf" for the same weights as a transformers
-            `CLIPModel`), a folder, an id on a hub, or a GGUF file, which is converted once (see `families.gguf`).
+            `CLIPModel`), a folder, an id on a hub, or a GGUF file, which is converted once (see `families.loading.gguf`).
         dtype: a language model of billions of parameters wants torch.bfloat16.
         device: "auto" is the first GPU, if there is one, else the CPU.
         device_map: of transformers, e.g. "auto" to spread a language model over all GPUs; then `device` is not looked at.
@@ -164,7 +164,7 @@ def _of_unknown_type(folder: Path) -> str:
 
 
 def _load_converted(folder: Path, how: _How) -> _Parts:
-    from corda_vlm.families.convert import convert_loaded
+    from corda_vlm.families.loading.convert import convert_loaded
 
     model, _, _ = _load_folder(folder, CLIP_OPEN, how)
     model, processor = convert_loaded(model)

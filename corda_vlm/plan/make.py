@@ -21,7 +21,7 @@ from corda_vlm.decompose import (
 )
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family
-from corda_vlm.families.attention import unpacked
+from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, SIDES, Basis, Route
 from corda_vlm.plan.choose import choose_covariances, choose_ranks, rank_budget
 from corda_vlm.plan.plan import AdapterPlan, SitePlan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from corda_vlm.data import ChatOptions, Records, no_labels
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Batch, Family
-from corda_vlm.families.language import IGNORED
+from corda_vlm.families.generative.language import IGNORED
 from corda_vlm.train.heads import Head
 from corda_vlm.train.options import TrainOptions
 

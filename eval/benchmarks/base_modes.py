@@ -53,7 +53,7 @@ def measure(
     from corda_vlm.adapter import attach_adapter, restore
     from corda_vlm.adapter.paired import base_weight, paired_layers
     from corda_vlm.families import detect_family, load_model
-    from corda_vlm.families.attention import unpacked
+    from corda_vlm.families.layers.attention import unpacked
     from corda_vlm.plan import plan_adapter
     from corda_vlm.sites import find_sites, get_linear
 

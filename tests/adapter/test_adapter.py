@@ -22,7 +22,7 @@ from corda_vlm.adapter.paired import trained as factors_of
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family
-from corda_vlm.families.attention import is_packed, unpacked
+from corda_vlm.families.layers.attention import is_packed, unpacked
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 from tests.embeddings import image_embeddings

@@ -22,7 +22,7 @@ from corda_vlm.adapter.paired import paired_layers
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family, load_model
-from corda_vlm.families.attention import is_packed
+from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
 from corda_vlm.train import Head
@@ -408,7 +408,7 @@ class TestOpenClipConfig:
     def test_is_read_off_the_modules(self, vision, text, options):
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
-        from corda_vlm.families.open_clip_config import open_clip_config
+        from corda_vlm.families.loading.open_clip_config import open_clip_config
 
         kind = CustomTextCLIP if options.pop("custom", False) else CLIP
         model = kind(
@@ -430,7 +430,7 @@ class TestOpenClipConfig:
         json.dumps(config)
 
     def test_what_cannot_be_read_off_asks_for_the_source(self, tiny_open_clip):
-        from corda_vlm.families.open_clip_config import open_clip_config
+        from corda_vlm.families.loading.open_clip_config import open_clip_config
 
         tiny_open_clip.visual.transformer.resblocks[1].mlp.gelu = nn.Tanh()
         with pytest.raises(CordaError, match="source="):

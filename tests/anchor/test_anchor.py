@@ -18,7 +18,7 @@ from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family, load_model
-from corda_vlm.families.attention import unpack, unpacked
+from corda_vlm.families.layers.attention import unpack, unpacked
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites, get_linear

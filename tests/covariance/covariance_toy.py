@@ -15,7 +15,7 @@ from torch import nn
 
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.families import Family, Rule, detect_family, register_family
-from corda_vlm.families.attention import unpacked
+from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.sites import Site, find_sites, get_linear
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from corda_vlm.adapter import adapt
 from corda_vlm.covariance import CovarianceStore, SecondMoment
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
-from corda_vlm.families import FAMILIES, Family, Rule, block_rules, decoder, register_family
+from corda_vlm.families import FAMILIES, Family, Rule, block_rules, register_family
+from corda_vlm.families.generative import decoder
 from corda_vlm.families.llm import family
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites

@@ -13,7 +13,7 @@ from corda_vlm.covariance import observe
 from corda_vlm.errors import (
     CalibrationError,
 )
-from corda_vlm.families.attention import is_packed
+from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.sites import Site
 from tests.covariance.covariance_toy import (
     TOY_SITES,

@@ -11,8 +11,8 @@ from torch import nn
 
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families import detect_family, load_model
-from corda_vlm.families.attention import unpacked
-from corda_vlm.families.convert import save_tokenizer
+from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.loading.convert import save_tokenizer
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
 LINEARS = (

@@ -13,8 +13,8 @@ from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter, rest
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, NoSitesError
 from corda_vlm.families import TOKENS, detect_family
-from corda_vlm.families.attention import unpacked
-from corda_vlm.families.conv1d import is_conv1d
+from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint, site_shape
 from tests.families.language_toy import IMAGE, LANGUAGE, VLM, batch_for, inputs_of, make

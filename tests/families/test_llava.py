@@ -7,7 +7,7 @@ import torch
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.families import detect_family
-from corda_vlm.families.language import language_processor
+from corda_vlm.families.generative.language import language_processor
 from corda_vlm.families.llava_names import rename, to_transformers
 from corda_vlm.sites import find_sites
 from tests.families.language_toy import IMAGE, PROCESSORS, make, picture, with_processor

@@ -264,14 +264,14 @@ class TestGGUF:
         assert [p.name.startswith("tiny-") for p in (tmp_path / "cache" / "gguf").iterdir()] == [
             True
         ]
-        import corda_vlm.families.gguf as module
+        import corda_vlm.families.loading.gguf as module
 
         monkeypatch.setattr(module, "_convert", None)
         assert load_model(path).source == loaded.source
         assert loaded.processor.tokenizer.eos_token_id == 2
 
     def test_a_stopped_conversion_leaves_nothing(self, file, tmp_path, monkeypatch):
-        import corda_vlm.families.gguf as module
+        import corda_vlm.families.loading.gguf as module
 
         def stop(path, folder):
             (folder / "config.json").write_text("{}")

@@ -16,10 +16,10 @@ from corda_vlm.families import (
     family_of,
     load_model,
     register_family,
-    sources,
     token_masks,
 )
 from corda_vlm.families.base import Rule
+from corda_vlm.families.loading import sources
 from corda_vlm.sites import find_sites
 
 
@@ -165,7 +165,7 @@ class TestNames:
 
 
 def test_the_names_told_before_pytorch_is_imported_are_those_of_the_registry():
-    from corda_vlm.families.sources import FAMILY_NAMES
+    from corda_vlm.families.loading.sources import FAMILY_NAMES
 
     own = [name for name, family in FAMILIES.items() if family.load.__module__.startswith("corda_vlm.")]  # fmt: skip
     assert sorted(FAMILY_NAMES) == sorted(own)

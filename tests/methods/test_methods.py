@@ -14,7 +14,7 @@ from corda_vlm.adapter.paired import paired_layers
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
 from corda_vlm.families import detect_family
-from corda_vlm.families.attention import is_packed
+from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.methods import METHODS, MethodRequest, prepare_method, restore_method
 from corda_vlm.sites import find_sites
 

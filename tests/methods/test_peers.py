@@ -20,7 +20,7 @@ from corda_vlm.adapter.paired import base_of, paired_layers, trained
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.decompose import decompose_contrast
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
-from corda_vlm.families.attention import is_packed
+from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.methods import MethodRequest, get_method, prepare_method, restore_method
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites, get_linear

@@ -14,7 +14,7 @@ from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.decompose import damp, knowledge_energy
 from corda_vlm.errors import CordaError, ForeignFileError, NoSitesError, UnknownNameError
-from corda_vlm.families.attention import unpacked
+from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.plan import PLAN_METHODS, AdapterPlan, choose, plan_adapter
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 

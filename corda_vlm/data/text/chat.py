@@ -11,7 +11,7 @@ from corda_vlm.data.paths import read_text
 from corda_vlm.data.text.rendering import render
 from corda_vlm.data.text.rows import Message
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
-from corda_vlm.families.language import LanguageProcessor
+from corda_vlm.families.generative.language import LanguageProcessor
 from corda_vlm.files import resolve
 
 TEMPLATES: Mapping[str, str] = {

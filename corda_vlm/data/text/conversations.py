@@ -19,7 +19,7 @@ from corda_vlm.data.text.instruction import InstructionData
 from corda_vlm.data.text.rows import Message
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Processor
-from corda_vlm.families.language import ALONG_TOKENS, IGNORED, LanguageProcessor, Sample
+from corda_vlm.families.generative.language import ALONG_TOKENS, IGNORED, LanguageProcessor, Sample
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
 from corda_vlm.families.base import unwrap
-from corda_vlm.families.language import Sample
+from corda_vlm.families.generative.language import Sample
 
 
 @torch.no_grad()

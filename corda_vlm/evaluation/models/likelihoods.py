@@ -13,7 +13,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.families.base import unwrap
-from corda_vlm.families.language import IGNORED, Sample
+from corda_vlm.families.generative.language import IGNORED, Sample
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.families.base import evaluating
-from corda_vlm.families.language import LanguageProcessor, Sample
+from corda_vlm.families.generative.language import LanguageProcessor, Sample
 from corda_vlm.progress import advance
 
 

@@ -17,7 +17,7 @@ from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.options import PERPLEXITY_METRICS as METRICS
 from corda_vlm.evaluation.tasks.options import PerplexityOptions
-from corda_vlm.families.language import IGNORED, Sample
+from corda_vlm.families.generative.language import IGNORED, Sample
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families.trust import REFUSAL, check_config, trusted, wants_code
+from corda_vlm.families.loading.trust import REFUSAL, check_config, trusted, wants_code
 from corda_vlm.files import read_json
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Processor, no_tower, unwrap
-from corda_vlm.families.hub import Missing, image_size
+from corda_vlm.families.loading.hub import Missing, image_size
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from corda_vlm.adapter import load_adapter
 from corda_vlm.errors import CordaError
 from corda_vlm.families import load_model
-from corda_vlm.families.hub import or_missing
-from corda_vlm.families.trust import RemoteCodeError
+from corda_vlm.families.loading.hub import or_missing
+from corda_vlm.families.loading.trust import RemoteCodeError
 
 EVIL = """
 from pathlib import Path

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda_vlm.errors import CordaError
-from corda_vlm.families.conv1d import pack_conv1d, unpack_conv1d
+from corda_vlm.families.layers.conv1d import pack_conv1d, unpack_conv1d
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 

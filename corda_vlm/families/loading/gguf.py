@@ -14,7 +14,7 @@ import torch
 
 from corda_vlm.errors import CordaError, first_line
 from corda_vlm.extras import require
-from corda_vlm.families.trust import trusted
+from corda_vlm.families.loading.trust import trusted
 from corda_vlm.files import atomic_folder, home_path
 from corda_vlm.locks import locked
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families.attention import PARTS, is_packed, packed_parts
 from corda_vlm.families.base import Processor, class_of, unwrap
-from corda_vlm.families.hub import without_bars
+from corda_vlm.families.layers.attention import PARTS, is_packed, packed_parts
+from corda_vlm.families.loading.hub import without_bars
 from corda_vlm.files import write_json, write_text
 from corda_vlm.tensors import add_checksums_in
 

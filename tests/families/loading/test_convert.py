@@ -10,8 +10,8 @@ from torch import nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import detect_family, load_model
-from corda_vlm.families.attention import unpacked
-from corda_vlm.families.convert import (
+from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.loading.convert import (
     convert_loaded,
     converts,
     image_processor_config,

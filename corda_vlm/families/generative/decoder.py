@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Batch, Masking, unwrap
-from corda_vlm.families.hub import config_from, how_to_read, or_missing, tokenizer_of
-from corda_vlm.families.language import (
+from corda_vlm.families.generative.language import (
     IGNORED,
     LanguageProcessor,
     image_token_id,
     language_processor,
 )
-from corda_vlm.families.trust import trusted
+from corda_vlm.families.loading.hub import config_from, how_to_read, or_missing, tokenizer_of
+from corda_vlm.families.loading.trust import trusted
 
 # ------------------------------------------------------------------ running
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from corda_vlm.errors import CordaError
-from corda_vlm.families.attention import (
+from corda_vlm.families.layers.attention import (
     PARTS,
     UnpackedAttention,
     is_packed,

@@ -1,0 +1,1 @@
+"""What the families of models that generate text have in common."""

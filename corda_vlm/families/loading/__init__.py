@@ -1,0 +1,1 @@
+"""Where models come from: folders and hubs, their formats, and what is trusted of them."""
