@@ -1,7 +1,8 @@
 """From the words of a command to the arguments of a typed function: argparse, set up by its signature and docstring.
 
 An argument without a default is given by its place, others as `--name VALUE` or `--name=VALUE`; a truth value needs no
-VALUE, and a list is given item by item or as a list in YAML. Nothing of a command names code to be imported.
+VALUE, and a list is given item by item or as a list in YAML. An argument whose type is a class of options stands for all of
+its options, each with the help and the default that the class gives it. Nothing of a command names code to be imported.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import re
 import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import get_annotations
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
-from corda_vlm.options import fitted
+from corda_vlm.options import current_name, described, fitted, help_of
 from corda_vlm.yaml_file import parse_yaml
 
 Verb = Callable[..., None]
 HELP = ("-h", "--help")
 _TRUTH = {"true": True, "false": False}
+_WIDTH = 100
 
 
 def call(verbs: Mapping[str, Verb], words: Sequence[str], about: str) -> None:
@@ -34,92 +38,155 @@ def call(verbs: Mapping[str, Verb], words: Sequence[str], about: str) -> None:
         CordaError: a value that cannot be, one that is missing, or one too many.
     """
     if not words or words[0] in HELP:
-        _overview(verbs, about).print_help()
+        print(_overview(verbs, about))
         return
     if words[0] not in verbs:
         raise UnknownNameError("verb", words[0], verbs, "corda-vlm --help says what they do.")
     verb = verbs[words[0]]
-    parser, arguments = _parser(verb)
+    command = Command(words[0], verb)
     if any(word in HELP for word in words[1:]):
-        parser.print_help()
+        print(command.help())
         return
-    verb(**_read(parser, arguments, words[1:]))
+    verb(**command.read(words[1:]))
 
 
-def _overview(verbs: Mapping[str, Verb], about: str) -> argparse.ArgumentParser:
-    more = "corda-vlm VERB --help lists the options of a verb."
-    parser = argparse.ArgumentParser("corda-vlm", "%(prog)s VERB ...", about, more, add_help=False)
-    listed = parser.add_argument_group("verbs")
-    for name, verb in verbs.items():
-        listed.add_argument(name, help=_told(verb)[0].partition("\n")[0].replace("%", "%%"))
-    return parser
+def _overview(verbs: Mapping[str, Verb], about: str) -> str:
+    listed = dict.fromkeys(verbs.values())
+    names = {verb: [name for name in verbs if verbs[name] is verb] for verb in listed}
+    width = max(len(of[0]) for of in names.values()) + 2
+    lines = [
+        f"  {of[0]:{width}}{_parts(verb)[0].partition(chr(10))[0]}" for verb, of in names.items()
+    ]
+    start = "example: corda-vlm run configs/demo.yaml\n\nusage: corda-vlm VERB ...\n"
+    more = "corda-vlm VERB --help begins with an example, and lists the options of a verb."
+    return "\n".join([start, textwrap.fill(about, _WIDTH), "", "verbs:", *lines, "", more])
 
 
-def _parser(verb: Verb) -> tuple[argparse.ArgumentParser, list[_Argument]]:
-    """The parser of a verb's words, and what it was made of."""
-    about, told = _told(verb)
-    parameters = inspect.signature(verb).parameters.values()
-    places = [one.name.upper() for one in parameters if one.default is one.empty]
-    parser = argparse.ArgumentParser(
-        f"corda-vlm {verb.__name__}",
-        " ".join(["%(prog)s", *places, "[OPTIONS]"]),
-        about,
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser._negative_number_matcher = re.compile(r"-\.?\d")  # as of Python 3.14: -1e-4 is one too
-    hints = get_type_hints(verb, include_extras=True)
-    arguments = []
-    for one in parameters:
-        name = one.name if one.default is one.empty else "--" + one.name.replace("_", "-")
-        text = told.get(one.name, "").replace("%", "%%")
-        if not (one.default is one.empty or one.default is None or one.default is False):
-            text += f" (default: {one.default})"
-        arguments.append(
-            parser.add_argument(name, action=_Argument, kind=hints[one.name], help=text)
-        )
-    return parser, arguments
+class Command:
+    """A verb, as the command line takes it.
 
-
-def _read(
-    parser: argparse.ArgumentParser, arguments: Sequence[_Argument], words: Sequence[str]
-) -> dict[str, Any]:
-    """What `words` stand for, by the names of the function's arguments; raises as `call`."""
-    options = {one.shown: one for one in arguments if one.option_strings}
-    try:
-        found, more = parser.parse_known_args(list(_spelled(words, options, parser.prog)))
-    except argparse.ArgumentError as error:
-        option = error.argument_name or ""
-        raise CordaError(f"{option} needs a value: {option} {options[option].metavar}") from None
-    usage = f"{parser.format_usage().strip()}; --help lists them"
-    if more and more[0].startswith("-"):
-        raise UnknownNameError(f"option of {parser.prog}", more[0], options)
-    if more:
-        raise CordaError(f"{brief(more[0])} is one word too many for {parser.prog}; {usage}")
-    for one in arguments:
-        if not one.option_strings and one.dest not in found:
-            raise CordaError(f"{parser.prog} needs {one.shown}; {usage}")
-    return vars(found)
-
-
-def _spelled(words: Sequence[str], options: Mapping[str, _Argument], prog: str) -> Iterator[str]:
-    """The words with options as they are listed, and `=true` behind a switch without a value.
-
-    argparse would take whatever follows a switch for its value, e.g. the file in `--fresh demo.yaml`.
+    Args:
+        name: the word that calls it.
+        verb: its function. Parameters whose type is a dataclass stand for the options of that class.
     """
-    for word, following in zip_longest(words, words[1:], fillvalue=""):
-        option, equals, value = word.partition("=")
-        option = option.replace("_", "-")
-        if not word.startswith("--"):
-            yield word
-        elif option not in options:
-            raise UnknownNameError(f"option of {prog}", option, options)
-        elif equals or not options[option].is_switch or following.lower() in options[option].words:
-            yield f"{option}{equals}{value}"
-        else:
-            yield f"{option}=true"
+
+    def __init__(self, name: str, verb: Verb) -> None:
+        self.prog = f"corda-vlm {name}"
+        self.about, self.example, told = _parts(verb)
+        self.kinds: dict[str, type] = {}
+        self.parser = argparse.ArgumentParser(
+            self.prog,
+            argument_default=argparse.SUPPRESS,
+            add_help=False,
+            allow_abbrev=False,
+            exit_on_error=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(
+                prog, max_help_position=30, width=_WIDTH
+            ),
+        )
+        # as of Python 3.14: -1e-4 is a negative number too
+        self.parser._negative_number_matcher = re.compile(r"-\.?\d")
+        self.arguments: list[_Argument] = []
+        self.former: dict[str, type] = {}
+        places = self.parser.add_argument_group("arguments")
+        own = self.parser.add_argument_group("options")
+        hints = get_type_hints(verb, include_extras=True)
+        for one in inspect.signature(verb).parameters.values():
+            kind = hints[one.name]
+            if is_dataclass(kind):
+                assert isinstance(kind, type)
+                self._add_options(one.name, kind)
+            elif one.default is one.empty:
+                self._add(places, one.name, kind, told.get(one.name, ""))
+            else:
+                name = "--" + one.name.replace("_", "-")
+                self._add(own, name, kind, told.get(one.name, ""), one.default)
+        words = [one.shown for one in self.arguments if not one.option_strings]
+        self.parser.usage = " ".join([self.prog, *words, "[OPTIONS]"])
+
+    def _add_options(self, parameter: str, kind: type) -> None:
+        self.kinds[parameter] = kind
+        title = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
+        group = self.parser.add_argument_group(title[:1].lower() + title[1:])
+        hints, helps = get_type_hints(kind, include_extras=True), help_of(kind)
+        # a class's own options before those that it shares with others
+        for field in sorted(fields(kind), key=lambda one: _distance(kind, one.name)):
+            assert field.default is not MISSING, f"{kind.__name__}.{field.name} needs a default"
+            if field.init:
+                name = "--" + field.name.replace("_", "-")
+                self._add(group, name, hints[field.name], helps[field.name], field.default)
+        for former in getattr(kind, "FORMER", {}):
+            self.former["--" + former.replace("_", "-")] = kind
+
+    def _add(self, group: Any, name: str, kind: Any, text: str, default: Any = None) -> None:
+        text = text.replace("%", "%%")
+        if not (default is None or default is False or default == ()):
+            text += f" (default: {default})"
+        self.arguments.append(group.add_argument(name, action=_Argument, kind=kind, help=text))
+
+    def help(self) -> str:
+        """The help, which begins with an example."""
+        self.parser.description = self.about
+        example = f"example: {self.example}\n\n" if self.example else ""
+        return example + self.parser.format_help().rstrip()
+
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """What `words` stand for, by the names of the function's parameters; raises as `call`."""
+        options = {one.shown: one for one in self.arguments if one.option_strings}
+        try:
+            found, more = self.parser.parse_known_args(list(self._spelled(words, options)))
+        except argparse.ArgumentError as error:
+            option = error.argument_name or ""
+            raise CordaError(
+                f"{option} needs a value: {option} {options[option].metavar}"
+            ) from None
+        usage = f"usage: {self.parser.usage}; --help lists them"
+        if more and more[0].startswith("-"):
+            raise UnknownNameError(f"option of {self.prog}", more[0], options)
+        if more:
+            raise CordaError(f"{brief(more[0])} is one word too many for {self.prog}; {usage}")
+        for one in self.arguments:
+            if not one.option_strings and one.dest not in found:
+                raise CordaError(f"{self.prog} needs {one.shown}; {usage}")
+        return self._sorted(vars(found))
+
+    def _sorted(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The values of options go into the classes that they belong to."""
+        made = {}
+        for parameter, kind in self.kinds.items():
+            own = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+            made[parameter] = kind(**{name: given.pop(name) for name in own if name in given})
+        return {**given, **made}
+
+    def _spelled(self, words: Sequence[str], options: Mapping[str, _Argument]) -> Iterator[str]:
+        """The words with options as they are listed, and `=true` behind a switch without a value.
+
+        argparse would take whatever follows a switch for its value, e.g. the file in `--fresh demo.yaml`.
+        """
+        for word, following in zip_longest(words, words[1:], fillvalue=""):
+            option, equals, value = word.partition("=")
+            option = option.replace("_", "-")
+            if option in self.former:
+                name = option[2:].replace("-", "_")
+                name = current_name(self.former[option], name, self.prog)
+                option = "--" + name.replace("_", "-")
+            if not word.startswith("--"):
+                yield word
+            elif option not in options:
+                raise UnknownNameError(f"option of {self.prog}", option, options)
+            elif (
+                equals
+                or not options[option].is_switch
+                or following.lower() in options[option].words
+            ):
+                yield f"{option}{equals}{value}"
+            else:
+                yield f"{option}=true"
+
+
+def _distance(kind: type, name: str) -> int:
+    """How many parents lie between a class and the one that declares an option of it."""
+    return next(n for n, one in enumerate(kind.__mro__) if name in get_annotations(one))
 
 
 class _Argument(argparse.Action):
@@ -129,6 +196,10 @@ class _Argument(argparse.Action):
         self.kind = kind
         self.kinds = _alternatives(kind)
         self.is_switch = bool in self.kinds
+        lists = [one for one in self.kinds if get_origin(one) in (list, Sequence, tuple)]
+        # of a text with commas or a list the text is what is usually written
+        self.items = _alternatives(get_args(lists[0])[0]) if lists else []
+        self.adds_up = bool(lists) and str not in self.kinds
         self.words = list(_TRUTH) if self.is_switch else []
         for one in self.kinds:
             self.words += map(str, get_args(one)) if get_origin(one) is Literal else []
@@ -139,28 +210,41 @@ class _Argument(argparse.Action):
         super().__init__(option_strings, dest, **rest)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if any(get_origin(one) is list for one in self.kinds):
-            items = [*getattr(namespace, self.dest, []), *_items(self.shown, values)]
-            setattr(namespace, self.dest, fitted(items, self.kind, self.shown))
+        if self.adds_up:
+            items = [_scalar(text, self.items) for text in _items(self.shown, values)]
+            items = [*getattr(namespace, self.dest, []), *items]
+            # a pair that is given item by item is whole only at its end
+            setattr(namespace, self.dest, items if self._is_short(items) else self._fitted(items))
         elif self.dest in namespace:
             raise CordaError(f"{self.shown} is given twice; give it once")
         else:
             setattr(namespace, self.dest, self.read(values))
+
+    def _is_short(self, items: list[Any]) -> bool:
+        pairs = [get_args(one) for one in self.kinds if get_origin(one) is tuple]
+        return any(Ellipsis not in pair and len(items) < len(pair) for pair in pairs)
+
+    def _fitted(self, value: Any) -> Any:
+        return fitted(value, self.kind, self.shown)
 
     def read(self, text: str) -> Any:
         """The value that `text` stands for."""
         value: Any = text
         if type(None) in self.kinds and str not in self.kinds and text == "null":
             value = None
+        elif self.items and text.startswith("["):
+            value = _items(self.shown, text)
         elif self.is_switch:
             value = _TRUTH.get(text.lower(), text)
-        elif any(get_origin(one) is dict for one in self.kinds) and text.lstrip().startswith("{"):
+        elif self._takes_mappings and text.lstrip().startswith("{"):
             value = parse_yaml(text, self.shown.lower().lstrip("-"))
-        elif str not in self.kinds:
-            for number in (int, float):
-                if number in self.kinds and not isinstance(value, (int, float)):
-                    value = _number(text, number)
-        return fitted(value, self.kind, self.shown)
+        else:
+            value = _scalar(text, self.kinds)
+        return self._fitted(value)
+
+    @property
+    def _takes_mappings(self) -> bool:
+        return any(get_origin(one) in (dict, Mapping) for one in self.kinds)
 
 
 def _items(option: str, text: str) -> list[Any]:
@@ -177,11 +261,17 @@ def _items(option: str, text: str) -> list[Any]:
         ) from None
 
 
-def _number(text: str, kind: type) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
+def _scalar(text: Any, kinds: Sequence[Any]) -> Any:
+    """The number that `text` is, where `kinds` want one."""
+    if str in kinds or not isinstance(text, str):
         return text
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
 
 
 def _alternatives(kind: Any) -> list[Any]:
@@ -193,15 +283,8 @@ def _alternatives(kind: Any) -> list[Any]:
     return [kind]
 
 
-def _told(verb: Verb) -> tuple[str, dict[str, str]]:
-    """What a docstring says: what the function does, and each of its arguments."""
-    about, _, listed = (inspect.getdoc(verb) or "").partition("\n\nArgs:\n")
-    found: dict[str, str] = {}
-    name = ""
-    for line in textwrap.dedent(listed).splitlines():
-        if line.startswith(" "):
-            found[name] += " " + line.strip()
-        elif ":" in line:
-            name, _, text = line.partition(":")
-            found[name] = text.strip()
-    return about, found
+def _parts(verb: Verb) -> tuple[str, str, dict[str, str]]:
+    """What a docstring says: what the function does, an example, and each of its arguments."""
+    about, told = described(inspect.getdoc(verb) or "", "Args")
+    about, _, example = about.partition("\n\nExample:\n")
+    return about, " ".join(example.split()), told

@@ -8,22 +8,28 @@
         def __post_init__(self) -> None:
             check_options(self)
 
-The bounds stand in the type, so that Python, the command line and YAML are told the same.
+The bounds stand in the type, so that Python, the command line and YAML are told the same. A class may have a `FORMER`, a
+mapping from the former name of an option to its name: the command line and YAML still take it, with a line that says so.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import textwrap
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,74 @@ def check_options(options: Any, kind: type | None = None) -> None:
         fitted(getattr(options, field.name), hints[field.name], field.name)
 
 
+def options_from(kind: type[T], keywords: Mapping[str, Any], function: str) -> T:
+    """A dataclass of options from the keywords of a function.
+
+    Args:
+        function: its name, for the message.
+
+    Raises:
+        UnknownNameError: a keyword that is no option; lists those that are.
+        CordaError: what the class raises.
+    """
+    known = option_names(kind)
+    for name in keywords:
+        if name not in known:
+            raise UnknownNameError(f"option of {function}", name, known)
+    return kind(**keywords)
+
+
+def option_names(kind: Any) -> list[str]:
+    """The names of the options that a class has."""
+    return [field.name for field in fields(kind) if field.init]
+
+
+def as_keywords(options: Any, kind: type) -> dict[str, Any]:
+    """Those options that `kind` has, a parent of their class or one with fields of the same names."""
+    return {name: getattr(options, name) for name in option_names(kind)}
+
+
+def narrowed(options: Any, kind: type[T]) -> T:
+    """As a `kind`, a parent of the class of `options`."""
+    return kind(**as_keywords(options, kind))
+
+
+@cache
+def current_name(kind: Any, name: str, where: str) -> str:
+    """The name that an option has today, with a line in the log for who wrote a former one."""
+    former = getattr(kind, "FORMER", {})
+    if name not in former:
+        return name
+    _log.warning("%s: %s is now called %s; the former name will go", where, name, former[name])
+    return former[name]
+
+
+@cache
+def help_of(kind: type) -> dict[str, str]:
+    """The help of each option: what the `Attributes:` of its class, or of the parent that declares it, say."""
+    texts: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        if is_dataclass(parent):
+            texts |= described(parent.__doc__ or "", "Attributes")[1]
+    return texts
+
+
+def described(doc: str, section: str) -> tuple[str, dict[str, str]]:
+    """What a docstring says before its section `Args:` or `Attributes:`, and there of each name."""
+    about, _, listed = cleandoc(doc).partition(f"\n\n{section}:\n")
+    texts: dict[str, str] = {}
+    name = ""
+    for line in textwrap.dedent(listed).splitlines():
+        if line.startswith(" "):
+            texts[name] += " " + line.strip()
+        elif ":" in line:
+            name, _, text = line.partition(":")
+            texts[name] = text.strip()
+        else:  # the next section, or none
+            break
+    return about, texts
+
+
 def read_options(kind: type[T], content: Mapping[Any, Any], where: str, path: str = "") -> T:
     """A dataclass of options from a mapping, e.g. of a YAML file; nested ones likewise.
 
@@ -96,9 +170,15 @@ def read_options(kind: type[T], content: Mapping[Any, Any], where: str, path: st
     """
     hints = _hints(kind)
     known = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
-    for key in content:
-        if key not in known:
+    given: dict[Any, Any] = {}
+    for key, value in content.items():
+        name = current_name(kind, key, where) if isinstance(key, str) else key
+        if name not in known:
             raise UnknownNameError(f"option in {where}", f"{path}{key}", [path + n for n in known])
+        if name in given:
+            raise CordaError(f"{where}: {path}{name} is given twice, once by a former name")
+        given[name] = value
+    content = given
     values = {}
     for name, field in known.items():
         if name in content:

@@ -17,14 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
+from corda_vlm.errors import NoSitesError
 from corda_vlm.families import Family, family_of, unwrap
 from corda_vlm.families.layers.attention import is_packed, packed_parts
 from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
+from corda_vlm.families.options import ROLES, TOWERS, chosen_names
 from corda_vlm.text_table import text_table
 
-TOWERS = ("vision", "text", "projector", "language")
-ROLES = ("q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up")
 _SAMPLES = 256  # weights of each site that the fingerprint looks at
 
 
@@ -66,8 +65,8 @@ def find_sites(
         CordaError: no family knows the model.
     """
     found = family_of(family, model)
-    wanted = _names("tower", towers, TOWERS)
-    only = _names("role", roles, ROLES)
+    wanted = chosen_names("tower", towers, TOWERS)
+    only = chosen_names("role", roles, ROLES)
     bare = unwrap(model)
     sites = [site for name in _weights(bare) if (site := _resolve(found, bare, name)) is not None]
     present = list(dict.fromkeys(site.tower for site in sites))
@@ -247,24 +246,6 @@ def _signs(weight: Float[Tensor, "out inp"]) -> list[int]:
         max(1, flat.numel() // _SAMPLES) | 1
     )  # odd, so that it does not stay in one column of an even width
     return torch.signbit(flat[::step][:_SAMPLES]).cpu().to(torch.uint8).tolist()
-
-
-def _names(
-    kind: str, given: str | Iterable[str] | None, choices: Sequence[str]
-) -> list[str] | None:
-    """A list, or comma string, of known names."""
-    if given is None:
-        return None
-    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given)
-    names = [name for name in names if name]
-    for name in names:
-        if name not in choices:
-            raise UnknownNameError(kind, name, choices)
-    if not names:
-        raise CordaError(
-            f"no {kind} given; choose from {', '.join(choices)}, or leave it out for all"
-        )
-    return names
 
 
 def _no_sites(model: nn.Module, family: Family, tower: str, present: Sequence[str]) -> str:

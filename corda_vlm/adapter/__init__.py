@@ -1,17 +1,30 @@
 """Adapters: attach a plan to a model with PEFT as the carrier, load, scale, restore, export."""
 
-from corda_vlm.adapter.attach import adapt, attach_adapter, load_adapter, restore
-from corda_vlm.adapter.export import export_adapter
-from corda_vlm.adapter.interpolate import at_scale, check_scale, interpolated, scaled
+from __future__ import annotations
 
-__all__ = [
-    "adapt",
-    "at_scale",
-    "attach_adapter",
-    "check_scale",
-    "export_adapter",
-    "interpolated",
-    "load_adapter",
-    "restore",
-    "scaled",
-]
+from typing import TYPE_CHECKING
+
+from corda_vlm.lazy import names_of
+
+if TYPE_CHECKING:
+    from corda_vlm.adapter.attach import adapt, attach_adapter, load_adapter, restore
+    from corda_vlm.adapter.export import export_adapter
+    from corda_vlm.adapter.interpolate import at_scale, check_scale, interpolated, scaled
+    from corda_vlm.adapter.options import AttachOptions
+
+_HOMES = {
+    "AttachOptions": "options",
+    "adapt": "attach",
+    "at_scale": "interpolate",
+    "attach_adapter": "attach",
+    "check_scale": "interpolate",
+    "export_adapter": "export",
+    "interpolated": "interpolate",
+    "load_adapter": "attach",
+    "restore": "attach",
+    "scaled": "interpolate",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = names_of(__name__, _HOMES)

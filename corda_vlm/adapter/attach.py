@@ -12,12 +12,11 @@ What a model shows while an adapter is attached, by base mode (see `corda_vlm.ad
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from typing_extensions import Unpack
 
 from corda_vlm.adapter.base import absolute, check_base, check_fingerprint
 from corda_vlm.adapter.folder import (
@@ -39,8 +39,8 @@ from corda_vlm.adapter.folder import (
     read_config,
     weights_folder,
 )
+from corda_vlm.adapter.options import AttachKeywords, AttachOptions
 from corda_vlm.adapter.paired import (
-    BASES,
     PairedConfig,
     PairedLinear,
     PairedType,
@@ -49,12 +49,17 @@ from corda_vlm.adapter.paired import (
     refuse_second_residual,
     trained,
 )
-from corda_vlm.covariance import collect_covariance
+from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.covariance.options import CollectKeywords, CollectOptions
+from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError, first_line
+from corda_vlm.families import Batch
 from corda_vlm.families.layers.attention import pack, unpack
 from corda_vlm.files import shown
+from corda_vlm.options import option_names, options_from
 from corda_vlm.plan import AdapterPlan, plan_adapter
-from corda_vlm.sites import find_sites, lies_in
+from corda_vlm.plan.options import PlanKeywords, PlanOptions
+from corda_vlm.sites import lies_in
 from corda_vlm.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
@@ -67,10 +72,8 @@ def attach_adapter(
     model: nn.Module,
     plan: AdapterPlan,
     *,
-    freeze_a: bool = False,
-    base: str = "untouched",
     adapter_name: str = "default",
-    modules_to_save: Sequence[str] = (),
+    **options: Unpack[AttachKeywords],
 ) -> PeftModel:
     """Attach the planned adapter. The model's outputs stay the same; only A, B and `modules_to_save` are trainable.
 
@@ -78,36 +81,32 @@ def attach_adapter(
 
     Args:
         model: the bare model the plan was made for, or a `PeftModel` of ours, which then gets a further adapter.
-        freeze_a: train B only. Then the change of a layer's outputs is `ΔB A x`: bounded, throughout
-            training, by how little the directions of A see of the knowledge.
-        base: "untouched" (default) or "residual", see the table above.
         adapter_name: PEFT's name for it.
-        modules_to_save: dotted paths of modules that are trained whole beside the adapter, e.g. LLaVA's
-            "model.multi_modal_projector". A copy is trained; the original returns with `restore`.
+        options: of `AttachOptions`. The table above compares the two choices of `base`. Of `modules_to_save` copies are
+            trained; the originals return with `restore`.
 
     Raises:
         ForeignFileError: the plan was made for another model or family; both are named.
         UnknownNameError: unknown base mode.
         CordaError: what PEFT wrapped is not what was planned.
     """
-    if base not in BASES:
-        raise UnknownNameError("base mode", base, BASES)
+    asked = options_from(AttachOptions, options, "attach_adapter")
     if isinstance(model, PeftModel):  # first: a residual base has another fingerprint
-        refuse_second_residual([*_bases(model), base])
+        refuse_second_residual([*_bases(model), asked.base])
     plan.check(model)
     if missing := [s.site.name for s in plan.sites if s.site.name not in plan.factors]:
         raise CordaError(f"the plan has no factors for {missing[0]!r}; make it with plan_adapter")
-    if freeze_a:
+    if asked.freeze_a:
         _warn_blind_basis(plan)
     ranks = {s.site.name: s.rank for s in plan.sites}
-    whole = whole_modules(model, modules_to_save, ranks)
+    whole = whole_modules(model, asked.modules_to_save, ranks)
     config = PairedConfig(
         **lora_targets(ranks),
         # the pair is copied in below
         init_lora_weights=False,
         modules_to_save=whole or None,
-        base=base,
-        freeze_a=freeze_a,
+        base=asked.base,
+        freeze_a=asked.freeze_a,
         origin={
             "method": plan.method,
             "mode": plan.mode,
@@ -224,37 +223,53 @@ def restore(peft_model: nn.Module) -> nn.Module:
     return bare
 
 
+class AdaptKeywords(CollectKeywords, PlanKeywords, AttachKeywords, total=False):
+    """`CollectOptions`, `PlanOptions` and `AttachOptions` as keywords of a function."""
+
+
 def adapt(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     *,
-    mode: str = "kpm",
-    rank: int = 16,
-    **options: Any,
+    forward: Callable[[nn.Module, Batch], object] | None = None,
+    masks: Callable[[Batch], Masks] | None = None,
+    path: str | Path | None = None,
+    device: torch.device | str | None = None,
+    task_store: CovarianceStore | None = None,
+    adapter_name: str = "default",
+    show_progress: bool = True,
+    **options: Unpack[AdaptKeywords],
 ) -> PeftModel:
     """Calibrate on `batches`, plan and attach, in one call.
 
     Args:
         model: bare.
         batches: what the knowledge to keep ("kpm") or the new task ("ipm") looks like: a few hundred samples.
-        options: of `collect_covariance`, `plan_adapter` and `attach_adapter`, each passed to those that take it.
+        forward, masks, path, device: as of `collect_covariance`.
+        task_store: as of `plan_adapter`.
+        adapter_name: as of `attach_adapter`.
+        options: of `CollectOptions`, `PlanOptions` and `AttachOptions`.
 
     Raises:
-        UnknownNameError: an option that none of them takes; the message lists those there are.
+        UnknownNameError: an option that none of them has; the message lists those there are.
+        CordaError: as the three functions raise it.
     """
-    steps = (collect_covariance, plan_adapter, attach_adapter)
-    given = {"model", "batches", "sites", "store", "plan", "mode", "rank"}
-    takes = [set(inspect.signature(step).parameters) - given for step in steps]
+    kinds = (CollectOptions, PlanOptions, AttachOptions)
+    names = [option_names(kind) for kind in kinds]
     for option in options:
-        if not any(option in names for names in takes):
-            raise UnknownNameError("option of adapt", option, set().union(*takes))
-    collecting, planning, attaching = (
-        {name: value for name, value in options.items() if name in names} for names in takes
+        if not any(option in of for of in names):
+            raise UnknownNameError("option of adapt", option, set().union(*names))
+    given: dict[str, Any] = dict(options)
+    collecting, planning, attaching = ({k: v for k, v in given.items() if k in of} for of in names)
+    options_from(PlanOptions, planning, "adapt")  # before a long calibration
+    options_from(AttachOptions, attaching, "adapt")
+    store = collect_covariance(
+        model, batches, forward=forward, masks=masks, path=path, device=device, show_progress=show_progress, **collecting
+    )  # fmt: skip
+    plan = plan_adapter(
+        model, store, task_store=task_store, show_progress=show_progress, **planning
     )
-    sites = find_sites(model, towers=options.get("towers"), roles=options.get("roles"))
-    store = collect_covariance(model, batches, sites, **collecting)
-    plan = plan_adapter(model, store, mode=mode, rank=rank, **planning)
-    return attach_adapter(model, plan, **attaching)
+    return attach_adapter(model, plan, adapter_name=adapter_name, **attaching)
 
 
 def whole_modules(model: nn.Module, names: Sequence[str], sites: Iterable[str]) -> list[str]:

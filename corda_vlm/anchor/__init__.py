@@ -11,6 +11,18 @@ No square root of C is needed: `‖P Q C^½‖² = tr((PᵀP)(Q C Qᵀ))` takes 
 with C. A matrix trained in full takes `⟨ΔW, ΔW C⟩`, whose gradient is twice the product that its value needs.
 """
 
-from corda_vlm.anchor.penalty import Anchor, anchor_penalty
+from __future__ import annotations
 
-__all__ = ["Anchor", "anchor_penalty"]
+from typing import TYPE_CHECKING
+
+from corda_vlm.lazy import names_of
+
+if TYPE_CHECKING:
+    from corda_vlm.anchor.options import AnchorOptions
+    from corda_vlm.anchor.penalty import Anchor, anchor_penalty
+
+_HOMES = {"Anchor": "penalty", "AnchorOptions": "options", "anchor_penalty": "penalty"}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = names_of(__name__, _HOMES)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from corda_vlm.covariance.collect import collect_covariance
-from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
-from corda_vlm.covariance.observe import Observer, observe
-from corda_vlm.covariance.store import Covariance, CovarianceStore, Progress
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "PRECISIONS",
-    "Covariance",
-    "CovarianceStore",
-    "Observer",
-    "Progress",
-    "SecondMoment",
-    "collect_covariance",
-    "observe",
-]
+from corda_vlm.lazy import names_of
+
+if TYPE_CHECKING:
+    from corda_vlm.covariance.collect import collect_covariance
+    from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
+    from corda_vlm.covariance.observer import Observer, observe
+    from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
+    from corda_vlm.covariance.store import Covariance, CovarianceStore, Progress
+
+_HOMES = {
+    "CalibrationOptions": "options",
+    "CollectOptions": "options",
+    "Covariance": "store",
+    "CovarianceStore": "store",
+    "Observer": "observer",
+    "PRECISIONS": "moments",
+    "Progress": "store",
+    "SecondMoment": "moments",
+    "collect_covariance": "collect",
+    "observe": "observer",
+}
+
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+__getattr__, __dir__ = names_of(__name__, _HOMES)

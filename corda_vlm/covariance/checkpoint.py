@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda_vlm.covariance.observe import Observer, observe
+from corda_vlm.covariance.observer import Observer, observe
 from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError

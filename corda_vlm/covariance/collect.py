@@ -13,10 +13,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from corda_vlm.covariance.blockwise import collect_blockwise, discard, folder_of
 from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Source
-from corda_vlm.covariance.observe import Observer
+from corda_vlm.covariance.observer import Observer
+from corda_vlm.covariance.options import CollectKeywords, CollectOptions
 from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.distributed import (
@@ -33,6 +35,7 @@ from corda_vlm.files import check_path
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.locks import locked
 from corda_vlm.names import quoted
+from corda_vlm.options import options_from
 from corda_vlm.precision import takes_bf16
 from corda_vlm.progress import Meter, showing
 from corda_vlm.sites import Site, find_sites, model_fingerprint
@@ -47,15 +50,11 @@ def collect_covariance(
     *,
     forward: Callable[[nn.Module, Batch], object] | None = None,
     masks: Callable[[Batch], Masks] | None = None,
-    tokens: str = "all",
-    rounds: int = 1,
-    precision: str = "float32",
     store: CovarianceStore | None = None,
     show_progress: bool = True,
     path: str | Path | None = None,
-    checkpoint_share: float = 0.1,
     device: torch.device | str | None = None,
-    blockwise: bool = False,
+    **options: Unpack[CollectKeywords],
 ) -> CovarianceStore:
     """The mean second moments `X Xᵀ / tokens` of the inputs of `sites`, over `batches`.
 
@@ -74,26 +73,18 @@ def collect_covariance(
         batches: mappings as the model takes them, moved to the model's device here; e.g. of `make_batches`. To go on
             after a stop they have to come in the same order again. Their attribute `fingerprint`, if any, says
             what they are; otherwise the first batch does, and their number where it is known.
-        sites: of `find_sites`; None for all.
+        sites: of `find_sites`; None for those that `towers` and `roles` choose, without them all.
         forward: runs one batch, as in PEFT's EVA; None for the family's own.
         masks: batch -> tower -> (B, L), True on tokens that count; None for the family's own.
-        tokens: of a language model's sequence "all", "prompt", "response", "image" or "text", see
-            `families.token_masks`; a part of what identifies the data.
-        rounds: deal the batches, in turn, to this many covariances a stream. With a `path` those on the CPU are in
-            mapped files beside it meanwhile, and in memory one triangle at a time.
-        precision: "float32", "float64", "bf16" (products in bfloat16 on a CPU and TF32 on CUDA, float32 sums), or
-            "auto": that of the calibration which `path` holds, else "bf16" where the device multiplies bfloat16 faster,
-            else "float32". The rounding of "bf16" covers the smallest directions, which the knowledge-preserved mode
-            reads: it is for instruction-previewed mode.
         store: add to this one; it is left as it is.
         path: file for checkpoints and for the result, which then stays on disk until asked for.
-        checkpoint_share: of the time, at most, for writing checkpoints; 1 writes one after every batch.
         device: of the accumulators, e.g. "cpu" to spare the model's; None for that of the activations.
-        blockwise: of a language model: run its blocks one after another over kept hidden states, with the covariances
-            of one of them in memory at a time. The matrices are the same, on a CPU to the bit. A vision tower and projector
-            come before the blocks, in one go. Each finished block is a checkpoint, in the folder `PATH.blocks` until
-            the last is done, so that the disk holds them twice for a moment; without a `path` they are in the folder of
-            the system's temporary files (`TMPDIR`), which had better not be in memory. `checkpoint_share` has no say.
+        options: of `CollectOptions`. `tokens` is a part of what identifies the data. With several `rounds` and a `path`
+            covariances on the CPU are in mapped files beside it meanwhile, and in memory one triangle at a time.
+            `blockwise` gives the same matrices, on a CPU to the bit: a vision tower and projector come before the blocks, in
+            one go. Each finished block is then a checkpoint, in the folder `PATH.blocks` until the last is done, so that
+            the disk holds them twice for a moment; without a `path` they are in the folder of the system's temporary
+            files (`TMPDIR`), which had better not be in memory; and `checkpoint_share` has no say.
 
     Returns:
         The store; loaded lazily from `path` if there is one.
@@ -109,10 +100,10 @@ def collect_covariance(
     Warns:
         UserWarning: a stream has fewer tokens than its width, so that its covariance has no full rank.
     """
-    if not 0 < checkpoint_share <= 1:
-        raise CalibrationError(
-            f"checkpoint_share is {checkpoint_share}; it must be over 0 and at most 1"
-        )
+    asked = options_from(CollectOptions, options, "collect_covariance")
+    tokens, precision, blockwise = asked.tokens, asked.precision, asked.blockwise
+    if sites is not None and (asked.towers or asked.roles):
+        raise CalibrationError("give sites=, or towers= and roles=: either says which layers")
     if masks is not None and tokens != "all":
         raise CalibrationError(
             f"give masks= or tokens={tokens!r}, not both: either says what counts"
@@ -123,11 +114,13 @@ def collect_covariance(
         source.fingerprint += f"-{tokens}"
     job = Calibration(
         model,
-        tuple(find_sites(model) if sites is None else sites),
+        tuple(
+            find_sites(model, towers=asked.towers, roles=asked.roles) if sites is None else sites
+        ),
         source,
         forward or family.forward,  # type: ignore[union-attr]
         masks or token_masks(family, model, tokens),  # type: ignore[arg-type]
-        rounds,
+        asked.rounds,
         precision,
         device,
         store,
@@ -135,7 +128,7 @@ def collect_covariance(
     if source.total is not None:
         job.check_batches(source.total)
     if store is not None:
-        _check_base(store, model, job.sites, rounds)
+        _check_base(store, model, job.sites, asked.rounds)
     if path is not None:
         check_path(path)
         path = Path(path)
@@ -165,7 +158,7 @@ def collect_covariance(
     )
     with lock, showing(show_progress), interruptible as interrupts, evaluating(model):
         if not blockwise:
-            result = _in_one_go(job, path, saved, checkpoint_share, interrupts)
+            result = _in_one_go(job, path, saved, asked.checkpoint_share, interrupts)
         elif path is not None:
             result = collect_blockwise(job, folder_of(path), interrupts)
         else:

@@ -93,5 +93,5 @@ def make_batches(
     )
     chosen_by = f"shuffle={seed if shuffle else None} limit={limit}"
     if builder.options is not None:
-        chosen_by += f" {builder.options}"
+        chosen_by += f" {builder.options.identity}"
     return BatchLoader(builder, order[:limit], batch_size, chosen_by)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
-from corda_vlm.evaluation.bootstrap import RESAMPLES
 from corda_vlm.evaluation.models.encoder import Cache, Encoder
+from corda_vlm.evaluation.options import EvalKeywords, EvalOptions
 from corda_vlm.evaluation.scores import Outcome, Score, value_text
 from corda_vlm.evaluation.suite import Suite, Task, load_suite
 from corda_vlm.evaluation.tasks.base import Setting
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
+from corda_vlm.options import options_from
 from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.progress import Meter, showing
 
@@ -51,10 +53,16 @@ def evaluate(
     suite: str | Path | Mapping[str, Any] | Suite,
     *,
     processor: Processor | None = None,
-    **options: Any,
+    family: str = "auto",
+    cache: Cache | None = None,
+    head: Callable[[Tensor], Tensor] | None = None,
+    show_progress: bool = False,
+    **options: Unpack[EvalKeywords],
 ) -> list[Score]:
-    """Measure a model on a suite; see `measure` for the options."""
-    results = measure(model, suite, processor=processor, **options)
+    """Measure a model on a suite; arguments and errors as of `measure`."""
+    results = measure(
+        model, suite, processor=processor, family=family, cache=cache, head=head, show_progress=show_progress, **options
+    )  # fmt: skip
     return [score for result in results for score in result.scores]
 
 
@@ -64,17 +72,10 @@ def measure(
     *,
     processor: Processor | None = None,
     family: str = "auto",
-    tasks: Sequence[str] | None = None,
-    batch_size: int = 64,
-    bf16: Bf16 = "auto",
-    limit: int | None = None,
-    data_root: str | Path | None = None,
-    missing: str = "error",
-    resamples: int = RESAMPLES,
-    workers: int = 0,
     cache: Cache | None = None,
     head: Callable[[Tensor], Tensor] | None = None,
     show_progress: bool = False,
+    **options: Unpack[EvalKeywords],
 ) -> Iterator[TaskResult]:
     """Measure a model on a suite, task by task, so that each can be written down before the next begins.
 
@@ -82,49 +83,44 @@ def measure(
         model: any model of a known family, bare or with an adapter, or what `load_model` returned.
         suite: a name of eval/suites, a path, a mapping or a `Suite`.
         processor: what `load_model` returned beside the model; needed unless `model` is its whole answer.
-        tasks: names of the tasks to measure; all by default.
-        bf16: run the model under bfloat16 autocast, see `corda_vlm.precision`; similarities and probabilities are
-            computed in float32 all the same.
-        limit: at most so many examples a task, for a quick look; the suite's own limits stay.
-        data_root: overrides the suite's.
-        missing: "error", or "skip" to go on without the tasks whose data is not there (warned of).
-        resamples: of the bootstrap.
-        workers: threads that decode images; 0 uses the caller's.
+        family: of a bare model; "auto" detects it.
         cache: shared between the evaluations of a study, so that images are decoded once.
         head: a classifier trained on the new task, image embeddings -> logits; in place of the prompts it judges the
             zero-shot tasks that do not measure retention.
         show_progress: how far each task is.
+        options: of `EvalOptions`.
 
     Raises:
         UnknownNameError: no such suite or task.
         DataError: data that cannot be read as described, or all of it missing.
         NotFiniteError: the model's outputs are NaN or Inf, so there is no score; names the task and how many.
     """
+    if isinstance(root := options.get("data_root"), Path):
+        options["data_root"] = str(root)
+    asked = options_from(EvalOptions, options, "evaluate")
     suite = load_suite(suite)
-    if missing not in ("error", "skip"):
-        raise UnknownNameError("choice for missing data", missing, ("error", "skip"))
     by_name = {task.name: task for task in suite.tasks}
-    for name in tasks or ():
+    for name in asked.tasks or ():
         if name not in by_name:
             raise UnknownNameError(f"task of suite {suite.name}", name, by_name)
     encoder = _encoder(
         model,
         processor,
         family,
-        batch_size=batch_size,
-        bf16=bf16,
-        workers=workers,
+        batch_size=asked.batch_size,
+        bf16=asked.bf16,
+        workers=asked.workers,
         cache=cache or Cache(),
     )
-    chosen = [by_name[name] for name in tasks] if tasks is not None else list(suite.tasks)
-    root = str(data_root if data_root is not None else suite.data_root)
+    chosen = [by_name[name] for name in asked.tasks] if asked.tasks is not None else suite.tasks
+    root = asked.data_root if asked.data_root is not None else str(suite.data_root)
     measured = 0
     for task in chosen:
         started = time.perf_counter()
         try:
-            data = task_data(task, root, encoder.cache, limit)
+            data = task_data(task, root, encoder.cache, asked.limit)
         except DataError as error:
-            if missing == "error":
+            if asked.missing == "error":
                 raise DataError(f"task {task.name} of suite {suite.name}: {error}") from error
             logger.warning("task %s is left out: %s", task.name, error)
             continue
@@ -140,7 +136,7 @@ def measure(
                 outcomes = tuple(evaluator.outcomes(encoder))
         except NotFiniteError as error:
             raise NotFiniteError(f"task {task.name} of suite {suite.name}: {error}") from error
-        scores = tuple(o.score(task.name, task.role, resamples=resamples) for o in outcomes)
+        scores = tuple(o.score(task.name, task.role, resamples=asked.resamples) for o in outcomes)
         if data.left_out:
             logger.warning("task %s: %s", task.name, data.left_out)
         measured += 1

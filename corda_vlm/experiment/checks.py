@@ -15,6 +15,7 @@ from corda_vlm.data.paths import find_one, find_paths
 from corda_vlm.data.spec import DataSpec, parse_spec, with_root
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.evaluation.class_names import OPENAI, SIMPLE, load_class_names, load_templates
+from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.evaluation.suite import Suite, load_suite
 from corda_vlm.experiment.spec import Experiment
 from corda_vlm.families.loading.sources import check_family, check_source
@@ -50,6 +51,16 @@ def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> 
             other = task.classes.get("from")
             if other is not None and other != "data":
                 check_data(other, task.source, root)
+
+
+def check_measured(suite: str | Path, options: EvalOptions) -> None:
+    """A suite is there with the chosen tasks, and their data, unless what is missing is to be left out."""
+    measured = load_suite(suite)
+    check_chosen(
+        options.tasks, [task.name for task in measured.tasks], f"task of suite {measured.name}"
+    )
+    if options.missing == "error":
+        check_suite(measured, str(options.data_root or measured.data_root), options.tasks)
 
 
 def check_labels(classes: Any, templates: Any, beside: Path | None) -> None:

@@ -46,9 +46,11 @@ from corda_vlm.experiment.folder import check_claim, claim
 from corda_vlm.experiment.load import load_experiment
 from corda_vlm.experiment.spec import Experiment, Training
 from corda_vlm.families import Loaded, load_model
+from corda_vlm.families.options import LoadOptions
 from corda_vlm.files import read_json, resolve, write_json
 from corda_vlm.locks import locks
 from corda_vlm.methods import METHODS, MethodRequest
+from corda_vlm.options import as_keywords
 from corda_vlm.plan import AdapterPlan, check_rank
 from corda_vlm.precision import Bf16, takes_bf16
 from corda_vlm.progress import note
@@ -73,7 +75,7 @@ def run(
     overrides: Sequence[str] = (),
     only: Sequence[str] | None = None,
     fresh: bool = False,
-    device: str = "auto",
+    device: str | None = None,
 ) -> Path:
     """Run an experiment, or go on with it; returns the folder of its results.
 
@@ -83,7 +85,7 @@ def run(
         overrides: "key=value" pairs, see `load_experiment`.
         only: names of the variants to train; None for all.
         fresh: delete the folder's former results first.
-        device: "cpu", "cuda", …, or "auto".
+        device: "cpu", "cuda", …, or "auto"; None for what the experiment says.
 
     Raises:
         CordaError: a config that cannot be, or a folder that holds another experiment's results.
@@ -117,7 +119,7 @@ def run_experiment(
     config: Path,
     only: Sequence[str] | None = None,
     fresh: bool = False,
-    device: str = "auto",
+    device: str | None = None,
 ) -> Path:
     """`run` for an experiment that is read already; `command` and `config` are where it came from."""
     check_chosen(only, experiment.variants, "variant")
@@ -143,18 +145,17 @@ def run_experiment(
 class _Laboratory:
     """What all trainings of an experiment share: the base model, the data, the covariances."""
 
-    def __init__(self, experiment: Experiment, folder: Path, config: Path, device: str) -> None:
+    def __init__(
+        self, experiment: Experiment, folder: Path, config: Path, device: str | None
+    ) -> None:
         self.experiment, self.folder, self.config = experiment, folder, config
         note(
-            f"{experiment.title or experiment.name}: {experiment.model} on {device}, into {folder}"
+            f"{experiment.title or experiment.name}: {experiment.model} on {device or experiment.device}, into {folder}"
         )
         self.suite: Suite = load_suite(experiment.suite)
         self.loaded: Loaded = load_model(
             experiment.model,
-            family=experiment.family,
-            dtype=getattr(torch, experiment.dtype),
-            device=device,
-            device_map=experiment.device_map,
+            **as_keywords(replace(experiment, device=device or experiment.device), LoadOptions),
         )
         self.cache = Cache()
         self.task_data = self.load(experiment.task.data)

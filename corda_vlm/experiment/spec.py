@@ -2,65 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar
 
+from corda_vlm.anchor.options import AnchorOptions
+from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.data.spec import parse_spec
-from corda_vlm.data.text.chat_options import ChatOptions, MaxTokens, TooLong
+from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families.tokens import Tokens
+from corda_vlm.evaluation.options import EvalOptions
+from corda_vlm.families.options import TOWERS, LoadOptions, Names, chosen_names
 from corda_vlm.methods import METHODS, MethodRequest
-from corda_vlm.methods.method import Portion, Side
+from corda_vlm.methods.options import MethodOptions
 from corda_vlm.names import check_name
 from corda_vlm.options import (
     Count,
     Items,
-    NotNegative,
     Positive,
     Seed,
     Text,
+    as_keywords,
     check_options,
+    current_name,
+    narrowed,
+    option_names,
     read_options,
 )
-from corda_vlm.precision import Bf16
 from corda_vlm.run_files import PATTERNS
 from corda_vlm.train.options import TrainOptions
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""What the weights of a model are kept in."""
-Precision = Literal["float32", "float64", "bf16", "auto"]
 Scales = Annotated[list[float], Items(distinct=True)]
+Rates = Annotated[list[Positive], Items(distinct=True)]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The data whose second moments orient the adapters.
+class Calibration(CalibrationOptions):
+    """The data whose second moments orient the adapters, and how they are collected.
+
+    What is left out of `towers` and `chat_template` is the experiment's. `rounds` are of the knowledge; `tokens` of the
+    covariances of the new task too.
 
     Attributes:
-        data: what stands for the knowledge to keep; a spec as in `corda_vlm.data.load_records`.
-        samples: at most so many records, drawn at random.
-        batch_size: records a forward pass.
-        precision: of the sums, see `collect_covariance`.
-        rounds: disjoint parts of the samples, among which `dynamic_covariance` chooses; other methods take all.
-        blockwise: of a language model: one block at a time, whose sums alone are in memory.
-        tokens: which of a language model's tokens count, as in `collect_covariance`; in covariances of the new task too.
-        max_tokens, too_long: of conversations, see `ChatOptions`.
+        data: What stands for the knowledge to keep; a spec as in `corda_vlm.data.load_records`.
     """
 
     data: str | dict[str, Any]
-    samples: Count = 256
-    batch_size: Count = 64
-    precision: Precision = "float32"
-    rounds: Count = 1
-    blockwise: bool = False
-    tokens: Tokens = "all"
-    max_tokens: MaxTokens | None = None
-    too_long: TooLong = "skip"
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         parse_spec(self.data)
 
 
@@ -87,59 +78,37 @@ class NewTask:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How models are measured.
+class Evaluation(EvalOptions):
+    """How models are measured. `data_root` is the experiment's where it is left out.
 
     Attributes:
-        scales: strengths besides 1 at which every trained model is measured, without training it again
+        scales: Strengths besides 1 at which every trained model is measured, without training it again
             (WiSE-FT): 0 is the model before training.
-        batch_size: examples a forward pass.
-        bf16: run the model under bfloat16 autocast; "auto" as in `TrainOptions`.
     """
 
     scales: Scales = field(default_factory=list)
-    batch_size: Count = 256
-    bf16: Bf16 = "auto"
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(MethodOptions, AnchorOptions):
     """One curve of the trade-off: a method with its options, over its learning rates.
 
+    What is left out of `rank` and `towers` is the experiment's. The seeds are the experiment's. Anchor and forecast see
+    `modules_to_save` where they are sites or hold sites (LLaVA's projector), and not an output layer.
+
     Attributes:
-        learning_rates: each is trained with every seed.
-        method: key of `METHODS`; None takes the variant's own name.
-        rank: None takes the experiment's.
-        a_norm, damping, side, beta, freeze_a, dynamic_rank, min_rank, max_rank, dynamic_covariance: as in `prepare_method`.
-        modules_to_save: trained whole beside the adapter, see `attach_adapter`; such a model cannot be scaled. Anchor and
-            forecast see them where they are sites or hold sites (LLaVA's projector), and not an output layer.
-        anchor: weight of `anchor_penalty` in the loss, for any method; needs the experiment's calibration.
+        learning_rates: Each is trained with every seed.
+        method: Key of `METHODS`; None takes the variant's own name.
         scales: None takes the evaluation's.
-        training: options of `TrainOptions` that differ from the experiment's.
+        training: Options of `TrainOptions` that differ from the experiment's.
     """
 
-    learning_rates: Annotated[list[Positive], Items(distinct=True)]
+    learning_rates: Rates
     method: str | None = None
-    rank: Count | None = None
-    a_norm: Positive | None = None
-    damping: NotNegative = 1e-4
-    side: Side | None = None
-    beta: Portion | None = None
-    freeze_a: bool = False
-    dynamic_rank: bool = False
-    min_rank: Count = 1
-    max_rank: Count | None = None
-    dynamic_covariance: bool = False
-    modules_to_save: Annotated[list[Text], Items(distinct=True)] = field(default_factory=list)
-    anchor: NotNegative = 0.0
+    rank: Count | None = field(default=None, kw_only=True)  # pyright: ignore[reportIncompatibleVariableOverride]
+    seed: int = field(default=0, init=False)
     scales: Scales | None = None
     training: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -160,8 +129,10 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(LoadOptions):
     """A model learns a task by several methods; a suite measures what each gained and kept.
+
+    What is trained of the model is in its `dtype` too, adapters are in float32.
 
     Attributes:
         name: names the folder `runs/<name>`.
@@ -178,11 +149,11 @@ class Experiment:
         evaluation: how models are measured, and at which strengths.
         forecast: log what the anchor would be during every training, also where it has no weight: the change of the
             layers' outputs on the calibration data, which foretells what is forgotten.
-        chat: the chat template of calibration and training, as in `ChatOptions`; the tasks of a suite name their own.
-        family, device_map: as in `load_model`.
-        dtype: of the model's weights; what is trained of them is in it too, adapters are in float32.
+        chat_template: of calibration and training, as in `ChatOptions`; the tasks of a suite name their own.
         data_root: the folder that `{data_root}` stands for, here and in the suite.
     """
+
+    FORMER: ClassVar[Mapping[str, str]] = {"chat": "chat_template"}
 
     name: str
     model: Text
@@ -191,20 +162,18 @@ class Experiment:
     variants: dict[str, Variant]
     title: str | None = None
     calibration: Calibration | None = None
-    towers: Annotated[list[Text], Items(least=1, distinct=True)] | None = None
-    rank: Count = 16
+    towers: Names | str | None = None
+    rank: Count = MethodOptions.rank
     seeds: Annotated[list[Seed], Items(least=1, distinct=True)] = field(default_factory=lambda: [0])
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     forecast: bool = False
-    chat: str = "auto"
-    family: str = "auto"
-    dtype: Dtype = "float32"
-    device_map: str | None = None
+    chat_template: Text = ChatOptions.chat_template
     data_root: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
+        chosen_names("tower", self.towers, TOWERS)
         check_name(self.name, "the experiment's name")
         if not self.variants:
             raise CordaError(f"experiment {self.name!r} has no variants: nothing to train")
@@ -241,10 +210,6 @@ class Experiment:
                     f"variant {name!r}: scales hold {scale}; give strengths between 0 (the base model) and 1 (as "
                     "trained), both of which are measured anyway"
                 )
-        if variant.max_rank is not None and variant.max_rank < variant.min_rank:
-            raise CordaError(
-                f"variant {name!r}: max_rank {variant.max_rank} is below min_rank {variant.min_rank}"
-            )
         method.check_options(self.request(name))
         self._check_training(name)
         if method.name == "linear-probe" and variant.anchor:
@@ -280,7 +245,9 @@ class Experiment:
                 f"variant {name!r}: learning rates that are equal to six digits would share a folder; "
                 "give one of them"
             )
-        (loss,) = {self.train_options(name, rate, 0).loss for rate in variant.learning_rates}
+        format = parse_spec(self.task.data).format
+        options = [self.train_options(name, rate, 0) for rate in variant.learning_rates]
+        (loss,) = {one.loss_for(format) for one in options}
         self._check_loss(name, loss)
         if loss == "linear" and self.scales_of(name):
             raise CordaError(
@@ -310,30 +277,22 @@ class Experiment:
     def request(self, variant: str) -> MethodRequest:
         """What a variant asks of its method, but for the covariances."""
         asked = self.variants[variant]
-        return MethodRequest(
-            rank=self.rank if asked.rank is None else asked.rank,
-            towers=self.towers,
-            a_norm=asked.a_norm,
-            damping=asked.damping,
-            side=asked.side,
-            beta=asked.beta,
-            dynamic_rank=asked.dynamic_rank,
-            min_rank=asked.min_rank,
-            max_rank=asked.max_rank,
-            dynamic_covariance=asked.dynamic_covariance,
-            freeze_a=asked.freeze_a,
-            modules_to_save=tuple(asked.modules_to_save),
-        )
+        options = as_keywords(asked, MethodOptions)
+        options["rank"] = self.rank if asked.rank is None else asked.rank
+        options["towers"] = self.towers if asked.towers is None else asked.towers
+        return MethodRequest(**options)
 
     def chat_of(self, data: str) -> ChatOptions:
         """How conversations become tokens where covariances are taken of the "knowledge" or of the new "task"."""
         if data == "task":
-            known = ChatOptions.__dataclass_fields__
-            own = {name: value for name, value in self.training.items() if name in known}
-            return ChatOptions(**{"template": self.chat, **own})
+            own = {TrainOptions.FORMER.get(n, n): value for n, value in self.training.items()}
+            known = option_names(ChatOptions)
+            own = {name: value for name, value in own.items() if name in known}
+            return ChatOptions(**{"chat_template": self.chat_template, **own})
         assert self.calibration is not None  # who asks for covariances has one
-        limits = {name: getattr(self.calibration, name) for name in ("max_tokens", "too_long")}
-        return ChatOptions(self.chat, **limits)
+        chat = narrowed(self.calibration, ChatOptions)
+        given = chat.chat_template != ChatOptions.chat_template
+        return chat if given else replace(chat, chat_template=self.chat_template)
 
     def scales_of(self, variant: str) -> list[float]:
         """The strengths besides 1 at which its trained models are measured."""
@@ -353,14 +312,16 @@ class Experiment:
         Raises:
             UnknownNameError: an option that training does not have.
         """
-        given = {"template": self.chat, **self.training, **self.variants[variant].training}
+        where = f"the training of {variant!r}"
+        given: dict[str, Any] = {"chat_template": self.chat_template}
+        for options in (self.training, self.variants[variant].training):
+            given |= {current_name(TrainOptions, n, where): value for n, value in options.items()}
         if self.method_of(variant) == "linear-probe":
             given["loss"] = "linear"  # there is nothing else to train
         for name in ("learning_rate", "seed"):
             if name in given:
-                known = set(TrainOptions.__dataclass_fields__) - {"learning_rate", "seed"}
+                known = set(option_names(TrainOptions)) - {"learning_rate", "seed"}
                 raise UnknownNameError(f"option in the training of {variant!r}", name, known)
-        where = f"the training of {variant!r}"
         return read_options(
             TrainOptions, {**given, "learning_rate": learning_rate, "seed": seed}, where
         )

@@ -17,13 +17,16 @@ from torch import nn
 
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.covariance.options import Precision
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import Cache, Suite, add_result, done
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
 from corda_vlm.evaluation.measure import TaskResult, measure
+from corda_vlm.evaluation.options import Missing
 from corda_vlm.families import Loaded, Processor, load_model
+from corda_vlm.families.options import Dtype, Tokens
 from corda_vlm.locks import locked
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.precision import Bf16
@@ -40,7 +43,7 @@ def load_base(
     model: str,
     *,
     family: str = "auto",
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     device: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -49,7 +52,7 @@ def load_base(
     return load_model(
         model,
         family=family,
-        dtype=getattr(torch, dtype),
+        dtype=dtype,
         device=device,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
@@ -86,8 +89,8 @@ def calibrate(
     batch_size: int,
     seed: int = 0,
     rounds: int,
-    precision: str,
-    tokens: str,
+    precision: Precision,
+    tokens: Tokens,
     blockwise: bool,
     chat: ChatOptions,
 ) -> CovarianceStore:
@@ -297,7 +300,7 @@ def measure_into(
     bf16: Bf16,
     data_root: str | Path | None,
     limit: int | None = None,
-    missing: str = "error",
+    missing: Missing = "error",
 ) -> Iterator[tuple[TaskResult, list[dict[str, Any]]]]:
     """Measure a model at one strength, task by task, and add what was measured to a file of scores.
 

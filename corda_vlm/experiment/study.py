@@ -107,7 +107,7 @@ def run_study(
     overrides: Sequence[str] = (),
     only: Sequence[str] | None = None,
     fresh: bool = False,
-    device: str = "auto",
+    device: str | None = None,
 ) -> Path:
     """Run a study, or go on with it; returns the folder of its results.
 

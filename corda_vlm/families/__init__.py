@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     )
     from corda_vlm.families.generative.language import LanguageProcessor
     from corda_vlm.families.load import load_model
+    from corda_vlm.families.options import TOKENS
     from corda_vlm.families.registry import FAMILIES, detect_family, family_of, register_family
-    from corda_vlm.families.tokens import TOKENS
 
 _HOMES = {
     "FAMILIES": "registry",
-    "TOKENS": "tokens",
+    "TOKENS": "options",
     "Batch": "base",
     "Contrastive": "base",
     "Family": "base",

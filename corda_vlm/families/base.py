@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
-from corda_vlm.families.tokens import TOKENS
+from corda_vlm.families.options import TOKENS
 
 Batch = Mapping[str, Any]
 """A batch as the models take it: `pixel_values` (B, 3, H, W), `input_ids` (B, L), `attention_mask` (B, L), …

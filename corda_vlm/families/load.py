@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from corda_vlm.errors import CordaError, first_line
 from corda_vlm.families.base import Family, Loaded, Processor
@@ -17,31 +18,21 @@ from corda_vlm.families.loading.gguf import converted
 from corda_vlm.families.loading.hub import config_of, without_bars
 from corda_vlm.families.loading.sources import FORMS, built_in, check_source
 from corda_vlm.families.loading.trust import REFUSAL, RemoteCodeError, loading, wants_code
+from corda_vlm.families.options import LoadKeywords, LoadOptions
 from corda_vlm.families.registry import FAMILIES, chosen, detect_family
 from corda_vlm.files import home_path
+from corda_vlm.options import options_from
 from corda_vlm.tensors import check_tensors
 from corda_vlm.yaml_file import read_yaml
 
 
-def load_model(
-    source: str | Path,
-    *,
-    family: str | Family = "auto",
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    device_map: Any = None,
-    trust_remote_code: bool = False,
-) -> Loaded:
+def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
     """Load a model and what feeds it.
 
     Args:
         source: "emoji-clip" or another built-in name (add "-hf" for the same weights as a transformers
             `CLIPModel`), a folder, an id on a hub, or a GGUF file, which is converted once (see `families.loading.gguf`).
-        dtype: a language model of billions of parameters wants torch.bfloat16.
-        device: "auto" is the first GPU, if there is one, else the CPU.
-        device_map: of transformers, e.g. "auto" to spread a language model over all GPUs; then `device` is not looked at.
-        family: which family's format to expect where a folder holds more than one.
-        trust_remote_code: run Python code that comes with the model. Without it no such code runs, and nobody is asked.
+        options: of `LoadOptions`.
 
     Raises:
         UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
@@ -50,16 +41,28 @@ def load_model(
             or there is no such device.
     """
     check_source(source)
-    how = _How(dtype, device_map)
-    device = _usable(device)
-    with loading(trust_remote_code):
+    family, asked = options.get("family", "auto"), _in_words(options)
+    how = _How(getattr(torch, asked.dtype), asked.device_map)
+    device = _usable(asked.device)
+    with loading(asked.trust_remote_code):
         if (path := home_path(source)).suffix == ".gguf" and path.is_file():
             source = converted(path)
         model, processor, found = _load(source, family, how)
     # Not to the dtype, which its family loaded it in: a language model keeps its rotary frequencies in float32.
-    if device_map is None:
+    if asked.device_map is None:
         model = model.to(device)
     return Loaded(model.eval(), processor, found, str(source))
+
+
+def _in_words(keywords: LoadKeywords) -> LoadOptions:
+    """The options by their names, where the family, the dtype or the device itself was given too."""
+    given: dict[str, Any] = dict(keywords)
+    if isinstance(family := given.get("family"), Family):
+        given["family"] = family.name
+    for name in ("dtype", "device"):
+        if name in given:
+            given[name] = str(given[name]).removeprefix("torch.")
+    return options_from(LoadOptions, given, "load_model")
 
 
 def _load(source: str | Path, family: str | Family, how: _How) -> _Parts:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 from corda_vlm.errors import CordaError
-from corda_vlm.options import Count, Items, NotNegative, Positive, Range, Seed, Text, check_options
+from corda_vlm.methods.options import MethodOptions
+from corda_vlm.options import check_options, option_names
+from corda_vlm.plan.options import DecompositionOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,47 +17,8 @@ if TYPE_CHECKING:
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.plan import AdapterPlan
 
-Side = Literal["output", "input", "auto"]
-Portion = Annotated[float, Range(at_least=0, at_most=1)]
-Names = Annotated[Sequence[Text], Items(distinct=True)]
 
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """What a method may be asked for; each takes what it knows.
-
-    Attributes:
-        rank: of the adapters; alpha is the same, so scaling is 1.
-        towers, roles: which sites, as in `find_sites`; None: all.
-        a_norm: norm of each row of A at the start, see `plan_adapter`; None: the method's own.
-        dynamic_rank, dynamic_covariance, budget, min_rank, max_rank, side, beta: as in `plan_adapter`.
-        rho: of eva, see `attach_eva`.
-        damping, route, base, freeze_a, modules_to_save: as in `plan_adapter` and `attach_adapter`.
-        seed: of what is random (LoRA's A, the fast route's starting block).
-    """
-
-    rank: Count = 16
-    towers: Names | str | None = None
-    roles: Names | str | None = None
-    a_norm: Positive | None = None
-    dynamic_rank: bool = False
-    dynamic_covariance: bool = False
-    budget: Count | None = None
-    min_rank: Count | Mapping[str, Count] = 1
-    max_rank: Count | Mapping[str, Count] | None = None
-    side: Side | None = None
-    beta: Portion | None = None
-    rho: Annotated[float, Range(at_least=1)] | None = None
-    damping: NotNegative = 1e-4
-    seed: Seed = 0
-    route: Literal["auto", "exact", "fast"] = "auto"
-    base: str = "untouched"
-    freeze_a: bool = False
-    modules_to_save: Names = ()
-    show_progress: bool = True
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodRequest(MethodOptions):
     """What `prepare_method` was asked for, and what there is to do it with.
 
@@ -63,27 +26,24 @@ class MethodRequest(MethodOptions):
         store: covariances, of what comes first in `Method.covariances`.
         task_store: those of the task, for a method that has both in `Method.covariances`.
         plan: the plan that `Method.plan` made for an equal request, so that it is not made again.
+        show_progress: show how far the plan is.
     """
 
     store: CovarianceStore | None = None
     task_store: CovarianceStore | None = None
     plan: AdapterPlan | None = None
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_options(self, MethodOptions)
 
 
 OF_ADAPTERS = ("a_norm", "freeze_a", "roles")
 OF_PLANS = (
+    *sorted({*option_names(DecompositionOptions)} - {"rank", "towers", "seed", *OF_ADAPTERS}),
     "base",
-    "beta",
-    "budget",
-    "damping",
-    "dynamic_covariance",
-    "dynamic_rank",
-    "max_rank",
-    "min_rank",
-    "route",
-    "side",
 )
-_OPTIONS = (*OF_ADAPTERS, *OF_PLANS, "rho", "modules_to_save")
+_NOT_OF_ALL = sorted(set(option_names(MethodOptions)) - {"rank", "towers", "seed"})
 
 
 @dataclass(frozen=True)
@@ -155,10 +115,10 @@ class Method:
 
     def check_options(self, request: MethodRequest) -> None:
         """Raise a `CordaError` for an option that the method does not have, or that is out of range."""
-        for option in _OPTIONS:
-            value = getattr(request, option)
-            if option not in self.takes and value != getattr(MethodRequest, option):
+        for option in _NOT_OF_ALL:
+            value, default = getattr(request, option), getattr(MethodOptions, option)
+            unset = value == default or (isinstance(value, (list, tuple)) and not value)
+            if option not in self.takes and not unset:
                 raise CordaError(
                     f"method {self.name!r} has no {option}= (got {value!r}); leave it out"
                 )
-        check_options(request, MethodOptions)

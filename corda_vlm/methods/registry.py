@@ -2,76 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Unpack
+
+from corda_vlm.adapter.options import AttachOptions
 from corda_vlm.errors import UnknownNameError
-from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodRequest, Side
+from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodRequest
+from corda_vlm.methods.options import MethodKeywords
+from corda_vlm.options import as_keywords, options_from
+from corda_vlm.plan.options import DecompositionOptions, Mode
 
 if TYPE_CHECKING:
     from torch import nn
 
     from corda_vlm.covariance import CovarianceStore
-    from corda_vlm.plan import AdapterPlan, Route
-    from corda_vlm.ranks import Bound
+    from corda_vlm.plan import AdapterPlan
 
 
 def prepare_method(
     name: str,
     model: nn.Module,
     *,
-    rank: int = 16,
     store: CovarianceStore | None = None,
     task_store: CovarianceStore | None = None,
-    towers: Sequence[str] | str | None = None,
-    roles: Sequence[str] | str | None = None,
-    a_norm: float | None = None,
-    dynamic_rank: bool = False,
-    dynamic_covariance: bool = False,
-    budget: int | None = None,
-    min_rank: Bound = 1,
-    max_rank: Bound | None = None,
-    side: Side | None = None,
-    beta: float | None = None,
-    rho: float | None = None,
-    damping: float = 1e-4,
-    seed: int = 0,
-    route: Route = "auto",
-    base: str = "untouched",
-    freeze_a: bool = False,
-    modules_to_save: Sequence[str] = (),
     show_progress: bool = True,
+    **options: Unpack[MethodKeywords],
 ) -> nn.Module:
-    """The model ready to train by method `name`, `requires_grad` set; arguments as in `MethodRequest`.
+    """The model ready to train by method `name`, `requires_grad` set.
+
+    Args:
+        store, task_store, show_progress: as in `MethodRequest`.
+        options: of `MethodOptions`.
 
     Raises:
-        UnknownNameError: unknown method.
+        UnknownNameError: unknown method, or an option that there is not.
         CordaError: as `Method.prepare`.
     """
-    request = MethodRequest(
-        rank=rank,
-        store=store,
-        task_store=task_store,
-        towers=towers,
-        roles=roles,
-        a_norm=a_norm,
-        dynamic_rank=dynamic_rank,
-        dynamic_covariance=dynamic_covariance,
-        budget=budget,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        side=side,
-        beta=beta,
-        rho=rho,
-        damping=damping,
-        seed=seed,
-        route=route,
-        base=base,
-        freeze_a=freeze_a,
-        modules_to_save=tuple(modules_to_save),
-        show_progress=show_progress,
-    )
+    given = {**options, "store": store, "task_store": task_store, "show_progress": show_progress}
+    request = options_from(MethodRequest, given, "prepare_method")
     return get_method(name).prepare(model, request).model
 
 
@@ -114,7 +85,7 @@ def _planned(
     source: str,
     covariances: tuple[str, ...],
     method: str,
-    mode: str = "kpm",
+    mode: Mode = "kpm",
     freeze_a: bool = False,
 ) -> Method:
     """A method whose adapter is attached from a plan."""
@@ -125,37 +96,19 @@ def _planned(
         return plan_adapter(
             model,
             request.store,
-            mode=mode,
-            rank=request.rank,
             method=method,
+            mode=mode,
             task_store=request.task_store if len(covariances) == 2 else None,
-            dynamic_rank=request.dynamic_rank,
-            dynamic_covariance=request.dynamic_covariance,
-            damping=request.damping,
-            a_norm=request.a_norm,
-            budget=request.budget,
-            min_rank=request.min_rank,
-            max_rank=request.max_rank,
-            side=request.side,
-            beta=request.beta,
-            towers=request.towers,
-            roles=request.roles,
-            route=request.route,
-            seed=request.seed,
             show_progress=request.show_progress,
+            **as_keywords(request, DecompositionOptions),
         )
 
     def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
         from corda_vlm.adapter.attach import attach_adapter
 
-        plan = request.plan or make(model, request)
-        return attach_adapter(
-            model,
-            plan,
-            freeze_a=freeze_a or request.freeze_a,
-            base=request.base,
-            modules_to_save=request.modules_to_save,
-        )
+        options = as_keywords(request, AttachOptions)
+        options["freeze_a"] |= freeze_a
+        return attach_adapter(model, request.plan or make(model, request), **options)
 
     takes = (*OF_ADAPTERS, *OF_PLANS, "modules_to_save")
     return Method(name, description, source, covariances, attach, _restore, make, takes)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
-    from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis, Route
+    from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis
     from corda_vlm.plan.make import check_made_from, check_rank, plan_adapter
+    from corda_vlm.plan.options import PlanOptions, Route
     from corda_vlm.plan.plan import AdapterPlan, SitePlan
 
 _HOMES = {
@@ -21,7 +22,8 @@ _HOMES = {
     "PLAN_METHODS": "bases",
     "AdapterPlan": "plan",
     "Basis": "bases",
-    "Route": "bases",
+    "Route": "options",
+    "PlanOptions": "options",
     "SitePlan": "plan",
     "check_made_from": "make",
     "check_rank": "make",

@@ -7,7 +7,6 @@ from typing import Literal
 
 Components = Literal["smallest", "largest"]
 Side = Literal["output", "input"]
-Route = Literal["auto", "exact", "fast"]
 
 MODES: dict[str, Components] = {
     "kpm": "smallest",  # knowledge-preserved: adapt what the knowledge uses least

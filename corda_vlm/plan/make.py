@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.decompose import (
     Decomposition,
-    check_beta,
-    check_scale,
     damp,
     decompose,
     decompose_contrast,
     knowledge_energy,
 )
-from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
+from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import unpacked
-from corda_vlm.plan.bases import MODES, PLAN_METHODS, SIDES, Basis, Route
+from corda_vlm.options import options_from
+from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis
 from corda_vlm.plan.choose import choose_covariances, choose_ranks, rank_budget
+from corda_vlm.plan.options import PlanKeywords, PlanOptions
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.progress import showing, track
-from corda_vlm.ranks import Bound
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
 
@@ -34,24 +34,9 @@ def plan_adapter(
     model: nn.Module,
     store: CovarianceStore | None,
     *,
-    mode: str = "kpm",
-    rank: int = 16,
-    method: str = "corda",
     task_store: CovarianceStore | None = None,
-    dynamic_rank: bool = False,
-    dynamic_covariance: bool = False,
-    damping: float = 1e-4,
-    a_norm: float | None = None,
-    budget: int | None = None,
-    min_rank: Bound | None = 1,
-    max_rank: Bound | None = None,
-    side: str | None = None,
-    beta: float | None = None,
-    towers: Sequence[str] | str | None = None,
-    roles: Sequence[str] | str | None = None,
-    route: Route = "auto",
-    seed: int = 0,
     show_progress: bool = True,
+    **options: Unpack[PlanKeywords],
 ) -> AdapterPlan:
     """Decide, and decompose: which directions of which weight matrices are adapted. The model is not changed.
 
@@ -59,25 +44,8 @@ def plan_adapter(
         model: bare; packed attention is unpacked meanwhile.
         store: covariances of the knowledge to keep, or of the new task for mode "ipm". May be None for
             "pissa", "milora" and "olora"; if given, it predicts their damage.
-        mode: "kpm" takes the smallest components, "ipm" the largest. Only "corda" has modes.
-        rank: of every site, or with `dynamic_rank` their budget: as many parameters as that rank everywhere.
-        method: key of `PLAN_METHODS`.
         task_store: covariances of the new task beside those of the knowledge; for "sc-lora" only.
-        dynamic_rank: CorDA++: ranks by compactness and the spectrum of W C', also for a basis on the input side, see
-            `ranks.allocate_ranks`. Takes the exact route.
-        dynamic_covariance: CorDA++: each site takes one calibration round, see `ranks.select_covariance`.
-        damping: δ, see `AdapterPlan`.
-        a_norm: norm of each row of A at the start; B takes the inverse. It decides how far training strays from
-            the planned directions (learning rates scale along). None: the paper's split.
-        budget: with `dynamic_rank`, trainable parameters `Σ (out + inp) · rank` in place of as many as `rank` has.
-        min_rank, max_rank: with `dynamic_rank`, floor and ceiling of every site's rank, or of some by name; None: no other than 1
-            and full rank less 1.
-        side: of "corda": "output" (the paper's), "input" (the smallest or largest eigenvectors of C itself) or "auto",
-            the input side where a layer has more inputs than outputs. None: the method's own.
-        beta: of "sc-lora": from 0 (only the task counts) to 1 (only the knowledge). None: 0.5.
-        towers, roles: only these, names as in `find_sites`.
-        route: "auto", "exact" or "fast", see `decompose`.
-        seed: of the fast route's starting block.
+        options: of `PlanOptions`.
 
     Raises:
         UnknownNameError: unknown method, mode, side, tower or role.
@@ -87,34 +55,37 @@ def plan_adapter(
             range, a site that a store did not calibrate, a store that is missing, an option or a store that the
             method does not take.
     """
-    if method not in PLAN_METHODS:
-        raise UnknownNameError("plan method", method, PLAN_METHODS)
+    asked = options_from(PlanOptions, options, "plan_adapter")
+    method, rank, damping, a_norm, route = (
+        asked.method,
+        asked.rank,
+        asked.damping,
+        asked.a_norm,
+        asked.route,
+    )
     basis = PLAN_METHODS[method]
-    if basis.components is None and mode not in MODES:
-        raise UnknownNameError("mode", mode, MODES)
-    components = basis.components or MODES[mode]
-    check_scale(damping, a_norm)
-    _check_options(method, basis, store, task_store, side, beta, dynamic_rank or dynamic_covariance)
-    beta = (0.5 if beta is None else float(beta)) if basis.contrast else None
+    components = basis.components or MODES[asked.mode]
+    _check_stores(asked, basis, store, task_store)
+    beta = (0.5 if asked.beta is None else asked.beta) if basis.contrast else None
     fingerprint = model_fingerprint(model)
     for given, of in ((store, "covariances"), (task_store, "task's covariances")):
         if given is not None:
             check_made_from(fingerprint, given, of)
     with showing(show_progress), unpacked(model):
-        sites = find_sites(model, towers=towers, roles=roles)
+        sites = find_sites(model, towers=asked.towers, roles=asked.roles)
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
-        if budget is None:
+        if asked.budget is None:
             check_rank(shapes, rank)
         allowed = rank_budget(
             shapes,
             rank,
-            dynamic_rank=dynamic_rank,
-            budget=budget,
-            min_rank=min_rank,
-            max_rank=max_rank,
+            dynamic_rank=asked.dynamic_rank,
+            budget=asked.budget,
+            min_rank=asked.min_rank,
+            max_rank=asked.max_rank,
         )
-        covariances = choose_covariances(weights, store, damping, dynamic_covariance)
+        covariances = choose_covariances(weights, store, damping, asked.dynamic_covariance)
         tasks = choose_covariances(weights, task_store, damping, False)
         ranks_of = dict.fromkeys(weights, rank)
         if allowed is not None:
@@ -123,8 +94,8 @@ def plan_adapter(
                 covariances,
                 mode="kpm" if components == "smallest" else "ipm",
                 budget=allowed,
-                min_rank=min_rank,
-                max_rank=max_rank,
+                min_rank=asked.min_rank,
+                max_rank=asked.max_rank,
                 damping=damping,
             )
             route = "exact"
@@ -150,11 +121,11 @@ def plan_adapter(
                     rank=ranks_of[site.name],
                     components=components,
                     power=basis.power,
-                    side=basis.side_of(shapes[site.name], side),
+                    side=basis.side_of(shapes[site.name], asked.side),
                     damping=damping,
                     a_norm=a_norm,
                     route=route,
-                    seed=seed,
+                    seed=asked.seed,
                 )
             factors[site.name] = _on_cpu(factor)
             planned.append(
@@ -175,7 +146,7 @@ def plan_adapter(
                     compactness=covariances.compactness(
                         site.name,
                         shapes[site.name][0],
-                        thorough=route == "exact" or dynamic_covariance,
+                        thorough=route == "exact" or asked.dynamic_covariance,
                     ),
                     scores=covariances.scores(site.name),
                 )
@@ -183,11 +154,11 @@ def plan_adapter(
             del covariance, factor  # before the next site's covariance is made
     return AdapterPlan(
         method=method,
-        mode=mode if basis.components is None else None,
+        mode=asked.mode if basis.components is None else None,
         rank=rank,
         budget=allowed,
-        damping=float(damping),
-        a_norm=None if a_norm is None else float(a_norm),
+        damping=damping,
+        a_norm=a_norm,
         beta=beta,
         model_fingerprint=fingerprint,
         data_fingerprint=store.data_fingerprint if store is not None else None,
@@ -198,16 +169,14 @@ def plan_adapter(
     )
 
 
-def _check_options(
-    method: str,
+def _check_stores(
+    asked: PlanOptions,
     basis: Basis,
     store: CovarianceStore | None,
     task_store: CovarianceStore | None,
-    side: str | None,
-    beta: float | None,
-    dynamic: bool,
 ) -> None:
-    """Raise a `CordaError` for what the method needs and is not given, or is given and does not take."""
+    """Raise a `CordaError` for covariances that the method needs and is not given, or is given and does not take."""
+    method = asked.method
     if store is None and basis.needs_store:
         raise CordaError(
             f"method {method!r} takes its directions from data: pass the store of collect_covariance. "
@@ -222,26 +191,6 @@ def _check_options(
         raise CordaError(
             f"method {method!r} takes one store of covariances; leave task_store= out"
             + (", and for mode='ipm' pass the task's as store" if basis.components is None else "")
-        )
-    if side is not None:
-        if side not in SIDES:
-            raise UnknownNameError("side", side, SIDES)
-        if not basis.free_side:
-            raise CordaError(
-                f"method {method!r} has its directions on the {basis.side} side and no choice; leave side= out, or take "
-                f"one of {', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.free_side))}"
-            )
-    if beta is not None:
-        if not basis.contrast:
-            raise CordaError(
-                f"beta weighs two covariances, and method {method!r} does not; leave it out, or take one of "
-                f"{', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.contrast))}"
-            )
-        check_beta(beta)
-    if dynamic and (basis.contrast or not basis.needs_store):
-        raise CordaError(
-            f"dynamic_rank and dynamic_covariance weigh covariances one by one, which method {method!r} does not use so; "
-            "take method='corda' or leave them off"
         )
 
 
@@ -265,7 +214,7 @@ def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
 
 
 def _there(covariance: Tensor | None) -> Tensor:
-    assert covariance is not None  # checked by `_check_options`
+    assert covariance is not None  # checked by `_check_stores`
     return covariance
 
 

@@ -31,7 +31,6 @@ from corda_vlm.train.checkpoints import STATE, last_checkpoint, step_of
 from corda_vlm.train.heads import Template
 from corda_vlm.train.history import read_history
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
-from corda_vlm.train.next_token import chat_options
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
 from corda_vlm.train.penalty import Penalty
@@ -105,7 +104,9 @@ def train(
         TrainingInterrupted: Ctrl-C.
     """
     output = Path(output_dir)
-    options = replace(options, bf16=_bf16(options, output, model))
+    options = replace(
+        options, bf16=_bf16(options, output, model), loss=options.loss_for(data.spec.format)
+    )
     family = detect_family(unwrap(model))
     objective = make_objective(options, model, family, processor, data, classes, templates)
     check_trainable(model, objective, options)
@@ -116,7 +117,7 @@ def train(
         towers=objective.towers,
         cache_mb=options.cache_mb,
         workers=options.workers,
-        chat=chat_options(options),
+        chat=options,
         labelled=True,
     )
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
@@ -147,7 +148,7 @@ def train(
         towers=objective.towers,
         cache_mb=options.cache_mb,
         workers=options.workers,
-        chat=chat_options(options),
+        chat=options,
         labelled=True,
     )
     watch = Watch(
@@ -288,7 +289,10 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
 def _compare(saved: dict[str, Any], plan: dict[str, Any], model: nn.Module, output: Path) -> None:
     """Raise `CordaError` unless the training that was begun in `output` is this one."""
     # an option that there was not yet when the training began had what is its default now
-    options = {**_kept(TrainOptions(steps=1)), **saved["options"]}
+    former = {
+        TrainOptions.FORMER.get(name, name): value for name, value in saved["options"].items()
+    }
+    options = {**_kept(TrainOptions(steps=1)), **former}
     changed = [
         f"{name}: {options[name]} there, {value} now"
         for name, value in plan["options"].items()

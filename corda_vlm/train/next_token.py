@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from corda_vlm.data import ChatOptions, Records, no_labels
+from corda_vlm.data import Records, no_labels
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Batch, Family
 from corda_vlm.families.generative.language import IGNORED
@@ -66,8 +66,3 @@ def make_next_token(options: TrainOptions, family: Family, data: Records) -> Nex
             "records have, e.g. llava, chat, qa or alpaca"
         )
     return NextTokenObjective(options.label_smoothing)
-
-
-def chat_options(options: TrainOptions) -> ChatOptions:
-    """How the training's conversations become tokens."""
-    return ChatOptions(options.template, options.learn, options.max_tokens, options.too_long)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from corda_vlm.data.text.chat_options import Learn, MaxTokens, TooLong
+from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Share, check_options
 from corda_vlm.precision import Bf16
@@ -14,59 +14,56 @@ from corda_vlm.precision import Bf16
 if TYPE_CHECKING:
     from corda_vlm.train.heads import Head
 
-Loss = Literal["prompt", "linear", "contrastive", "next_token"]
+Loss = Literal["auto", "prompt", "linear", "contrastive", "next_token"]
 Schedule = Literal["cosine", "linear", "constant"]
 Augment = Literal["none", "light"]
 Attention = Literal["auto", "math", "default"]
 Workers = Annotated[int, Range(at_least=0, at_most=256)]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
-@dataclass(frozen=True)
-class TrainOptions:
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ChatOptions):
     """One training.
 
     Attributes:
         loss: "prompt": cross-entropy of scaled cosines to class prompts; "linear": a new linear classifier on
             the image features; "contrastive": CLIP's symmetric loss over image-text pairs; "next_token": the
-            answers of conversations, for models that generate text.
-        steps: optimiser steps. Give this or `epochs`.
-        epochs: passes over the data.
-        batch_size: images a step; the last batch of an epoch may be smaller.
-        learning_rate: the peak rate.
-        head_learning_rate: the rate of a trained head; None takes `learning_rate`.
-        projector_learning_rate: the rate of what is trained of a vision-language model's projector, whole
-            (`modules_to_save`) or by its adapters; None takes `learning_rate`.
+            answers of conversations, for models that generate text; "auto": next_token for data with a format, else prompt.
+        steps: Optimizer steps. Give this or `epochs`; without either it is three epochs.
+        epochs: Passes over the data.
+        batch_size: Records a step; the last batch of an epoch may be smaller.
+        learning_rate: The peak rate.
+        head_learning_rate: The rate of a trained head; the default is `learning_rate`.
+        projector_learning_rate: The rate of what is trained of a vision-language model's projector, whole
+            (`modules_to_save`) or by its adapters; the default is `learning_rate`.
         schedule: "cosine", "linear" (both to zero) or "constant", after the warm-up.
-        warmup_ratio: share of the steps in which the rate rises linearly from zero.
+        warmup_ratio: The share of the steps in which the rate rises linearly from zero.
         weight_decay: AdamW's, on matrices only; vectors (biases, norms, scales) are left alone. It pulls an
             adapter's factors to zero, not to where they started: the default is none.
         betas: AdamW's.
-        max_grad_norm: gradients are scaled down to this norm, the head's apart; 0 leaves them.
-        label_smoothing: of the cross-entropy, from 0 to below 1.
-        train_head: with "prompt": the class vectors start at the prompts and are trained.
-        mask_duplicates: with "contrastive": a text that occurs twice in a batch is not its own negative.
+        max_grad_norm: Gradients are scaled down to this norm, the head's apart; 0 leaves them.
+        label_smoothing: Of the cross-entropy, from 0 to below 1.
+        train_head: With "prompt": the class vectors start at the prompts and are trained.
+        mask_duplicates: With "contrastive": a text that occurs twice in a batch is not its own negative.
         augment: "none" or "light" (small rotations, shifts and zooms of the preprocessed batch).
-        bf16: run the model under bfloat16 autocast; losses and weights stay in float32. "auto": where the device
+        bf16: Run the model under bfloat16 autocast; losses and weights stay in float32. "auto": where the device
             multiplies bfloat16 faster than float32, see `corda_vlm.precision`; a training that is gone on with keeps
             what it began with.
         attention: "auto", "math" or "default". PyTorch's MATH attention trains a ViT of 64 px and patch 16 under
             bfloat16 on a CPU 1.8 times faster than its default: "auto" takes it there for up to 128 tokens, and
             PyTorch's own choice elsewhere (`corda_vlm.train.trainer.takes_math` has the timings).
-        gradient_accumulation: batches a step.
-        gradient_checkpointing: compute each block's activations again for its gradients in place of keeping them: the
+        gradient_accumulation: Batches a step.
+        gradient_checkpointing: Compute each block's activations again for its gradients in place of keeping them: the
             same weights, less memory, about a third more time. For models of transformers.
-        eval_every: steps between two evaluations on `eval_data`; None only at the end.
-        save_every: steps between checkpoints; None saves every two minutes.
-        log_every: steps between entries of the history.
-        template, learn, max_tokens, too_long: with "next_token": how conversations become tokens, see
-            `corda_vlm.data.ChatOptions`.
-        seed: of the data order, the augmentation and dropout.
-        cache_mb: preprocessed images are kept in memory when all of them take at most so many MiB.
-        workers: threads that decode and preprocess images that are not kept.
+        eval_every: Steps between two evaluations on `eval_data`; the default is only at the end.
+        save_every: Steps between checkpoints; the default is every two minutes.
+        log_every: Steps between entries of the history.
+        seed: Of the data order, the augmentation and dropout.
+        cache_mb: Preprocessed images are kept in memory when all of them take at most so many MiB.
+        workers: Threads that decode and preprocess images that are not kept.
     """
 
-    loss: Loss = "prompt"
+    loss: Loss = "auto"
     steps: Count | None = None
     epochs: Positive | None = None
     batch_size: Count = 64
@@ -89,26 +86,32 @@ class TrainOptions:
     eval_every: Count | None = None
     save_every: Count | None = None
     log_every: Count = 10
-    template: str = "auto"
-    learn: Learn = "all"
-    max_tokens: MaxTokens | None = None
-    too_long: TooLong = "skip"
     seed: Seed = 0
     cache_mb: NotNegative = 512.0
     workers: Workers = 0
 
     def __post_init__(self) -> None:
         check_options(self)
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "epochs", _EPOCHS)
+        elif self.steps is not None and self.epochs is not None:
             raise CordaError(
                 f"give steps or epochs, one of the two (steps={self.steps}, epochs={self.epochs})"
             )
-        if self.train_head and self.loss != "prompt":
+        if self.train_head and self.loss not in ("prompt", "auto"):
             raise CordaError(
                 f"train_head belongs to the prompt loss, and this is the {self.loss} loss: "
                 "a linear head is always trained, the contrastive loss has none"
             )
 
+    def loss_for(self, format: str | None) -> Loss:
+        """The loss that is meant for data of this format; never "auto"."""
+        if self.loss != "auto":
+            return self.loss
+        return "prompt" if format is None else "next_token"
+
+
+_EPOCHS = 3.0
 
 HARMLESS = frozenset(
     {"eval_every", "save_every", "log_every", "cache_mb", "workers", "gradient_checkpointing"}

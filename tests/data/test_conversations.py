@@ -135,7 +135,9 @@ def test_the_models_own_template_and_unknown_ones(tiny_llm, tiny_llava, tmp_path
         DataError,
         match=r"qa\.jsonl, line 1: the chat template does not take it \(one message only\)",
     ):
-        ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(template=picky)).batch([0])
+        ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(chat_template=picky)).batch(
+            [0]
+        )
 
 
 def test_a_template_that_rewrites_answers_is_refused(tiny_llm):
@@ -177,7 +179,7 @@ def test_a_template_that_writes_the_last_answer_in_another_way(tiny_llm, learn, 
 def test_a_batch_of_text(tiny_llm, questions):
     processor = tiny_llm.processor
     data = questions(("is there a circle or a square?", "yes"), ("?", "dark blue"))
-    loader = make_batches(data, processor, batch_size=2, chat=ChatOptions(template="plain"))
+    loader = make_batches(data, processor, batch_size=2, chat=ChatOptions(chat_template="plain"))
     (batch,) = loader
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape
     assert bool((batch["attention_mask"][0] == 1).all())
@@ -187,7 +189,7 @@ def test_a_batch_of_text(tiny_llm, questions):
     said = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
     assert said == [" yes</s>", " dark blue</s>"]
     assert torch.isfinite(tiny_llm.model(**batch).loss)
-    other = make_batches(data, processor, batch_size=2, chat=ChatOptions(template="bare"))
+    other = make_batches(data, processor, batch_size=2, chat=ChatOptions(chat_template="bare"))
     assert other.fingerprint != loader.fingerprint
 
 

@@ -212,4 +212,4 @@ def test_files_of_templates_that_are_none(tiny_llm, tmp_path):
         with pytest.raises(CordaError, match=why):
             Chat(tiny_llm.processor, template).check()
     with pytest.raises(CordaError, match="unknown chat template"):
-        ChatOptions(template="x" * 5000) and Chat(tiny_llm.processor, "x" * 5000).check()
+        ChatOptions(chat_template="x" * 5000) and Chat(tiny_llm.processor, "x" * 5000).check()

@@ -26,7 +26,7 @@ from corda_vlm.evaluation.tasks.perplexity import Perplexity, windows
 from corda_vlm.evaluation.tasks.qa import Qa
 from corda_vlm.evaluation.tasks.vqa import Vqa
 
-PLAIN = ChatOptions(template="plain")
+PLAIN = ChatOptions(chat_template="plain")
 
 
 class Bigram(nn.Module):

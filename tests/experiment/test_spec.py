@@ -122,7 +122,10 @@ def test_trainings_go_seed_by_seed():
         ({"calibration__max_tokens": 1}, CordaError, "max_tokens is 1"),
         ({"training__loss": "next_token"}, CordaError, "say which format: the task's data has"),
         (
-            {"task__data": {"source": "sklearn:digits", "format": "qa"}},
+            {
+                "task__data": {"source": "sklearn:digits", "format": "qa"},
+                "training__loss": "prompt",
+            },
             CordaError,
             r"'corda-kpm' has the prompt loss.*\(format: qa\); give training: \{loss: next_token\}",
         ),

@@ -1,33 +1,44 @@
-"""How conversations become tokens: the options, which are read before anything heavy is imported."""
+"""How conversations become tokens: the options, which are read before PyTorch is imported."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from corda_vlm.options import Range, check_options
+from corda_vlm.options import Range, Text, check_options
 
 Learn = Literal["all", "last"]
 TooLong = Literal["skip", "truncate", "error"]
 MaxTokens = Annotated[int, Range(at_least=2)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChatOptions:
     """How conversations become tokens.
 
     Attributes:
-        template: "auto" for the model's own chat template, or one of `corda_vlm.data.text.chat.TEMPLATES`, or a file.
-        learn: which answers are labelled, "all" or the "last" of each conversation.
-        max_tokens: the most tokens of a sequence; None takes the model's context.
-        too_long: what to do with a longer one: "skip" and count it, "truncate" its end (never within an image;
-            counted), or "error".
+        chat_template: "auto" for the model's own chat template, or plain, bare, chatml, vicuna, or a .jinja file.
+        learn: Which answers of a conversation are learned: "all", or the "last".
+        max_tokens: The most tokens of a sequence; the default is the model's context.
+        too_long: What to do with a longer one: "skip" and count it, "truncate" its end (never within an image; counted),
+            or "error".
     """
 
-    template: str = "auto"
+    FORMER: ClassVar[Mapping[str, str]] = {"template": "chat_template", "chat": "chat_template"}
+
+    chat_template: Text = "auto"
     learn: Learn = "all"
     max_tokens: MaxTokens | None = None
     too_long: TooLong = "skip"
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def identity(self) -> str:
+        """What these options are among the things that identify batches, written as files of covariances have it."""
+        return (
+            f"ChatOptions(template={self.chat_template!r}, learn={self.learn!r}, max_tokens={self.max_tokens!r}, "
+            f"too_long={self.too_long!r})"
+        )

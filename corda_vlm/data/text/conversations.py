@@ -83,7 +83,7 @@ class ConversationBatches:
             )
         self.data, self.processor, self.workers = data, processor, workers
         self.options = chat or ChatOptions()
-        self.chat = Chat(processor, self.options.template)
+        self.chat = Chat(processor, self.options.chat_template)
         if data.texts is None:  # documents need no template
             self.chat.check()
         self.labelled = labelled

@@ -48,7 +48,7 @@ class AnswerLikelihood(LikelihoodOptions, Evaluator):
             DataError: no question is of use, or one has no answer.
         """
         total, each = [], []
-        chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
         generator = TextGenerator.of(encoder)
         for _, _, scored in scored_answers(generator, self.data, self._answers, chat=chat):
             total.append(max(one.total for one in scored))

@@ -49,7 +49,7 @@ class MultipleChoice(ChoiceOptions, Evaluator):
         """
         right: dict[str, list[float]] = {metric: [] for metric in METRICS}
         chance = []
-        chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
         generator = TextGenerator.of(encoder)
         for record, choices, scored in scored_answers(generator, self.data, _choices, chat=chat):
             total = np.array([one.total for one in scored])

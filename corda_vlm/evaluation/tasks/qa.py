@@ -70,7 +70,7 @@ class Qa(QaOptions, Evaluator):
         Raises:
             DataError: no question is of use, or one has no answer.
         """
-        chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
         right = [
             exact_match(said, references(record, str(self.data.spec)), articles=self.articles)
             for record, said in answered(

@@ -171,7 +171,7 @@ class Vqa(VqaOptions, Evaluator):
         Raises:
             DataError: no question is of use, one has no answer, or none is of the type that a metric is about.
         """
-        chat = ChatOptions(template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
         right: list[tuple[float, float, str]] = []
         for record, said in answered(
             TextGenerator.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop

@@ -1,0 +1,122 @@
+"""What a plan may be asked for; read before PyTorch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.families.options import SiteKeywords, SiteOptions
+from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Text
+from corda_vlm.plan.bases import PLAN_METHODS
+
+Mode = Literal["kpm", "ipm"]
+Route = Literal["auto", "exact", "fast"]
+SideChoice = Literal["output", "input", "auto"]
+Portion = Annotated[float, Range(at_least=0, at_most=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecompositionOptions(SiteOptions):
+    """Which components of which weight matrices become an adapter, and with what norm.
+
+    Attributes:
+        rank: Of every adapter; with `dynamic_rank` their budget: as many parameters as that rank everywhere.
+        a_norm: The norm of each row of A at the start; B takes the inverse. It decides how far training strays from the
+            planned directions (learning rates scale along). The default is the method's own: the paper's split.
+        damping: δ of `C' = C + δ·mean(diag C)·I`, a share of the covariance's mean diagonal.
+        side: Of "corda": the directions of each layer's output (the paper's), of its input, or auto, the input where a layer
+            has more inputs than outputs. The default is the method's own.
+        beta: Of "sc-lora": the weight of the knowledge against the task, from 0 to 1. The default is 0.5.
+        dynamic_rank: Share the parameters out over the matrices by compactness (CorDA++). Takes the exact route.
+        budget: With `dynamic_rank`: trainable parameters, `Σ (out + inp) · rank`, in place of as many as `rank` has.
+        min_rank: With `dynamic_rank`: no matrix gets less; a number, or a mapping from names of matrices to numbers.
+        max_rank: With `dynamic_rank`: no matrix gets more; a number, or a mapping from names of matrices to numbers.
+        dynamic_covariance: Each matrix takes the best of its calibration rounds (CorDA++).
+        route: How matrices are decomposed: exact, fast (the wanted components alone), or auto by their size.
+        seed: Of what is random: LoRA's A, the fast route's starting block.
+    """
+
+    rank: Count = 16
+    a_norm: Positive | None = None
+    damping: NotNegative = 1e-4
+    side: SideChoice | None = None
+    beta: Portion | None = None
+    dynamic_rank: bool = False
+    budget: Count | None = None
+    min_rank: Count | Mapping[str, Count] = 1
+    max_rank: Count | Mapping[str, Count] | None = None
+    dynamic_covariance: bool = False
+    route: Route = "auto"
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least, most = self.min_rank, self.max_rank
+        if isinstance(least, int) and isinstance(most, int) and most < least:
+            raise CordaError(f"max_rank {most} is below min_rank {least}")
+
+
+class DecompositionKeywords(SiteKeywords, total=False):
+    """`DecompositionOptions` as keywords of a function."""
+
+    rank: int
+    a_norm: float | None
+    damping: float
+    side: SideChoice | None
+    beta: float | None
+    dynamic_rank: bool
+    budget: int | None
+    min_rank: int | Mapping[str, int]
+    max_rank: int | Mapping[str, int] | None
+    dynamic_covariance: bool
+    route: Route
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(DecompositionOptions):
+    """What `plan_adapter` and the verb `plan` may be asked for.
+
+    Attributes:
+        method: How the directions are found: corda, pissa, milora, olora, sc-lora or lora-null.
+        mode: Of "corda": kpm adapts what the calibration data uses least, to keep it; ipm what it uses most, to learn it.
+    """
+
+    method: Text = "corda"
+    mode: Mode = "kpm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_plan(self.method, self)
+
+
+def check_plan(method: str, options: DecompositionOptions) -> None:
+    """Raise a `CordaError` for an option that a method of planning does not take."""
+    if method not in PLAN_METHODS:
+        raise UnknownNameError("plan method", method, PLAN_METHODS)
+    basis = PLAN_METHODS[method]
+    if options.side is not None and not basis.free_side:
+        raise CordaError(
+            f"method {method!r} has its directions on the {basis.side} side and no choice; leave side= out, or take "
+            f"one of {', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.free_side))}"
+        )
+    if options.beta is not None and not basis.contrast:
+        raise CordaError(
+            f"beta weighs two covariances, and method {method!r} does not; leave it out, or take one of "
+            f"{', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.contrast))}"
+        )
+    dynamic = options.dynamic_rank or options.dynamic_covariance
+    if dynamic and (basis.contrast or not basis.needs_store):
+        raise CordaError(
+            f"dynamic_rank and dynamic_covariance weigh covariances one by one, which method {method!r} does not use so; "
+            "take method='corda' or leave them off"
+        )
+
+
+class PlanKeywords(DecompositionKeywords, total=False):
+    """`PlanOptions` as keywords of a function."""
+
+    method: str
+    mode: Mode
