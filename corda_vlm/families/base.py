@@ -199,6 +199,10 @@ class Loaded:
 # ------------------------------------------------------------------ shared by the families
 
 
+Layers = tuple[tuple[str, str, str], ...]
+"""(path in a block, role, stream in the block) of each weight matrix."""
+
+
 def block_rules(path: str, tower: str, layers: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
     """The rules of the blocks `<path>.<n>` of a tower.
 
@@ -207,9 +211,13 @@ def block_rules(path: str, tower: str, layers: Iterable[tuple[str, str, str]]) -
         layers: for each weight matrix of a block its path in it ("self_attn.q_proj"), its role ("q"), and its stream
             within the block ("attn.in").
     """
-    block = rf"(?P<prefix>{path}\.(?P<block>\d+))"
+    return part_rules(rf"{path}\.(?P<block>\d+)", tower, layers)
+
+
+def part_rules(path: str, tower: str, layers: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
+    """The rules of the part `<path>` of a tower, e.g. its pooling head; `layers` as of `block_rules`."""
     return tuple(
-        Rule(rf"{block}\.{re.escape(layer)}", tower, role, f"{{prefix}}.{stream}")
+        Rule(rf"(?P<prefix>{path})\.{re.escape(layer)}", tower, role, f"{{prefix}}.{stream}")
         for layer, role, stream in layers
     )
 

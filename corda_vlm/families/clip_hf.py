@@ -20,10 +20,13 @@ from corda_vlm.families.base import (
     Batch,
     Contrastive,
     Family,
+    Layers,
     Processor,
     Rule,
+    block_rules,
     class_of,
     no_tower,
+    part_rules,
     run_towers,
     token_mask,
     unwrap,
@@ -56,40 +59,35 @@ _SIGLIP = tuple(
 # ------------------------------------------------------------------ rules
 
 
-def _tower(prefix: str, tower: str) -> tuple[Rule, ...]:
-    """The blocks of one tower: `<prefix>.encoder.layers.<n>.{self_attn,mlp}`."""
-    block = rf"(?P<prefix>{prefix}\.encoder\.layers\.(?P<block>\d+))"
-    attention = tuple(
-        Rule(rf"{block}\.self_attn\.{role}_proj", tower, role, "{prefix}.attn.in")
-        for role in ("q", "k", "v")
-    )
-    return (
-        *attention,
-        Rule(rf"{block}\.self_attn\.out_proj", tower, "o", "{prefix}.attn.out"),
-        Rule(rf"{block}\.mlp\.fc1", tower, "up", "{prefix}.mlp.in"),
-        Rule(rf"{block}\.mlp\.fc2", tower, "down", "{prefix}.mlp.mid"),
-    )
-
+_MLP: Layers = (("mlp.fc1", "up", "mlp.in"), ("mlp.fc2", "down", "mlp.mid"))
+_BLOCK: Layers = (
+    *((f"self_attn.{role}_proj", role, "attn.in") for role in ("q", "k", "v")),
+    ("self_attn.out_proj", "o", "attn.out"),
+    *_MLP,
+)
+# The pooling head attends from one learned probe to the tokens: q reads the probe, k and v read the tokens.
+_HEAD: Layers = (
+    ("attention.q_proj", "q", "attn.probe"),
+    ("attention.k_proj", "k", "attn.in"),
+    ("attention.v_proj", "v", "attn.in"),
+    ("attention.out_proj", "o", "attn.out"),
+    *_MLP,
+)
+_TEXT = block_rules(r"text_model\.encoder\.layers", "text", _BLOCK)
+_VISION = block_rules(r"vision_model\.encoder\.layers", "vision", _BLOCK)
 
 _CLIP_RULES = (
-    *_tower("text_model", "text"),
-    *_tower("vision_model", "vision"),
+    *_TEXT,
+    *_VISION,
     Rule(r"visual_projection", "vision", "proj", "visual_projection.in"),
     Rule(r"text_projection", "text", "proj", "text_projection.in"),
 )
 
-# The pooling head attends from one learned probe to the tokens: q reads the probe, k and v read the tokens.
-_HEAD = r"(?P<prefix>vision_model\.head)"
 _SIGLIP_RULES = (
-    *_tower("text_model", "text"),
+    *_TEXT,
     Rule(r"text_model\.head", "text", "proj", "text_model.head.in"),
-    *_tower("vision_model", "vision"),
-    Rule(rf"{_HEAD}\.attention\.q_proj", "vision", "q", "{prefix}.attn.probe"),
-    Rule(rf"{_HEAD}\.attention\.k_proj", "vision", "k", "{prefix}.attn.in"),
-    Rule(rf"{_HEAD}\.attention\.v_proj", "vision", "v", "{prefix}.attn.in"),
-    Rule(rf"{_HEAD}\.attention\.out_proj", "vision", "o", "{prefix}.attn.out"),
-    Rule(rf"{_HEAD}\.mlp\.fc1", "vision", "up", "{prefix}.mlp.in"),
-    Rule(rf"{_HEAD}\.mlp\.fc2", "vision", "down", "{prefix}.mlp.mid"),
+    *_VISION,
+    *part_rules(r"vision_model\.head", "vision", _HEAD),
 )
 
 

@@ -20,9 +20,12 @@ from corda_vlm.families.base import (
     Batch,
     Contrastive,
     Family,
+    Layers,
     Processor,
     Rule,
+    block_rules,
     class_of,
+    part_rules,
     run_towers,
     token_mask,
     unwrap,
@@ -34,113 +37,88 @@ from corda_vlm.files import read_json
 # ------------------------------------------------------------------ rules
 
 
-def _own_tower(path: str, tower: str) -> tuple[Rule, ...]:
-    """The blocks of open_clip's own transformers."""
-    block = rf"(?P<prefix>{path}\.resblocks\.(?P<block>\d+))"
+def _attention(path: str, names: tuple[str, str, str], out: str) -> Layers:
+    """Attention of three linear layers and its output: their paths, and their streams beside each other."""
+    roles = zip(("q", "k", "v"), names, strict=True)
     return (
-        *(
-            Rule(rf"{block}\.attn\.{role}_proj", tower, role, "{prefix}.attn.in")
-            for role in ("q", "k", "v")
-        ),
-        Rule(rf"{block}\.attn\.out_proj", tower, "o", "{prefix}.attn.out"),
-        Rule(rf"{block}\.mlp\.c_fc", tower, "up", "{prefix}.mlp.in"),
-        Rule(rf"{block}\.mlp\.c_proj", tower, "down", "{prefix}.mlp.mid"),
+        *((f"{path}.{name}", role, "attn.in") for role, name in roles),
+        (out, "o", "attn.out"),
     )
 
 
-def _pool(path: str) -> tuple[Rule, ...]:
-    """open_clip's `AttentionalPooler`: q reads learned queries, k and v read the tokens."""
-    pool = rf"(?P<prefix>{path})\.attn"
-    return (
-        Rule(rf"{pool}\.q_proj", "vision", "q", "{prefix}.attn.probe"),
-        Rule(rf"{pool}\.k_proj", "vision", "k", "{prefix}.attn.in"),
-        Rule(rf"{pool}\.v_proj", "vision", "v", "{prefix}.attn.in"),
-        Rule(rf"{pool}\.out_proj", "vision", "o", "{prefix}.attn.out"),
-    )
+_QKV = ("q_proj", "k_proj", "v_proj")
 
+# open_clip's own transformers, and its `AttentionalPooler`, whose q reads learned queries, k and v the tokens
+_OWN: Layers = (
+    *_attention("attn", _QKV, "attn.out_proj"),
+    ("mlp.c_fc", "up", "mlp.in"),
+    ("mlp.c_proj", "down", "mlp.mid"),
+)
+_POOL: Layers = (
+    ("attn.q_proj", "q", "attn.probe"),
+    ("attn.k_proj", "k", "attn.in"),
+    ("attn.v_proj", "v", "attn.in"),
+    ("attn.out_proj", "o", "attn.out"),
+)
 
-def _timm_tower() -> tuple[Rule, ...]:
-    """timm: plain, EVA and ViTamin transformers; the stages of Swin, ConvNeXt and FastViT; the latent pooling
-    head; the projection.
-    """
-    plain = r"(?P<prefix>visual\.trunk\.blocks\.(?P<block>\d+))"
-    staged = r"(?P<prefix>visual\.trunk\.(?:stages|layers)\.\d+\.blocks\.\d+)"
-    pool = r"(?P<prefix>visual\.trunk\.attn_pool)"
-    rules: list[Rule] = []
-    for block in (plain, staged):
-        rules += [
-            Rule(rf"{block}\.(?:attn|token_mixer)\.qkv", "vision", "qkv", "{prefix}.attn.in"),
-            *(
-                Rule(rf"{block}\.attn\.{role}_proj", "vision", role, "{prefix}.attn.in")
-                for role in ("q", "k", "v")
-            ),
-            Rule(rf"{block}\.(?:attn|token_mixer)\.proj", "vision", "o", "{prefix}.attn.out"),
-            *_timm_mlp(block),
-        ]
-    rules += [
-        Rule(rf"{pool}\.q", "vision", "q", "{prefix}.attn.probe"),
-        Rule(rf"{pool}\.kv", "vision", "kv", "{prefix}.attn.in"),
-        Rule(rf"{pool}\.proj", "vision", "o", "{prefix}.attn.out"),
-        *_timm_mlp(pool),
-        Rule(r"visual\.trunk\.head(?:\.fc)?", "vision", "proj", "visual.trunk.head.in"),
-        Rule(r"visual\.head\.proj", "vision", "proj", "visual.head.in"),
-        Rule(r"visual\.head\.mlp\.fc1", "vision", "proj", "visual.head.in"),
-        Rule(r"visual\.head\.mlp\.fc2", "vision", "proj", "visual.head.mid"),
-    ]
-    return tuple(rules)
+# timm: plain, EVA and ViTamin transformers; the stages of Swin, ConvNeXt and FastViT; the latent pooling head
+_TIMM_MLP: Layers = (
+    *((f"mlp.{name}", "gate", "mlp.in") for name in ("fc1_g", "w0")),
+    *((f"mlp.{name}", "up", "mlp.in") for name in ("fc1", "fc1_x", "w1")),
+    *((f"mlp.{name}", "down", "mlp.mid") for name in ("fc2", "w2")),
+)
+_TIMM: Layers = (
+    ("attn.qkv", "qkv", "attn.in"),
+    ("token_mixer.qkv", "qkv", "attn.in"),
+    *_attention("attn", _QKV, "attn.proj"),
+    ("token_mixer.proj", "o", "attn.out"),
+    *_TIMM_MLP,
+)
+_TIMM_POOL: Layers = (
+    ("q", "q", "attn.probe"),
+    ("kv", "kv", "attn.in"),
+    ("proj", "o", "attn.out"),
+    *_TIMM_MLP,
+)
 
-
-def _timm_mlp(block: str) -> tuple[Rule, ...]:
-    return (
-        Rule(rf"{block}\.mlp\.(?:fc1_g|w0)", "vision", "gate", "{prefix}.mlp.in"),
-        Rule(rf"{block}\.mlp\.(?:fc1|fc1_x|w1)", "vision", "up", "{prefix}.mlp.in"),
-        Rule(rf"{block}\.mlp\.(?:fc2|w2)", "vision", "down", "{prefix}.mlp.mid"),
-    )
-
-
-def _hf_text_tower() -> tuple[Rule, ...]:
-    """BERT, RoBERTa, XLM-R; T5 and mT5 encoders; M2M-100 encoders."""
-    bert = r"(?P<prefix>text\.transformer\.encoder\.layer\.(?P<block>\d+))"
-    t5 = r"(?P<prefix>text\.transformer\.block\.(?P<block>\d+))\.layer"
-    m2m = r"(?P<prefix>text\.transformer\.(?:encoder\.)?layers\.(?P<block>\d+))"
-    named = {"q": "query", "k": "key", "v": "value"}
-    return (
-        *(
-            Rule(rf"{bert}\.attention\.self\.{word}", "text", role, "{prefix}.attn.in")
-            for role, word in named.items()
-        ),
-        Rule(rf"{bert}\.attention\.output\.dense", "text", "o", "{prefix}.attn.out"),
-        Rule(rf"{bert}\.intermediate\.dense", "text", "up", "{prefix}.mlp.in"),
-        Rule(rf"{bert}\.output\.dense", "text", "down", "{prefix}.mlp.mid"),
-        *(
-            Rule(rf"{t5}\.0\.SelfAttention\.{role}", "text", role, "{prefix}.attn.in")
-            for role in ("q", "k", "v")
-        ),
-        Rule(rf"{t5}\.0\.SelfAttention\.o", "text", "o", "{prefix}.attn.out"),
-        Rule(rf"{t5}\.1\.DenseReluDense\.wi_0", "text", "gate", "{prefix}.mlp.in"),
-        Rule(rf"{t5}\.1\.DenseReluDense\.wi(?:_1)?", "text", "up", "{prefix}.mlp.in"),
-        Rule(rf"{t5}\.1\.DenseReluDense\.wo", "text", "down", "{prefix}.mlp.mid"),
-        *(
-            Rule(rf"{m2m}\.self_attn\.{role}_proj", "text", role, "{prefix}.attn.in")
-            for role in ("q", "k", "v")
-        ),
-        Rule(rf"{m2m}\.self_attn\.out_proj", "text", "o", "{prefix}.attn.out"),
-        Rule(rf"{m2m}\.fc1", "text", "up", "{prefix}.mlp.in"),
-        Rule(rf"{m2m}\.fc2", "text", "down", "{prefix}.mlp.mid"),
-        Rule(r"text\.transformer\.pooler\.dense", "text", "proj", "text.pooler.in"),
-        Rule(r"text\.proj(?:\.0)?", "text", "proj", "text.proj.in"),
-        Rule(r"text\.proj\.2", "text", "proj", "text.proj.mid"),
-    )
-
+# Hugging Face text towers: BERT, RoBERTa, XLM-R; T5 and mT5 encoders; M2M-100 encoders
+_BERT: Layers = (
+    *_attention("attention.self", ("query", "key", "value"), "attention.output.dense"),
+    ("intermediate.dense", "up", "mlp.in"),
+    ("output.dense", "down", "mlp.mid"),
+)
+_T5: Layers = (
+    *_attention("layer.0.SelfAttention", ("q", "k", "v"), "layer.0.SelfAttention.o"),
+    ("layer.1.DenseReluDense.wi_0", "gate", "mlp.in"),
+    ("layer.1.DenseReluDense.wi", "up", "mlp.in"),
+    ("layer.1.DenseReluDense.wi_1", "up", "mlp.in"),
+    ("layer.1.DenseReluDense.wo", "down", "mlp.mid"),
+)
+_M2M: Layers = (
+    *_attention("self_attn", _QKV, "self_attn.out_proj"),
+    ("fc1", "up", "mlp.in"),
+    ("fc2", "down", "mlp.mid"),
+)
 
 _RULES = (
-    *_own_tower(r"visual\.transformer", "vision"),
-    *_pool(r"visual\.attn_pool(?:_contrastive)?"),
-    *_timm_tower(),
-    *_own_tower(r"(?:text\.)?transformer", "text"),
+    *block_rules(r"visual\.transformer\.resblocks", "vision", _OWN),
+    *part_rules(r"visual\.attn_pool(?:_contrastive)?", "vision", _POOL),
+    *block_rules(r"visual\.trunk\.blocks", "vision", _TIMM),
+    *part_rules(r"visual\.trunk\.(?:stages|layers)\.\d+\.blocks\.\d+", "vision", _TIMM),
+    *part_rules(r"visual\.trunk\.attn_pool", "vision", _TIMM_POOL),
+    Rule(r"visual\.trunk\.head(?:\.fc)?", "vision", "proj", "visual.trunk.head.in"),
+    Rule(r"visual\.head\.proj", "vision", "proj", "visual.head.in"),
+    Rule(r"visual\.head\.mlp\.fc1", "vision", "proj", "visual.head.in"),
+    Rule(r"visual\.head\.mlp\.fc2", "vision", "proj", "visual.head.mid"),
+    *block_rules(r"(?:text\.)?transformer\.resblocks", "text", _OWN),
     # A bare parameter unless the model was made with a bias on it; only the nn.Linear is a site.
     Rule(r"(?:text\.)?text_projection", "text", "proj", "text_projection.in"),
-    *_hf_text_tower(),
+    *block_rules(r"text\.transformer\.encoder\.layer", "text", _BERT),
+    *block_rules(r"text\.transformer\.block", "text", _T5),
+    *block_rules(r"text\.transformer\.(?:encoder\.)?layers", "text", _M2M),
+    Rule(r"text\.transformer\.pooler\.dense", "text", "proj", "text.pooler.in"),
+    Rule(r"text\.proj(?:\.0)?", "text", "proj", "text.proj.in"),
+    Rule(r"text\.proj\.2", "text", "proj", "text.proj.mid"),
 )
 
 

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from corda_vlm.families import llm
-from corda_vlm.families.base import Family, Generative, Rule, block_rules
+from corda_vlm.families.base import Family, Generative, Layers, Rule, block_rules
 from corda_vlm.families.generative import decoder
 from corda_vlm.families.llava_names import to_transformers
-from corda_vlm.families.llm import QKV, Layers
+from corda_vlm.families.llm import QKV
 
 _MLP: Layers = (("mlp.fc1", "up", "mlp.in"), ("mlp.fc2", "down", "mlp.mid"))
 

@@ -17,12 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from corda_vlm.families.base import Family, Generative, Rule, block_rules, class_of
+from corda_vlm.families.base import Family, Generative, Layers, Rule, block_rules, class_of
 from corda_vlm.families.generative import decoder
 from corda_vlm.families.loading.hub import reads
-
-Layers = tuple[tuple[str, str, str], ...]
-"""(path in a block, role, stream in the block) of each weight matrix; see `base.block_rules`."""
 
 QKV: Layers = tuple((f"self_attn.{role}_proj", role, "attn.in") for role in ("q", "k", "v"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,26 @@ def _usable(device: str | torch.device) -> torch.device:
         ) from error
 
 
+@contextmanager
+def _explained(what: str, failure: str, remedy: str = "") -> Iterator[None]:
+    """Errors of the libraries that load models, which are of every kind, become ours.
+
+    Raises:
+        RemoteCodeError: `what`, the model, wants code of its own to be run.
+        CordaError: `failure`, the error, and `remedy`.
+    """
+    try:
+        yield
+    except CordaError:
+        raise
+    except Exception as error:
+        if wants_code(error):
+            raise RemoteCodeError(f"{what} {REFUSAL}") from error
+        raise CordaError(
+            f"{failure} ({type(error).__name__}: {first_line(error)}){remedy}"
+        ) from error
+
+
 _Parts = tuple[nn.Module, Processor, Family]
 
 
@@ -137,17 +159,12 @@ def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
             "open_clip_model.safetensors) or those of transformers (config.json with a known model_type, and "
             f"model.safetensors). {_of_unknown_type(folder)}{hint}"
         )
-    try:
+    what = f"the model in {folder}"
+    with _explained(
+        what,
+        f"{what} does not load as {found.name}; its files may be truncated or belong to another model",
+    ):
         loaded = how.load(found, folder)
-    except CordaError:
-        raise
-    except Exception as error:  # a library's own errors are of every kind
-        if wants_code(error):
-            raise RemoteCodeError(f"the model in {folder} {REFUSAL}") from error
-        raise CordaError(
-            f"the model in {folder} does not load as {found.name}; its files may be truncated or belong to "
-            f"another model ({type(error).__name__}: {first_line(error)})"
-        ) from error
     # Afterwards, as what the configuration refuses need not be read. A bit that flipped stops no library.
     for weights in sorted(folder.glob("*.safetensors")):
         check_tensors(weights, "model weights", "export or download them again")
@@ -192,17 +209,13 @@ def _hub_family(source: str) -> Family:
 
 
 def _load_remote(family: Family | None, source: str, how: _How) -> _Parts:
-    try:
+    with _explained(
+        f"the model {source!r}",
+        f"could not load {source!r} from its hub",
+        ", and no folder of that name is here. Check the name and the network, or download it and give its folder. "
+        + FORMS,
+    ):
         model, processor = how.load(family or _hub_family(source), source)
-    except CordaError:
-        raise
-    except Exception as error:  # a library's own errors are of every kind
-        if wants_code(error):
-            raise RemoteCodeError(f"the model {source!r} {REFUSAL}") from error
-        raise CordaError(
-            f"could not load {source!r} from its hub ({type(error).__name__}: {first_line(error)}), and no folder "
-            f"of that name is here. Check the name and the network, or download it and give its folder. {FORMS}"
-        ) from error
     return (
         model,
         processor,
