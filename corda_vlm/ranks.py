@@ -39,7 +39,7 @@ def compactness(
     Raises:
         CordaError: NaN or Inf, zero, not positive semi-definite, or singular at `damping=0`.
     """
-    eigenvalues = torch.linalg.eigvalsh(_normalised(covariance))  # (d,) ascending
+    eigenvalues = torch.linalg.eigvalsh(_normalized(covariance))  # (d,) ascending
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     # Damped here, not before: rounding below zero must not eat the damping up.
     low, high = ((max(value, 0.0) + damping) / (1 + damping) for value in (smallest, largest))
@@ -80,7 +80,7 @@ def spectrum(
     below the root of float64's precision (1e-8 of the largest) the square holds nothing but rounding.
     """
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
-    oriented = weight.detach().to(device, torch.float64) @ _normalised(
+    oriented = weight.detach().to(device, torch.float64) @ _normalized(
         covariance.to(device), damping
     )
     return torch.linalg.svdvals(oriented).cpu()
@@ -271,7 +271,7 @@ def allocate_ranks(
     return {site: shared[site] for site in spectra}
 
 
-def _normalised(covariance: Float[Tensor, "d d"], damping: float = 0.0) -> Float[Tensor, "d d"]:
+def _normalized(covariance: Float[Tensor, "d d"], damping: float = 0.0) -> Float[Tensor, "d d"]:
     """`C'` in float64 at mean diagonal 1."""
     matrix = covariance.detach().double()
     mean = float(matrix.diagonal().mean())
@@ -301,7 +301,7 @@ def _checked(spectrum: Tensor, compactness: float, full: int, what: str) -> tupl
     if not 1 <= compactness < math.inf:
         raise CordaError(
             f"{what}: its compactness {compactness:g} is not a finite number of 1 or more; take it from "
-            "`corda_vlm.ranks.compactness`, which normalises and damps the covariance"
+            "`corda_vlm.ranks.compactness`, which normalizes and damps the covariance"
         )
     return sigma, math.log(compactness)
 

@@ -2,7 +2,7 @@
 
 PEFT finds the directions by an incremental PCA over a data loader, which centres the activations: they are the
 eigenvectors of `C − μ μᵀ`, which a covariance store has in full. So the loader is not needed here, nor its
-approximation; the ranks are shared out as PEFT does it, and PEFT initialises and re-ranks its layers.
+approximation; the ranks are shared out as PEFT does it, and PEFT initializes and re-ranks its layers.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def knowledge_energy(
 ) -> float:
     """`‖B A C‖_F` of `delta = (B, A)`, in float64.
 
-    What KPM minimises and IPM maximises among all `Q Q^T W` of the same rank. Pass `damp(C, damping)` for
+    What KPM minimizes and IPM maximizes among all `Q Q^T W` of the same rank. Pass `damp(C, damping)` for
     the energy under `C'`.
     """
     b, a = (factor.double() for factor in delta)

@@ -16,7 +16,7 @@ from corda_vlm.experiment.spec import Experiment
 from corda_vlm.files import check_path, clear, entries, read_json, write_json, write_text
 from corda_vlm.progress import note
 from corda_vlm.run_files import BEGUN, CONFIG, MADE_FROM, MARKER, PATTERNS, PLAN
-from corda_vlm.train.options import HARMLESS
+from corda_vlm.train.options import RESUME_SAFE_OPTIONS
 
 _MARK = {"made by": "corda-vlm run"}
 
@@ -186,11 +186,11 @@ def _decisive(experiment: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **without(experiment, "title", "seeds"),
         "evaluation": without(experiment["evaluation"], "scales"),
-        "training": without(experiment["training"], *HARMLESS),
+        "training": without(experiment["training"], *RESUME_SAFE_OPTIONS),
         "variants": {
             name: {
                 **without(variant, "learning_rates", "scales"),
-                "training": without(variant["training"], *HARMLESS),
+                "training": without(variant["training"], *RESUME_SAFE_OPTIONS),
             }
             for name, variant in experiment["variants"].items()
         },

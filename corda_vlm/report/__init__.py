@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
-    from corda_vlm.report.analysis.compare import against, choose, compare, dominates
+    from corda_vlm.report.analysis.choose import choose
+    from corda_vlm.report.analysis.compare import against, compare, dominates
     from corda_vlm.report.analysis.convergence import steps_to_loss
     from corda_vlm.report.analysis.findings import leading_finding
     from corda_vlm.report.analysis.results import Results
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Results": "analysis.results",
     "against": "analysis.compare",
-    "choose": "analysis.compare",
+    "choose": "analysis.choose",
     "compare": "analysis.compare",
     "dominates": "analysis.compare",
     "leading_finding": "analysis.findings",

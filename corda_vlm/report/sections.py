@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.names import listed
-from corda_vlm.report.analysis.compare import Comparison, Dominance, choose, compare
+from corda_vlm.report.analysis.choose import choose
+from corda_vlm.report.analysis.compare import Comparison, Dominance, compare
 from corda_vlm.report.analysis.convergence import convergence, read_histories
 from corda_vlm.report.analysis.findings import (
     SCALED_REFERENCE,

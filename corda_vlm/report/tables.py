@@ -10,9 +10,11 @@ import numpy as np
 from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.evaluation.scores import NO_SHARE, value_text
 from corda_vlm.names import listed
-from corda_vlm.report.analysis.compare import Choice, Comparison, Dominance
+from corda_vlm.report.analysis.choose import Choice
+from corda_vlm.report.analysis.compare import Comparison, Dominance
 from corda_vlm.report.analysis.convergence import Convergence
-from corda_vlm.report.analysis.results import BASE, REFERENCE, Results, Setting
+from corda_vlm.report.analysis.curve import Setting
+from corda_vlm.report.analysis.results import BASE, REFERENCE, Results
 from corda_vlm.report.document import Table
 from corda_vlm.report.words import ABSENT, over_all_told, percent, shown_of, signed
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from corda_vlm.evaluation.bootstrap import Interval
-from corda_vlm.report.analysis.results import Setting
+from corda_vlm.report.analysis.curve import Setting
 
 ABSENT = "–"
 OVER_ALL = (

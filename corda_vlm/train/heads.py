@@ -49,7 +49,7 @@ class Head(nn.Module):
         self.register_buffer("start", start, persistent=False)  # no part of what is trained
 
     def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b classes"]:
-        """Logits of image features, normalised or not.
+        """Logits of image features, normalized or not.
 
         Raises:
             CordaError: the features are of another width than the head's.

@@ -32,7 +32,7 @@ from corda_vlm.train.heads import Template
 from corda_vlm.train.history import read_history
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.objectives import Objective, make_objective
-from corda_vlm.train.options import HARMLESS, TrainOptions, TrainResult
+from corda_vlm.train.options import RESUME_SAFE_OPTIONS, TrainOptions, TrainResult
 from corda_vlm.train.penalty import Penalty
 from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.trainer import make_trainer
@@ -91,7 +91,7 @@ def train(
         anchor: of `anchor_penalty(model, store)`, built before this call, as an interrupted training's weights are
             loaded here. In the history, as the forecast of forgetting.
         anchor_weight: the loss gets so many times the anchor; with 0 it is only in the history.
-        anchor_every: only at every so many steps, with so many times the weight, see `PenaltyMixin.penalise`.
+        anchor_every: only at every so many steps, with so many times the weight, see `PenaltyMixin.penalize`.
         extra_loss: another term of the loss that looks at the weights; in the history, unweighted.
         extra_weight: its weight.
         show_progress: a progress bar with loss, rate and throughput.
@@ -168,7 +168,7 @@ def train(
     if anchor is not None:
         trainer.anchor_to(anchor, anchor_weight, every=anchor_every)
     if extra_loss is not None:
-        trainer.penalise("extra_loss", extra_loss, extra_weight)
+        trainer.penalize("extra_loss", extra_loss, extra_weight)
     watch.trainer = trainer
     checkpoint = last_checkpoint(output)
     with as_it_was(model), less_memory, watch.interrupts:
@@ -228,7 +228,9 @@ def _plan(
 
 def _kept(options: TrainOptions) -> dict[str, Any]:
     """The options that decide about the weights, as JSON gives them back."""
-    kept = {name: value for name, value in asdict(options).items() if name not in HARMLESS}
+    kept = {
+        name: value for name, value in asdict(options).items() if name not in RESUME_SAFE_OPTIONS
+    }
     return json.loads(json.dumps(kept))
 
 

@@ -19,7 +19,7 @@ def contrastive_loss(
     """CLIP's symmetric cross-entropy over the pairs of a batch (Radford et al. 2021, figure 3).
 
     Args:
-        images, texts: features, normalised or not; row i of both is one pair.
+        images, texts: features, normalized or not; row i of both is one pair.
         scale: multiplies the cosines.
         text_ids: tokens of the texts. If given, pairs (i, j) of different records with equal tokens are
             left out of the negatives of both directions: text j is as right for image i as its own.

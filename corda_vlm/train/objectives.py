@@ -1,4 +1,4 @@
-"""What a training minimises: the loss of one batch, and whatever it trains besides the model."""
+"""What a training minimizes: the loss of one batch, and whatever it trains besides the model."""
 
 from __future__ import annotations
 

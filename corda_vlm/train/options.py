@@ -113,7 +113,7 @@ class TrainOptions(ChatOptions):
 
 _EPOCHS = 3.0
 
-HARMLESS = frozenset(
+RESUME_SAFE_OPTIONS = frozenset(
     {"eval_every", "save_every", "log_every", "cache_mb", "workers", "gradient_checkpointing"}
 )
 """Options that may differ between a training and its resumption, as they do not change the weights."""
@@ -127,7 +127,7 @@ class TrainResult:
         history: entries as in `history.jsonl`: step, epoch, seconds, loss, learning_rate, grad_norm,
             samples_per_second, anchor and extra_loss where there are such (without their weights, and no part of
             loss); and eval_loss, eval_accuracy on their own steps.
-        steps: optimiser steps done.
+        steps: optimizer steps done.
         seconds: spent in training, over all its resumptions.
         samples_per_second: images (or pairs) trained on a second, in the last run of it.
         weights: the folder of the final weights: an adapter as PEFT saves it, else `trained.safetensors`.

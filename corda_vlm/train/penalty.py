@@ -31,7 +31,7 @@ class _Term:
 
 
 class PenaltyMixin:
-    """Adds penalties to what a `transformers.Trainer` minimises, once for each optimiser step.
+    """Adds penalties to what a `transformers.Trainer` minimizes, once for each optimizer step.
 
         class Mine(PenaltyMixin, Trainer): pass
 
@@ -41,7 +41,7 @@ class PenaltyMixin:
     stay alike to the bit, also on machines that round differently. FSDP and DeepSpeed are refused.
     """
 
-    def penalise(self, name: str, penalty: Penalty, weight: float = 1.0, *, every: int = 1) -> None:
+    def penalize(self, name: str, penalty: Penalty, weight: float = 1.0, *, every: int = 1) -> None:
         """From now on, add `weight * penalty()`; `name` is its key in the logs, where it is not weighted.
 
         With weight 0 it is only logged, without gradients, and computed no more often than that.
@@ -63,11 +63,11 @@ class PenaltyMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             trains = getattr(self.optimizer, "train", None)  # type: ignore[attr-defined]
-            if callable(trains):  # schedule-free optimisers keep other weights for evaluations
+            if callable(trains):  # schedule-free optimizers keep other weights for evaluations
                 trains()
             for name, term in self._terms().items():
                 if term.weight > 0 and self.state.global_step % term.every == 0:  # type: ignore[attr-defined]
-                    self._minimise(name, term)
+                    self._minimize(name, term)
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -75,7 +75,7 @@ class PenaltyMixin:
             logs = {**logs, **{name: _mean(term) for name, term in self._terms().items()}}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def _minimise(self, name: str, term: _Term) -> None:
+    def _minimize(self, name: str, term: _Term) -> None:
         weight = term.every * term.weight
         # not `backward()` of its own: in float16 the accelerator scales gradients
         through = self.accelerator.backward  # type: ignore[attr-defined]
@@ -130,11 +130,11 @@ class AnchorMixin(PenaltyMixin):
             store: covariances of the knowledge, collected from the model before it was adapted; or an anchor that
                 was built already.
             weight: 0 only logs it, as a forecast of forgetting.
-            every: as in `penalise`; worth it for full fine-tuning on a CPU, where the anchor takes a tenth of a step.
+            every: as in `penalize`; worth it for full fine-tuning on a CPU, where the anchor takes a tenth of a step.
             sites, energy: as in `anchor_penalty`, which also says what is raised.
 
         Raises:
-            CordaError: as `penalise`; or processes of a distributed training whose matrices differ, on all of them.
+            CordaError: as `penalize`; or processes of a distributed training whose matrices differ, on all of them.
         """
         check_weight(weight, "anchor")
         _refuse_pieces(self, "anchor")
@@ -151,7 +151,7 @@ class AnchorMixin(PenaltyMixin):
             "Each would hold to another knowledge. Calibrate once, in one process (collect_covariance(..., path=...) or "
             "`corda-vlm calibrate`), and let every process load that file: CovarianceStore.load(path)",
         )
-        self.penalise("anchor", anchor, weight, every=every)
+        self.penalize("anchor", anchor, weight, every=every)
         return anchor
 
 

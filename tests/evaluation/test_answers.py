@@ -32,7 +32,7 @@ from corda_vlm.evaluation.tasks import qa, vqa
     ],
 )
 def test_vqa_normalisation(answer: str, normal: str) -> None:
-    assert vqa.normalise_answer(answer) == normal
+    assert vqa.normalize_answer(answer) == normal
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_vqa_accuracy_of_ten_people(agree: int, accuracy: float) -> None:
     st.sampled_from(["yes", "two", "the red"]),
 )
 def test_vqa_accuracy_is_the_mean_over_leaving_one_out(people: list[str], answer: str) -> None:
-    given_answer = vqa.normalise_answer(answer)
+    given_answer = vqa.normalize_answer(answer)
     each = []
     for one in range(len(people)):
         others = people[:one] + people[one + 1 :]

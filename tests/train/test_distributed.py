@@ -124,4 +124,4 @@ def test_deepspeed_and_wrapped_models_are_refused(weight, tmp_path):
         ):
             trainer.anchor_to(store, weight)
         with pytest.raises(CordaError, match="leaves each process a piece"):
-            trainer.penalise("x", lambda: torch.zeros(()), weight)
+            trainer.penalize("x", lambda: torch.zeros(()), weight)

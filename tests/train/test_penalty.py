@@ -293,18 +293,18 @@ def test_every_third_step_with_three_times_the_weight(tiny_clip_hf, tmp_path):
     first = next(tiny_clip_hf.vision_model.parameters()).detach().clone()
     trainer = trainer_of(tiny_clip_hf, tmp_path, steps=6)
     trainer.share = 0.0
-    trainer.penalise("sum", penalty, weight=2.0, every=3)
+    trainer.penalize("sum", penalty, weight=2.0, every=3)
     trainer.train()
     assert steps == [0, 3]
     moved = next(tiny_clip_hf.vision_model.parameters()).detach() - first
     assert torch.allclose(moved, torch.full_like(moved, -6 * 2.0 * 0.01), atol=1e-5)
     with pytest.raises(CordaError, match="every is 0"):
-        trainer.penalise("sum", penalty, every=0)
+        trainer.penalize("sum", penalty, every=0)
 
 
 def test_a_penalty_that_is_not_finite(tiny_clip_hf, tmp_path):
     trainer = trainer_of(tiny_clip_hf, tmp_path)
-    trainer.penalise("broken", lambda: torch.tensor(float("nan"), requires_grad=True))
+    trainer.penalize("broken", lambda: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(CordaError, match="'broken' is nan at step 1"):
         trainer.train()
 

@@ -85,7 +85,7 @@ class Encoder:
     def classifier(
         self, class_names: Sequence[str], templates: Sequence[str]
     ) -> Float[Tensor, "d classes"]:
-        """open_clip's zero-shot classifier: for each class the mean of its prompts' unit vectors, normalised."""
+        """open_clip's zero-shot classifier: for each class the mean of its prompts' unit vectors, normalized."""
         key = (tuple(class_names), tuple(templates))
         # Weights may change between evaluations that share a cache, but not those of a frozen text tower:
         # a few prompts show it, as any change of a weight changes their embeddings to the bit.

@@ -44,7 +44,7 @@ def generate(
     ids = {
         one for end in ends if end is not None for one in ([end] if isinstance(end, int) else end)
     }
-    # Named one by one: what is left out is filled in from the model's own, which may sample or penalise.
+    # Named one by one: what is left out is filled in from the model's own, which may sample or penalize.
     settings = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, min_new_tokens=0, temperature=1.0,
         top_k=50, top_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True,

@@ -27,7 +27,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:The|the|An|an|A|a) ")
 
 
-def normalise_answer(answer: str, articles: bool = False) -> str:
+def normalize_answer(answer: str, articles: bool = False) -> str:
     """An answer as it is compared: lower case, no punctuation, single spaces, and no articles unless `articles`.
 
     As in lm-evaluation-harness's NQ-open, articles are those with a space after them, not in capitals, taken out before
@@ -38,9 +38,9 @@ def normalise_answer(answer: str, articles: bool = False) -> str:
 
 
 def exact_match(answer: str, references: Sequence[str], *, articles: bool = False) -> float:
-    """1 if the normalised answer equals a normalised reference, else 0.
+    """1 if the normalized answer equals a normalized reference, else 0.
 
-    An answer of which normalisation leaves nothing is wrong, unless it is a reference letter by letter.
+    An answer of which normalization leaves nothing is wrong, unless it is a reference letter by letter.
 
     Raises:
         DataError: no reference.
@@ -49,8 +49,8 @@ def exact_match(answer: str, references: Sequence[str], *, articles: bool = Fals
         raise DataError("an answer cannot be judged without a reference")
     if answer in references:
         return 1.0
-    given = normalise_answer(answer, articles)
-    return float(bool(given) and given in {normalise_answer(one, articles) for one in references})
+    given = normalize_answer(answer, articles)
+    return float(bool(given) and given in {normalize_answer(one, articles) for one in references})
 
 
 @dataclass(frozen=True)

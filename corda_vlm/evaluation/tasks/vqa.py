@@ -76,7 +76,7 @@ _CONTRACTIONS = {spelt.replace("'", ""): spelt for spelt in _SINGLE.split()} | {
 }
 
 
-def normalise_answer(answer: str, articles: bool = False) -> str:
+def normalize_answer(answer: str, articles: bool = False) -> str:
     """An answer as the official VQA evaluation compares it: punctuation, numbers, articles, contractions.
 
     Punctuation that touches a space is deleted, other punctuation becomes a space; where the answer holds a number
@@ -104,9 +104,9 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     min(1, number who gave this answer / 3). Of fewer than four people, where three others cannot agree, it is the share of
     the others. With one reference: 1 if the two agree, else 0. (Ways to write one answer are for `exact_match`.)
 
-    Both sides are normalised. The official script leaves the people's answers as they are but for punctuation, and where
-    all agree even that, as VQA's own are normalised already; those of other data sets are not. An answer of which
-    normalisation leaves nothing keeps its articles ("A" is right where "a." is), and silence is never right.
+    Both sides are normalized. The official script leaves the people's answers as they are but for punctuation, and where
+    all agree even that, as VQA's own are normalized already; those of other data sets are not. An answer of which
+    normalization leaves nothing keeps its articles ("A" is right where "a." is), and silence is never right.
 
     Raises:
         DataError: no reference.
@@ -122,7 +122,7 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer, normalised, is one of the references, else 0; of none left see `vqa_accuracy`.
+    """1 if the answer, normalized, is one of the references, else 0; of none left see `vqa_accuracy`.
 
     Raises:
         DataError: no reference.
@@ -134,16 +134,16 @@ def _agrees(answer: str, references: Sequence[str]) -> list[bool]:
     """Whether each reference is the same answer."""
     if not references:
         raise DataError("an answer cannot be judged without a reference")
-    given = normalise_answer(answer)
+    given = normalize_answer(answer)
     if given:
-        return [given == normalise_answer(reference) for reference in references]
-    bare = normalise_answer(answer, articles=True)
-    return [bool(bare) and bare == normalise_answer(one, articles=True) for one in references]
+        return [given == normalize_answer(reference) for reference in references]
+    bare = normalize_answer(answer, articles=True)
+    return [bool(bare) and bare == normalize_answer(one, articles=True) for one in references]
 
 
 def answer_type(references: Sequence[str]) -> str:
     """One of `ANSWER_TYPES`, of the most frequent reference: "yes_no", "number" or "other"."""
-    own = [normalise_answer(reference) for reference in references]
+    own = [normalize_answer(reference) for reference in references]
     usual = max(own, key=own.count)
     if usual in ("yes", "no"):
         return "yes_no"
@@ -154,7 +154,7 @@ def answer_type(references: Sequence[str]) -> str:
 class Vqa(VqaOptions, Evaluator):
     """Questions about pictures, answered freely.
 
-    vqa_accuracy: see `vqa_accuracy`. exact_match: the share whose normalised answer is one of the normalised
+    vqa_accuracy: see `vqa_accuracy`. exact_match: the share whose normalized answer is one of the normalized
     references. accuracy_yes_no, accuracy_number, accuracy_other: vqa_accuracy over the questions of that type alone.
     """
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from corda_vlm.errors import ForeignFileError
-from corda_vlm.report.analysis.results import REFERENCE, Results, Setting
+from corda_vlm.report.analysis.curve import Setting
+from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.run_files import HISTORY
 from corda_vlm.train.history import read_history
 

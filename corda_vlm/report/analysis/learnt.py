@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from corda_vlm.evaluation.bootstrap import Interval
-from corda_vlm.report.analysis.results import REFERENCE, Results, Setting
+from corda_vlm.report.analysis.curve import Setting
+from corda_vlm.report.analysis.results import REFERENCE, Results
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from corda_vlm.evaluation.bootstrap import CONFIDENCE, RESAMPLES, Interval
-from corda_vlm.report.analysis.compare import Draw, SeedBootstrap
 from corda_vlm.report.analysis.results import REFERENCE, Results
+from corda_vlm.report.analysis.seeds import Draw, SeedBootstrap
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ def forecast_picture(results: Results, path: Path) -> Forecasts | None:
     axes = figure.subplots()
     for method in methods:
         of = drawable & np.array([name == method for name in found.methods])
-        colour, marker = look[method]
+        color, marker = look[method]
         names.append(shortened(method))
         axes.plot(
-            found.forecasts[of], found.kept[of], linestyle="", marker=marker, color=colour,
+            found.forecasts[of], found.kept[of], linestyle="", marker=marker, color=color,
             markersize=6.5, markeredgecolor="white", markeredgewidth=0.6, alpha=0.9, label=str(len(names)),
         )  # fmt: skip
     axes.set_xscale("log")

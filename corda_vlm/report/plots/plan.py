@@ -43,7 +43,7 @@ class _Measure:
     title: str
     of: Callable[[SitePlan], float | None]
     told: Callable[[float], str]
-    colours: str
+    colors: str
     log: bool
 
 
@@ -214,8 +214,8 @@ def _panels(
     widths = [len(grid.columns) for grid in grids]
     panels = part.subplots(1, len(grids), width_ratios=widths, squeeze=False)[0]
     # the lightest and the darkest shades hide their cell's edge, or its text
-    shades = colormaps[measure.colours](np.linspace(0.06, 0.9, 256))
-    colours = LinearSegmentedColormap.from_list(measure.colours, shades)
+    shades = colormaps[measure.colors](np.linspace(0.06, 0.9, 256))
+    colors = LinearSegmentedColormap.from_list(measure.colors, shades)
     told = [
         measure.told(v) for g in grids for s in g.cells.values() if (v := measure.of(s)) is not None
     ]
@@ -229,7 +229,7 @@ def _panels(
             values[at] = np.nan if value is None else value
         panel.set_facecolor("#ededed")
         image = panel.pcolormesh(
-            np.ma.masked_invalid(values), cmap=colours, norm=scale, edgecolors="white", linewidth=1
+            np.ma.masked_invalid(values), cmap=colors, norm=scale, edgecolors="white", linewidth=1
         )
         for (row, column), value in np.ndenumerate(values):
             if fits and np.isfinite(value):

@@ -1,4 +1,4 @@
-"""How pictures look: colours and markers that stay with a method, frames, and files."""
+"""How pictures look: colors and markers that stay with a method, frames, and files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from corda_vlm.files import atomic_write
 
-# Okabe and Ito's palette, then Tol's muted one: told apart with any colour vision. Marker and label repeat
-# what colour says.
-COLOURS = (
+# Okabe and Ito's palette, then Tol's muted one: told apart with any color vision. Marker and label repeat
+# what color says.
+COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
     "#332288", "#882255", "#117733", "#999933", "#666666", "#AA4499",
 )  # fmt: skip
@@ -51,17 +51,17 @@ class _PlainPowers(LogFormatter):
 
 
 def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Method -> (colour, marker): those of the demo always their own, the others what is left.
+    """Method -> (color, marker): those of the demo always their own, the others what is left.
 
-    From the thirteenth method on colours come again, with other markers.
+    From the thirteenth method on colors come again, with other markers.
     """
-    free = iter(range(len(FIRST), len(COLOURS) + len(methods)))
+    free = iter(range(len(FIRST), len(COLORS) + len(methods)))
     found = {}
     for method in methods:
         index = FIRST.index(method) if method in FIRST else next(free)
-        again = index // len(COLOURS)
+        again = index // len(COLORS)
         found[method] = (
-            COLOURS[index % len(COLOURS)],
+            COLORS[index % len(COLORS)],
             MARKERS[(index + 3 * again) % len(MARKERS)],
         )
     return found

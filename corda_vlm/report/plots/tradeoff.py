@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from corda_vlm.names import listed
+from corda_vlm.report.analysis.curve import Curve, Point, Setting, mean_point
 from corda_vlm.report.analysis.learnt import learnt, reference_learnt
-from corda_vlm.report.analysis.results import REFERENCE, Curve, Point, Results, Setting, mean_point
+from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.markup import shortened
 from corda_vlm.report.plots.labels import Words
 from corda_vlm.report.plots.style import FAINT, INK, frame, literal_text, percent_axis, save, styles
@@ -52,25 +53,25 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     curves: dict[str, dict[Setting, Point]] = {}
     ink: dict[str, list[np.ndarray]] = defaultdict(list)
     for method, settings in points.items():
-        colour, marker = look[method]
+        color, marker = look[method]
         means = {setting: mean_point(by_seed.values()) for setting, by_seed in settings.items()}
         unscaled = {s: p for s, p in means.items() if s.scale == 1.0}
         for setting, by_seed in settings.items():
             if setting.scale == 1.0 and len(by_seed) > 1:
                 axes.plot(
                     [p.task for p in by_seed.values()], [p.kept for p in by_seed.values()],
-                    linestyle="", marker=marker, markersize=4, color=colour, alpha=0.35, markeredgewidth=0,
+                    linestyle="", marker=marker, markersize=4, color=color, alpha=0.35, markeredgewidth=0,
                 )  # fmt: skip
         axes.plot(
             [p.task for p in unscaled.values()], [p.kept for p in unscaled.values()],
-            marker=marker, markersize=7.5, color=colour, linewidth=2, markeredgecolor="white", zorder=3,
+            marker=marker, markersize=7.5, color=color, linewidth=2, markeredgecolor="white", zorder=3,
         )  # fmt: skip
         if len(means) > len(unscaled):
             frontier = _envelope(means, base)
             ink[method].append(np.array([(p.task, p.kept) for p in frontier]))
             axes.plot(
                 [p.task for p in frontier], [p.kept for p in frontier],
-                linestyle=(0, (4, 2)), linewidth=1.4, color=colour, alpha=0.9, zorder=2,
+                linestyle=(0, (4, 2)), linewidth=1.4, color=color, alpha=0.9, zorder=2,
             )  # fmt: skip
         if unscaled:
             curves[method] = unscaled
@@ -173,8 +174,8 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
     for index, (panel, method) in enumerate(zip(panels.flat, order, strict=False)):
         if REFERENCE in points:
             _one(panel, means[REFERENCE], base, "#a8a8a8", "o", quiet=True)
-        colour, marker = look[method]
-        _one(panel, means[method], base, colour, marker)
+        color, marker = look[method]
+        _one(panel, means[method], base, color, marker)
         panel.plot(base.task, 1.0, marker="*", markersize=9, color=INK, linestyle="", zorder=4)
         told = ""
         if aim is not None:
@@ -183,7 +184,7 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
             panel.set_title(told, fontsize=10.5, loc="right", color=INK, pad=4)
         room = int((2.3 - 0.08 * len(told)) / 0.08)  # letters of this size beside the number
         name = shortened(method, room)
-        panel.set_title(name, fontsize=10, loc="left", color=colour, fontweight="bold", pad=4)
+        panel.set_title(name, fontsize=10, loc="left", color=color, fontweight="bold", pad=4)
         frame(panel)
         panel.tick_params(labelsize=8, labelbottom=index + columns >= len(order))
     first = panels[0, 0]
@@ -236,20 +237,20 @@ def _one(
     panel: Any,
     means: Mapping[Setting, Point],
     base: Point,
-    colour: str,
+    color: str,
     marker: str,
     quiet: bool = False,
 ) -> None:
     unscaled = [p for setting, p in means.items() if setting.scale == 1.0]
     panel.plot(
-        [p.task for p in unscaled], [p.kept for p in unscaled], color=colour, marker=marker,
+        [p.task for p in unscaled], [p.kept for p in unscaled], color=color, marker=marker,
         markersize=3.5 if quiet else 5.5, linewidth=1.1 if quiet else 1.8, markeredgecolor="white",
         markeredgewidth=0.5, zorder=2 if quiet else 3,
     )  # fmt: skip
     if _is_scaled(means):
         frontier = _envelope(means, base)
         panel.plot(
-            [p.task for p in frontier], [p.kept for p in frontier], color=colour,
+            [p.task for p in frontier], [p.kept for p in frontier], color=color,
             linestyle=(0, (4, 2)), linewidth=1.0 if quiet else 1.4, zorder=2,
         )  # fmt: skip
 

@@ -9,8 +9,10 @@ import pytest
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.report import Results, choose, dominates
-from corda_vlm.report.analysis.compare import Choice, SeedBootstrap, against, compare
-from corda_vlm.report.analysis.results import Curve, Point, Setting
+from corda_vlm.report.analysis.choose import Choice
+from corda_vlm.report.analysis.compare import against, compare
+from corda_vlm.report.analysis.curve import Curve, Point, Setting
+from corda_vlm.report.analysis.seeds import SeedBootstrap
 from corda_vlm.report.tables import chosen_table, dominance_table, equal_table
 
 

@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from corda_vlm.errors import DataError
 from corda_vlm.report import write_report
 from corda_vlm.report.analysis.compare import compare
-from corda_vlm.report.analysis.results import (
-    Curve,
-    Point,
-    Results,
-    Setting,
-    heights,
-    mean_height,
-)
+from corda_vlm.report.analysis.curve import Curve, Point, Setting, heights, mean_height
+from corda_vlm.report.analysis.results import Results
 
 
 def kept_at(
