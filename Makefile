@@ -46,7 +46,7 @@ test: lint types
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 docs: $(VENV)/.installed-dev
-	@$(BIN)/mkdocs build --quiet --strict --site-dir $(abspath dist/docs)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
 	@echo "dist/docs/index.html"
 
 matrix: $(BIN)/python
