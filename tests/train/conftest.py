@@ -9,7 +9,7 @@ from PIL import Image
 
 from corda_vlm.data import ImageTextData, load_records
 from corda_vlm.families import Processor
-from tests.evaluation.conftest import tiny_processor  # noqa: F401
+from tests.evaluation.conftest import colour_folder, tiny_processor  # noqa: F401
 
 
 def _image(picture: Image.Image) -> torch.Tensor:
