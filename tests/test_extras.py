@@ -68,7 +68,7 @@ def test_the_verbs_need_no_extra(tmp_path):
         ["sites", "emoji-clip"],
         ["calibrate", "emoji-clip", f"parquet:{data}", "--samples", "4", *TOWERS],
         [
-            "init",
+            "plan",
             "emoji-clip",
             "--covariance",
             "covariance.safetensors",
