@@ -25,7 +25,7 @@ class DecompositionOptions(SiteOptions):
         rank: Of every adapter; with `dynamic_rank` their budget: as many parameters as that rank everywhere.
         a_norm: The norm of each row of A at the start; B takes the inverse. It decides how far training strays from the
             planned directions (learning rates scale along). The default is the method's own: the paper's split.
-        damping: δ of `C' = C + δ·mean(diag C)·I`, a share of the covariance's mean diagonal.
+        damping: The δ of `C' = C + δ·mean(diag C)·I`, a share of the covariance's mean diagonal.
         side: Of "corda": the directions of each layer's output (the paper's), of its input, or auto, the input where a layer
             has more inputs than outputs. The default is the method's own.
         beta: Of "sc-lora": the weight of the knowledge against the task, from 0 to 1. The default is 0.5.
