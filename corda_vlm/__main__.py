@@ -385,13 +385,12 @@ def report(folder: str) -> None:
         folder: Of the run, e.g. runs/demo.
     """
     from corda_vlm.experiment.checks import check_file, check_folder
-    from corda_vlm.report.overview import write_overview
     from corda_vlm.run_files import SCORES, STUDY
 
     check_folder(folder, "run's", "give that of a run or a study, e.g. runs/demo")
     if not (Path(folder) / STUDY).is_file():
         check_file(Path(folder) / SCORES, "scores", "give the folder of a run or a study")
-    from corda_vlm.report import summary_table, write_report
+    from corda_vlm.report import summary_table, write_overview, write_report
 
     # Without the lock of the run, for an early look: each page and picture is written whole or not at all.
     if (Path(folder) / STUDY).is_file():
