@@ -16,8 +16,7 @@ from PIL import Image
 from corda_vlm.__main__ import VERBS, _show_warning, main
 from corda_vlm.command_line import Command
 from corda_vlm.errors import CordaError
-from corda_vlm.experiment.load import load_experiment
-from corda_vlm.experiment.study import is_study, load_study
+from corda_vlm.experiment.load import is_study, load_experiment, load_study
 from corda_vlm.files import asset
 
 DRAWINGS = "parquet:model_zoo/emoji-clip/data/noto.parquet"

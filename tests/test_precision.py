@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from corda_vlm import precision
 from corda_vlm.anchor import whole
 from corda_vlm.errors import UnknownNameError
+from corda_vlm.experiment import Experiment
 from corda_vlm.precision import Speeds, fast_dtype, speeds, takes_bf16
 
 SLOW, FAST = Speeds("cpu", 1.0, 30.0), Speeds("cpu", 5.0, 1.0)
@@ -193,70 +195,70 @@ def test_calibration_leaves_float32_where_bfloat16_is_fast(machine, tiny_clip_hf
 
 
 @pytest.fixture
-def laboratory(tiny_open_clip, tmp_path):
-    """Claims a folder for a run of the demo, with changes, and settles its precisions."""
+def begun(tiny_open_clip, tmp_path):
+    """Claims a folder for a run of the demo, with changes; gives the experiment, the folder and its settled precisions."""
     from corda_vlm.experiment.folder import claim
     from corda_vlm.experiment.load import load_experiment
-    from corda_vlm.experiment.runner import _Laboratory
-    from corda_vlm.families.base import Loaded
+    from corda_vlm.experiment.origin import settle_precisions
     from corda_vlm.files import asset
 
-    def begin(*overrides: str) -> _Laboratory:
-        lab = _Laboratory.__new__(_Laboratory)
+    def begin(*overrides: str) -> tuple[Experiment, Path, dict[str, bool]]:
         # the demo itself measures in float32
-        overrides = ("evaluation.bf16=auto", *overrides)
-        lab.experiment = load_experiment(asset("configs/demo.yaml"), overrides)
-        lab.folder, lab.sources = tmp_path / "run", {}
-        lab.loaded = Loaded.__new__(Loaded)
-        object.__setattr__(lab.loaded, "model", tiny_open_clip)
-        claim(lab.folder, lab.experiment, fresh=False)
-        lab.begin()
-        return lab
+        experiment = load_experiment(
+            asset("configs/demo.yaml"), ("evaluation.bf16=auto", *overrides)
+        )
+        folder = tmp_path / "run"
+        claim(folder, experiment, fresh=False)
+        return experiment, folder, settle_precisions(experiment, folder, tiny_open_clip)
 
     return begin
 
 
-def test_a_variant_that_leaves_it_open_is_asked_by_itself(machine, laboratory):
+def test_a_variant_that_leaves_it_open_is_asked_by_itself(machine, begun):
+    from corda_vlm.experiment.origin import options_of
+
     machine(SLOW)
     with pytest.warns(UserWarning, match="bf16 is on"):
-        lab = laboratory("training.bf16=true", "variants.full.training.bf16=auto")
-    of = {t.variant: lab._options(t).bf16 for t in lab.experiment.trainings()}
+        experiment, folder, settled = begun(
+            "training.bf16=true", "variants.full.training.bf16=auto"
+        )
+    of = {
+        t.variant: options_of(t, experiment, folder, settled).bf16 for t in experiment.trainings()
+    }
     assert of.pop("full") is False
     assert set(of.values()) == {True}
 
 
-def test_a_run_that_goes_on_elsewhere_keeps_its_precision(machine, laboratory, recwarn):
-    from corda_vlm.experiment.runner import _AUTOCAST
+def test_a_run_that_goes_on_elsewhere_keeps_its_precision(machine, begun, recwarn):
+    from corda_vlm.experiment.origin import AUTOCAST, options_of
     from corda_vlm.files import write_json
-    from corda_vlm.run_files import DESCRIPTION
-    from corda_vlm.train.loop import BEGUN
+    from corda_vlm.run_files import BEGUN, DESCRIPTION
 
     machine(SLOW)
-    lab = laboratory()
-    assert not any(lab.bf16.values())
-    told = dict.fromkeys(lab.bf16, _AUTOCAST)
-    write_json(lab.folder / DESCRIPTION, told)
-    lab = laboratory()
-    assert all(lab.bf16.values())
-    first, second, *_ = lab.experiment.trainings()
-    assert lab._options(first).bf16 is True
+    _, folder, settled = begun()
+    assert not any(settled.values())
+    write_json(folder / DESCRIPTION, dict.fromkeys(settled, AUTOCAST))
+    experiment, _, settled = begun()
+    assert all(settled.values())
+    first, second, *_ = experiment.trainings()
+    assert options_of(first, experiment, folder, settled).bf16 is True
     assert takes_bf16(True, "cpu"), "as the training then asks"
     assert not recwarn.list, "nobody who left it at auto is told to leave it at auto"
-    write_json(lab.folder / first.folder / BEGUN, {"options": {"bf16": False}})
-    assert lab._options(first).bf16 == "auto", "its own folder says what it began with"
-    assert lab._options(second).bf16 is True
+    write_json(folder / first.folder / BEGUN, {"options": {"bf16": False}})
+    own = options_of(first, experiment, folder, settled)
+    assert own.bf16 == "auto", "its own folder says what it began with"
+    assert options_of(second, experiment, folder, settled).bf16 is True
 
 
-def test_a_run_begun_before_there_was_auto_goes_on_in_float32(machine, laboratory):
+def test_a_run_begun_before_there_was_auto_goes_on_in_float32(machine, begun):
     from corda_vlm.files import write_json
     from corda_vlm.run_files import DESCRIPTION
 
     machine(FAST)
-    write_json(
-        (lab := laboratory("evaluation.bf16=false")).folder / DESCRIPTION, {"title": "older"}
-    )
-    assert lab.bf16 == {"trained in": True, "measured in": False}
-    assert laboratory().bf16 == {"trained in": False, "measured in": False}
+    _, folder, settled = begun("evaluation.bf16=false")
+    write_json(folder / DESCRIPTION, {"title": "older"})
+    assert settled == {"trained in": True, "measured in": False}
+    assert begun()[-1] == {"trained in": False, "measured in": False}
 
 
 @pytest.mark.filterwarnings("ignore:.*have no full rank")

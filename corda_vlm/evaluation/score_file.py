@@ -15,12 +15,10 @@ import numpy as np
 
 from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.evaluation.measure import TaskResult
-from corda_vlm.evaluation.scores import TASK_ROLES, Outcome, Score, paired_gain
+from corda_vlm.evaluation.scores import BASE, TASK_ROLES, Outcome, Score, paired_gain
 from corda_vlm.jsonl import PATIENCE, append_jsonl, is_number, read_jsonl, wrong_field
 from corda_vlm.locks import locked
 from corda_vlm.run_files import BASE_EXAMPLES
-
-BASE = "base"
 
 
 def add_result(path: str | Path, result: TaskResult, **labels: Any) -> list[dict[str, Any]]:
@@ -192,18 +190,18 @@ def _not_a_score(row: Mapping[str, Any]) -> str | None:
     return wrong_field(row, _NEEDED, _OPTIONAL)
 
 
-def done(
+def rows_of(
     rows: Sequence[Mapping[str, Any]],
     *,
     method: str,
     learning_rate: float | None = None,
     seed: int | None = None,
     scale: float = 1.0,
-) -> set[tuple[str, str]]:
-    """The (task, metric) pairs already measured for one trained model, so that a run resumes."""
+) -> list[Mapping[str, Any]]:
+    """The rows of one model at one strength."""
     wanted = (method, learning_rate, seed, scale)
-    return {
-        (row["task"], row["metric"])
+    return [
+        row
         for row in rows
         if (
             row["method"],
@@ -212,7 +210,12 @@ def done(
             1.0 if row.get("scale") is None else row["scale"],
         )
         == wanted
-    }
+    ]
+
+
+def done(rows: Sequence[Mapping[str, Any]], **model: Any) -> set[tuple[str, str]]:
+    """The (task, metric) pairs already measured of one model, so that a run resumes; `model` as in `rows_of`."""
+    return {(row["task"], row["metric"]) for row in rows_of(rows, **model)}
 
 
 def gain_of(row: Mapping[str, Any]) -> Interval | None:

@@ -10,6 +10,9 @@ from jaxtyping import Float, Int
 
 from corda_vlm.evaluation.bootstrap import RESAMPLES, Interval, bootstrap
 
+BASE = "base"
+"""What rows of scores call the model before training, in place of a method."""
+
 TASK_ROLES = {
     "gain": "the task that is being learnt",
     "retention": "knowledge from before that should stay",

@@ -7,30 +7,29 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
-    from corda_vlm.experiment.load import load_experiment
-    from corda_vlm.experiment.runner import run_experiment
+    from corda_vlm.experiment.load import load_experiment, load_study
     from corda_vlm.experiment.spec import (
         Calibration,
         Evaluation,
         Experiment,
         NewTask,
+        Study,
         Training,
         Variant,
     )
-    from corda_vlm.experiment.study import Study, load_study, run_study
+    from corda_vlm.experiment.study import run
 
 _HOMES = {
     "Calibration": "spec",
     "Evaluation": "spec",
     "Experiment": "spec",
     "NewTask": "spec",
-    "Study": "study",
+    "Study": "spec",
     "Training": "spec",
     "Variant": "spec",
     "load_experiment": "load",
-    "load_study": "study",
-    "run_experiment": "runner",
-    "run_study": "study",
+    "load_study": "load",
+    "run": "study",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

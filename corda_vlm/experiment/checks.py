@@ -17,9 +17,33 @@ from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.evaluation.class_names import OPENAI, SIMPLE, load_class_names, load_templates
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.evaluation.suite import Suite, load_suite
-from corda_vlm.experiment.spec import Experiment
+from corda_vlm.experiment.folder import check_claim
+from corda_vlm.experiment.spec import Experiment, Run, StudyRun
 from corda_vlm.families.loading.sources import check_family, check_source
-from corda_vlm.files import check_path, shown
+from corda_vlm.files import check_path, entries, shown
+from corda_vlm.run_files import STUDY
+
+
+def check_run(run: Run | StudyRun) -> None:
+    """What is to be run is there, and what it writes to is its own, as far as can be said before PyTorch is imported."""
+    if isinstance(run, StudyRun):
+        _check_study(run)
+        return
+    check_chosen(run.only, run.experiment.variants, "variant")
+    check_output(run.folder, folder=True)
+    check_experiment(run.experiment, run.config)
+    check_claim(run.folder, run.experiment, run.fresh)
+
+
+def _check_study(run: StudyRun) -> None:
+    check_chosen(run.only, run.study.experiments, "experiment")
+    check_output(run.folder, folder=True)
+    if entries(run.folder) and not (run.folder / STUDY).is_file():
+        raise CordaError(
+            f"{run.folder} is not empty and holds no study; give another folder with --output"
+        )
+    for one in run.runs:
+        check_run(one)
 
 
 def check_experiment(experiment: Experiment, config: Path) -> None:
@@ -35,7 +59,7 @@ def check_experiment(experiment: Experiment, config: Path) -> None:
     check_data(experiment.task.data, config, root)
     if experiment.calibration is not None:
         check_data(experiment.calibration.data, config, root)
-    check_labels(experiment.task.classes, experiment.task.templates, config)
+    check_class_names(experiment.task.classes, experiment.task.templates, config)
     check_suite(suite, str(root))
 
 
@@ -46,7 +70,7 @@ def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> 
             continue
         check_data(task.data, task.source, root)
         named = task.classes.get("names") if isinstance(task.classes, Mapping) else task.classes
-        check_labels(named, task.templates, task.source)
+        check_class_names(named, task.templates, task.source)
         if isinstance(task.classes, Mapping):
             other = task.classes.get("from")
             if other is not None and other != "data":
@@ -63,7 +87,7 @@ def check_measured(suite: str | Path, options: EvalOptions) -> None:
         check_suite(measured, str(options.data_root or measured.data_root), options.tasks)
 
 
-def check_labels(classes: Any, templates: Any, beside: Path | None) -> None:
+def check_class_names(classes: Any, templates: Any, beside: Path | None) -> None:
     """Files of class names and templates are there and read."""
     if isinstance(classes, str) and classes != OPENAI:
         load_class_names(classes, beside)
@@ -73,20 +97,21 @@ def check_labels(classes: Any, templates: Any, beside: Path | None) -> None:
 
 def check_data(spec: Any, beside: Path | None = None, root: str | Path | None = None) -> None:
     """The files and folders that a data spec names are there."""
-    options = spec if root is None or isinstance(spec, DataSpec) else with_root(spec, root)
-    found = parse_spec(options)
-    if found.kind == "sklearn" and found.location != "digits":
-        raise UnknownNameError("scikit-learn data set", found.location, ["digits"])
-    if found.kind in ("parquet", "folder", "webdataset", "jsonl", "json", "csv", "tsv", "text"):
-        find_paths(found.location, beside)
-    if found.kind == "hf" and found.location.startswith((".", "~", "/")):
-        find_one(found.location, beside)
-    if found.kind == "torchvision" and not found.download:
-        if found.root is None:
+    parsed = parse_spec(
+        spec if root is None or isinstance(spec, DataSpec) else with_root(spec, root)
+    )
+    if parsed.kind == "sklearn" and parsed.location != "digits":
+        raise UnknownNameError("scikit-learn data set", parsed.location, ["digits"])
+    if parsed.kind in ("parquet", "folder", "webdataset", "jsonl", "json", "csv", "tsv", "text"):
+        find_paths(parsed.location, beside)
+    if parsed.kind == "hf" and parsed.location.startswith((".", "~", "/")):
+        find_one(parsed.location, beside)
+    if parsed.kind == "torchvision" and not parsed.download:
+        if parsed.root is None:
             raise DataError(
-                f"{found}: give root: the folder that holds (or shall hold) the data set"
+                f"{parsed}: give root: the folder that holds (or shall hold) the data set"
             )
-        find_one(found.root, beside)
+        find_one(parsed.root, beside)
 
 
 def check_chosen(chosen: Iterable[str] | None, known: Iterable[str], what: str) -> None:

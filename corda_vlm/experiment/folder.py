@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from corda_vlm.train.options import RESUME_SAFE_OPTIONS
 _MARK = {"made by": "corda-vlm run"}
 
 
-def check_claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
+def check_claim(folder: Path, experiment: Experiment, fresh: bool) -> dict[str, Any]:
     """Refuse a folder that a run of `experiment` may not write to, or not empty; nothing is changed.
+
+    Returns:
+        the config that it would get.
 
     Raises:
         CordaError: the folder holds something else, or results of another experiment.
@@ -33,16 +36,13 @@ def check_claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise CordaError(f"{folder} is no folder; give another with --output")
     there = [path for path in entries(folder) if path.name != MARKER]
-    if not there:
-        return
-    if not _is_run(folder):
+    if there and not _is_run(folder):
         raise CordaError(
             f"{folder} is not empty and holds no run; give another folder with --output"
         )
-    if fresh:
+    if there and fresh:
         _check_deletable(folder)
-    else:
-        _merged(folder, experiment)
+    return plain(experiment) if fresh else _merged(folder, experiment)
 
 
 def claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
@@ -51,12 +51,11 @@ def claim(folder: Path, experiment: Experiment, fresh: bool) -> None:
     Raises:
         CordaError: as of `check_claim`; or it cannot be written.
     """
-    check_claim(folder, experiment, fresh)
+    config = check_claim(folder, experiment, fresh)
     write_json(folder / MARKER, _MARK)
     if fresh:
         _clear(folder, experiment)
-    resolved = _merged(folder, experiment)
-    write_text(folder / CONFIG, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def _is_run(folder: Path) -> bool:
@@ -163,14 +162,16 @@ def _in_its_precision(now: dict[str, Any], former: Mapping[str, Any]) -> dict[st
 
 
 def plain(experiment: Experiment) -> dict[str, Any]:
-    """An experiment as YAML has it: lists where it may hold tuples."""
-    return _listed(asdict(experiment))
+    """An experiment as YAML has it: mappings and lists, without what no config can say."""
+    return _plain(experiment)
 
 
-def _listed(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, Mapping):
-        return {key: _listed(one) for key, one in value.items()}
-    return [_listed(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _decisive(experiment: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,55 +1,109 @@
-"""Read the YAML file of an experiment, with overrides of single keys."""
+"""Read the YAML file of an experiment or a study, once, with overrides of single keys; and what is to be run of it.
+
+A study holds several experiments, which one command runs one after another:
+
+    name: study
+    defaults: {model: emoji-clip, ...}       # what the experiments have in common
+    experiments:
+      digits: {suite: emoji-digits, ...}     # each as a file of `configs/` would have it, less the defaults
+      caltech25: {suite: emoji-caltech25, ...}
+
+A key that an experiment has takes the place of the default's as a whole: mappings are not merged.
+"""
 
 from __future__ import annotations
 
+import copy
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.errors import CordaError, brief
-from corda_vlm.experiment.spec import Experiment
+from corda_vlm.errors import CordaError, UnknownNameError, brief
+from corda_vlm.experiment.spec import Experiment, Run, Study, StudyRun
 from corda_vlm.files import resolve
+from corda_vlm.names import check_name
 from corda_vlm.options import read_options
 from corda_vlm.yaml_file import parse_yaml, read_yaml
 
+Overrides = Mapping[str, Any] | Sequence[str]
+
+_OF_STUDY = ("name", "title", "defaults", "experiments")
 _MOST_PARENTS = 10
 
 
-def load_experiment(
-    path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()
-) -> Experiment:
+def read_run(
+    config: str | Path,
+    *,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    fresh: bool = False,
+) -> Run | StudyRun:
+    """Read what is to be run of an experiment or a study; `corda_vlm.experiment.checks.check_run` says if it can be.
+
+    Args:
+        config: a YAML file, as given or a shipped one, e.g. "configs/demo.yaml".
+        output: the folder of the results; None for runs/<name>.
+        overrides: "key=value" pairs, see `load_experiment`.
+        only: names of the experiment's variants, or of the study's experiments; None for all.
+        fresh: delete the folder's former results first.
+
+    Raises:
+        CordaError: a config that cannot be.
+    """
+    declared = load_config(config, overrides)
+    command, path = command_of(config, overrides), resolve(config)
+    folder = Path(output) if output is not None else Path("runs") / declared.name
+    if isinstance(declared, Experiment):
+        return Run(declared, folder, path, command, only, fresh)
+    runs = [
+        Run(experiment, folder / name, path, command, fresh=fresh)
+        for name, experiment in declared.experiments.items()
+        if only is None or name in only
+    ]
+    return StudyRun(declared, folder, runs, only)
+
+
+def command_of(config: str | Path, overrides: Sequence[str]) -> str:
+    """What a person types to get the same results."""
+    pairs = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["corda-vlm", "run", str(config), *pairs])
+
+
+def load_config(path: str | Path, overrides: Overrides = ()) -> Experiment | Study:
+    """Read and check an experiment or a study, whichever the file declares; otherwise as `load_experiment`."""
+    content = _read(path)
+    if _is_study(content):
+        return _parse_study(content, f"study {resolve(path)}", overrides)
+    _override_all(content, overrides)
+    return parse_experiment(content, str(path))
+
+
+def load_experiment(path: str | Path, overrides: Overrides = ()) -> Experiment:
     """Read and check an experiment.
 
     Args:
         path: as given, or a shipped one, e.g. "configs/demo.yaml".
-        overrides: "key=value" with dots for nested keys, e.g. "training.steps=10"; values are YAML.
+        overrides: "key=value" with dots for nested keys, e.g. "training.steps=10"; values are YAML. For every experiment
+            of a study.
 
     Raises:
         CordaError: not YAML, an unknown key, or a value of the wrong type; names the file and the key.
     """
-    content = read_config(path)
-    apply_overrides(content, overrides)
+    content = _read(path)
+    _override_all(content, overrides)
     return parse_experiment(content, str(path))
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
-
-    Raises:
-        CordaError: no such file, not YAML, or not a mapping.
-    """
-    path = resolve(path)
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise CordaError(f"{path} must be a mapping of the options of an experiment")
-    return content
+def load_study(path: str | Path, overrides: Overrides = ()) -> Study:
+    """Read and check a study; otherwise as `load_experiment`."""
+    return _parse_study(_read(path), f"study {resolve(path)}", overrides)
 
 
-def apply_overrides(content: dict[str, Any], overrides: Mapping[str, Any] | Sequence[str]) -> None:
-    """Set nested keys of a config in place, see `load_experiment`."""
-    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides)
-    for key, value in pairs:
-        _set(content, key, value)
+def is_study(path: str | Path) -> bool:
+    """Does this file declare a study, rather than one experiment?"""
+    return _is_study(_read(path))
 
 
 def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:
@@ -59,6 +113,66 @@ def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:
         CordaError: as of `load_experiment`.
     """
     return read_options(Experiment, content, where)
+
+
+# ------------------------------------------------------------------ studies
+
+
+def _is_study(content: Mapping[str, Any]) -> bool:
+    return "experiments" in content
+
+
+def _parse_study(content: Mapping[str, Any], where: str, overrides: Overrides) -> Study:
+    for key in content:
+        if key not in _OF_STUDY:
+            raise UnknownNameError(f"key in {where}", key, _OF_STUDY)
+    name, title, defaults, experiments = (content.get(key) for key in _OF_STUDY)
+    if name is None:
+        raise CordaError(f"{where}: no name; it names the folder of the results")
+    check_name(name, f"the name of {where}")
+    if title is not None and not isinstance(title, str):
+        raise CordaError(f"{where}: title must be text, in quotes if need be")
+    if not isinstance(experiments, Mapping) or not experiments:
+        raise CordaError(f"{where}: `experiments` must be a mapping of at least one experiment")
+    if not isinstance(defaults or {}, Mapping):
+        raise CordaError(f"{where}: `defaults` must be a mapping of the options of an experiment")
+    parsed = {
+        key: _parse_one(key, own, defaults or {}, where, overrides)
+        for key, own in experiments.items()
+    }
+    return Study(name, parsed, title)
+
+
+def _parse_one(
+    name: Any, own: Any, defaults: Mapping[str, Any], where: str, overrides: Overrides
+) -> Experiment:
+    """One experiment of a study."""
+    check_name(name, f"an experiment's name in {where}")
+    if not isinstance(own, Mapping):
+        raise CordaError(f"{where}, experiment {name!r}: must be a mapping")
+    # a copy, as experiments share the defaults
+    content: dict[str, Any] = copy.deepcopy({**defaults, **own, "name": name})
+    _override_all(content, overrides)
+    return parse_experiment(content, f"{where}, experiment {name!r}")
+
+
+# ------------------------------------------------------------------ files and overrides
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    path = resolve(path)
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise CordaError(f"{path} must be a mapping of the options of an experiment")
+    return content
+
+
+def _override_all(content: dict[str, Any], overrides: Overrides) -> None:
+    """Set nested keys of a config in place."""
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides)
+    for key, value in pairs:
+        _set(content, key, value)
 
 
 def _override(text: str) -> tuple[str, Any]:

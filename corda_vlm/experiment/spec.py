@@ -1,18 +1,19 @@
-"""What one experiment is: a YAML file of `configs/`, checked as it is read."""
+"""What an experiment, a study and a run of them are: the classes that the YAML files of `configs/` are read into."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.data.spec import parse_spec
 from corda_vlm.data.text.chat_options import ChatOptions
-from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.errors import UnknownNameError
 from corda_vlm.evaluation.options import EvalOptions
+from corda_vlm.experiment.rules import check_variants
 from corda_vlm.families.options import TOWERS, LoadOptions, Names, chosen_names
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.methods.options import MethodOptions
@@ -30,7 +31,6 @@ from corda_vlm.options import (
     option_names,
     read_options,
 )
-from corda_vlm.run_files import PATTERNS
 from corda_vlm.train.options import TrainOptions
 
 Scales = Annotated[list[float], Items(distinct=True)]
@@ -124,6 +124,11 @@ class Training:
     def folder(self) -> str:
         return f"{self.variant}/{self.learning_rate:g}-{self.seed}"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells its rows of scores from those of other trainings."""
+        return {"method": self.variant, "learning_rate": self.learning_rate, "seed": self.seed}
+
     def __str__(self) -> str:
         return f"{self.variant}, learning rate {self.learning_rate:g}, seed {self.seed}"
 
@@ -175,101 +180,9 @@ class Experiment(LoadOptions):
         super().__post_init__()
         chosen_names("tower", self.towers, TOWERS)
         check_name(self.name, "the experiment's name")
-        if not self.variants:
-            raise CordaError(f"experiment {self.name!r} has no variants: nothing to train")
         if self.calibration is not None:
             self.chat_of("knowledge")  # raises
-        for name in self.variants:
-            self._check_variant(name)
-        lowered: dict[str, str] = {}
-        for name in self.variants:
-            if (other := lowered.setdefault(name.casefold(), name)) != name:
-                raise CordaError(
-                    f"the variants {other!r} and {name!r} would share a folder where file systems do not tell capital "
-                    "from small letters; rename one of them"
-                )
-
-    def _check_variant(self, name: str) -> None:
-        if name == "base":
-            raise CordaError("a variant cannot be called 'base': that is the model before training")
-        check_name(name, "a variant's name")
-        if any(fnmatchcase(name.casefold(), pattern) for pattern in PATTERNS):
-            raise CordaError(
-                f"a variant cannot be called {name!r}: a run writes a file of that name beside its variants' folders"
-            )
-        variant = self.variants[name]
-        method = METHODS.get(self.method_of(name))
-        if method is None:
-            raise UnknownNameError(f"method of variant {name!r}", self.method_of(name), METHODS)
-        if not variant.learning_rates:
-            raise CordaError(f"variant {name!r} has no learning rates")
-        self._check_calibration(name)
-        for scale in self.scales_of(name):
-            if not 0 < scale < 1:
-                raise CordaError(
-                    f"variant {name!r}: scales hold {scale}; give strengths between 0 (the base model) and 1 (as "
-                    "trained), both of which are measured anyway"
-                )
-        method.check_options(self.request(name))
-        self._check_training(name)
-        if method.name == "linear-probe" and variant.anchor:
-            raise CordaError(
-                f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
-            )
-
-    def _check_calibration(self, name: str) -> None:
-        variant, method = self.variants[name], METHODS[self.method_of(name)]
-        if self.calibration is None and (method.needs_store or variant.anchor or self.forecast):
-            why = (
-                f"is {method.name}, which takes its directions from data"
-                if method.needs_store
-                else "has an anchor to that knowledge"
-                if variant.anchor
-                else "is to log a forecast of forgetting"
-            )
-            raise CordaError(
-                f"variant {name!r} {why}, and the experiment has no `calibration`; say there which data stands "
-                "for the knowledge to keep"
-            )
-        if variant.dynamic_covariance and self.calibration and self.calibration.rounds < 2:
-            raise CordaError(
-                f"variant {name!r} chooses among calibration rounds, and there is one; give calibration.rounds, e.g. 4, "
-                "or leave dynamic_covariance out"
-            )
-
-    def _check_training(self, name: str) -> None:
-        variant = self.variants[name]
-        folders = [Training(name, "", rate, 0).folder for rate in variant.learning_rates]
-        if len(set(folders)) < len(folders):
-            raise CordaError(
-                f"variant {name!r}: learning rates that are equal to six digits would share a folder; "
-                "give one of them"
-            )
-        format = parse_spec(self.task.data).format
-        options = [self.train_options(name, rate, 0) for rate in variant.learning_rates]
-        (loss,) = {one.loss_for(format) for one in options}
-        self._check_loss(name, loss)
-        if loss == "linear" and self.scales_of(name):
-            raise CordaError(
-                f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "
-                "towards; give it `scales: []`"
-            )
-        if variant.modules_to_save and self.scales_of(name):
-            raise CordaError(
-                f"variant {name!r} trains modules whole, which cannot be scaled; give it `scales: []`"
-            )
-
-    def _check_loss(self, variant: str, loss: str) -> None:
-        kind = parse_spec(self.task.data).format
-        if kind is not None and loss != "next_token":
-            raise CordaError(
-                f"variant {variant!r} has the {loss} loss, and the task's data are conversations (format: {kind}); give "
-                "training: {loss: next_token}"
-            )
-        if kind is None and loss == "next_token":
-            raise CordaError(
-                f"variant {variant!r} has the next_token loss; say which format: the task's data has, e.g. llava, chat, qa or alpaca"
-            )
+        check_variants(self)
 
     def method_of(self, variant: str) -> str:
         return self.variants[variant].method or variant
@@ -294,6 +207,17 @@ class Experiment(LoadOptions):
         given = chat.chat_template != ChatOptions.chat_template
         return chat if given else replace(chat, chat_template=self.chat_template)
 
+    def calibration_options(self, data: str) -> CalibrationOptions:
+        """How covariances are taken of the "knowledge", or of the new "task", which has no rounds."""
+        assert self.calibration is not None  # who asks for covariances has one
+        own = narrowed(self.calibration, CalibrationOptions)
+        return replace(
+            own,
+            towers=self.towers if own.towers is None else own.towers,
+            rounds=own.rounds if data == "knowledge" else 1,
+            **as_keywords(self.chat_of(data), ChatOptions),
+        )
+
     def scales_of(self, variant: str) -> list[float]:
         """The strengths besides 1 at which its trained models are measured."""
         own = self.variants[variant].scales
@@ -316,8 +240,8 @@ class Experiment(LoadOptions):
         given: dict[str, Any] = {"chat_template": self.chat_template}
         for options in (self.training, self.variants[variant].training):
             given |= {current_name(TrainOptions, n, where): value for n, value in options.items()}
-        if self.method_of(variant) == "linear-probe":
-            given["loss"] = "linear"  # there is nothing else to train
+        if (loss := METHODS[self.method_of(variant)].loss) is not None:
+            given["loss"] = loss
         for name in ("learning_rate", "seed"):
             if name in given:
                 known = set(option_names(TrainOptions)) - {"learning_rate", "seed"}
@@ -325,3 +249,60 @@ class Experiment(LoadOptions):
         return read_options(
             TrainOptions, {**given, "learning_rate": learning_rate, "seed": seed}, where
         )
+
+
+@dataclass(frozen=True)
+class Study:
+    """Experiments that belong together, in one YAML file.
+
+    Attributes:
+        name: names the folder `runs/<name>`.
+        experiments: name -> experiment, which has that name.
+        title: heading of the overview.
+    """
+
+    name: str
+    experiments: Mapping[str, Experiment]
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment that is to be run, or gone on with.
+
+    Attributes:
+        folder: gets the results.
+        config: the file that the experiment was read from; paths may be relative to it.
+        command: what a person types to get the same results.
+        only: names of the variants to train; None for all.
+        fresh: delete the folder's former results first.
+    """
+
+    experiment: Experiment
+    folder: Path
+    config: Path
+    command: str
+    only: Sequence[str] | None = None
+    fresh: bool = False
+
+    @property
+    def trainings(self) -> list[Training]:
+        """Those to do."""
+        every = self.experiment.trainings()
+        return [t for t in every if self.only is None or t.variant in self.only]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A study that is to be run, or gone on with.
+
+    Attributes:
+        folder: gets the overview, and a folder for each experiment.
+        runs: of those of its experiments that are to be run now.
+        only: their names; None for all.
+    """
+
+    study: Study
+    folder: Path
+    runs: Sequence[Run]
+    only: Sequence[str] | None = None

@@ -1,7 +1,7 @@
 """The steps from a model and data to scores, which the verbs of the command line and the runner of experiments share.
 
 Each takes what it needs, and knows neither an experiment nor how a run's folder is laid out. What is one call of the library
-(finding sites, attaching a plan, exporting an adapter) needs no step.
+(loading a model, finding sites, attaching a plan, exporting an adapter) needs no step.
 """
 
 from __future__ import annotations
@@ -16,47 +16,25 @@ import torch
 from torch import nn
 
 from corda_vlm.anchor import anchor_penalty
+from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore, collect_covariance
-from corda_vlm.covariance.options import Precision
+from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
-from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import ForeignFileError, NotFiniteError
-from corda_vlm.evaluation import Cache, Suite, add_result, done
+from corda_vlm.evaluation import Cache, Suite, add_result
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
 from corda_vlm.evaluation.measure import TaskResult, measure
-from corda_vlm.evaluation.options import Missing
-from corda_vlm.families import Loaded, Processor, load_model
-from corda_vlm.families.options import Dtype, Tokens
+from corda_vlm.evaluation.options import EvalOptions
+from corda_vlm.families import Loaded, Processor
+from corda_vlm.families.options import SiteOptions
 from corda_vlm.locks import locked
+from corda_vlm.options import as_keywords
 from corda_vlm.plan import AdapterPlan
-from corda_vlm.precision import Bf16
 from corda_vlm.sites import Site, find_sites, lies_in
 from corda_vlm.train import TrainOptions, TrainResult, train
 from corda_vlm.train.trained import Trained
 
 logger = logging.getLogger(__name__)
-
-Names = Sequence[str] | str | None
-
-
-def load_base(
-    model: str,
-    *,
-    family: str = "auto",
-    dtype: Dtype = "float32",
-    device: str = "auto",
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-) -> Loaded:
-    """The model before training, as `load_model` has it; `dtype` is the name of one of PyTorch's."""
-    return load_model(
-        model,
-        family=family,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
 
 
 def load_data(
@@ -81,18 +59,9 @@ def calibrate(
     loaded: Loaded,
     data: Records,
     path: str | Path,
+    options: CalibrationOptions,
     *,
-    towers: Names,
-    roles: Names = None,
     modules: Sequence[str] = (),
-    samples: int,
-    batch_size: int,
-    seed: int = 0,
-    rounds: int,
-    precision: Precision,
-    tokens: Tokens,
-    blockwise: bool,
-    chat: ChatOptions,
 ) -> CovarianceStore:
     """Collect the covariances of the inputs of a model's sites over data, or go on with them, or read finished ones.
 
@@ -100,53 +69,39 @@ def calibrate(
 
     Args:
         path: the file that they are written to.
-        towers, roles: only these sites, as in `find_sites`.
         modules: those of a language model that are trained whole: the sites that they are or hold are looked at too.
-        samples: at most so many records, drawn at random.
-        batch_size: records a forward pass.
-        seed: of the draw.
-        rounds, precision, tokens, blockwise: as in `collect_covariance`.
-        chat: how conversations become tokens.
 
     Raises:
         UnknownNameError: an unknown tower or role.
         DataError: the data lacks what a tower needs.
         CordaError: what `collect_covariance` raises.
     """
-    sites = calibrated_sites(loaded, towers=towers, roles=roles, modules=modules)
+    sites = calibrated_sites(loaded, options, modules)
     batches = make_batches(
         data,
         loaded.processor,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
         shuffle=True,
-        seed=seed,
-        limit=samples,
-        towers=towers,
-        chat=chat,
+        seed=options.seed,
+        limit=options.samples,
+        towers=options.towers,
+        chat=options,
     )
-    store = collect_covariance(
-        loaded.model,
-        batches,
-        sites,
-        rounds=rounds,
-        precision=precision,
-        tokens=tokens,
-        path=path,
-        blockwise=blockwise,
-    )
+    chosen = {**as_keywords(options, CollectOptions), "towers": None, "roles": None}
+    store = collect_covariance(loaded.model, batches, sites, path=path, **chosen)
     for warning in data_warnings(batches.builder):
         logger.warning(warning)
     return store
 
 
 def calibrated_sites(
-    loaded: Loaded, *, towers: Names, roles: Names = None, modules: Sequence[str] = ()
+    loaded: Loaded, options: SiteOptions, modules: Sequence[str] = ()
 ) -> list[Site]:
-    """The sites of these towers and roles, and of a language model those in `modules` besides.
+    """The sites of the chosen towers and roles, and of a language model those in `modules` besides.
 
     The batches for one tower of a CLIP do not reach another, so that what lies there is not looked at.
     """
-    chosen = find_sites(loaded.model, towers=towers, roles=roles)
+    chosen = find_sites(loaded.model, towers=options.towers, roles=options.roles)
     if not modules or loaded.family.generative is None:
         return chosen
     return [s for s in find_sites(loaded.model) if s in chosen or lies_in(s.name, modules)]
@@ -231,14 +186,14 @@ def train_anchored(
     classes: Sequence[str] | None,
     templates: Sequence[str] | None,
     knowledge: CovarianceStore | None,
-    anchor_weight: float,
+    anchor: AnchorOptions,
 ) -> tuple[TrainResult, float | None]:
     """Train a model that is prepared, and say how much it changed its outputs on the knowledge.
 
     Args:
         model, data, processor, options, output_dir, classes, templates: as in `corda_vlm.train.train`.
         knowledge: covariances of the knowledge to keep; None trains without an anchor and forecasts nothing.
-        anchor_weight: of the anchor in the loss; with 0 it is the forecast of forgetting alone.
+        anchor: its weight in the loss; with 0 it is the forecast of forgetting alone.
 
     Returns:
         what training tells, and the forecast at its end.
@@ -247,7 +202,7 @@ def train_anchored(
         NotFiniteError: the training diverged, or its forecast is NaN or Inf.
         CordaError: what `train` and `anchor_penalty` raise.
     """
-    anchor = None if knowledge is None else anchor_penalty(model, knowledge)
+    penalty = None if knowledge is None else anchor_penalty(model, knowledge)
     result = train(
         model,
         data,
@@ -256,13 +211,14 @@ def train_anchored(
         output_dir=output_dir,
         classes=classes,
         templates=templates,
-        anchor=anchor,
-        anchor_weight=anchor_weight,
+        anchor=penalty,
+        anchor_weight=anchor.anchor,
+        anchor_every=anchor.anchor_every,
     )
-    if anchor is None:
+    if penalty is None:
         return result, None
     with torch.no_grad():
-        forecast = float(anchor())
+        forecast = float(penalty())
     if not math.isfinite(forecast):
         raise NotFiniteError(f"the forecast of forgetting is {forecast}")
     return result, forecast
@@ -271,36 +227,16 @@ def train_anchored(
 # ------------------------------------------------------------------ measuring
 
 
-def tasks_to_measure(
-    suite: Suite,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    method: str,
-    learning_rate: float | None = None,
-    seed: int | None = None,
-    scale: float = 1.0,
-) -> list[str]:
-    """Names of the suite's tasks that the rows of scores do not have yet of one model."""
-    return suite.remaining(
-        done(rows, method=method, learning_rate=learning_rate, seed=seed, scale=scale)
-    )
-
-
 def measure_into(
     scores: str | Path | None,
     trained: Trained,
     suite: Suite,
+    options: EvalOptions,
     *,
     scale: float,
-    tasks: Sequence[str] | None,
     about: Mapping[str, Any],
     processor: Processor,
     cache: Cache,
-    batch_size: int,
-    bf16: Bf16,
-    data_root: str | Path | None,
-    limit: int | None = None,
-    missing: Missing = "error",
 ) -> Iterator[tuple[TaskResult, list[dict[str, Any]]]]:
     """Measure a model at one strength, task by task, and add what was measured to a file of scores.
 
@@ -308,9 +244,8 @@ def measure_into(
         scores: the file; None writes nothing.
         trained: the model; `Trained(model)` for one before training.
         scale: strength of what was trained.
-        tasks: names of those to measure; None for all.
         about: which model it is, as in `score_row`: run, method, and what else its rows tell.
-        processor, cache, batch_size, bf16, data_root, limit, missing: as in `measure`.
+        processor, cache: as in `measure`.
 
     Yields:
         each task's result, with the rows of scores that were added, none where the file had them already.
@@ -323,15 +258,10 @@ def measure_into(
             trained.model,
             suite,
             processor=processor,
-            tasks=tasks,
-            limit=limit,
-            data_root=data_root,
-            missing=missing,
-            batch_size=batch_size,
-            bf16=bf16,
             head=head,
             cache=cache,
             show_progress=True,
+            **as_keywords(options, EvalOptions),
         ):
             added = [] if scores is None else add_result(scores, result, scale=scale, **about)
             yield result, added

@@ -76,6 +76,8 @@ class Method:
         plan: (bare model, request) -> the plan that `attach` would make; None for a method without plans.
         takes: options of the request that not every method has; any other than these is refused. A plan refuses
             besides what its own method does not take.
+        loss: the one that it trains with, whatever loss is asked for, as nothing else of it can be trained; None for any.
+        changes_layers: whether training changes what the model's layers give, so that an anchor has something to hold.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Method:
     detach: Callable[[nn.Module], nn.Module]
     plan: Callable[[nn.Module, MethodRequest], AdapterPlan] | None = None
     takes: tuple[str, ...] = ()
+    loss: str | None = None
+    changes_layers: bool = True
 
     @property
     def needs_store(self) -> bool:

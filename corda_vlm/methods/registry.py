@@ -132,6 +132,8 @@ METHODS: dict[str, Method] = {
             (),
             _later("methods.bare", "freeze"),
             _later("methods.bare", "unfreeze"),
+            loss="linear",
+            changes_layers=False,
         ),
         Method(
             "lora",

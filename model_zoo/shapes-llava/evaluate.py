@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from corda_vlm import evaluate, load_model
-from corda_vlm.experiment.runner import cpu_name
+from corda_vlm.experiment.origin import cpu_name
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data" / "easy_vqa.parquet"

@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 from corda_vlm.evaluation import load_suite, read_rows
+from corda_vlm.experiment import run
 from corda_vlm.experiment.load import load_experiment
-from corda_vlm.experiment.runner import run
 from corda_vlm.files import asset
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")

@@ -9,10 +9,9 @@ import pytest
 import yaml
 
 from corda_vlm.errors import CordaError
+from corda_vlm.experiment import run
 from corda_vlm.experiment.folder import check_claim, claim, plain
-from corda_vlm.experiment.load import load_experiment
-from corda_vlm.experiment.runner import run
-from corda_vlm.experiment.study import load_study, run_study
+from corda_vlm.experiment.load import load_experiment, load_study
 from corda_vlm.files import asset
 from corda_vlm.run_files import CONFIG, MADE_FROM, MARKER
 
@@ -191,12 +190,12 @@ def test_a_study_takes_no_folder_of_something_else(tmp_path):
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(CordaError, match="holds no study"):
-        run_study(path, output=folder, fresh=True)
+        run(path, output=folder, fresh=True)
     (folder / "study.json").write_text("{}")
     (folder / "one").mkdir()
     (folder / "one" / CONFIG).write_text("server: {port: 80}")
     with pytest.raises(CordaError, match="holds no run"):
-        run_study(path, output=folder, fresh=True)
+        run(path, output=folder, fresh=True)
     assert sorted(path.name for path in folder.rglob("*")) == ["config.yaml", "one", "study.json", "thesis.tex"]  # fmt: skip
 
 

@@ -16,9 +16,9 @@ import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import read_rows
+from corda_vlm.experiment import run
 from corda_vlm.experiment.folder import claim
 from corda_vlm.experiment.load import load_experiment
-from corda_vlm.experiment.runner import run
 from corda_vlm.files import asset
 
 SUITE = {

@@ -10,7 +10,7 @@ import yaml
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.evaluation import read_rows
-from corda_vlm.experiment.runner import run
+from corda_vlm.experiment import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
 
@@ -94,7 +94,7 @@ def test_a_language_model(tiny_llm, saved, questions, config, tmp_path, capsys):
     before = (folder / "scores.jsonl").read_bytes()
     run(path, output=folder)
     assert (folder / "scores.jsonl").read_bytes() == before
-    with pytest.raises(CordaError, match=r"differs in chat\)"):
+    with pytest.raises(CordaError, match=r"differs in chat_template\)"):
         run(config(tmp_path / "llm", LLM_SUITE, LLM, chat="bare"), output=folder)
 
 

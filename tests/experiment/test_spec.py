@@ -10,9 +10,13 @@ import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import load_suite
-from corda_vlm.experiment.load import load_experiment, parse_experiment
-from corda_vlm.experiment.runner import command_of
-from corda_vlm.experiment.study import is_study, load_study
+from corda_vlm.experiment.load import (
+    command_of,
+    is_study,
+    load_experiment,
+    load_study,
+    parse_experiment,
+)
 from corda_vlm.files import asset
 
 CONFIGS = sorted(asset("configs").glob("*.yaml"))

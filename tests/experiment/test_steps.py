@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from corda_vlm.data.text.chat_options import ChatOptions
+from corda_vlm.anchor.options import AnchorOptions
+from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.errors import DataError, ForeignFileError, NotFiniteError, UnknownNameError
-from corda_vlm.evaluation import Cache, load_suite, read_rows
+from corda_vlm.evaluation import Cache, done, load_suite, read_rows
+from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment import steps
+from corda_vlm.families import load_model
 from corda_vlm.plan import plan_adapter
 from corda_vlm.train import TrainOptions
 from corda_vlm.train.trained import Trained
@@ -21,18 +24,10 @@ NOTO = {
     "split": "train",
     "label": "group",
     "text": "a picture of {class_name}",
-    "limit": 24,
+    "limit": 12,
 }
-OPTIONS = {
-    "samples": 16,
-    "batch_size": 8,
-    "rounds": 1,
-    "precision": "float32",
-    "tokens": "all",
-    "blockwise": False,
-    "chat": ChatOptions(),
-}
-SOME = {"towers": "vision", "roles": "o"}
+FEW = CalibrationOptions(samples=8, batch_size=8)
+SOME = {"towers": ["vision"], "roles": ["o"]}
 DIGITS = {"source": "sklearn:digits", "split": "train", "limit": 16}
 SUITE = {
     "name": "small",
@@ -49,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width"
 
 @pytest.fixture
 def loaded():
-    return steps.load_base("emoji-clip", device="cpu")
+    return load_model("emoji-clip")
 
 
 def test_the_towers_are_part_of_what_identifies_the_batches(loaded, tmp_path):
@@ -57,7 +52,8 @@ def test_the_towers_are_part_of_what_identifies_the_batches(loaded, tmp_path):
 
     def fingerprint(towers):
         path = tmp_path / f"{towers}.safetensors"
-        return steps.calibrate(loaded, data, path, towers=towers, **OPTIONS).data_fingerprint
+        options = replace(FEW, towers=towers, roles=["o"])
+        return steps.calibrate(loaded, data, path, options).data_fingerprint
 
     both = fingerprint(None)
     assert fingerprint("vision") == fingerprint(["vision"]) != both
@@ -65,16 +61,20 @@ def test_the_towers_are_part_of_what_identifies_the_batches(loaded, tmp_path):
 
 
 def test_an_unknown_tower_is_told_with_the_models_own(loaded, tmp_path):
+    def calibrate(data, towers):
+        options = replace(FEW, towers=towers)
+        return steps.calibrate(loaded, steps.load_data(data), tmp_path / "c", options)
+
     with pytest.raises(UnknownNameError, match="unknown tower 'visoin'"):
-        steps.calibrate(loaded, steps.load_data(NOTO), tmp_path / "c", towers=["visoin"], **OPTIONS)
+        calibrate(NOTO, ["visoin"])
     with pytest.raises(DataError, match="no texts for the text tower"):
-        steps.calibrate(loaded, steps.load_data(DIGITS), tmp_path / "c", towers=["text"], **OPTIONS)
+        calibrate(DIGITS, ["text"])
 
 
 def test_a_plan_is_made_once_and_refused_where_the_covariances_are_others(loaded, tmp_path):
     def calibrated(name, seed):
         data = steps.load_data(NOTO)
-        return steps.calibrate(loaded, data, tmp_path / name, **SOME, seed=seed, **OPTIONS)
+        return steps.calibrate(loaded, data, tmp_path / name, replace(FEW, **SOME, seed=seed))
 
     store, other = calibrated("one", 0), calibrated("other", 1)
     made = []
@@ -112,7 +112,7 @@ def trained_by(loaded, output):
     from corda_vlm.adapter import attach_adapter
 
     data = steps.load_data(NOTO)
-    store = steps.calibrate(loaded, data, output / "c", **SOME, **OPTIONS)
+    store = steps.calibrate(loaded, data, output / "c", replace(FEW, **SOME))
     model = attach_adapter(loaded.model, plan_adapter(loaded.model, store, rank=2, **SOME))
     options = TrainOptions(steps=2, batch_size=8, learning_rate=1e-3)
     result, forecast = steps.train_anchored(
@@ -124,7 +124,7 @@ def trained_by(loaded, output):
         classes=None,
         templates=["{}"],
         knowledge=store,
-        anchor_weight=0.0,
+        anchor=AnchorOptions(),
     )
     return model, result, forecast
 
@@ -137,11 +137,13 @@ def test_a_forecast_that_is_no_number_is_a_divergence(tmp_path, monkeypatch):
     def forecast(value):
         anchor = lambda *_: lambda: torch.tensor(value)  # noqa: E731
         monkeypatch.setattr(steps, "anchor_penalty", anchor)
-        return steps.train_anchored(None, None, None, **given, knowledge=1, anchor_weight=0.0)[1]
+        return steps.train_anchored(None, None, None, **given, knowledge=1, anchor=AnchorOptions())[
+            1
+        ]
 
     assert forecast(0.5) == 0.5
     assert (
-        steps.train_anchored(None, None, None, **given, knowledge=None, anchor_weight=0.0)[1]
+        steps.train_anchored(None, None, None, **given, knowledge=None, anchor=AnchorOptions())[1]
         is None
     )
     with pytest.raises(NotFiniteError, match="forecast of forgetting is nan"):
@@ -155,14 +157,11 @@ def test_what_was_trained_is_measured_once(loaded, tmp_path):
     assert forecast is not None
     assert forecast > 0
     about = {"run": "small", "method": "lora", "seed": 0}
-    given = {
-        "about": about, "processor": loaded.processor, "cache": Cache(), "batch_size": 10, "bf16": False,
-        "data_root": None,
-    }  # fmt: skip
+    given = {"about": about, "processor": loaded.processor, "cache": Cache()}
 
     def measured(path, scale, tasks):
-        trained = Trained(model)
-        return list(steps.measure_into(path, trained, suite, scale=scale, tasks=tasks, **given))
+        options = EvalOptions(tasks=tasks, batch_size=10, bf16=False)
+        return list(steps.measure_into(path, Trained(model), suite, options, scale=scale, **given))
 
     assert [added for _, added in measured(None, 1.0, ["digits"])] == [[]]
     assert not scores.exists()
@@ -171,9 +170,5 @@ def test_what_was_trained_is_measured_once(loaded, tmp_path):
     assert [(row["method"], row["scale"]) for row in added] == [("lora", 0.5)]
     assert [added for _, added in measured(scores, 0.5, ["digits"])] == [[]], "it is there already"
 
-    rows, of = read_rows(scores), {"method": "lora", "seed": 0}
-    assert steps.tasks_to_measure(suite, rows, **of, scale=0.5) == ["again"]
-    assert steps.tasks_to_measure(suite, rows, **of) == ["digits", "again"]
-    assert (
-        steps.tasks_to_measure(replace(suite, tasks=suite.tasks[:1]), rows, **of, scale=0.5) == []
-    )
+    left = suite.remaining(done(read_rows(scores), method="lora", seed=0, scale=0.5))
+    assert left == ["again"]

@@ -8,7 +8,8 @@ import yaml
 from corda_vlm.__main__ import main
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import read_rows
-from corda_vlm.experiment.study import is_study, load_study, run_study
+from corda_vlm.experiment import run
+from corda_vlm.experiment.load import is_study, load_study
 from corda_vlm.files import asset
 
 STUDY = {
@@ -83,7 +84,7 @@ def test_defaults_are_shared_and_overridden(config):
 
 
 def test_runs_each_in_its_folder_and_goes_on(config, tmp_path, capsys):
-    folder = run_study(config(), output=tmp_path / "out", only=["high"])
+    folder = run(config(), output=tmp_path / "out", only=["high"])
     rows = read_rows(folder / "high" / "scores.jsonl")
     assert {(row["method"], row["scale"]) for row in rows} == {
         ("base", 1.0),
@@ -96,7 +97,7 @@ def test_runs_each_in_its_folder_and_goes_on(config, tmp_path, capsys):
     assert "(high/report.md)" in overview
 
     before = (folder / "high" / "scores.jsonl").read_bytes()
-    run_study(config(), output=folder)
+    run(config(), output=folder)
     assert (folder / "high" / "scores.jsonl").read_bytes() == before, "nothing is measured again"
     assert read_rows(folder / "low" / "scores.jsonl")
     assert "Not run yet" not in (folder / "report.md").read_text()
@@ -130,4 +131,4 @@ def test_a_wrong_study_is_told_what_is_wrong(config, changes, error, message):
 
 def test_an_unknown_experiment_is_refused(config):
     with pytest.raises(UnknownNameError, match="experiment 'middle'"):
-        run_study(config(), only=["middle"])
+        run(config(), only=["middle"])

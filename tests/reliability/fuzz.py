@@ -169,8 +169,7 @@ def formats(world: Path) -> list[Format]:
     from corda_vlm.data import ChatOptions, load_records, make_batches
     from corda_vlm.evaluation import load_suite, read_rows
     from corda_vlm.evaluation.class_names import load_class_names, load_templates
-    from corda_vlm.experiment.load import load_experiment
-    from corda_vlm.experiment.study import load_study
+    from corda_vlm.experiment.load import load_experiment, load_study
     from corda_vlm.families import load_model
     from corda_vlm.plan import AdapterPlan
     from corda_vlm.sites import find_sites
