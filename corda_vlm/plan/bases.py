@@ -7,6 +7,7 @@ from typing import Literal
 
 Components = Literal["smallest", "largest"]
 Side = Literal["output", "input"]
+Directions = Literal["spectrum", "contrast", "qr"]
 
 MODES: dict[str, Components] = {
     "kpm": "smallest",  # knowledge-preserved: adapt what the knowledge uses least
@@ -28,7 +29,8 @@ class Basis:
         side: "output" or "input".
         source: the paper.
         free_side: whether `side=` of `plan_adapter` may move it to the other side.
-        contrast: takes the covariances of the new task too, and `beta=` weighs them against the knowledge's.
+        directions: what they come from: the "spectrum" of `W C^p`, or of the "contrast" of the knowledge's
+            covariances and the new task's, which `beta=` weighs against each other; or "qr", the first columns of `W = Q R`.
     """
 
     power: float
@@ -36,7 +38,12 @@ class Basis:
     side: Side
     source: str
     free_side: bool = False
-    contrast: bool = False
+    directions: Directions = "spectrum"
+
+    @property
+    def contrast(self) -> bool:
+        """Does it take the covariances of the new task too?"""
+        return self.directions == "contrast"
 
     @property
     def needs_store(self) -> bool:
@@ -53,10 +60,8 @@ class Basis:
 PLAN_METHODS: dict[str, Basis] = {
     "corda": Basis(1.0, None, "output", "CorDA, arXiv 2406.05223", free_side=True),
     "lora-null": Basis(1.0, "smallest", "input", "LoRA-Null, arXiv 2503.02659"),
-    "sc-lora": Basis(0.5, "largest", "output", "SC-LoRA, arXiv 2505.23724", contrast=True),
+    "sc-lora": Basis(0.5, "largest", "output", "SC-LoRA, arXiv 2505.23724", directions="contrast"),
     "pissa": Basis(0.0, "largest", "output", "PiSSA, arXiv 2404.02948"),
     "milora": Basis(0.0, "smallest", "output", "MiLoRA, arXiv 2406.09044"),
-    "olora": Basis(
-        0.0, "largest", "output", "OLoRA, arXiv 2406.01775: the first columns of W = Q R"
-    ),
+    "olora": Basis(0.0, "largest", "output", "OLoRA, arXiv 2406.01775", directions="qr"),
 }

@@ -102,7 +102,7 @@ def plan_adapter(
         planned, factors = [], {}
         for site in track(sites, "plan", unit="site"):
             weight, covariance = weights[site.name], covariances[site.name]
-            if method == "olora":
+            if basis.directions == "qr":
                 factor = _olora(weight, ranks_of[site.name], a_norm)
             elif beta is not None:
                 factor = decompose_contrast(
