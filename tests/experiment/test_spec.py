@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shlex
 
 import pytest
 import yaml
@@ -11,7 +10,6 @@ import yaml
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import load_suite
 from corda_vlm.experiment.load import (
-    command_of,
     is_study,
     load_experiment,
     load_study,
@@ -48,17 +46,6 @@ def demo(**changes):
             at = at[parent]
         at[last] = value
     return content
-
-
-def test_overrides_reach_nested_keys_and_are_yaml():
-    experiment = load_experiment("configs/demo.yaml", ["training.steps=7", "seeds=[3]", "rank=4"])
-    assert experiment.training["steps"] == 7
-    assert experiment.seeds == [3]
-    assert experiment.rank == 4
-    with pytest.raises(CordaError, match="KEY=VALUE"):
-        load_experiment("configs/demo.yaml", ["seeds"])
-    with pytest.raises(CordaError, match="'name' is 'demo', which has no keys"):
-        load_experiment("configs/demo.yaml", ["name.x=1"])
 
 
 def test_data_stays_as_it_is_written():
@@ -160,20 +147,3 @@ def test_trainings_go_seed_by_seed():
 def test_a_wrong_experiment_names_what_is_wrong(changes, error, message):
     with pytest.raises(error, match=message):
         parse_experiment(demo(**changes), "demo.yaml")
-
-
-def test_a_command_reads_its_overrides_back():
-    overrides = ["training.steps=10", "title=It's small", "seeds=[0]"]
-    command = shlex.split(command_of("configs/demo.yaml", overrides))
-    assert command[:3] == ["corda-vlm", "run", "configs/demo.yaml"]
-    assert command[3::2] == ["--set"] * 3
-    assert command[4::2] == overrides
-
-
-def test_a_file_that_is_no_experiment(tmp_path):
-    (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(CordaError, match=r"list\.yaml must be a mapping"):
-        load_experiment(tmp_path / "list.yaml")
-    (tmp_path / "torn.yaml").write_text("a: [1")
-    with pytest.raises(CordaError, match=r"torn\.yaml is not YAML"):
-        load_experiment(tmp_path / "torn.yaml")

@@ -6,11 +6,9 @@ import pytest
 import yaml
 
 from corda_vlm.__main__ import main
-from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.errors import UnknownNameError
 from corda_vlm.evaluation import read_rows
 from corda_vlm.experiment import run
-from corda_vlm.experiment.load import is_study, load_study
-from corda_vlm.files import asset
 
 STUDY = {
     "name": "pair",
@@ -74,15 +72,6 @@ def config(tmp_path):
     return write
 
 
-def test_defaults_are_shared_and_overridden(config):
-    study = load_study(config(), ["training.steps=3"])
-    assert list(study.experiments) == ["low", "high"]
-    low, high = study.experiments.values()
-    assert (low.name, low.rank, low.title) == ("low", 2, "The lower rank")
-    assert (high.name, high.rank, high.scales_of("lora")) == ("high", 4, [0.5])
-    assert low.training["steps"] == high.training["steps"] == 3, "an override reaches both"
-
-
 def test_runs_each_in_its_folder_and_goes_on(config, tmp_path, capsys):
     folder = run(config(), output=tmp_path / "out", only=["high"])
     rows = read_rows(folder / "high" / "scores.jsonl")
@@ -106,27 +95,6 @@ def test_runs_each_in_its_folder_and_goes_on(config, tmp_path, capsys):
     (folder / "report.md").unlink()
     main(["report", str(folder)])
     assert "(low/report.md)" in (folder / "report.md").read_text()
-
-
-def test_tells_a_study_from_an_experiment(config):
-    assert is_study(config())
-    assert not is_study(asset("configs/demo.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"experiment": {}}, UnknownNameError, "key in study .*'experiment'.*experiments"),
-        ({"name": None}, CordaError, "no name"),
-        ({"experiments": {}}, CordaError, "at least one experiment"),
-        ({"experiments": {"low": 3}}, CordaError, "experiment 'low': must be a mapping"),
-        ({"defaults": [1]}, CordaError, "`defaults` must be a mapping"),
-        ({"experiments": {"low": {"rnak": 3}}}, CordaError, "experiment 'low'.*rnak"),
-    ],
-)
-def test_a_wrong_study_is_told_what_is_wrong(config, changes, error, message):
-    with pytest.raises(error, match=message):
-        load_study(config(**changes))
 
 
 def test_an_unknown_experiment_is_refused(config):
