@@ -20,6 +20,7 @@ from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
+from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import Cache, Suite, add_result
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
@@ -28,7 +29,7 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families import Loaded, Processor
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.locks import locked
-from corda_vlm.options import as_keywords
+from corda_vlm.options import as_keywords, narrowed
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import Site, find_sites, lies_in
 from corda_vlm.train import TrainOptions, TrainResult, train
@@ -85,7 +86,7 @@ def calibrate(
         seed=options.seed,
         limit=options.samples,
         towers=options.towers,
-        chat=options,
+        chat=narrowed(options, ChatOptions),
     )
     chosen = {**as_keywords(options, CollectOptions), "towers": None, "roles": None}
     store = collect_covariance(loaded.model, batches, sites, path=path, **chosen)

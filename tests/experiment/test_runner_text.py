@@ -168,7 +168,11 @@ def test_the_projector_is_trained_whole(tiny_llava, saved, shades, config, tmp_p
         ({"chat": "vicnua"}, UnknownNameError, "unknown chat template 'vicnua'"),
         ({"chat": "auto"}, CordaError, "tokenizer brings none; name one"),
         ({"task": {"data": {**SHADES}}}, DataError, "has images, and this model reads text alone"),
-        ({"training": {"steps": 1}}, CordaError, "are conversations .format: qa.*loss: next_token"),
+        (
+            {"training": {"steps": 1, "loss": "prompt"}},
+            CordaError,
+            "are conversations .format: qa.*loss: next_token",
+        ),
         ({"task": {"data": "jsonl:{data_root}/qa.jsonl"}}, CordaError, "say which format"),
         (
             {"calibration": {"data": {"source": "jsonl:{data_root}/empty.jsonl", "format": "qa"}}},
