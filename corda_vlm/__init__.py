@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from corda_vlm.adapter import adapt, attach_adapter, export_adapter, load_adapter, restore
     from corda_vlm.anchor import anchor_penalty
     from corda_vlm.covariance import Covariance, CovarianceStore, collect_covariance
+    from corda_vlm.data import register_source
     from corda_vlm.errors import CordaError
-    from corda_vlm.evaluation import Score, Suite, evaluate, load_suite
+    from corda_vlm.evaluation import (
+        Score,
+        Suite,
+        evaluate,
+        load_suite,
+        register_metric,
+        register_task,
+    )
     from corda_vlm.families import FAMILIES, Loaded, load_model, register_family
     from corda_vlm.files import asset
-    from corda_vlm.methods import METHODS, prepare_method
+    from corda_vlm.methods import METHODS, prepare_method, register_method
     from corda_vlm.plan import AdapterPlan, plan_adapter
     from corda_vlm.sites import Site, find_sites
     from corda_vlm.train import AnchorMixin
@@ -56,6 +64,10 @@ _HOME = {
     "plan_adapter": "plan",
     "prepare_method": "methods",
     "register_family": "families",
+    "register_method": "methods",
+    "register_metric": "evaluation",
+    "register_source": "data",
+    "register_task": "evaluation",
     "restore": "adapter",
 }
 

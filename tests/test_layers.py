@@ -17,6 +17,7 @@ ORDER = (
     "extras",
     "text_table",
     "names",
+    "registries",
     "options",
     "interrupts",
     "processes",

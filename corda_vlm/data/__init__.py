@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from corda_vlm.data.load import load_records
     from corda_vlm.data.records import ImageTextData, Record, Records
     from corda_vlm.data.sources.images import to_rgb
-    from corda_vlm.data.sources.registry import READERS
+    from corda_vlm.data.sources.registry import READERS, register_source
+    from corda_vlm.data.sources.table import Table
     from corda_vlm.data.spec import DataSpec, parse_spec, with_root
     from corda_vlm.data.text.chat import TEMPLATES, Chat
     from corda_vlm.data.text.conversations import ChatOptions, ConversationBatches, no_labels
@@ -36,12 +37,14 @@ _HOMES = {
     "InstructionData": "text.instruction",
     "Record": "records",
     "Records": "records",
+    "Table": "sources.table",
     "batch_builder": "builders",
     "data_warnings": "builders",
     "load_records": "load",
     "make_batches": "batches",
     "no_labels": "text.conversations",
     "parse_spec": "spec",
+    "register_source": "sources.registry",
     "to_rgb": "sources.images",
     "with_root": "spec",
 }

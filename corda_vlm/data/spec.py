@@ -7,13 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from corda_vlm.data.sources.registry import READERS
 from corda_vlm.errors import CordaError, DataError, UnknownNameError, brief
 from corda_vlm.options import Count, Items, Seed, Share, Text, check_options, read_options
-
-KINDS = (
-    "sklearn", "parquet", "folder", "webdataset", "hf", "torchvision", "jsonl", "json", "csv", "tsv", "text",
-)  # fmt: skip
-"""The kinds of sources; `corda_vlm.data.sources.registry.READERS` has a reader for each."""
 
 FORMATS = ("llava", "sharegpt", "chat", "qa", "alpaca", "prompt_completion", "text")
 """What rows mean for a model that generates text; `corda_vlm.data.text.formats.FORMATS` has a function for each."""
@@ -140,11 +136,11 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
             raise
         except CordaError as error:
             raise DataError(str(error)) from error
-    if found.kind not in KINDS or not found.location:
+    if found.kind not in READERS or not found.location:
         raise UnknownNameError(
             "data source",
             found.source,
-            KINDS,
+            READERS,
             "A source is written kind:where, e.g. folder:photos.",
         )
     if found.format is not None and found.format not in FORMATS:

@@ -12,18 +12,32 @@ from corda_vlm.lazy import names_of
 if TYPE_CHECKING:
     from corda_vlm.evaluation.bootstrap import Interval, paired_difference
     from corda_vlm.evaluation.measure import TaskResult, evaluate, task_data
-    from corda_vlm.evaluation.models.encoder import Cache
+    from corda_vlm.evaluation.models.encoder import Cache, Encoder
     from corda_vlm.evaluation.score_file import add_result, append_rows, done, read_rows, score_row
     from corda_vlm.evaluation.scores import Outcome, Score, value_text
     from corda_vlm.evaluation.suite import Suite, Task, load_suite
+    from corda_vlm.evaluation.tasks.base import Evaluator, Setting
+    from corda_vlm.evaluation.tasks.registry import (
+        TASK_KINDS,
+        Metric,
+        TaskKind,
+        register_metric,
+        register_task,
+    )
 
 _HOMES = {
     "Cache": "models.encoder",
+    "Encoder": "models.encoder",
+    "Evaluator": "tasks.base",
     "Interval": "bootstrap",
+    "Metric": "tasks.registry",
     "Outcome": "scores",
     "Score": "scores",
+    "Setting": "tasks.base",
     "Suite": "suite",
+    "TASK_KINDS": "tasks.registry",
     "Task": "suite",
+    "TaskKind": "tasks.registry",
     "TaskResult": "measure",
     "add_result": "score_file",
     "append_rows": "score_file",
@@ -32,6 +46,8 @@ _HOMES = {
     "load_suite": "suite",
     "paired_difference": "bootstrap",
     "read_rows": "score_file",
+    "register_metric": "tasks.registry",
+    "register_task": "tasks.registry",
     "score_row": "score_file",
     "task_data": "measure",
     "value_text": "scores",

@@ -152,8 +152,8 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
     metrics = content.get("metrics") or declared.usual or declared.metrics
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for metric in metrics:
-        if metric not in declared.metrics:
-            raise UnknownNameError(f"metric in {where}", metric, declared.metrics)
+        if metric not in declared.all_metrics:
+            raise UnknownNameError(f"metric in {where}", metric, declared.all_metrics)
     return Task(**{**content, "metrics": metrics, "source": path})
 
 

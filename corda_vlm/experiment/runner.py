@@ -339,6 +339,7 @@ class ExperimentRunner:
             templates=templates,
             knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training) else None,
             anchor=narrowed(self.experiment.variants[training.variant], AnchorOptions),
+            extra_loss=prepared.penalty,
         )
         facts = {
             "steps": result.steps,

@@ -33,6 +33,7 @@ from corda_vlm.options import as_keywords, narrowed
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import Site, find_sites, lies_in
 from corda_vlm.train import TrainOptions, TrainResult, train
+from corda_vlm.train.penalty import Penalty
 from corda_vlm.train.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ def train_anchored(
     templates: Sequence[str] | None,
     knowledge: CovarianceStore | None,
     anchor: AnchorOptions,
+    extra_loss: Penalty | None = None,
 ) -> tuple[TrainResult, float | None]:
     """Train a model that is prepared, and say how much it changed its outputs on the knowledge.
 
@@ -195,6 +197,7 @@ def train_anchored(
         model, data, processor, options, output_dir, classes, templates: as in `corda_vlm.train.train`.
         knowledge: covariances of the knowledge to keep; None trains without an anchor and forecasts nothing.
         anchor: its weight in the loss; with 0 it is the forecast of forgetting alone.
+        extra_loss: the method's own term of the loss, `Prepared.penalty`.
 
     Returns:
         what training tells, and the forecast at its end.
@@ -215,6 +218,7 @@ def train_anchored(
         anchor=penalty,
         anchor_weight=anchor.anchor,
         anchor_every=anchor.anchor_every,
+        extra_loss=extra_loss,
     )
     if penalty is None:
         return result, None

@@ -10,6 +10,7 @@ from corda_vlm.families.clip_hf import CLIP_HF, SIGLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
 from corda_vlm.families.llava import LLAVA
 from corda_vlm.families.llm import LLM
+from corda_vlm.registries import register
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (CLIP_HF, SIGLIP_HF, CLIP_OPEN, LLAVA, LLM)
@@ -22,9 +23,7 @@ def register_family(family: Family) -> Family:
     Raises:
         CordaError: another family has that name.
     """
-    if FAMILIES.setdefault(family.name, family) is not family:
-        raise CordaError(f"a family named {family.name!r} is registered already")
-    return family
+    return register(FAMILIES, "family", family.name, family)
 
 
 def detect_family(model: nn.Module) -> Family:

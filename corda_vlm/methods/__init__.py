@@ -7,7 +7,13 @@ with `restore_method`, except full fine-tuning, which keeps nothing of the origi
 from __future__ import annotations
 
 from corda_vlm.methods.method import Method, MethodRequest, Prepared
-from corda_vlm.methods.registry import METHODS, get_method, prepare_method, restore_method
+from corda_vlm.methods.registry import (
+    METHODS,
+    get_method,
+    prepare_method,
+    register_method,
+    restore_method,
+)
 
 __all__ = [
     "METHODS",
@@ -16,5 +22,6 @@ __all__ = [
     "Prepared",
     "get_method",
     "prepare_method",
+    "register_method",
     "restore_method",
 ]

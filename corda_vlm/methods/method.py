@@ -12,7 +12,7 @@ from corda_vlm.options import check_options, option_names
 from corda_vlm.plan.options import DecompositionOptions
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.plan import AdapterPlan
@@ -53,12 +53,14 @@ class Prepared:
     Attributes:
         model: with `requires_grad` set; a `PeftModel` for the adapters, else the model itself.
         trainable, total: numbers of parameters.
+        penalty: the method's own term of the loss, to be given to `train` as `extra_loss`; None for most.
     """
 
     method: str
     model: nn.Module
     trainable: int
     total: int
+    penalty: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Method:
             besides what its own method does not take.
         loss: the one that it trains with, whatever loss is asked for, as nothing else of it can be trained; None for any.
         changes_layers: whether training changes what the model's layers give, so that an anchor has something to hold.
+        penalty: (the model to train, request) -> a term that is added to the loss: a function without arguments that looks
+            at the weights and gives a scalar, already weighted. None for a method without one.
     """
 
     name: str
@@ -90,6 +94,7 @@ class Method:
     takes: tuple[str, ...] = ()
     loss: str | None = None
     changes_layers: bool = True
+    penalty: Callable[[nn.Module, MethodRequest], Callable[[], Tensor]] | None = None
 
     @property
     def needs_store(self) -> bool:
@@ -115,7 +120,9 @@ class Method:
         self.check_options(request)
         ready = self.attach(model, request)
         trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)
-        return Prepared(self.name, ready, trainable, sum(p.numel() for p in ready.parameters()))
+        total = sum(p.numel() for p in ready.parameters())
+        penalty = None if self.penalty is None else self.penalty(ready, request)
+        return Prepared(self.name, ready, trainable, total, penalty)
 
     def check_options(self, request: MethodRequest) -> None:
         """Raise a `CordaError` for an option that the method does not have, or that is out of range."""

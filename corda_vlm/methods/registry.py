@@ -14,6 +14,7 @@ from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodReques
 from corda_vlm.methods.options import MethodKeywords
 from corda_vlm.options import as_keywords, options_from
 from corda_vlm.plan.options import DecompositionOptions, Mode
+from corda_vlm.registries import register
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +62,15 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
     return METHODS[name]
+
+
+def register_method(method: Method) -> Method:
+    """Make a method of your own known by its name, in configs and to `prepare_method`. Returns it.
+
+    Raises:
+        CordaError: another method has that name.
+    """
+    return register(METHODS, "method", method.name, method)
 
 
 def _later(module: str, name: str, **options: Any) -> Callable[..., Any]:

@@ -434,8 +434,6 @@ def test_rows_are_of_each_file_in_its_own_order(tmp_path):
 
 def test_the_names_told_before_pytorch_is_imported_are_those_of_the_readers():
     from corda_vlm.data import spec
-    from corda_vlm.data.sources import registry as readers
     from corda_vlm.data.text import formats
 
     assert sorted(spec.FORMATS) == sorted([*formats.FORMATS, "text"])
-    assert sorted(spec.KINDS) == sorted(readers.READERS)

@@ -12,7 +12,7 @@ from open_clip import build_zero_shot_classifier
 from corda_vlm.data import load_records
 from corda_vlm.errors import DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation.models.encoder import Cache, Encoder
-from corda_vlm.evaluation.tasks.zero_shot import ZeroShot, _ranks
+from corda_vlm.evaluation.tasks.zero_shot import ZeroShot, _judged, _ranks_of
 from corda_vlm.families import detect_family
 
 NAMES = ["blue whale", "green tree", "red"]
@@ -80,20 +80,25 @@ def test_labels_follow_the_suites_order(
     assert one == two
 
 
+def ranks_of(vectors, classify, labels, chunk: int) -> torch.Tensor:
+    (ranks,) = _judged(vectors, classify, labels, chunk, [_ranks_of])
+    return torch.cat(ranks)
+
+
 def test_ranks_by_hand() -> None:
     vectors = torch.eye(3)
     weights = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.3, 0.4, 0.1]])
-    ranks = _ranks(vectors, lambda v: v @ weights, torch.tensor([1, 1, 0]), chunk=2)
+    ranks = ranks_of(vectors, lambda v: v @ weights, torch.tensor([1, 1, 0]), chunk=2)
     # Second of three; among equals the lower index first, so second too.
     assert ranks.tolist() == [1, 1, 1]
     vectors[2, 2] = float("nan")
     with pytest.raises(NotFiniteError, match="on 1 of 3 images measured"):
-        _ranks(vectors, lambda v: v @ weights, torch.tensor([1, 1, 0]), chunk=2)
+        ranks_of(vectors, lambda v: v @ weights, torch.tensor([1, 1, 0]), chunk=2)
 
 
 def test_a_collapsed_model_is_at_chance() -> None:
     labels = torch.arange(10).repeat(20)
-    ranks = _ranks(torch.ones(200, 4), lambda v: v @ torch.ones(4, 10), labels, chunk=64)
+    ranks = ranks_of(torch.ones(200, 4), lambda v: v @ torch.ones(4, 10), labels, chunk=64)
     assert (ranks == 0).float().mean().item() == pytest.approx(0.1)
     assert (ranks < 5).float().mean().item() == pytest.approx(0.5)
 

@@ -1,29 +1,60 @@
-"""The kinds of sources: each reader turns a `DataSpec` into a `Table` without decoding a picture."""
+"""The kinds of sources by name: each has a reader, which turns a `DataSpec` into a `Table` without decoding a picture.
+
+Readers are imported when one is called, so that to know their names takes little.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from corda_vlm.data.sources.folders import read_folder, read_webdataset
-from corda_vlm.data.sources.libraries import read_hf, read_sklearn, read_torchvision
-from corda_vlm.data.sources.lines import read_csv, read_documents, read_json, read_jsonl
-from corda_vlm.data.sources.parquet import read_parquet
-from corda_vlm.data.sources.table import Table
-from corda_vlm.data.spec import DataSpec
+from corda_vlm.errors import CordaError
+from corda_vlm.registries import register
 
-Reader = Callable[[DataSpec, str | Path | None], Table]
+if TYPE_CHECKING:
+    from corda_vlm.data.sources.table import Table
+    from corda_vlm.data.spec import DataSpec
+
+Reader = Callable[["DataSpec", "str | Path | None"], "Table"]
+"""(the spec, the file that names it or None) -> what there is to read."""
+
+
+def _later(module: str, name: str) -> Reader:
+    """A reader of a module beside this one, imported when it is called."""
+
+    def read(spec: DataSpec, beside: str | Path | None = None) -> Table:
+        return getattr(import_module(f"corda_vlm.data.sources.{module}"), name)(spec, beside)
+
+    return read
+
 
 READERS: dict[str, Reader] = {
-    "sklearn": read_sklearn,
-    "parquet": read_parquet,
-    "folder": read_folder,
-    "webdataset": read_webdataset,
-    "hf": read_hf,
-    "torchvision": read_torchvision,
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "tsv": read_csv,
-    "text": read_documents,
+    "sklearn": _later("libraries", "read_sklearn"),
+    "parquet": _later("parquet", "read_parquet"),
+    "folder": _later("folders", "read_folder"),
+    "webdataset": _later("folders", "read_webdataset"),
+    "hf": _later("libraries", "read_hf"),
+    "torchvision": _later("libraries", "read_torchvision"),
+    "jsonl": _later("lines", "read_jsonl"),
+    "json": _later("lines", "read_json"),
+    "csv": _later("lines", "read_csv"),
+    "tsv": _later("lines", "read_csv"),
+    "text": _later("lines", "read_documents"),
 }
+
+
+def register_source(kind: str, reader: Reader) -> Reader:
+    """Make a kind of source of your own known, so that data may be called `"kind:where"`. Returns the reader.
+
+    Args:
+        kind: the word before the colon.
+        reader: (spec, the file that names it or None) -> `Table`. `spec.location` is what stands after the colon.
+
+    Raises:
+        CordaError: another source has that name, or it holds a colon.
+    """
+    if isinstance(kind, str) and ":" in kind:
+        raise CordaError(f"a source cannot be called {kind!r}: data is written kind:where")
+    return register(READERS, "source", kind, reader)

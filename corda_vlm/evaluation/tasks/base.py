@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from torch import Tensor
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task
+from corda_vlm.evaluation.tasks.registry import TASK_KINDS, Metric
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,30 @@ def known(metrics: Sequence[str], choices: Sequence[str], kind: str) -> None:
     for metric in metrics:
         if metric not in choices:
             raise UnknownNameError(f"{kind} metric", metric, choices)
+
+
+def registered(metrics: Sequence[str], kind: str) -> dict[str, Metric]:
+    """Those of the metrics that were registered for this kind of task."""
+    own = TASK_KINDS[kind].registered
+    return {metric: own[metric] for metric in metrics if metric in own}
+
+
+def shares(metric: str, values: Any, count: int) -> Float[np.ndarray, " n"]:
+    """What a registered metric gave for `count` examples.
+
+    Raises:
+        CordaError: not a share from 0 to 1 for each of them.
+    """
+    try:
+        given = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise CordaError(f"the metric {metric!r} gave no numbers: {error}") from error
+    if given.shape != (count,):
+        raise CordaError(
+            f"the metric {metric!r} gave values of shape {given.shape}; it must give one for each of {count} examples"
+        )
+    if not ((given >= 0) & (given <= 1)).all():
+        raise CordaError(
+            f"the metric {metric!r} gave values outside 0 to 1, or NaN; it must give a share for each example"
+        )
+    return given

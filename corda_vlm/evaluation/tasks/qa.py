@@ -16,9 +16,10 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import answered, references
 from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.scores import Outcome
-from corda_vlm.evaluation.tasks.base import Evaluator, known
+from corda_vlm.evaluation.tasks.base import Evaluator, known, registered, shares
 from corda_vlm.evaluation.tasks.options import QA_METRICS as METRICS
 from corda_vlm.evaluation.tasks.options import QaOptions
+from corda_vlm.evaluation.tasks.registry import Metric
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
@@ -53,6 +54,12 @@ def exact_match(answer: str, references: Sequence[str], *, articles: bool = Fals
     return float(bool(given) and given in {normalize_answer(one, articles) for one in references})
 
 
+def judged(metric: str, own: Metric, said: Sequence[tuple[str, list[str]]]) -> Outcome:
+    """What a registered metric makes of answers, each with the right ones."""
+    values = shares(metric, [own.judge(*one) for one in said], len(said))
+    return Outcome(metric, values, chance=own.chance)
+
+
 @dataclass(frozen=True)
 class Qa(QaOptions, Evaluator):
     """Open questions, answered freely, by exact match with any of the known answers."""
@@ -61,7 +68,7 @@ class Qa(QaOptions, Evaluator):
     metrics: Sequence[str] = METRICS
 
     def __post_init__(self) -> None:
-        known(self.metrics, METRICS, "qa")
+        known(self.metrics, [*METRICS, *registered(self.metrics, "qa")], "qa")
         super().__post_init__()
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
@@ -71,9 +78,9 @@ class Qa(QaOptions, Evaluator):
             DataError: no question is of use, or one has no answer.
         """
         chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
-        right = [
-            exact_match(said, references(record, str(self.data.spec)), articles=self.articles)
-            for record, said in answered(
+        said = [
+            (answer, references(record, str(self.data.spec)))
+            for record, answer in answered(
                 TextGenerator.of(encoder),
                 self.data,
                 chat=chat,
@@ -81,5 +88,10 @@ class Qa(QaOptions, Evaluator):
                 stop=self.stop,
             )
         ]
+        own = registered(self.metrics, "qa")
         for metric in self.metrics:
+            if metric in own:
+                yield judged(metric, own[metric], said)
+                continue
+            right = [exact_match(*one, articles=self.articles) for one in said]
             yield Outcome(metric, np.asarray(right), chance=self.chance)

@@ -15,9 +15,10 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import answered, references
 from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.scores import Outcome
-from corda_vlm.evaluation.tasks.base import Evaluator, known
+from corda_vlm.evaluation.tasks.base import Evaluator, known, registered
 from corda_vlm.evaluation.tasks.options import VQA_METRICS as METRICS
 from corda_vlm.evaluation.tasks.options import VqaOptions
+from corda_vlm.evaluation.tasks.qa import judged
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
@@ -162,7 +163,7 @@ class Vqa(VqaOptions, Evaluator):
     metrics: Sequence[str] = ("vqa_accuracy",)
 
     def __post_init__(self) -> None:
-        known(self.metrics, METRICS, "vqa")
+        known(self.metrics, [*METRICS, *registered(self.metrics, "vqa")], "vqa")
         super().__post_init__()
 
     def outcomes(self, encoder: Encoder) -> Iterator[Outcome]:
@@ -173,13 +174,19 @@ class Vqa(VqaOptions, Evaluator):
         """
         chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
         right: list[tuple[float, float, str]] = []
+        answers: list[tuple[str, list[str]]] = []
+        own_metrics = registered(self.metrics, "vqa")
         for record, said in answered(
             TextGenerator.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
         ):  # fmt: skip
             known_answers = references(record, str(self.data.spec))
             accuracy, match = vqa_accuracy(said, known_answers), exact_match(said, known_answers)
             right.append((accuracy, match, answer_type(known_answers)))
+            answers.append((said, known_answers))
         for metric in self.metrics:
+            if metric in own_metrics:
+                yield judged(metric, own_metrics[metric], answers)
+                continue
             kind = metric.removeprefix("accuracy_")
             values = [
                 match if metric == "exact_match" else accuracy

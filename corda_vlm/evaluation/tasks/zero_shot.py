@@ -23,7 +23,7 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task, check_keys
-from corda_vlm.evaluation.tasks.base import Evaluator, Setting, known
+from corda_vlm.evaluation.tasks.base import Evaluator, Setting, known, registered, shares
 from corda_vlm.evaluation.tasks.options import ZERO_SHOT_METRICS as METRICS
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class ZeroShot(Evaluator):
     head: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        known(self.metrics, METRICS, "zero-shot")
+        own = registered(self.metrics, "zero_shot")
+        known(self.metrics, [*METRICS, *own], "zero-shot")
 
     @classmethod
     def build(cls, task: Task, data: Records, setting: Setting) -> ZeroShot:
@@ -98,9 +99,22 @@ class ZeroShot(Evaluator):
                 "names; name every class of the data"
             )
         classify = self.head or self._prompts(encoder)
-        rank = _ranks(vectors, classify, truth, chunk=max(encoder.batch_size, 256)).numpy()
+        own = registered(self.metrics, "zero_shot")
+        judges = [_ranks_of, *(metric.judge for metric in own.values())]
+        chunk = max(encoder.batch_size, 256)
+        ranks, *others = _judged(vectors, classify, truth, chunk, judges)
+        rank = torch.cat(ranks).numpy()
+        values = {
+            metric: np.concatenate(
+                [shares(metric, part, len(ranks[n])) for n, part in enumerate(parts)]
+            )
+            for metric, parts in zip(own, others, strict=True)
+        }
         classes = len(self.class_names)
         for metric in self.metrics:
+            if metric in own:
+                yield Outcome(metric, values[metric], chance=own[metric].chance)
+                continue
             k = min(5, classes) if metric == "top5" else 1
             groups = truth.numpy() if metric == "mean_per_class" else None
             yield Outcome(metric, (rank < k).astype(np.float64), groups, chance=k / classes)
@@ -110,29 +124,38 @@ class ZeroShot(Evaluator):
         return lambda vectors: vectors @ weights
 
 
-def _ranks(
+def _judged(
     vectors: Float[Tensor, "n d"],
     classify: Callable[[Tensor], Tensor],
     truth: Int[Tensor, " n"],
     chunk: int,
-) -> Int[Tensor, " n"]:
-    """(n,) how many classes are ranked before the true one, in the order `topk` gives.
-
-    A collapsed model makes every class equal; among equals the lower index comes first, so that it
-    scores at chance.
+    judges: Sequence[Callable[[Tensor, Tensor], Any]],
+) -> list[list[Any]]:
+    """For each of `judges` what it says of (logits (b, classes), labels (b,)), chunk by chunk.
 
     Raises:
         NotFiniteError: a similarity, or a trained head's output, is NaN or Inf.
     """
-    found, check = [], FiniteCheck("images")
+    said: list[list[Any]] = [[] for _ in judges]
+    check = FiniteCheck("images")
     for at in range(0, len(vectors), chunk):
-        logits = classify(vectors[at : at + chunk])  # (B, classes)
+        logits = classify(vectors[at : at + chunk])  # (b, classes)
         check(logits)
-        label = truth[at : at + chunk, None]
-        own = logits.gather(1, label)
-        earlier = torch.arange(logits.shape[1]) < label
-        found.append(((logits > own) | ((logits == own) & earlier)).sum(1))
-    return torch.cat(found)
+        for judge, values in zip(judges, said, strict=True):
+            values.append(judge(logits, truth[at : at + chunk]))
+    return said
+
+
+def _ranks_of(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """(b,) how many classes are ranked before the true one, in the order `topk` gives.
+
+    A collapsed model makes every class equal; among equals the lower index comes first, so that it
+    scores at chance.
+    """
+    label = labels[:, None]
+    own = logits.gather(1, label)
+    earlier = torch.arange(logits.shape[1]) < label
+    return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
 def labels_of(task: Task, data: Any, setting: Setting) -> Labels:
