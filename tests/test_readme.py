@@ -14,12 +14,16 @@ from corda_vlm.files import asset
 
 README = asset("README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for language, block in BLOCKS
-    if language == "sh"
-    for line in block.splitlines()
-]
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of each command of a block; a line that ends with a backslash goes on in the next."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+COMMANDS = [words for language, block in BLOCKS if language == "sh" for words in commands(block)]
+WRITTEN_BY_DEFAULT = {"calibrate": "covariance.safetensors", "plan": "plan.json"}
 
 
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
@@ -37,7 +41,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
 def test_the_verbs_of_the_readme_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     chain = [words[1:] for words in COMMANDS if words[0] == "corda-vlm" and words[1] != "run"]
-    assert {"sites", "calibrate", "init", "train", "evaluate", "export"} == {w[0] for w in chain}
+    assert {"sites", "calibrate", "plan", "train", "evaluate", "export"} == {w[0] for w in chain}
     for words in chain:
         main(words)
     assert "digits: top1" in capsys.readouterr().out
@@ -51,19 +55,18 @@ def test_the_verbs_of_the_readme_run_one_after_another(tmp_path, monkeypatch, ca
 def test_what_a_command_reads_was_written_by_one_before_it_in_its_block(block):
     """An older file of that name, e.g. of the block before, would be taken without a word."""
     written: set[str] = set()
-    for line in block.splitlines():
-        words = shlex.split(line, comments=True)
+    for words in commands(block):
         given = dict(itertools.pairwise(words))
         read = {
             given[option] for option in ("--plan", "--covariance", "--adapter") if option in given
         }
         if words[1] == "export":
             read.add(words[3].removesuffix("/weights"))
-        assert read <= written, f"{line}: nothing in this block writes {sorted(read - written)}"
+        assert read <= written, f"{words}: nothing in this block writes {sorted(read - written)}"
         if "--dry-run" not in words:
             written |= {given[option] for option in ("--output", "--picture") if option in given}
-            if words[1] == "calibrate":
-                written.add(given.get("--output", "covariance.safetensors"))
+            if words[1] in WRITTEN_BY_DEFAULT:
+                written.add(given.get("--output", WRITTEN_BY_DEFAULT[words[1]]))
 
 
 @pytest.mark.parametrize("words", [w for w in COMMANDS if "run" in w], ids=" ".join)

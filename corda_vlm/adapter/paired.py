@@ -157,22 +157,27 @@ class PairedLinear(Linear):
             self.drop_pair(adapter_name)
         super().delete_adapter(adapter_name)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # A checkpoint brings its pair; a residual base has to follow, unless its weight comes along.
         for name in self.lora_init_A:
             A = state_dict.get(f"{prefix}lora_init_A.{name}")
             B = state_dict.get(f"{prefix}lora_init_B.{name}")
             if A is not None and B is not None and f"{prefix}base_layer.weight" not in state_dict:
                 self.set_pair(name, B, A)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class Untouched(LoraVariant):
     """Forward and merge over the original weight `W`."""
 
     @staticmethod
-    def init(module: LoraLayer, adapter_name: str, config: PairedConfig, **kwargs: Any) -> None:
+    def init(
+        module: LoraLayer, adapter_name: str, config: PairedConfig | None = None, **kwargs: Any
+    ) -> None:
         assert isinstance(module, PairedLinear)
+        assert config is not None
         if config.freeze_a:
             keep_a_frozen(module, adapter_name)
 
@@ -199,7 +204,7 @@ class Untouched(LoraVariant):
         return merged.to(orig_weight.dtype)
 
     @classmethod
-    def merge_unsafe(
+    def merge_unsafe(  # pyright: ignore[reportIncompatibleMethodOverride] - one for both variants
         cls, module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, "out inp"]
     ) -> None:
         orig_weight.data.copy_(cls.merge_safe(module, active_adapter, orig_weight.data))

@@ -70,7 +70,9 @@ class _BatchLoss(Trainer):
             raise NotFiniteError(self._not_finite(f"the loss is {float(loss)}"))
         return loss
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         for norm in self._frozen_norms:
             norm.eval()
         with self.autocast():

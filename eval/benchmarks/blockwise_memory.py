@@ -118,7 +118,7 @@ CLIP_L_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "LLaVA-1.5 7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
     "LLaVA-1.5 13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
 }

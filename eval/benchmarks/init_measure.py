@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 RANK = 16
-COMPONENTS = {"kpm": "smallest", "ipm": "largest"}
+COMPONENTS: dict[str, Any] = {"kpm": "smallest", "ipm": "largest"}
 TARGETS = [
     "q_proj",
     "k_proj",
@@ -30,7 +30,7 @@ TARGETS = [
 ]  # transformers' CLIP, both towers
 ROLES = ["q", "k", "v", "o", "up", "down"]  # the same, as corda_vlm names them
 # Setting of ours -> (precision of the covariance's products, is the forward pass in bfloat16?)
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "float32": ("float32", False),
     "bf16": ("bf16", False),
     "bf16-forward": ("bf16", True),
@@ -189,7 +189,7 @@ def build_clip(quick: bool) -> nn.Module:
     return CLIPModel(config).eval()
 
 
-def calibration(model: nn.Module, count: int) -> dict[str, Tensor]:
+def calibration(model: Any, count: int) -> dict[str, Tensor]:
     """`pixel_values` (n, 3, H, W) and `input_ids` (n, 77) without padding, so that both tools see the same tokens."""
     size = model.config.vision_config.image_size
     folder = os.environ.get("CORDA_VLM_DATA")
@@ -332,7 +332,7 @@ def peft_factors(module: Any, chosen: slice = slice(None)) -> tuple[Tensor, Tens
     return module.eigens.U_WC[:, chosen] * root, root[:, None] * module.eigens.V_WC[:, chosen].T
 
 
-def clip_ours(task: Task, model: nn.Module, data: dict[str, Tensor]) -> dict[str, Any]:
+def clip_ours(task: Task, model: Any, data: dict[str, Tensor]) -> dict[str, Any]:
     from corda_vlm.covariance import collect_covariance
     from corda_vlm.plan import plan_adapter
     from corda_vlm.sites import find_sites
@@ -347,7 +347,7 @@ def clip_ours(task: Task, model: nn.Module, data: dict[str, Tensor]) -> dict[str
             model(**batch)
 
     stages: dict[str, float] = {}
-    quiet = {"show_progress": False}
+    quiet: dict[str, Any] = {"show_progress": False}
     options = {"mode": task.mode, "rank": RANK, "roles": ROLES, **quiet}
     with Peak() as peak, timed(stages, "total"):
         with timed(stages, "collection"):

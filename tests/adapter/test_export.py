@@ -62,7 +62,9 @@ def trained(model: nn.Module, base: str = "untouched", **options):
     """A model with an adapter that has learned something."""
     freeze_a = options.pop("freeze_a", False)
     plan = plan_adapter(
-        model, None, **{"method": "pissa", "rank": 3, "show_progress": False, **options}
+        model,
+        None,
+        **dict[str, Any]({"method": "pissa", "rank": 3, "show_progress": False, **options}),
     )
     attached = attach_adapter(model, plan, base=base, freeze_a=freeze_a)
     generator = torch.Generator().manual_seed(7)
@@ -119,7 +121,7 @@ def test_everything_loads_without_us_and_gives_the_same_outputs(request, tmp_pat
     """All models, base modes and formats; one process, because importing takes seconds."""
     jobs, expected, labels = [], [], []
 
-    def job(label: str, attached, **fields: str) -> None:
+    def job(label: str, attached, **fields: str | Path) -> None:
         labels.append(label)
         jobs.append({key: str(value) for key, value in fields.items()})
         expected.append(embed(attached))

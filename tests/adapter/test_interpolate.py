@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ class TestFull:
             )
 
     def test_only_what_changed_is_copied(
-        self, tiny_clip_hf: nn.Module, monkeypatch: pytest.MonkeyPatch
+        self, tiny_clip_hf: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         base = weights_of(tiny_clip_hf)
         changed = tiny_clip_hf.visual_projection.weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_paired_adapters(fixture, base, freeze_a, request):
         assert anchor().item() == pytest.approx(0.25 * full, rel=1e-5)
 
 
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "lora": {},
     "rslora": {"use_rslora": True, "lora_alpha": 3},
     "pissa": {"init_lora_weights": "pissa", "lora_alpha": 6},

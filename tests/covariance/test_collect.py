@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -118,7 +120,7 @@ def test_bf16_products_are_close(tiny_clip_hf: nn.Module) -> None:
 def test_nan_names_site_batch_and_share() -> None:
     model, batches = toy(), toy_batches(4)
 
-    def forward(model: nn.Module, batch: dict) -> None:
+    def forward(model: Any, batch: dict) -> None:
         x = model.embed(batch["input_ids"])
         if batch is batches[2]:
             x = x.clone()
@@ -133,7 +135,7 @@ def test_nan_names_site_batch_and_share() -> None:
         collect(model, batches, TOY_SITES[:2], forward=forward)
     assert hook_count(model) == 0
 
-    def huge(model: nn.Module, batch: dict) -> None:
+    def huge(model: Any, batch: dict) -> None:
         model.a(model.embed(batch["input_ids"]) * 1e25)
 
     with pytest.raises(CalibrationError, match="too large to square"):
@@ -146,7 +148,7 @@ def test_nan_in_padding_does_no_harm() -> None:
     mask = torch.ones(4, 5, dtype=torch.bool)
     mask[:, 3:] = False
 
-    def forward(model: nn.Module, batch: dict) -> None:
+    def forward(model: Any, batch: dict) -> None:
         x = model.embed(batch["input_ids"])
         x[:, 3:] = float("nan")
         model.a(x)
@@ -165,7 +167,7 @@ def test_unreached_sites_name_the_tower(tiny_clip_hf: nn.Module) -> None:
     assert len(collect(tiny_clip_hf, images, find_sites(tiny_clip_hf, towers="vision"))) == 13
     never = [*TOY_SITES, Site("head", "text", None, "proj", "head.in")]
 
-    def headless(model: nn.Module, batch: dict) -> None:
+    def headless(model: Any, batch: dict) -> None:
         x = model.embed(batch["input_ids"])
         model.c(model.a(x) + model.b(x))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_rounds_are_disjoint_and_dealt_in_turn() -> None:
         torch.testing.assert_close(store[name].matrix, pooled, rtol=1e-5, atol=1e-6)
     assert store[name].count == first.count + second.count
 
-    def alternate(model: nn.Module, batch: dict) -> None:
+    def alternate(model: Any, batch: dict) -> None:
         (model.a if batch is batches[0] else model.c)(
             torch.randn(9, 6 if batch is batches[0] else 12)
         )

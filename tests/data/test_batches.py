@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import DataError, UnknownNameError
 
-DIGITS = {"source": "sklearn:digits", "split": "val", "limit": 20}
+DIGITS: dict[str, Any] = {"source": "sklearn:digits", "split": "val", "limit": 20}
 
 
 @pytest.mark.parametrize(

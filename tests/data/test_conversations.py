@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_where_the_answers_are(tiny_llm, template, text, answers):
 
 
 # Each writes a space before or after the answer that byte-level BPE merges with the word beside it.
-MERGING = {
+MERGING: dict[str, Any] = {
     "space before": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
     "space after": "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
     "no opening": "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}",
@@ -240,7 +241,7 @@ def test_documents_are_learnt_whole(tiny_llm, tmp_path):
 
 def test_a_sequence_that_is_too_long(tiny_llm, questions, caplog):
     data = questions(("x " * 200, "yes"), ("is there?", "no"), max_bad_share=0.5)
-    skip, error = (ChatOptions("plain", too_long=kind) for kind in ("skip", "error"))
+    skip, error = (ChatOptions(chat_template="plain", too_long=kind) for kind in ("skip", "error"))
     builder = ConversationBatches(data, tiny_llm.processor, chat=skip)
     assert builder.batch([0, 1])["input_ids"].shape[0] == 1
     assert "tokens are more than the 128 that fit" in data.bad[0]
@@ -259,7 +260,7 @@ def test_a_sequence_that_is_too_long(tiny_llm, questions, caplog):
 
     long = questions(("is there?", "yes " * 200))
     cut = ConversationBatches(
-        long, tiny_llm.processor, chat=ChatOptions("plain", too_long="truncate")
+        long, tiny_llm.processor, chat=ChatOptions(chat_template="plain", too_long="truncate")
     )
     sample = cut.sample(0)
     assert all(len(value) == 128 for value in sample.values())
@@ -300,7 +301,7 @@ def test_data_that_does_not_go_with_the_model(tiny_llm, shapes, questions, proce
 
 def test_a_question_without_an_answer_calibrates_but_is_not_learnt(tiny_llm, questions):
     data = questions(("is there?", "yes"), answer=None)
-    chat = ChatOptions("plain")
+    chat = ChatOptions(chat_template="plain")
     sample = ConversationBatches(data, tiny_llm.processor, chat=chat).sample(0)
     assert bool((sample["labels"] == -100).all())
     with pytest.raises(DataError, match="line 1: holds no token to learn"):

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,10 +77,10 @@ QA = [{"question": "q", "answer": "a", "answers": [{"answer": "a"}], "aliases": 
 ALPACA = [{"instruction": "i", "input": "j", "output": "o", "history": [["a", "b"]], "system": "s"}]
 PROMPT = [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]}]  # fmt: skip
 CAPTIONS = [{"image": "a.png", "caption": "c", "label": 1}]
-STRUCTURED = {
+STRUCTURED: dict[str, Any] = {
     "llava": LLAVA, "sharegpt": LLAVA, "chat": CHAT, "qa": QA, "alpaca": ALPACA, "prompt_completion": PROMPT, None: CAPTIONS,
 }  # fmt: skip
-FILES = {
+FILES: dict[str, Any] = {
     "parquet": parquet_file(),
     "webdataset": tar_file(),
     "json": json.dumps(CAPTIONS * 3).encode(),
@@ -87,7 +88,9 @@ FILES = {
     "csv": b'filepath,title\na.png,"a, b"\na.png,c\n',
     "text": "one two äöü\nthree".encode() * 5,
 }
-PICTURES = {kind: picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")}
+PICTURES: dict[str, Any] = {
+    kind: picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+}
 
 edits = st.lists(
     st.tuples(

@@ -53,7 +53,7 @@ def test_alpaca_asks_the_instruction_with_its_input(read, tiny_llm):
     assert data[0]["messages"] == [user("Add\n1 and 1"), answer("2")]
     assert data[1]["messages"] == [user("Name a fruit"), answer("Fig")]
     assert (data[0]["question"], data[0]["answers"]) == ("Add\n1 and 1", ["2"])
-    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(chat_template="plain"))
     assert learnt(builder, 0) == ("Question: Add\n1 and 1\nAnswer: 2</s>", " 2</s>")
     alone = read(ADD, format="alpaca", question="instruction", answer=None)
     assert alone[0]["messages"] == [user("Add")]
@@ -129,7 +129,7 @@ def test_the_completion_alone_is_learnt(read, tiny_llm):
     assert data[0]["messages"] == [user("is it red?"), answer("no")]
     assert data[1]["messages"] == [user("Hi"), answer("Hello", learn=False), user("what colour?"), answer("blue")]  # fmt: skip
     assert (data[1]["question"], data[1]["answers"]) == ("what colour?", ["blue"])
-    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(chat_template="plain"))
     assert learnt(builder, 0)[1] == " no</s>"
     text, labels = learnt(builder, 1)
     assert text == "Question: Hi\nAnswer: Hello\nQuestion: what colour?\nAnswer: blue</s>"
@@ -141,7 +141,9 @@ def test_a_completion_keeps_its_indentation(read, tiny_llm, template):
     pair = {"prompt": "def one():", "completion": "    return 1\n"}
     data = read(pair, {**pair, "completion": "\n\treturn 1"}, format="prompt_completion")
     assert [row["messages"][1]["content"] for row in data] == ["    return 1", "\n\treturn 1"]
-    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(template))
+    builder = ConversationBatches(
+        data, tiny_llm.processor, chat=ChatOptions(chat_template=template)
+    )
     text = builder.chat.full(data[0]["messages"])
     (turn,) = text.turns
     parted = " " if template == "plain" else ""
@@ -175,7 +177,7 @@ def test_what_is_wrong_with_a_prompt_or_its_completion(read, prompt, completion,
 def test_answers_of_weight_0_are_not_learnt(read, tiny_llm):
     talk = [user("Hi"), answer("no", weight=0), user("Red?"), answer("yes", weight=1)]
     data = read({"messages": talk}, format="chat")
-    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(chat_template="plain"))
     assert learnt(builder, 0)[1] == " yes</s>"
 
 
@@ -186,7 +188,7 @@ def test_sharegpt_keeps_its_system_text(read, tiny_llm):
     turns = [{"from": "human", "value": "Say <image>"}, {"from": "gpt", "value": "no"}]
     data = read({"conversations": turns, "system": "Be short."}, format="sharegpt")
     assert data[0]["messages"] == [{"role": "system", "content": "Be short."}, user("Say <image>"), answer("no")]  # fmt: skip
-    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions("plain"))
+    builder = ConversationBatches(data, tiny_llm.processor, chat=ChatOptions(chat_template="plain"))
     assert learnt(builder, 0)[0].startswith("Be short.\n\nQuestion: Say")
     first = {"from": "system", "value": "Be long."}
     with pytest.raises(DataError, match="begin with another system text than its system"):

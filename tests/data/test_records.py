@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from corda_vlm.data import load_records
 from corda_vlm.data.sources.table import cut, shuffled_within_classes
 from corda_vlm.errors import DataError, UnknownNameError
 
-DIGITS = {"source": "sklearn:digits", "split": "train"}
+DIGITS: dict[str, Any] = {"source": "sklearn:digits", "split": "train"}
 
 
 # ------------------------------------------------------------------ selection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers as t
@@ -11,20 +12,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 IMAGE = 60  # the id of image tokens
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-TEXT = {
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TEXT: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, **SPECIAL,
 }  # fmt: skip
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
     "patch_size": 8,
 }  # fmt: skip
-QWEN_TEXT = {
+QWEN_TEXT: dict[str, Any] = {
     **TEXT,
     "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
 }
-QWEN_VISION = {
+QWEN_VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
     "num_heads": 2,
@@ -39,7 +40,7 @@ def _causal(name, config, kind="", **options):
     return lambda: model(getattr(t, f"{config or name}Config")(**{**TEXT, **options}))
 
 
-LANGUAGE = {
+LANGUAGE: dict[str, Any] = {
     "llama": _causal("Llama", ""),
     "mistral": _causal("Mistral", ""),
     "qwen2": _causal("Qwen2", ""),
@@ -65,8 +66,12 @@ def _vlm(name, text, vision, **options):
 
 
 _SIGLIP = t.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=32)
-_QWEN = {"vision_start_token_id": 61, "vision_end_token_id": 62, "video_token_id": 63}
-VLM = {
+_QWEN: dict[str, Any] = {
+    "vision_start_token_id": 61,
+    "vision_end_token_id": 62,
+    "video_token_id": 63,
+}
+VLM: dict[str, Any] = {
     "llava": _vlm("Llava", t.LlamaConfig(**TEXT), t.CLIPVisionConfig(**VISION)),
     "llava_next": _vlm(
         "LlavaNext", t.MistralConfig(**TEXT), t.CLIPVisionConfig(**VISION), image_grid_pinpoints=PINPOINTS
@@ -244,7 +249,7 @@ def _internvl():
     return t.InternVLProcessor(images, words, t.InternVLVideoProcessor(), image_seq_length=4)
 
 
-PROCESSORS = {
+PROCESSORS: dict[str, Any] = {
     "llava": lambda: _llava(t.LlavaProcessor, _clip_images(t.CLIPImageProcessor)),
     "llava_next": lambda: _llava(
         t.LlavaNextProcessor, _clip_images(t.LlavaNextImageProcessor, image_grid_pinpoints=PINPOINTS)

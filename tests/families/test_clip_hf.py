@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def prefixed(prefix, names=BLOCKS):
 
 
 # class -> {major version of transformers: the dotted paths of its nn.Linear}
-KEYS = {
+KEYS: dict[str, Any] = {
     "CLIPModel": dict.fromkeys(
         (4, 5),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width"
 NAMES = (*LANGUAGE, *VLM)
 
 # tower -> (sites of a block, streams of a block); two blocks each
-BLOCK = {"phi": (6, 3), "phi3": (4, 4), "gpt2": (4, 4)}
-VISION_BLOCK = {"qwen2_vl": (4, 4), "qwen2_5_vl": (5, 4)}
-PROJECTOR = {"gemma3": 0, "paligemma": 1, "idefics3": 1, "smolvlm": 1}
+BLOCK: dict[str, Any] = {"phi": (6, 3), "phi3": (4, 4), "gpt2": (4, 4)}
+VISION_BLOCK: dict[str, Any] = {"qwen2_vl": (4, 4), "qwen2_5_vl": (5, 4)}
+PROJECTOR: dict[str, Any] = {"gemma3": 0, "paligemma": 1, "idefics3": 1, "smolvlm": 1}
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def formats(world: Path) -> list[Format]:
 
     def batch(spec: dict[str, Any], loaded: Any, folder: Path, **chat: Any) -> None:
         spec = {**spec, "source": spec["source"].format(folder)}
-        options = {"chat": ChatOptions(**chat)} if chat else {}
+        options: dict[str, Any] = {"chat": ChatOptions(**chat)} if chat else {}
         made = make_batches(load_records(spec), loaded.processor, batch_size=4, **options)
         for _ in made:
             pass
@@ -268,12 +268,12 @@ def formats(world: Path) -> list[Format]:
                lambda f: batch({"source": f"folder:{world}/images", "classes": str(f / "names.json")}, clip, f), ("names.json",)),
         Format("parquet", ("pictures.parquet",), partial(batch, {"source": "parquet:{}/pictures.parquet"}, clip), ("pictures.parquet",)),
         Format("pictures", ("images/*/*.png",), partial(batch, {"source": "folder:{}/images", "max_bad_share": 0.5}, clip), ("images",)),
-        Format("JSON lines", ("qa.jsonl",), partial(batch, qa, llm, template="plain"), ("qa.jsonl",)),
-        Format("JSON of chats", ("chats.json",), partial(batch, {"source": "json:{}/chats.json", "format": "chat"}, llm, template="plain"),
+        Format("JSON lines", ("qa.jsonl",), partial(batch, qa, llm, chat_template="plain"), ("qa.jsonl",)),
+        Format("JSON of chats", ("chats.json",), partial(batch, {"source": "json:{}/chats.json", "format": "chat"}, llm, chat_template="plain"),
                ("chats.json",)),
         Format("CSV", ("pictures.csv",), partial(batch, {"source": "csv:{}/pictures.csv"}, clip), ("pictures.csv", "images")),
         Format("chat template", ("template.jinja",), lambda f: batch({**qa, "source": f"jsonl:{world}/qa.jsonl"}, llm, f,
-               template=str(f / "template.jinja")), ("template.jinja",)),
+               chat_template=str(f / "template.jinja")), ("template.jinja",)),
         Format("open_clip's folder", ("clip/*",), partial(model, "clip"), ("clip",)),
         Format("transformers' folder", ("llm/*.json",), partial(model, "llm"), ("llm",)),
         Format("transformers' weights", ("llm/*.safetensors",), partial(model, "llm"), ("llm",)),

@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 FAST = ["--steps=2", "--batch-size=4", "--bf16=false"]
-SHADES = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
+SHADES: dict[str, Any] = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
 
 
 def warm() -> None:
@@ -104,7 +104,7 @@ def verbs(world: Path) -> list[Verb]:
     return [*made, over, report]
 
 
-KEPT = {
+KEPT: dict[str, Any] = {
     "calibrate": {"covariance.safetensors": "covariance.safetensors"},
     "init": {"plan.json": "plan.json", "plan.safetensors": "plan.safetensors"},
     "train": {"adapter": "adapter"},

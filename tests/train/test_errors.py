@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +12,7 @@ from corda_vlm.data import load_records
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.train import TrainOptions, train
 
-FAST = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
+FAST: dict[str, Any] = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
 
 
 def test_nothing_to_train(tiny_open_clip, digits, processor, tmp_path):

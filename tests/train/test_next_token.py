@@ -17,7 +17,7 @@ from corda_vlm.train import TrainOptions, train
 from corda_vlm.train.next_token import NextTokenObjective
 
 OPTIONS = TrainOptions(
-    loss="next_token", template="plain", steps=6, batch_size=4, learning_rate=1e-2, bf16=False, log_every=2
+    loss="next_token", chat_template="plain", steps=6, batch_size=4, learning_rate=1e-2, bf16=False, log_every=2
 )  # fmt: skip
 
 
@@ -36,9 +36,9 @@ def shades(shades):
 
 
 def test_the_loss_is_that_of_transformers(tiny_llm, questions) -> None:
-    batch = ConversationBatches(questions, tiny_llm.processor, chat=ChatOptions("plain")).batch(
-        range(5)
-    )
+    batch = ConversationBatches(
+        questions, tiny_llm.processor, chat=ChatOptions(chat_template="plain")
+    ).batch(range(5))
     loss, right = NextTokenObjective()(tiny_llm.model, batch)
     torch.testing.assert_close(loss, tiny_llm.model(**batch).loss)
     assert right.tolist() == [False] * 5
@@ -48,7 +48,9 @@ def test_the_loss_is_that_of_transformers(tiny_llm, questions) -> None:
 
 
 def test_only_the_answers_are_learnt(tiny_llm, questions) -> None:
-    builder = ConversationBatches(questions, tiny_llm.processor, chat=ChatOptions("plain"))
+    builder = ConversationBatches(
+        questions, tiny_llm.processor, chat=ChatOptions(chat_template="plain")
+    )
     batch = builder.batch([0])
     logits = tiny_llm.model(**batch).logits.detach().requires_grad_()
     given = type(
@@ -102,7 +104,7 @@ def test_an_interrupted_training_ends_where_it_would_have(tiny_llm, questions, t
 
 
 def test_a_tiny_llava_learns_to_see(tiny_llava, shades, tmp_path) -> None:
-    options = replace(OPTIONS, template="auto", steps=120, batch_size=12, learning_rate=5e-3)
+    options = replace(OPTIONS, chat_template="auto", steps=120, batch_size=12, learning_rate=5e-3)
     done = train(
         tiny_llava.model,
         shades,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,13 @@ from corda_vlm.methods import prepare_method
 from corda_vlm.train import AnchorMixin, TrainOptions, train
 from corda_vlm.train.history import read_history
 
-OPTIONS = {"steps": 8, "batch_size": 16, "log_every": 2, "bf16": False, "learning_rate": 1e-2}
+OPTIONS: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 16,
+    "log_every": 2,
+    "bf16": False,
+    "learning_rate": 1e-2,
+}
 
 
 def batch(size: int = 64) -> dict[str, torch.Tensor]:

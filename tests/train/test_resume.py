@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from corda_vlm.sites import find_sites
 from corda_vlm.train import TrainingInterrupted, TrainOptions, TrainResult, train
 from corda_vlm.train.history import read_history
 
-FAST = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
+FAST: dict[str, Any] = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
 
 
 def trained(model) -> dict[str, torch.Tensor]:

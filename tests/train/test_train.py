@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from corda_vlm.families import detect_family
 from corda_vlm.train import Head, TrainOptions, train
 from corda_vlm.train.trainer import takes_math
 
-FAST = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
+FAST: dict[str, Any] = {"steps": 6, "batch_size": 16, "log_every": 2, "bf16": False}
 
 
 def trained(model) -> dict[str, torch.Tensor]:
