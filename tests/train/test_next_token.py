@@ -136,8 +136,8 @@ def test_data_and_models_that_do_not_go_with_the_loss(
         )
     for changes, message in (
         ({"loss": "prompt"}, "holds conversations.*choose loss next_token"),
-        ({"template": "auto"}, "unknown chat template: this model's tokenizer brings none"),
-        ({"template": "vicnua"}, "unknown chat template 'vicnua'.*Did you mean 'vicuna'"),
+        ({"chat_template": "auto"}, "unknown chat template: this model's tokenizer brings none"),
+        ({"chat_template": "vicnua"}, "unknown chat template 'vicnua'.*Did you mean 'vicuna'"),
     ):
         with pytest.raises(CordaError, match=message):
             train(
