@@ -26,6 +26,7 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families.options import LoadOptions, SiteOptions
 from corda_vlm.options import Count
 from corda_vlm.plan.options import PlanOptions
+from corda_vlm.plugins import of_command, without_plugins
 from corda_vlm.progress import Meter, be_quiet
 from corda_vlm.train.options import TrainOptions
 
@@ -444,8 +445,9 @@ VERBS["init"] = plan  # what it was called
 _ABOUT = (
     "Fine-tune vision-language models without losing what they know. Each verb reads the file that the one before it \
 wrote, refuses one made from another model or other data, and resumes when interrupted. Every verb takes --quiet: \
-results, warnings and errors alone, no progress. What takes long tells how far it is every half minute where the \
-standard error is a file, and TQDM_DISABLE=1 turns that off."
+results, warnings and errors alone, no progress; and --plugin FILE.py, which runs a file of yours first, e.g. to \
+register a method. What takes long tells how far it is every half minute where the standard error is a file, and \
+TQDM_DISABLE=1 turns that off."
 )
 
 
@@ -469,7 +471,9 @@ def main(args: Sequence[str] | None = None) -> None:
             os.environ.setdefault(name, "1")
     try:
         with Meter(" ".join(["corda-vlm", *given[:1]]), bar=False):
-            call(VERBS, [word for word in given if word != "--quiet"], _ABOUT)
+            words, plugins = without_plugins([word for word in given if word != "--quiet"])
+            with of_command(plugins):
+                call(VERBS, words, _ABOUT)
     except CordaError as error:
         print(f"corda-vlm: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -30,6 +30,7 @@ ORDER = (
     "precision",
     "distributed",
     "progress",
+    "plugins",
     "run_files",
     "decompose",
     "ranks",

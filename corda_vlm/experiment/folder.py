@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from corda_vlm.errors import CordaError
-from corda_vlm.experiment.load import load_experiment
+from corda_vlm.experiment.load import load_former
 from corda_vlm.experiment.spec import Experiment
 from corda_vlm.files import check_path, clear, entries, read_json, write_json, write_text
 from corda_vlm.progress import note
@@ -66,7 +66,7 @@ def _is_run(folder: Path) -> bool:
         # before there were markers
         if not (folder / CONFIG).is_file():
             return False
-        load_experiment((folder / CONFIG).resolve())
+        load_former((folder / CONFIG).resolve())
     except CordaError:
         return False
     return True
@@ -104,7 +104,7 @@ def _variants(folder: Path, experiment: Experiment) -> set[str]:
     """The variants that the folder may hold folders of."""
     variants = set(experiment.variants)
     try:
-        return variants | set(load_experiment((folder / CONFIG).resolve()).variants)
+        return variants | set(load_former((folder / CONFIG).resolve()).variants)
     except CordaError:  # a kill while it was deleted, or by hand
         variants |= {path.parent.name for path in folder.glob(f"*/{PLAN}")}
         return variants | {path.parent.parent.name for path in folder.glob(f"*/*/{BEGUN}")}
@@ -120,7 +120,7 @@ def _merged(folder: Path, experiment: Experiment) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         return now
     # read as an experiment: what the config could not yet say when it was written has its default
-    former = plain(load_experiment((folder / CONFIG).resolve()))
+    former = plain(load_former((folder / CONFIG).resolve()))
     now = _in_its_precision(now, former)
     before, after = _decisive(former), _decisive(now)
     shared = before["variants"].keys() & after["variants"].keys()
@@ -185,7 +185,7 @@ def _decisive(experiment: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in mapping.items() if key not in keys}
 
     return {
-        **without(experiment, "title", "seeds"),
+        **without(experiment, "title", "seeds", "plugins"),  # of plugins their content counts
         "evaluation": without(experiment["evaluation"], "scales"),
         "training": without(experiment["training"], *RESUME_SAFE_OPTIONS),
         "variants": {

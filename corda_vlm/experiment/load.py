@@ -8,7 +8,8 @@ A study holds several experiments, which one command runs one after another:
       digits: {suite: emoji-digits, ...}     # each as a file of `configs/` would have it, less the defaults
       caltech25: {suite: emoji-caltech25, ...}
 
-A key that an experiment has takes the place of the default's as a whole: mappings are not merged.
+A key that an experiment has takes the place of the default's as a whole: mappings are not merged. But `plugins` of the study
+are those of each of its experiments too.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from corda_vlm.experiment.spec import Experiment, Run, Study, StudyRun
 from corda_vlm.files import resolve
 from corda_vlm.names import check_name
 from corda_vlm.options import read_options
+from corda_vlm.plugins import OPTION, named_in_command, run_plugins
 from corda_vlm.yaml_file import parse_yaml, read_yaml
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
-_OF_STUDY = ("name", "title", "defaults", "experiments")
+_OF_STUDY = ("name", "title", "defaults", "experiments", "plugins")
 _MOST_PARENTS = 10
 
 
@@ -68,20 +70,22 @@ def read_run(
 def command_of(config: str | Path, overrides: Sequence[str]) -> str:
     """What a person types to get the same results."""
     pairs = [word for override in overrides for word in ("--set", override)]
-    return shlex.join(["corda-vlm", "run", str(config), *pairs])
+    plugins = [word for file in named_in_command() for word in (OPTION, file)]
+    return shlex.join(["corda-vlm", "run", str(config), *pairs, *plugins])
 
 
 def load_config(path: str | Path, overrides: Overrides = ()) -> Experiment | Study:
     """Read and check an experiment or a study, whichever the file declares; otherwise as `load_experiment`."""
     content = _read(path)
     if _is_study(content):
-        return _parse_study(content, f"study {resolve(path)}", overrides)
+        return _parse_study(content, resolve(path), overrides)
     _override_all(content, overrides)
+    _run_plugins(content, path)
     return parse_experiment(content, str(path))
 
 
 def load_experiment(path: str | Path, overrides: Overrides = ()) -> Experiment:
-    """Read and check an experiment.
+    """Read and check an experiment; its plugins are run.
 
     Args:
         path: as given, or a shipped one, e.g. "configs/demo.yaml".
@@ -93,12 +97,18 @@ def load_experiment(path: str | Path, overrides: Overrides = ()) -> Experiment:
     """
     content = _read(path)
     _override_all(content, overrides)
+    _run_plugins(content, path)
     return parse_experiment(content, str(path))
+
+
+def load_former(path: Path) -> Experiment:
+    """What a run wrote of its experiment. Its plugins are not run: a folder of results does not say what is executed."""
+    return parse_experiment(_read(path), str(path))
 
 
 def load_study(path: str | Path, overrides: Overrides = ()) -> Study:
     """Read and check a study; otherwise as `load_experiment`."""
-    return _parse_study(_read(path), f"study {resolve(path)}", overrides)
+    return _parse_study(_read(path), resolve(path), overrides)
 
 
 def is_study(path: str | Path) -> bool:
@@ -122,11 +132,12 @@ def _is_study(content: Mapping[str, Any]) -> bool:
     return "experiments" in content
 
 
-def _parse_study(content: Mapping[str, Any], where: str, overrides: Overrides) -> Study:
+def _parse_study(content: Mapping[str, Any], path: Path, overrides: Overrides) -> Study:
+    where = f"study {path}"
     for key in content:
         if key not in _OF_STUDY:
             raise UnknownNameError(f"key in {where}", key, _OF_STUDY)
-    name, title, defaults, experiments = (content.get(key) for key in _OF_STUDY)
+    name, title, defaults, experiments, plugins = (content.get(key) for key in _OF_STUDY)
     if name is None:
         raise CordaError(f"{where}: no name; it names the folder of the results")
     check_name(name, f"the name of {where}")
@@ -136,23 +147,35 @@ def _parse_study(content: Mapping[str, Any], where: str, overrides: Overrides) -
         raise CordaError(f"{where}: `experiments` must be a mapping of at least one experiment")
     if not isinstance(defaults or {}, Mapping):
         raise CordaError(f"{where}: `defaults` must be a mapping of the options of an experiment")
+    if not isinstance(plugins or [], list):
+        raise CordaError(f"{where}: `plugins` must be a list of Python files")
     parsed = {
-        key: _parse_one(key, own, defaults or {}, where, overrides)
+        key: _parse_one(key, own, defaults or {}, plugins or [], path, overrides)
         for key, own in experiments.items()
     }
     return Study(name, parsed, title)
 
 
 def _parse_one(
-    name: Any, own: Any, defaults: Mapping[str, Any], where: str, overrides: Overrides
+    name: Any,
+    own: Any,
+    defaults: Mapping[str, Any],
+    plugins: list[Any],
+    path: Path,
+    overrides: Overrides,
 ) -> Experiment:
     """One experiment of a study."""
+    where = f"study {path}"
     check_name(name, f"an experiment's name in {where}")
     if not isinstance(own, Mapping):
         raise CordaError(f"{where}, experiment {name!r}: must be a mapping")
     # a copy, as experiments share the defaults
     content: dict[str, Any] = copy.deepcopy({**defaults, **own, "name": name})
     _override_all(content, overrides)
+    if plugins:
+        others = content.get("plugins") or []
+        content["plugins"] = [*plugins, *(one for one in others if one not in plugins)]
+    _run_plugins(content, path)
     return parse_experiment(content, f"{where}, experiment {name!r}")
 
 
@@ -166,6 +189,13 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CordaError(f"{path} must be a mapping of the options of an experiment")
     return content
+
+
+def _run_plugins(content: Mapping[str, Any], config: str | Path) -> None:
+    """Run the plugins that a config names, before it is looked at what they register."""
+    plugins = content.get("plugins")
+    if isinstance(plugins, list) and all(isinstance(one, str) for one in plugins):
+        run_plugins(plugins, resolve(config))
 
 
 def _override_all(content: dict[str, Any], overrides: Overrides) -> None:

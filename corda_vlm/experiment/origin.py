@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.evaluation.suite import Suite, Task
-from corda_vlm.experiment.load import load_experiment
+from corda_vlm.experiment.load import load_former
 from corda_vlm.experiment.spec import Experiment, Training
 from corda_vlm.files import read_json, write_json
 from corda_vlm.precision import Bf16, takes_bf16
@@ -104,7 +104,7 @@ def _begun(folder: Path) -> dict[str, Bf16]:
     description = content if isinstance(content, dict) else {}
     # before there was auto, what a config left out was false, and no description named a precision
     left_out: Bf16 = False if description and MEASURED_IN not in description else "auto"
-    begun = _wanted(load_experiment((folder / CONFIG).resolve()), left_out)
+    begun = _wanted(load_former((folder / CONFIG).resolve()), left_out)
     return begun | {f: description[f] == AUTOCAST for f in begun if f in description}
 
 

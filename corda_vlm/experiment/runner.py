@@ -43,6 +43,7 @@ from corda_vlm.locks import locked
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.options import as_keywords, narrowed
 from corda_vlm.plan import AdapterPlan, check_rank
+from corda_vlm.plugins import named_in_command, run_plugins
 from corda_vlm.progress import note
 from corda_vlm.report import summary_table, write_report
 from corda_vlm.run_files import MADE_FROM, PLAN, SCORES, TRADEOFF
@@ -134,6 +135,7 @@ class ExperimentRunner:
         tasks, root = self.suite.tasks, self.data_root
         return {
             "the model": model_fingerprint(self.loaded.model),
+            **run_plugins([*named_in_command(), *self.experiment.plugins], self.run.config),
             "the task's data": self.task_data.fingerprint,
             **{f"the suite's task {task.name!r}": task_digest(task) for task in tasks},
             **{

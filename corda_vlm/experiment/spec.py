@@ -156,6 +156,8 @@ class Experiment(LoadOptions):
             layers' outputs on the calibration data, which foretells what is forgotten.
         chat_template: of calibration and training, as in `ChatOptions`; the tasks of a suite name their own.
         data_root: the folder that `{data_root}` stands for, here and in the suite.
+        plugins: Python files of your own that are run first, e.g. to register a method; see `corda_vlm.plugins`. Paths may be
+            relative to the config.
     """
 
     FORMER: ClassVar[Mapping[str, str]] = {"chat": "chat_template"}
@@ -175,6 +177,7 @@ class Experiment(LoadOptions):
     forecast: bool = False
     chat_template: Text = ChatOptions.chat_template
     data_root: str | None = None
+    plugins: Annotated[list[Text], Items(distinct=True)] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
