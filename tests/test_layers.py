@@ -47,6 +47,7 @@ ORDER = (
     "report",
     "experiment",
     "__init__",
+    "verbs",
     "__main__",
 )
 

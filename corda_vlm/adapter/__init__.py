@@ -9,15 +9,15 @@ from corda_vlm.lazy import names_of
 if TYPE_CHECKING:
     from corda_vlm.adapter.attach import adapt, attach_adapter, load_adapter, restore
     from corda_vlm.adapter.export import export_adapter
-    from corda_vlm.adapter.interpolate import at_scale, check_scale, interpolated, scaled
-    from corda_vlm.adapter.options import AttachOptions
+    from corda_vlm.adapter.interpolate import at_scale, interpolated, scaled
+    from corda_vlm.adapter.options import AttachOptions, check_scale
 
 _HOMES = {
     "AttachOptions": "options",
     "adapt": "attach",
     "at_scale": "interpolate",
     "attach_adapter": "attach",
-    "check_scale": "interpolate",
+    "check_scale": "options",
     "export_adapter": "export",
     "interpolated": "interpolate",
     "load_adapter": "attach",

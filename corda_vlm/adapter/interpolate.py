@@ -7,7 +7,6 @@ training, so every method is compared with itself scaled.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,12 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from corda_vlm.adapter.options import check_scale
 from corda_vlm.adapter.paired import PairedLinear, base_of
 from corda_vlm.errors import CordaError
-
-MAX_SCALE = 2.0
-"""WiSE-FT mixes within [0, 1]. Beyond 1 the line goes on, which a short training may gain by; beyond 2 the model is
-further from the trained one than that is from the base, and nothing vouches for it."""
 
 # PEFT's starts that leave the base weight as it was. The others write a residual into it, so W is gone.
 _LEAVE_THE_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -55,19 +51,6 @@ def at_scale(
             "was trained is in its own weights. Pass base=, the state_dict of the model before training or that model"
         )
     return interpolated(model, base, scale)
-
-
-def check_scale(scale: float) -> float:
-    """`scale` itself.
-
-    Raises:
-        CordaError: NaN, below 0 or above `MAX_SCALE`.
-    """
-    if not (math.isfinite(scale) and 0.0 <= scale <= MAX_SCALE):
-        raise CordaError(
-            f"scale {scale:g} is not between 0, the model before training, and {MAX_SCALE:g}; 1 is the trained model"
-        )
-    return float(scale)
 
 
 @contextmanager

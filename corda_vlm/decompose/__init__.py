@@ -26,13 +26,13 @@ number, and a float32 inverse and SVD of `G` return a subspace that holds severa
 from __future__ import annotations
 
 from corda_vlm.decompose.contrast import check_beta, decompose_contrast
-from corda_vlm.decompose.decomposition import Decomposition, check_scale, decompose
+from corda_vlm.decompose.decomposition import Decomposition, check_damping_and_norm, decompose
 from corda_vlm.decompose.energy import damp, knowledge_energy, relative_damage
 
 __all__ = [
     "Decomposition",
     "check_beta",
-    "check_scale",
+    "check_damping_and_norm",
     "damp",
     "decompose",
     "decompose_contrast",

@@ -175,11 +175,11 @@ def check_weight(weight: Tensor, rank: int, damping: float, a_norm: float | None
             f"rank {rank} is not between 1 and {min(out, inp)}, the smaller side of a {out}x{inp} weight; "
             "choose a smaller rank or leave this layer out"
         )
-    check_scale(damping, a_norm)
+    check_damping_and_norm(damping, a_norm)
     _check_finite("weight", weight)
 
 
-def check_scale(damping: float, a_norm: float | None) -> None:
+def check_damping_and_norm(damping: float, a_norm: float | None) -> None:
     if not (math.isfinite(damping) and damping >= 0):
         raise CordaError(f"damping {damping} must be a finite number, 0 or more (default 1e-4)")
     if a_norm is not None and not (math.isfinite(a_norm) and a_norm > 0):

@@ -64,6 +64,12 @@ def _add(path: Path, result: TaskResult, labels: dict[str, Any]) -> list[dict[st
     return rows
 
 
+def check_scores(path: str | Path) -> None:
+    """Raise a `ForeignFileError` for a file that scores are to be added to and that holds something else."""
+    with locked(path, wait=PATIENCE):
+        read_rows(path, missing_ok=True)
+
+
 def examples_path(scores: str | Path) -> Path:
     """Where the base model's examples lie that belong to a file of scores."""
     return Path(scores).with_name(f"{Path(scores).stem}{BASE_EXAMPLES}")

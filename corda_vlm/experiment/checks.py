@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from corda_vlm.adapter.options import check_scales
 from corda_vlm.data.paths import find_one, find_paths
 from corda_vlm.data.spec import DataSpec, parse_spec, with_root
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
@@ -85,6 +86,24 @@ def check_measured(suite: str | Path, options: EvalOptions) -> None:
     )
     if options.missing == "error":
         check_suite(measured, str(options.data_root or measured.data_root), options.tasks)
+
+
+def check_strengths(scales: str | None, adapter: str | None) -> tuple[float, ...]:
+    """The strengths that a text lists, each once, the strongest first; the trained model alone where there is none."""
+    if scales is None:
+        return (1.0,)
+    if adapter is None:
+        raise CordaError(
+            "--scales mixes the model before training with the trained one: give the model before training as MODEL "
+            "and the folder of the training as --adapter"
+        )
+    try:
+        numbers = [float(part) for part in scales.split(",")]
+    except ValueError:
+        raise CordaError(
+            f"--scales is numbers separated by commas, e.g. 0.25,0.5,1; got {scales!r}"
+        ) from None
+    return check_scales(numbers)
 
 
 def check_class_names(classes: Any, templates: Any, beside: Path | None) -> None:

@@ -14,7 +14,6 @@ from corda_vlm.experiment.checks import check_run
 from corda_vlm.experiment.load import is_study, read_run  # noqa: F401
 from corda_vlm.experiment.spec import Run, StudyRun
 from corda_vlm.files import write_json
-from corda_vlm.report.overview import write_overview
 from corda_vlm.run_files import REPORT, STUDY
 
 
@@ -57,6 +56,8 @@ def check_config(config: str | Path, **options: Any) -> None:
 
 
 def _run_study(wanted: StudyRun, device: str | None) -> None:
+    from corda_vlm.report.overview import write_overview
+
     study, folder = wanted.study, wanted.folder
     titles = {name: experiment.title or name for name, experiment in study.experiments.items()}
     write_json(folder / STUDY, {"title": study.title or study.name, "experiments": titles})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corda_vlm.adapter import at_scale, check_scale, load_adapter
 from corda_vlm.adapter.base import check_base
 from corda_vlm.adapter.folder import CONFIG, TRAINED, WEIGHTS, weights_folder
-from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.errors import ForeignFileError
 from corda_vlm.tensors import read_header
 from corda_vlm.train.heads import Head
 from corda_vlm.train.weights import HEAD, load_weights
@@ -78,17 +78,6 @@ def load_trained(model: nn.Module, directory: str | Path) -> Trained:
         parameter.requires_grad_(name in names)
     load_weights(model, None, folder)
     return Trained(model, head, before)
-
-
-def check_scales(scales: Sequence[float]) -> tuple[float, ...]:
-    """The scales of a sweep, each once, the strongest first.
-
-    Raises:
-        CordaError: none, or one that is no scale.
-    """
-    if not scales:
-        raise CordaError("a scale sweep needs at least one scale, e.g. --scales 0.25,0.5,0.75,1")
-    return tuple(sorted({check_scale(float(scale)) for scale in scales}, reverse=True))
 
 
 def _is_frozen(model: nn.Module) -> bool:

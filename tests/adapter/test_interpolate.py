@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corda_vlm.adapter import at_scale, attach_adapter, interpolated, scaled
-from corda_vlm.adapter.interpolate import MAX_SCALE
+from corda_vlm.adapter.options import MAX_SCALE
 from corda_vlm.adapter.paired import BASES
 from corda_vlm.errors import CordaError
 from corda_vlm.methods import METHODS, prepare_method

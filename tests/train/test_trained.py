@@ -12,11 +12,12 @@ from torch import nn
 
 from corda_vlm.adapter import at_scale
 from corda_vlm.adapter.base import base_fingerprint, save_base
+from corda_vlm.adapter.options import check_scales
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.evaluation.measure import measure
 from corda_vlm.methods import prepare_method
 from corda_vlm.train import Head
-from corda_vlm.train.trained import Trained, check_scales, load_trained
+from corda_vlm.train.trained import Trained, load_trained
 from corda_vlm.train.weights import save_weights
 from tests.embeddings import image_embeddings
 

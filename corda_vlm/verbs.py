@@ -1,0 +1,370 @@
+"""The verbs of the command line: run, sites, calibrate, plan, train, evaluate, export, report.
+
+Each is a thin function over the classes of options: it refuses what can be told to be wrong before PyTorch is imported, calls
+the library, and says what there is now. Each reads the file that the verb before it wrote, and refuses one made from
+another model or other data.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from corda_vlm.adapter.options import AttachOptions
+from corda_vlm.anchor.options import AnchorOptions
+from corda_vlm.covariance.options import CalibrationOptions
+from corda_vlm.errors import CordaError
+from corda_vlm.evaluation.options import EvalOptions
+from corda_vlm.experiment import checks
+from corda_vlm.extras import require
+from corda_vlm.families.options import LoadOptions, SiteOptions
+from corda_vlm.options import Count, as_keywords
+from corda_vlm.plan.options import PlanOptions
+from corda_vlm.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from corda_vlm.families import Loaded
+
+Data = str | dict[str, Any]
+
+
+def run(
+    experiment: str,
+    output: str | None = None,
+    set: list[str] | None = None,
+    only: list[str] | None = None,
+    fresh: bool = False,
+    device: str | None = None,
+) -> None:
+    """Run an experiment or a study end to end, or go on with it: base scores, calibration, trainings, report.
+
+    Example:
+        corda-vlm run configs/demo.yaml --set training.steps=10 --only lora
+
+    Args:
+        experiment: A YAML file, e.g. configs/demo.yaml.
+        output: Folder of the results; the default is runs/NAME.
+        set: An override, e.g. --set training.steps=10 --set 'seeds=[0, 1]'.
+        only: Names of the variants to train, or of a study's experiments to run.
+        fresh: Delete the folder's former results first.
+        device: cpu, cuda, or auto; the default is what the experiment says.
+    """
+    from corda_vlm.experiment.study import run as run_all
+
+    run_all(experiment, output=output, overrides=set or (), only=only, fresh=fresh, device=device)
+
+
+def sites(model: str, *, full: bool = False, sites: SiteOptions, load: LoadOptions) -> None:
+    """Print the weight matrices that can be adapted: towers, blocks, roles, shapes, streams.
+
+    Example:
+        corda-vlm sites emoji-clip --towers vision
+
+    Args:
+        model: A built-in name, a folder, or an id on a hub.
+        full: One line a matrix.
+    """
+    checks.check_source(model)
+    from corda_vlm.sites import find_sites, sites_table
+
+    loaded = _loaded(model, load)
+    chosen = find_sites(loaded.model, **as_keywords(sites, SiteOptions))
+    print(sites_table(loaded.model, chosen, full=full))
+
+
+def calibrate(
+    model: str,
+    data: Data,
+    output: str = "covariance.safetensors",
+    *,
+    options: CalibrationOptions,
+    load: LoadOptions,
+) -> None:
+    """Collect the second moments of the layers' inputs over data; resumes when interrupted.
+
+    Example:
+        corda-vlm calibrate emoji-clip folder:photos --samples 256 --towers vision
+
+    Args:
+        model: A built-in name, a folder, or an id on a hub.
+        data: Images, texts or both, e.g. folder:photos, or a mapping like '{source: "parquet:x.parquet", split: train}'; for
+            a model that generates text with a format:, e.g. llava, chat, qa, alpaca or text.
+        output: The file to write, and to go on from.
+    """
+    checks.check_source(model)
+    checks.check_data(data)
+    checks.check_output(output)
+    from corda_vlm.experiment import steps
+
+    records, loaded = steps.load_data(data), _loaded(model, load)
+    before = _modified(output)
+    store = steps.calibrate(loaded, records, output, options)
+    print(store.summary())
+    done = f"{output} was complete before" if before == _modified(output) else f"wrote {output}"
+    _next(done, "plan", model, "--covariance", output, "--output", "plan.json")
+
+
+def plan(
+    model: str,
+    covariance: str | None = None,
+    task_covariance: str | None = None,
+    output: str = "plan.json",
+    picture: str | None = None,
+    dry_run: bool = False,
+    *,
+    options: PlanOptions,
+    load: LoadOptions,
+) -> None:
+    """Plan an adapter: decompose each weight matrix by its covariance and choose the components to adapt.
+
+    Example:
+        corda-vlm plan emoji-clip --covariance covariance.safetensors --mode kpm --rank 8 --a-norm 10
+
+    Args:
+        model: A built-in name, a folder, or an id on a hub.
+        covariance: The file that `calibrate` wrote.
+        task_covariance: Of sc-lora: the file that `calibrate` wrote of the new task.
+        output: The plan, a JSON file; its factors go beside it.
+        picture: Draw ranks and compactness over blocks and roles into this file.
+        dry_run: Print the plan and write nothing but the picture.
+    """
+    checks.check_source(model)
+    for path in (covariance, task_covariance):
+        checks.check_file(path, "covariance", "make it by corda-vlm calibrate")
+    checks.check_output(picture)
+    if picture is not None:
+        require("matplotlib", "report", "--picture")
+    if not dry_run:
+        checks.check_output(output)
+    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.experiment import steps
+    from corda_vlm.plan import AdapterPlan, plan_adapter
+
+    loaded = _loaded(model, load)
+    store, task_store = (
+        None if path is None else CovarianceStore.load(path, model=loaded.model)
+        for path in (covariance, task_covariance)
+    )
+
+    def make() -> AdapterPlan:
+        chosen = as_keywords(options, PlanOptions)
+        return plan_adapter(loaded.model, store, task_store=task_store, **chosen)
+
+    planned = make() if dry_run else steps.write_plan(output, make)
+    print(planned.table())
+    if picture is not None:
+        from corda_vlm.report.plots.plan import plan_heatmap  # it imports matplotlib
+
+        if plan_heatmap({Path(output).stem: planned}, Path(picture)):
+            print(f"\nwrote {picture}")
+    if not dry_run:
+        _next(f"wrote {output}", "train", model, "DATA", "--plan", output, "--output", "adapter")
+
+
+def train(
+    model: str,
+    data: Data,
+    plan: str = "plan.json",
+    output: str = "adapter",
+    classes: list[str] | None = None,
+    templates: list[str] | None = None,
+    covariance: str | None = None,
+    *,
+    options: TrainOptions,
+    attach: AttachOptions,
+    anchor: AnchorOptions,
+    load: LoadOptions,
+) -> None:
+    """Attach a plan and train it on data; resumes when interrupted.
+
+    Example:
+        corda-vlm train emoji-clip sklearn:digits --plan plan.json --steps 20 --learning-rate 2e-3
+
+    Args:
+        model: The model that the plan was made for.
+        data: Images with labels (prompt loss) or with texts (contrastive loss); for a model that generates text
+            conversations, questions or documents (next_token loss).
+        plan: The file that the verb `plan` wrote.
+        output: Folder for checkpoints and the trained adapter.
+        classes: Names for the prompts, in label order; the default is the data's own.
+        templates: Prompts with {} for the name; the default is "a photo of a {}.".
+        covariance: The file that `calibrate` wrote of the knowledge; without an anchor the forecast of forgetting is
+            logged only.
+    """
+    if anchor.anchor and covariance is None:
+        raise CordaError(
+            "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"
+        )
+    checks.check_source(model)
+    checks.check_data(data)
+    checks.check_file(plan, "plan", "make it by corda-vlm plan")
+    checks.check_file(covariance, "covariance", "make it by corda-vlm calibrate")
+    checks.check_output(output, folder=True)
+    from corda_vlm.adapter import attach_adapter
+    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.experiment import steps
+    from corda_vlm.plan import AdapterPlan
+
+    records, loaded = steps.load_data(data), _loaded(model, load)
+    store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
+    planned = AdapterPlan.load(plan, model=loaded.model)
+    result, _ = steps.train_anchored(
+        attach_adapter(loaded.model, planned, **as_keywords(attach, AttachOptions)),
+        records,
+        loaded.processor,
+        options=options,
+        output_dir=output,
+        classes=classes,
+        templates=templates,
+        knowledge=store,
+        anchor=anchor,
+    )
+    print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.3f}")
+    finished = result.resumed_from == result.steps
+    done = f"{output} was finished before" if finished else f"wrote {result.weights}"
+    _next(done, "evaluate", model, "SUITE", "--adapter", str(result.weights))
+
+
+def evaluate(
+    model: str,
+    suite: str,
+    adapter: str | None = None,
+    scales: str | None = None,
+    output: str | None = None,
+    *,
+    options: EvalOptions,
+    load: LoadOptions,
+) -> None:
+    """Measure a model, with what was trained or without, on a suite of tasks.
+
+    Example:
+        corda-vlm evaluate emoji-clip emoji-digits --adapter adapter --limit 200
+
+    Args:
+        model: A built-in name, a folder, or an id on a hub; with --adapter the model before training.
+        suite: The name of a shipped suite, or a YAML file.
+        adapter: Folder of a training: an adapter, or a full fine-tune.
+        scales: Strengths of what was trained, e.g. 0.25,0.5,0.75,1 (WiSE-FT); 0 is the model before, 1 the trained one.
+        output: A scores file (JSON lines) to add the scores to.
+    """
+    strengths = checks.check_strengths(scales, adapter)
+    checks.check_source(model)
+    checks.check_measured(suite, options)
+    if adapter is not None:
+        checks.check_folder(adapter, "training's", "make it by corda-vlm train")
+    checks.check_output(output)
+    from corda_vlm.evaluation import Cache, load_suite
+    from corda_vlm.evaluation.score_file import check_scores
+    from corda_vlm.experiment import steps
+    from corda_vlm.train.trained import Trained, load_trained
+
+    loaded, cache, added = _loaded(model, load), Cache(), 0
+    trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
+    method = "base" if adapter is None else _name_of(Path(adapter))
+    if output is not None:  # before anything is measured for it
+        check_scores(output)
+    for scale in strengths:
+        if scales is not None:
+            print(f"scale {scale:g}")
+        for result, rows in steps.measure_into(
+            output,
+            trained,
+            load_suite(suite),
+            options,
+            scale=scale,
+            about={"run": Path(output or "").stem, "method": method},
+            processor=loaded.processor,
+            cache=cache,
+        ):
+            print(f"  {result}")
+            added += len(rows)
+    if output is not None:
+        same = "" if added else ", which has the same already"
+        print(f"\nadded {added} scores to {output}{same}")
+
+
+def export(
+    model: str,
+    adapter: str,
+    output: str,
+    format: Literal["lora", "residual", "merged"] = "merged",
+    rank: Count | None = None,
+    *,
+    load: LoadOptions,
+) -> None:
+    """Write a trained adapter so that plain peft, transformers or open_clip loads it, in the dtype that is given.
+
+    Example:
+        corda-vlm export emoji-clip adapter digits-clip --format merged
+
+    Args:
+        model: The model that the adapter was trained on.
+        adapter: Folder of the trained adapter.
+        output: Folder to write.
+        format: lora (on the original base), residual (base and adapter), or merged (a plain model).
+        rank: With lora: recompress to this rank.
+    """
+    checks.check_source(model)
+    checks.check_folder(adapter, "training's", "make it by corda-vlm train")
+    checks.check_output(output, folder=True)
+    from corda_vlm.adapter import export_adapter, load_adapter
+
+    trained = load_adapter(_loaded(model, load).model, adapter)
+    written = export_adapter(trained, output, format=format, rank=rank, source=model)
+    print(f"wrote {written}")
+
+
+def report(folder: str) -> None:
+    """Write the report of a run or a study again, from its scores, and print the table; also while it is going on.
+
+    Example:
+        corda-vlm report runs/demo
+
+    Args:
+        folder: Of the run, e.g. runs/demo.
+    """
+    from corda_vlm.run_files import SCORES, STUDY
+
+    checks.check_folder(folder, "run's", "give that of a run or a study, e.g. runs/demo")
+    if not (Path(folder) / STUDY).is_file():
+        checks.check_file(Path(folder) / SCORES, "scores", "give the folder of a run or a study")
+    from corda_vlm.report import summary_table, write_overview, write_report
+
+    # Without the lock of the run, for an early look: each page and picture is written whole or not at all.
+    if (Path(folder) / STUDY).is_file():
+        for scores in sorted(Path(folder).glob(f"*/{SCORES}")):
+            print(f"wrote {write_report(scores.parent)}")
+        print(f"wrote {write_overview(folder)}")
+        return
+    page = write_report(folder)
+    print(f"{summary_table(folder)}\n\nwrote {page}")
+
+
+def _loaded(model: str, load: LoadOptions) -> Loaded:
+    from corda_vlm.families import load_model
+
+    return load_model(model, **as_keywords(load, LoadOptions))
+
+
+def _modified(path: str) -> int | None:
+    from corda_vlm.files import check_path
+
+    return Path(path).stat().st_mtime_ns if check_path(path).exists() else None
+
+
+def _next(done: str, *words: str) -> None:
+    """What there is now, and the command that goes on from it."""
+    print(f"\n{done}. Next: corda-vlm {shlex.join(words)}")
+
+
+def _name_of(adapter: Path) -> str:
+    """What scores call an adapter: its folder, and of a training's own `weights/` the training's folder."""
+    adapter = adapter.resolve()
+    return adapter.parent.name if adapter.name == "weights" else adapter.name
+
+
+VERBS = {
+    verb.__name__: verb for verb in (run, sites, calibrate, plan, train, evaluate, export, report)
+}
+VERBS["init"] = plan  # what it was called
