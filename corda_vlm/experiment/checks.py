@@ -92,17 +92,17 @@ def check_strengths(scales: str | None, adapter: str | None) -> tuple[float, ...
     """The strengths that a text lists, each once, the strongest first; the trained model alone where there is none."""
     if scales is None:
         return (1.0,)
-    if adapter is None:
-        raise CordaError(
-            "--scales mixes the model before training with the trained one: give the model before training as MODEL "
-            "and the folder of the training as --adapter"
-        )
     try:
         numbers = [float(part) for part in scales.split(",")]
     except ValueError:
         raise CordaError(
             f"--scales is numbers separated by commas, e.g. 0.25,0.5,1; got {scales!r}"
         ) from None
+    if adapter is None:
+        raise CordaError(
+            "--scales mixes the model before training with the trained one: give the model before training as MODEL "
+            "and the folder of the training as --adapter"
+        )
     return check_scales(numbers)
 
 

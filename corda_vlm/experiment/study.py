@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from corda_vlm.experiment.checks import check_run
-from corda_vlm.experiment.load import is_study, read_run  # noqa: F401
+from corda_vlm.experiment.load import read_run
 from corda_vlm.experiment.spec import Run, StudyRun
 from corda_vlm.files import write_json
 from corda_vlm.run_files import REPORT, STUDY
@@ -45,14 +44,6 @@ def run(
     else:
         _run_one(wanted, device)
     return wanted.folder
-
-
-run_study = run
-
-
-def check_config(config: str | Path, **options: Any) -> None:
-    """Raise what can be said to be wrong before PyTorch is imported; arguments as of `read_run`."""
-    check_run(read_run(config, **options))
 
 
 def _run_study(wanted: StudyRun, device: str | None) -> None:
