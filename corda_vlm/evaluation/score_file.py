@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from corda_vlm.evaluation.bootstrap import Interval
-from corda_vlm.evaluation.measure import TaskResult
 from corda_vlm.evaluation.scores import BASE, TASK_ROLES, Outcome, Score, paired_gain
 from corda_vlm.jsonl import PATIENCE, append_jsonl, is_number, read_jsonl, wrong_field
 from corda_vlm.locks import locked
 from corda_vlm.run_files import BASE_EXAMPLES
+
+if TYPE_CHECKING:
+    from corda_vlm.evaluation.measure import TaskResult
 
 
 def add_result(path: str | Path, result: TaskResult, **labels: Any) -> list[dict[str, Any]]:
