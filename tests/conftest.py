@@ -65,7 +65,7 @@ def _own_errors_come_first(request, monkeypatch) -> Iterator[None]:
     """
     from corda_vlm.errors import CordaError
 
-    raises = pytest.raises
+    raises: Any = pytest.raises
 
     @contextmanager
     def raises_as_for_users(expected: Any = Exception, *args: Any, **kwargs: Any):
@@ -211,7 +211,8 @@ def tiny_llava(tiny_tokenizer):
 
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                               image_size=32, patch_size=8)  # fmt: skip
-    config = LlavaConfig(
+    kind: Any = LlavaConfig  # the tokens are not named in its signature
+    config = kind(
         vision_config=vision, text_config=LlamaConfig(**_text_config(tiny_tokenizer)), image_token_id=3,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,7 +47,12 @@ def vit_b32() -> nn.Module:
 
 
 def measure(
-    base: str, model_name: str, method: str, rank: int, batch: int, steps: int
+    base: Literal["untouched", "residual"],
+    model_name: str,
+    method: str,
+    rank: int,
+    batch: int,
+    steps: int,
 ) -> dict[str, float]:
     """All numbers of one mode."""
     from corda_vlm.adapter import attach_adapter, restore

@@ -114,7 +114,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # ------------------------------------------------------------------ computed
 
-CLIP_L_336 = {
+CLIP_L_336: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
@@ -125,7 +125,7 @@ LLAMA: dict[str, Any] = {
 IMAGE_TOKENS, TEXT_TOKENS, SAMPLES = 576, 100, 256
 
 
-def llava(language: dict[str, int]) -> nn.Module:
+def llava(language: dict[str, Any]) -> nn.Module:
     """LLaVA-1.5 of these sizes; its parameters take no memory."""
     from transformers import (
         CLIPVisionConfig,

@@ -247,12 +247,13 @@ def clip_peft(task: Task, model: nn.Module, data: dict[str, Tensor]) -> dict[str
     from peft.tuners.lora import corda
     from peft.tuners.lora.config import CordaConfig
 
+    mode: Any = task.mode
     config = LoraConfig(
         init_lora_weights="corda",
         target_modules=TARGETS,
         r=RANK,
         # the temporary fields hold the covariances, which are judged afterwards
-        corda_config=CordaConfig(corda_method=task.mode, prune_temporary_fields=False),
+        corda_config=CordaConfig(corda_method=mode, prune_temporary_fields=False),
     )
     count = len(data["input_ids"])
 
@@ -267,6 +268,9 @@ def clip_peft(task: Task, model: nn.Module, data: dict[str, Tensor]) -> dict[str
         run_model()
     result = {"stages": stages, "peak_mb": peak.mb, "batch_size": 1}
     if task.judged:
+        layers: Any = corda.target_modules(
+            model, config
+        )  # PEFT annotates what it yields as a module
         result["sites"] = [
             judge_layer(
                 name,
@@ -276,7 +280,7 @@ def clip_peft(task: Task, model: nn.Module, data: dict[str, Tensor]) -> dict[str
                 peft_factors(m),
                 task.mode,
             )
-            for name, m in corda.target_modules(model, config)
+            for name, m in layers
         ]
     return result
 

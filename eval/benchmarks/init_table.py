@@ -27,7 +27,7 @@ def report(out: Path, threads: int) -> None:
         else:
             part, tool, what, mode, _ = path.stem.split("_")
             runs.setdefault((part, what, mode, tool), []).append(measured)
-    rows = [_row(*key, group) for key, group in runs.items()]
+    rows = [_row(key, group) for key, group in runs.items()]
     for row in rows:
         peer = next((other for other in rows if _peers(row, other)), None)
         if peer is not None:
@@ -40,7 +40,8 @@ def report(out: Path, threads: int) -> None:
     (out / "table.md").write_text("\n".join(_markdown(results)))
 
 
-def _row(part: str, what: str, mode: str, tool: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(key: tuple[str, ...], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    part, what, mode, tool = key
     seconds = {s: statistics.median(r["stages"][s] for r in runs) for s in runs[0]["stages"]}
     if "forward" in seconds:
         seconds["covariance"] = seconds["collection"] - seconds["forward"]

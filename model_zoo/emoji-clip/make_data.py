@@ -275,7 +275,8 @@ def svg_of(icon: dict[str, Any]) -> str:
 
 def render(icon: dict[str, Any]) -> Image.Image:
     """The icon on white at `IMAGE_SIZE`; drawn larger and averaged down, which keeps thin outlines."""
-    import resvg_py  # only needed here: reading the finished files must not ask for it
+    # only needed here: reading the finished files must not ask for it
+    import resvg_py  # pyright: ignore[reportMissingImports]
 
     side = IMAGE_SIZE * SUPERSAMPLE
     png = resvg_py.svg_to_bytes(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -159,8 +160,8 @@ class TestStart:
         for name, layer in paired_layers(attached).items():
             if name.endswith(("head.attention.q_proj", "head.attention.k_proj")):
                 continue  # one query: a softmax over equal scores may have no gradient here
-            assert layer.lora_A["default"].weight.grad.abs().max() > 0, name
-            assert layer.lora_B["default"].weight.grad.abs().max() > 0, name
+            factors: list[Any] = [layer.lora_A["default"], layer.lora_B["default"]]
+            assert all(factor.weight.grad.abs().max() > 0 for factor in factors), name
             assert layer.base_layer.weight.grad is None
 
     def test_both_modes_take_the_same_steps(self, tiny_clip_hf):
@@ -375,7 +376,8 @@ class TestMerge:
         attached = attach_adapter(model, plan_of(model), base=base)
         learn(attached)
         trained = embed(attached)
-        under = {n: m.base_layer.weight.clone() for n, m in paired_layers(attached).items()}
+        layers: dict[str, Any] = dict(paired_layers(attached))
+        under = {n: m.base_layer.weight.clone() for n, m in layers.items()}
         attached.merge_adapter(safe_merge=safe)
         assert relative(embed(attached), trained) < (1e-4 if dtype == torch.float32 else 0.1)
         attached.unmerge_adapter()
@@ -530,7 +532,7 @@ for folder in ("untouched", "residual"):
     def test_loads_a_plain_lora_on_packed_attention(self, tiny_open_clip, tmp_path):
         from corda_vlm.methods import prepare_method, restore_method
 
-        attached = prepare_method("lora", tiny_open_clip, rank=4)
+        attached: Any = prepare_method("lora", tiny_open_clip, rank=4)
         learn(attached)
         trained = embed(attached)
         attached.save_pretrained(tmp_path)
@@ -542,7 +544,7 @@ class TestSeveralAdapters:
     def test_untouched_switches_and_adds(self, tiny_open_clip, tmp_path):
         model = tiny_open_clip
         outputs, packed = embed_unpacked(model), embed(model)
-        attached = attach_adapter(model, plan_of(model))
+        attached: Any = attach_adapter(model, plan_of(model))
         learn(attached)
         first = embed(attached)
         attach_adapter(
@@ -671,12 +673,15 @@ class TestAdapt:
         assert set(layers) == {s.name for s in find_sites(model, towers="vision")}
         for layer in layers.values():
             assert layer.r["default"] == 3
-            assert torch.allclose(layer.lora_A["default"].weight.norm(dim=1), torch.tensor(5.0))
-        assert attached.peft_config["default"].origin["mode"] == "ipm"
+            factor: Any = layer.lora_A["default"]
+            assert torch.allclose(factor.weight.norm(dim=1), torch.tensor(5.0))
+        config: Any = attached.peft_config["default"]
+        assert config.origin["mode"] == "ipm"
 
     def test_an_option_nobody_takes(self, tiny_clip_hf):
+        misspelled: Any = {"dampin": 1e-2}
         with pytest.raises(UnknownNameError, match="damping"):
-            adapt(tiny_clip_hf, [make_batch()], dampin=1e-2)
+            adapt(tiny_clip_hf, [make_batch()], **misspelled)
 
 
 def test_plain_peft_is_left_alone(tiny_clip_hf):

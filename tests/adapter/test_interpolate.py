@@ -32,7 +32,7 @@ def inputs(size: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def embed(model: nn.Module) -> torch.Tensor:
-    bare = model.base_model.model if isinstance(model, PeftModel) else model
+    bare: Any = model.base_model.model if isinstance(model, PeftModel) else model
     found = bare(**inputs())
     return torch.cat([found.image_embeds.flatten(), found.text_embeds.flatten()])
 

@@ -157,12 +157,12 @@ def test_full_fine_tuning(fixture, request):
 @pytest.mark.parametrize("how", ["paired", "residual", "lora", "dora", "full"])
 def test_gradients(how, tiny_open_clip):
     """Those of the explicit formula, with PEFT's own treatment of DoRA's norm."""
-    model = tiny_open_clip
+    model: Any = tiny_open_clip
     store, before = store_of(model), weights_of(model)
     if how in ("paired", "residual"):
-        model = paired(model, store, base="residual" if how == "residual" else "untouched")
+        model: Any = paired(model, store, base="residual" if how == "residual" else "untouched")
     else:
-        model = prepare_method(how, model, rank=4)
+        model: Any = prepare_method(how, model, rank=4)
     anchor = anchor_penalty(model, store, energy=1.0)
     disturb(model)
     anchor().backward()
@@ -195,12 +195,12 @@ def test_it_is_the_measured_change_of_outputs(tiny_clip_hf):
     """On the calibration inputs themselves, without damping."""
     model = tiny_clip_hf
     store = store_of(model)
-    peft_model = prepare_method("lora", model, rank=4)
+    peft_model: Any = prepare_method("lora", model, rank=4)
     anchor = anchor_penalty(peft_model, store)
     disturb(peft_model)
     name = find_sites(model, towers="vision", roles="up")[0].name
     inputs: list[torch.Tensor] = []
-    layer = peft_model.get_base_model().get_submodule(name)
+    layer: Any = peft_model.get_base_model().get_submodule(name)
     hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad(), peft_model.disable_adapter():  # what it was calibrated on
         detect_family(model).forward(peft_model, knowledge())
@@ -240,7 +240,7 @@ def test_some_sites_and_several_adapters(tiny_clip_hf):
     model = tiny_clip_hf
     store = store_of(model)
     plan = plan_adapter(model, store, rank=4, show_progress=False, towers="vision")
-    peft_model = attach_adapter(model, plan)
+    peft_model: Any = attach_adapter(model, plan)
     attach_adapter(peft_model, plan, adapter_name="second")
     peft_model.base_model.set_adapter(["default", "second"])
     before = {n: get_linear(model, n).weight.detach().double() for n in paired_layers(peft_model)}
@@ -409,7 +409,7 @@ def test_a_residual_base_is_known_by_its_origin(tiny_clip_hf):
 
 def test_adapters_whose_change_is_not_known(tiny_clip_hf):
     store = store_of(tiny_clip_hf)
-    model = prepare_method("lora", tiny_clip_hf, rank=2)
+    model: Any = prepare_method("lora", tiny_clip_hf, rank=2)
     model.merge_adapter()
     with pytest.raises(CordaError, match=r"is merged .*unmerge_adapter"):
         anchor_penalty(model, store)

@@ -262,7 +262,7 @@ def test_goes_on_after_the_last_finished_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batches, path = make("llava"), batches_for("llava"), tmp_path / "c"
-    last = model.get_submodule("model.language_model.layers.1.mlp.down_proj")
+    last: Any = model.get_submodule("model.language_model.layers.1.mlp.down_proj")
     weight = last.weight.detach().clone()
     names = ["before", "model.language_model.layers.0"]
 

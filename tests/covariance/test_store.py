@@ -38,6 +38,7 @@ def test_rounds_are_disjoint_and_dealt_in_turn() -> None:
     model, batches = toy(), toy_batches(5)
     store = collect(model, batches, rounds=2)
     even, odd = (collect(model, batches[start::2]) for start in (0, 1))
+    assert store
     for name in store:
         first, second = store.rounds(name)
         assert torch.equal(first.matrix, even[name].matrix)
@@ -45,7 +46,7 @@ def test_rounds_are_disjoint_and_dealt_in_turn() -> None:
         assert (first.count, second.count) == tuple(store.counts(name))
         pooled = (first.matrix * first.count + second.matrix * second.count) / store[name].count
         torch.testing.assert_close(store[name].matrix, pooled, rtol=1e-5, atol=1e-6)
-    assert store[name].count == first.count + second.count
+        assert store[name].count == first.count + second.count
 
     def alternate(model: Any, batch: dict) -> None:
         (model.a if batch is batches[0] else model.c)(
@@ -121,7 +122,7 @@ def test_stores_that_do_not_go_together() -> None:
     store = collect(model, batches)
     with pytest.raises(CalibrationError, match="of two models"):
         store + collect(toy(seed=5), batches)
-    with pytest.raises(CalibrationError, match="differ in the sites 'c', 'head'"):
+    with pytest.raises(CalibrationError, match="differ in the sites 'c' and 'head'"):
         store + collect(model, batches, TOY_SITES[:2])
     with pytest.raises(CalibrationError, match="have 1 and 2 rounds"):
         store + collect(model, batches, rounds=2)

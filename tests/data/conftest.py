@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 @pytest.fixture(scope="session")
 def digits() -> list[tuple[bytes, int]]:
     """60 digits: (encoded picture, label)."""
-    found = load_digits()
+    found: Any = load_digits()
     pictures = (found.images[:60] * 15).astype(np.uint8)
     encoded = []
     for picture, label in zip(pictures, found.target[:60], strict=True):

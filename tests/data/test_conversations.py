@@ -219,7 +219,7 @@ def test_an_image_is_preprocessed_once_for_all_its_questions(
     pq.write_table(
         pa.table({"image": [d[0] for d in digits[:2]], "qa_json": [qa] * 2}), tmp_path / "x.parquet"
     )
-    data = load_records({"source": f"parquet:{tmp_path}/x.parquet", "format": "qa"})
+    data: Any = load_records({"source": f"parquet:{tmp_path}/x.parquet", "format": "qa"})
     builder = ConversationBatches(data, tiny_llava.processor)
     first = builder.batch(range(6))
     kept = [builder._kept.images[data.picture_key(i)]["pixel_values"] for i in range(6)]

@@ -77,7 +77,7 @@ QA = [{"question": "q", "answer": "a", "answers": [{"answer": "a"}], "aliases": 
 ALPACA = [{"instruction": "i", "input": "j", "output": "o", "history": [["a", "b"]], "system": "s"}]
 PROMPT = [{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]}]  # fmt: skip
 CAPTIONS = [{"image": "a.png", "caption": "c", "label": 1}]
-STRUCTURED: dict[str, Any] = {
+STRUCTURED = {
     "llava": LLAVA, "sharegpt": LLAVA, "chat": CHAT, "qa": QA, "alpaca": ALPACA, "prompt_completion": PROMPT, None: CAPTIONS,
 }  # fmt: skip
 FILES: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import shutil
 import struct
+from typing import Any
 
 import datasets
 import numpy as np
@@ -44,7 +45,7 @@ def test_sklearn_digits_splits_are_fixed_disjoint_and_stratified():
         "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
     )  # fmt: skip
     record = parts["test"][3]
-    original = load_digits()
+    original: Any = load_digits()
     row = int(parts["test"]._rows[3])
     assert record["label"] == original.target[row]
     np.testing.assert_allclose(
@@ -185,7 +186,7 @@ def test_hugging_face_from_disk_and_folder(tmp_path, folder, digits):
         "img": [{"bytes": p, "path": None} for p, _ in digits[:12]],
         "label": [n for _, n in digits[:12]],
     }
-    whole = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features))
+    whole = datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features=features)})
     whole["test"] = whole["train"].select(range(4))
     whole.save_to_disk(str(tmp_path / "saved"))
     data = load_records({"source": f"hf:{tmp_path / 'saved'}", "split": "train"})
@@ -208,7 +209,7 @@ def test_hugging_face_that_cannot_be_had():
 
 def test_torchvision_from_a_local_folder(tmp_path):
     """MNIST's own file format, filled with scikit-learn's digits."""
-    found = load_digits()
+    found: Any = load_digits()
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, rows in (("train", slice(0, 100)), ("t10k", slice(100, 140))):

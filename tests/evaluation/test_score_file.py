@@ -42,7 +42,7 @@ def loaded(tiny_clip_hf, tiny_processor) -> Loaded:
 
 
 def changed(loaded: Loaded, by: float) -> Loaded:
-    model = copy.deepcopy(loaded.model)
+    model: Any = copy.deepcopy(loaded.model)
     with torch.no_grad():
         model.visual_projection.weight.add_(by * torch.randn_like(model.visual_projection.weight))
     return Loaded(model, loaded.processor, loaded.family, "changed")

@@ -132,7 +132,9 @@ def test_of_a_study_each_experiment_goes_into_its_own_folder(config, tmp_path):
     ]
     assert run.runs[0].fresh
     assert run.runs[0].only is None, "of an experiment all variants are trained"
-    assert len(read_run(config()).runs) == 2
+    both = read_run(config())
+    assert isinstance(both, StudyRun)
+    assert len(both.runs) == 2
     check_run(run)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import yaml
@@ -25,7 +26,7 @@ DEMO = yaml.safe_load(asset("configs/demo.yaml").read_text(encoding="utf-8"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_config_is_an_experiment_with_a_suite(path):
-    named = load_study(path) if path in STUDIES else load_experiment(path)
+    named: Any = load_study(path) if path in STUDIES else load_experiment(path)
     assert named.name == path.stem
     for experiment in named.experiments.values() if path in STUDIES else [named]:
         roles = {task.role for task in load_suite(experiment.suite).tasks}

@@ -9,7 +9,6 @@ import torch
 import transformers as t
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 
 IMAGE = 60  # the id of image tokens
 SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -65,7 +64,7 @@ def _vlm(name, text, vision, **options):
     )
 
 
-_SIGLIP = t.SiglipVisionConfig(**VISION, vision_use_head=False, projection_dim=32)
+_SIGLIP = t.SiglipVisionConfig(**{**VISION, "vision_use_head": False, "projection_dim": 32})
 _QWEN: dict[str, Any] = {
     "vision_start_token_id": 61,
     "vision_end_token_id": 62,
@@ -102,7 +101,7 @@ VLM: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make(name: str) -> nn.Module:
+def make(name: str) -> Any:
     torch.manual_seed(0)
     return {**LANGUAGE, **VLM}[name]().eval()
 
@@ -211,7 +210,7 @@ def _llava(processor, images):
 
 
 def _paligemma():
-    images = t.SiglipImageProcessor(size={"height": 32, "width": 32})
+    images: Any = t.SiglipImageProcessor(size={"height": 32, "width": 32})
     images.image_seq_length = 16
     return t.PaliGemmaProcessor(images, tokenizer("<image>"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -287,7 +288,8 @@ class TestRunning:
         model.load_state_dict(plain.state_dict())
         family = detect_family(model)
         with torch.no_grad():
-            expected, found = family.forward(plain, batch), family.forward(model, batch)
+            expected: Any = family.forward(plain, batch)
+            found: Any = family.forward(model, batch)
         for tower, value in expected.items():
             torch.testing.assert_close(found[tower], value)
 

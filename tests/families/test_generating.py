@@ -78,13 +78,14 @@ def test_sites(models, name):
 
 def literal(name, model, batch, sites):
     """Second moments of the layers' inputs, by their definition."""
-    seen, handles = {}, []
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = []
     with unpacked(model), torch.no_grad():
         for site in sites:
             layer = get_linear(model, site.name)
             handles.append(
                 layer.register_forward_pre_hook(
-                    lambda module, args, site=site: seen.setdefault(site.name, []).append(args[0].clone())
+                    lambda module, args, name=site.name: seen.setdefault(name, []).append(args[0].clone())
                 )
             )  # fmt: skip
         model(**inputs_of(batch))
@@ -188,7 +189,7 @@ def test_an_adapter_from_start_to_export(name, tmp_path):
 
     close = {"rtol": 1e-3, "atol": 1e-4}
     export_adapter(attached, tmp_path / "merged", format="merged")
-    merged = type(model).from_pretrained(tmp_path / "merged").eval()
+    merged: Any = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(merged, batch), after, **close)
     export_adapter(attached, tmp_path / "lora", format="lora")
     plain = PeftModel.from_pretrained(original, str(tmp_path / "lora")).eval()
@@ -246,13 +247,13 @@ def test_the_projector_is_trained_whole(tmp_path, base):
     after = logits(attached, batch)
     close = {"rtol": 1e-3, "atol": 1e-4}
     export_adapter(attached, tmp_path / "merged", format="merged")
-    merged = type(model).from_pretrained(tmp_path / "merged").eval()
+    merged: Any = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(merged, batch), after, **close)
     export_adapter(attached, tmp_path / "lora", format="lora")
     plain = PeftModel.from_pretrained(make("llava"), str(tmp_path / "lora")).eval()
     torch.testing.assert_close(logits(plain, batch), after, **close)
     export_adapter(attached, tmp_path / "residual", format="residual")
-    start = type(model).from_pretrained(tmp_path / "residual" / "base").eval()
+    start: Any = type(model).from_pretrained(tmp_path / "residual" / "base").eval()
     plain = PeftModel.from_pretrained(start, str(tmp_path / "residual")).eval()
     torch.testing.assert_close(logits(plain, batch), after, **close)
     attached.save_pretrained(tmp_path / "ours")
@@ -289,7 +290,7 @@ def test_a_residual_base(name, tmp_path):
     attached = attach_adapter(model, plan, base="residual")
     torch.testing.assert_close(logits(attached, batch), before, rtol=1e-3, atol=1e-4)
     export_adapter(attached, tmp_path / "out", format="residual")
-    base = type(model).from_pretrained(tmp_path / "out" / "base").eval()
+    base: Any = type(model).from_pretrained(tmp_path / "out" / "base").eval()
     plain = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
     torch.testing.assert_close(logits(plain, batch), before, rtol=1e-3, atol=1e-4)
 
@@ -303,7 +304,7 @@ def test_calibration_computes_no_logits(models, name):
 
     handle = model.lm_head.register_forward_pre_hook(never)
     try:
-        output = detect_family(model).forward(model, batch_for(name, 2))
+        output: Any = detect_family(model).forward(model, batch_for(name, 2))
     finally:
         handle.remove()
     assert output.past_key_values is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -80,7 +82,7 @@ def test_names_that_cannot_be_mapped():
 def test_the_model_and_its_file_are_called_as_the_table_says(tmp_path):
     from safetensors import safe_open
 
-    model = make("llava")
+    model: Any = make("llava")
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         keys = set(file.keys())
@@ -228,14 +230,14 @@ def test_a_batch_without_images_runs(toys):
     model, processor = toys("llava")
     batch = processor.collate([sample(processor, images=0)])
     assert "pixel_values" not in batch
-    output = detect_family(model).forward(model, batch)
+    output: Any = detect_family(model).forward(model, batch)
     assert output.last_hidden_state.shape[:2] == batch["input_ids"].shape
     with pytest.raises(DataError, match=r"takes 'input_ids'; the batch has: pixel_values"):
         detect_family(model).forward(model, {"pixel_values": torch.zeros(1)})
 
 
 def test_there_are_no_embeddings():
-    model = make("llava")
+    model: Any = make("llava")
     family = detect_family(model)
     with pytest.raises(CordaError, match="generates text and has no embeddings"):
         family.need_contrastive(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ class TestFolders:
         assert loaded.family is FAMILIES["llm"]
         assert isinstance(loaded.model, t.LlamaForCausalLM)
         assert not loaded.model.training
-        processor = loaded.processor
+        processor: Any = loaded.processor
         assert not processor.takes_images
         assert (processor.image_token, processor.context, processor.image_size) == (
             None,
@@ -48,7 +49,7 @@ class TestFolders:
         )
         batch = processor.text(["What is this ?", "dog"])
         assert batch["attention_mask"].tolist() == [[True] * 4, [True] + [False] * 3]
-        one = processor.encode("What is dog", responses=[(8, 11)])
+        one: Any = processor.encode("What is dog", responses=[(8, 11)])
         assert one["labels"].tolist() == [-100, -100, one["input_ids"][-1]]
         with pytest.raises(CordaError, match="2 images for a model that reads text alone"):
             processor.encode("What", [1, 2])
@@ -56,7 +57,7 @@ class TestFolders:
             processor.image(None)
 
     def test_precision_is_that_of_transformers(self, folder):
-        loaded = load_model(folder, dtype=torch.bfloat16)
+        loaded: Any = load_model(folder, dtype=torch.bfloat16)
         assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
         # frequencies rounded to bfloat16 would put tokens in the wrong places
         assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -82,7 +83,7 @@ class TestFolders:
         loaded = load_model(tmp_path)
         assert loaded.family is FAMILIES["llava"]
         assert type(loaded.model) is type(toy.model)
-        processor = loaded.processor
+        processor: Any = loaded.processor
         assert processor.takes_images
         assert processor.image_token_id == toy.whole.image_token_id
         assert [s.name for s in find_sites(loaded.model)] == [s.name for s in find_sites(toy.model)]
@@ -101,14 +102,14 @@ class TestFolders:
             plan_adapter(loaded.model, None, method="pissa", rank=2, show_progress=False),
         )
         export_adapter(attached, tmp_path / "b", format="merged", source=loaded.source)
-        again = load_model(tmp_path / "b")
+        again: Any = load_model(tmp_path / "b")
         assert again.processor.image_token == "<image>"
         message = [{"role": "user", "content": "What"}]
         assert again.processor.templater.apply_chat_template(message, tokenize=False) == "What"
 
     def test_without_a_tokenizer_it_can_be_adapted(self, tmp_path):
         make("llama").save_pretrained(tmp_path)
-        loaded = load_model(tmp_path)
+        loaded: Any = load_model(tmp_path)
         assert find_sites(loaded.model)
         for call in (loaded.processor.text, lambda texts: loaded.processor.encode(texts[0])):
             with pytest.raises(CordaError, match="came without the files that this needs"):
@@ -137,7 +138,7 @@ class TestFolders:
         toy.whole.save_pretrained(tmp_path)
         for name in gone.split():
             (tmp_path / name).unlink()
-        processor = load_model(tmp_path).processor
+        processor: Any = load_model(tmp_path).processor
         with pytest.raises(CordaError, match=rf"{tmp_path} came without .*{told} looked for"):
             Chat(processor).check()
             processor.encode("<image>", [picture()])
@@ -165,7 +166,7 @@ class TestPadding:
 
     def test_the_end_of_text_pads_where_nothing_else_does(self, tmp_path, caplog):
         with caplog.at_level(logging.WARNING):
-            processor = self.load(tmp_path, pad_token=None)
+            processor: Any = self.load(tmp_path, pad_token=None)
         assert processor.tokenizer.pad_token == "</s>"
         assert "no padding token; '</s>', the end of text, is taken for it" in caplog.text
         assert processor.text(["What is", "dog"])["attention_mask"].tolist() == [[True, True], [True, False]]  # fmt: skip
@@ -183,7 +184,7 @@ class TestQuantised:
             load_model(folder)
 
     def test_a_model_is_refused(self):
-        model = make("llama")
+        model: Any = make("llama")
 
         class Linear4bit(nn.Linear):
             """As that of bitsandbytes: a linear layer whose weight is codes."""
@@ -256,7 +257,7 @@ class TestGGUF:
 
     def test_is_converted_once(self, file, tmp_path, monkeypatch):
         path, model = file
-        loaded = load_model(path)
+        loaded: Any = load_model(path)
         assert loaded.family is FAMILIES["llm"]
         for key, value in loaded.model.state_dict().items():
             assert torch.equal(value, model.state_dict()[key].bfloat16().float()), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_a_norm(name, tiny_clip_hf):
 def test_alpha_is_the_rank(tiny_clip_hf):
     for name in ADAPTERS:
         prepared = prepare(name, tiny_clip_hf)
-        config = prepared.peft_config["default"]
+        config: Any = prepared.peft_config["default"]
         assert config.lora_alpha == config.r == 4
         restore_method(name, prepared)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -362,10 +363,11 @@ class TestMica:
     def test_definition(self, tiny_clip_hf):
         prepared = prepare_method("mica", tiny_clip_hf, rank=4)
         for name in SITES:
-            layer = base_of(prepared).get_submodule(name)
+            layer: Any = base_of(prepared).get_submodule(name)
             assert isinstance(layer, LoraLayer)
             B, A = trained(layer, "default")
-            W = layer.get_base_layer().weight.detach().double().numpy()
+            base: Any = layer.get_base_layer()
+            W = base.weight.detach().double().numpy()
             U = np.linalg.svd(W, full_matrices=False)[0][:, -4:]
             np.testing.assert_allclose(
                 np.abs(U.T @ B.detach().double().numpy()), np.eye(4), atol=1e-3

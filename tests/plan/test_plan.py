@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_pissa_and_olora_start_where_peft_starts(clip, method, init):
     peft_model = get_peft_model(
         model, LoraConfig(r=4, lora_alpha=4, target_modules=[name], init_lora_weights=init)
     )
-    layer = dict(peft_model.get_base_model().named_modules())[name]
+    layer: Any = dict(peft_model.get_base_model().named_modules())[name]
     theirs = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     ours = plan.factors[name].B @ plan.factors[name].A
     assert torch.allclose(ours, theirs, atol=1e-6)
@@ -282,6 +283,8 @@ class TestDynamic:
             candidates = [c.matrix for c in store.rounds(name)]
             weight = weight_of(model, name)
             selection = ranks.select_covariance(candidates, {name: weight})[name]
+            assert site.scores is not None
+            assert site.round is not None
             assert site.scores == pytest.approx(selection.scores, rel=1e-5)
             assert site.round == min(range(3), key=site.scores.__getitem__)
             assert site.compactness == pytest.approx(

@@ -35,13 +35,17 @@ def processor() -> Processor:
 def digits() -> ImageTextData:
     """90 of scikit-learn's digits, with a caption of their class."""
     spec = {"source": "sklearn:digits", "split": "train", "text": "a photo of a {class_name}"}
-    return load_records({**spec, "per_class": 9})
+    data = load_records({**spec, "per_class": 9})
+    assert isinstance(data, ImageTextData)
+    return data
 
 
 @pytest.fixture(scope="session")
 def held_out() -> ImageTextData:
     spec = {"source": "sklearn:digits", "split": "val", "text": "a photo of a {class_name}"}
-    return load_records({**spec, "limit": 40})
+    data = load_records({**spec, "limit": 40})
+    assert isinstance(data, ImageTextData)
+    return data
 
 
 @pytest.fixture

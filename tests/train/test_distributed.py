@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_deepspeed_and_wrapped_models_are_refused(weight, tmp_path):
             trainer.is_deepspeed_enabled = True
         else:
             name = "FullyShardedDataParallel"
-            trainer.model.__class__ = type(name, (type(trainer.model),), {})
+            wrapped: Any = trainer.model
+            wrapped.__class__ = type(name, (type(wrapped),), {})
         with pytest.raises(
             CordaError, match=r"(DeepSpeed|FullySharded.*) leaves each process a piece"
         ):

@@ -200,8 +200,8 @@ class Drifting(Trainer):
 
     share = 1.0
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        out = model.get_image_features(inputs["pixel_values"])
+    def compute_loss(self, model: Any, inputs, return_outputs=False, num_items_in_batch=None):
+        out: Any = model.get_image_features(inputs["pixel_values"])
         features = getattr(out, "pooler_output", out)
         loss = self.share * features.square().mean()
         return (loss, {"features": features}) if return_outputs else loss
@@ -357,7 +357,8 @@ def test_sft_trainer_of_trl(accumulation, tmp_path):
         class Mine(AnchorMixin, trl.SFTTrainer):
             pass
 
-        trainer = Mine(
+        kind: Any = Mine
+        trainer = kind(
             model=model,
             args=trl.SFTConfig(
                 output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, bf16=False,

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,13 +85,13 @@ def test_the_projector_has_its_own_rate_whole_or_adapted(tiny_llava, shades, tmp
 def test_gradient_checkpointing_changes_no_weight(tiny_llava, shades, tmp_path, method):
     ends = []
     for name, on in (("kept", False), ("again", True)):
-        model = prepare_method(method, copy.deepcopy(tiny_llava.model), rank=2, towers="language") if method != "full" \
+        model: Any = prepare_method(method, copy.deepcopy(tiny_llava.model), rank=2, towers="language") if method != "full" \
             else copy.deepcopy(tiny_llava.model)  # fmt: skip
         counted = _blocks_run(model)
         trained(tiny_llava, shades, tmp_path / name, model, gradient_checkpointing=on)
         ends.append({n: p for n, p in model.named_parameters() if p.requires_grad})
         assert counted() == (6 if on else 3), "each block runs again for its gradients"
-        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         assert not bare.is_gradient_checkpointing, "and it is off again"
     for name, weight in ends[0].items():
         torch.testing.assert_close(ends[1][name], weight, rtol=0, atol=0)

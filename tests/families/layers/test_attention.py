@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def _masks(kind):
 )
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_same_outputs_under_every_mask(masks, need_weights, batch_first):
-    model = Holder(batch_first=batch_first).eval()
+    model: Any = Holder(batch_first=batch_first).eval()
     inputs, kwargs = _inputs(batch_first), {**_masks(masks), "need_weights": need_weights}
     expected, expected_weights = model(*inputs, **kwargs)
     with unpacked(model):
@@ -88,7 +89,7 @@ def test_same_outputs_under_every_mask(masks, need_weights, batch_first):
     [{}, {"bias": False}, {"kdim": 10, "vdim": 14}, {"kdim": 10, "bias": False}, {"vdim": 14}],
 )
 def test_same_outputs_for_every_layout(options):
-    model = Holder(batch_first=True, **options).eval()
+    model: Any = Holder(batch_first=True, **options).eval()
     inputs = _inputs(kdim=options.get("kdim", EMBED), vdim=options.get("vdim", EMBED))
     expected = model(*inputs, need_weights=False)[0]
     with unpacked(model):
@@ -98,7 +99,7 @@ def test_same_outputs_for_every_layout(options):
 
 
 def test_per_head_weights_and_unbatched_inputs():
-    model = Holder(batch_first=True).eval()
+    model: Any = Holder(batch_first=True).eval()
     x, padding = torch.randn(LENGTH, EMBED), torch.tensor([False] * (LENGTH - 1) + [True])
     kwargs = {"average_attn_weights": False, "key_padding_mask": padding}
     expected = model(x, x, x, **kwargs)
@@ -110,7 +111,7 @@ def test_per_head_weights_and_unbatched_inputs():
 
 
 def test_causal_hint_needs_a_mask_as_in_the_original():
-    model = Holder(batch_first=True).eval()
+    model: Any = Holder(batch_first=True).eval()
     x = torch.randn(BATCH, LENGTH, EMBED)
     mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
     expected = model(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
@@ -122,7 +123,7 @@ def test_causal_hint_needs_a_mask_as_in_the_original():
 
 
 def test_dropout_acts_in_training_only():
-    model = Holder(batch_first=True, dropout=0.5)
+    model: Any = Holder(batch_first=True, dropout=0.5)
     inputs = _inputs()
     with unpacked(model):
         for weights in (True, False):
@@ -134,7 +135,7 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype):
-    model = Holder(batch_first=True).eval()
+    model: Any = Holder(batch_first=True).eval()
     inputs = _inputs()
     mask = torch.zeros(LENGTH, SOURCE).masked_fill(
         torch.ones(LENGTH, SOURCE).triu(3).bool(), float("-inf")
@@ -154,7 +155,7 @@ def test_under_autocast(dtype):
 
 
 def test_hooks_see_batch_first_inputs_whatever_the_layout():
-    model = Holder(batch_first=False).eval()
+    model: Any = Holder(batch_first=False).eval()
     x = torch.randn(LENGTH, BATCH, EMBED)
     seen = {}
     with unpacked(model):
@@ -170,7 +171,7 @@ def test_hooks_see_batch_first_inputs_whatever_the_layout():
 
 
 def test_gradients_reach_inputs_parts_and_the_packed_parameter():
-    model = Holder(batch_first=True)
+    model: Any = Holder(batch_first=True)
     reference = copy.deepcopy(model)
     inputs = [x.requires_grad_() for x in _inputs()]
     reference(*inputs, need_weights=False)[0].square().sum().backward()
@@ -189,7 +190,7 @@ def test_gradients_reach_inputs_parts_and_the_packed_parameter():
 
 
 def test_packing_gives_the_same_objects_keys_and_values_back():
-    model = Holder(batch_first=True)
+    model: Any = Holder(batch_first=True)
     module, parameters = model.attn, dict(model.named_parameters())
     state = copy.deepcopy(model.state_dict())
     with unpacked(model):
@@ -206,7 +207,7 @@ def test_packing_gives_the_same_objects_keys_and_values_back():
 
 
 def test_an_edit_in_place_is_an_edit_of_the_packed_parameter():
-    model = Holder(batch_first=True)
+    model: Any = Holder(batch_first=True)
     packed = model.attn
     with unpacked(model), torch.no_grad():
         model.attn.k_proj.weight.fill_(7.0)
@@ -217,7 +218,7 @@ def test_an_edit_in_place_is_an_edit_of_the_packed_parameter():
 
 
 def test_a_replaced_storage_is_copied_back():
-    model = Holder(batch_first=True)
+    model: Any = Holder(batch_first=True)
     new = torch.randn(EMBED, EMBED)
     with unpacked(model):
         model.attn.q_proj.weight.data = new.clone()
@@ -228,7 +229,7 @@ def test_a_replaced_storage_is_copied_back():
 
 @pytest.mark.parametrize("options", [{}, {"kdim": 10, "vdim": 14}])
 def test_a_change_of_dtype_while_unpacked_survives_packing(options):
-    model = Holder(batch_first=True, **options)
+    model: Any = Holder(batch_first=True, **options)
     expected = copy.deepcopy(model).to(torch.bfloat16).state_dict()
     with unpacked(model):
         model.to(torch.bfloat16)
@@ -239,7 +240,7 @@ def test_a_change_of_dtype_while_unpacked_survives_packing(options):
 
 
 def test_a_change_of_device_while_unpacked_survives_packing():
-    model = Holder(batch_first=True)
+    model: Any = Holder(batch_first=True)
     with unpacked(model):
         model.to("meta")
     assert {value.device.type for value in model.state_dict().values()} == {"meta"}
@@ -247,7 +248,7 @@ def test_a_change_of_device_while_unpacked_survives_packing():
 
 
 def test_nested_use_packs_once_at_the_end():
-    model = Holder()
+    model: Any = Holder()
     with unpacked(model):
         inner = model.attn
         with unpacked(model):
@@ -257,16 +258,16 @@ def test_nested_use_packs_once_at_the_end():
 
 
 def test_an_exception_inside_still_packs():
-    model = Holder()
+    model: Any = Holder()
     with pytest.raises(KeyError), unpacked(model):
         raise KeyError
     assert is_packed(model.attn)
 
 
 def test_a_copy_made_while_unpacked_packs_to_its_own_values():
-    model = Holder()
+    model: Any = Holder()
     with unpacked(model):
-        clone = copy.deepcopy(model)
+        clone: Any = copy.deepcopy(model)
         with torch.no_grad():
             clone.attn.q_proj.weight.zero_()
     pack(clone)
@@ -285,7 +286,7 @@ def test_a_shared_layer_stays_one_layer():
 
 
 def test_hooks_on_the_original_keep_firing():
-    model = Holder(batch_first=True)
+    model: Any = Holder(batch_first=True)
     fired = []
     handle = model.attn.register_forward_hook(lambda *args: fired.append(1))
     inputs = _inputs()
@@ -298,7 +299,7 @@ def test_hooks_on_the_original_keep_firing():
 
 
 def test_frozen_parts_freeze_the_packed_parameter():
-    model = Holder()
+    model: Any = Holder()
     with unpacked(model):
         model.requires_grad_(False)
     assert not any(p.requires_grad for p in model.parameters())

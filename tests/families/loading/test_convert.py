@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def randomised(model):
 def assert_same_outputs(model, converted, batch, tolerance=1e-5):
     one, other = detect_family(model), detect_family(converted)
     with torch.no_grad():
-        expected, found = one.forward(model, batch), other.forward(converted, batch)
+        expected: Any = one.forward(model, batch)
+        found: Any = other.forward(converted, batch)
     for tower, value in expected.items():
         torch.testing.assert_close(found[tower], value, atol=tolerance, rtol=tolerance, msg=tower)
     torch.testing.assert_close(
