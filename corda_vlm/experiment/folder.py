@@ -16,7 +16,7 @@ from corda_vlm.experiment.spec import Experiment
 from corda_vlm.files import check_path, clear, entries, read_json, write_json, write_text
 from corda_vlm.progress import note
 from corda_vlm.run_files import BEGUN, CONFIG, MADE_FROM, MARKER, PATTERNS, PLAN
-from corda_vlm.train.options import RESUME_SAFE_OPTIONS
+from corda_vlm.train.options import RESUME_SAFE_OPTIONS, TrainOptions
 
 _MARK = {"made by": "corda-vlm run"}
 
@@ -181,12 +181,18 @@ def _decisive(experiment: Mapping[str, Any]) -> dict[str, Any]:
     else would mix two experiments.
     """
 
-    def without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        return {key: value for key, value in mapping.items() if key not in keys}
+    def without(mapping: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
+        former = (
+            TrainOptions.FORMER
+        )  # of options of a training, which are kept as they were written
+        named = {former.get(key, key): value for key, value in (mapping or {}).items()}
+        return {key: value for key, value in named.items() if key not in keys}
 
     return {
-        **without(experiment, "title", "seeds", "plugins"),  # of plugins their content counts
-        "evaluation": without(experiment["evaluation"], "scales"),
+        # of plugins their content counts; and another machine gives the same results
+        **without(experiment, "title", "seeds", "plugins", "device", "device_map"),
+        "calibration": without(experiment["calibration"], "checkpoint_share"),
+        "evaluation": without(experiment["evaluation"], "scales", "batch_size", "workers"),
         "training": without(experiment["training"], *RESUME_SAFE_OPTIONS),
         "variants": {
             name: {

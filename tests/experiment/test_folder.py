@@ -208,3 +208,34 @@ def test_a_claim_looks_before_it_writes(made, demo):
     shutil.rmtree(made)
     check_claim(made, other, fresh=False)
     assert not made.exists()
+
+
+def test_the_folder_of_a_former_version_is_gone_on_with(made, demo):
+    """Options had other names, and fewer could be said: the same experiment is still the same."""
+    former = plain(demo)
+    former["chat"] = former.pop("chat_template")
+    for name in ("device", "trust_remote_code", "plugins"):
+        del former[name]
+    former["evaluation"] = {"scales": [], "batch_size": 256, "bf16": "auto"}
+    former["calibration"] = {
+        name: former["calibration"][name] for name in ("data", "samples", "batch_size")
+    }
+    former["training"]["template"] = "plain"
+    for variant in former["variants"].values():
+        for name in (
+            "roles",
+            "budget",
+            "rho",
+            "route",
+            "base",
+            "towers",
+            "targets",
+            "anchor_every",
+        ):
+            variant.pop(name, None)
+    (made / CONFIG).write_text(yaml.safe_dump(former))
+    now = replace(demo, training={**demo.training, "chat_template": "plain"})
+    check_claim(made, now, fresh=False)
+    check_claim(made, replace(now, device="cpu"), fresh=False)
+    with pytest.raises(CordaError, match=r"differs in training"):
+        check_claim(made, replace(now, training={**demo.training, "chat_template": "bare"}), fresh=False)  # fmt: skip

@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from corda_vlm.__main__ import main
 from corda_vlm.anchor.options import AnchorOptions
+from corda_vlm.covariance import CovarianceStore
 from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.errors import DataError, ForeignFileError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation import Cache, done, load_suite, read_rows
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment import steps
+from corda_vlm.experiment.load import parse_experiment
 from corda_vlm.families import load_model
 from corda_vlm.plan import plan_adapter
 from corda_vlm.train import TrainOptions
@@ -58,6 +61,25 @@ def test_the_towers_are_part_of_what_identifies_the_batches(loaded, tmp_path):
     both = fingerprint(None)
     assert fingerprint("vision") == fingerprint(["vision"]) != both
     assert fingerprint("vision,text") == fingerprint(["vision", "text"]) == both
+
+
+def test_the_verb_and_a_run_calibrate_on_the_same(loaded, tmp_path, monkeypatch):
+    """Of data with pictures and texts, of which the adapted tower takes the pictures alone."""
+    config = {
+        "name": "same", "model": "emoji-clip", "suite": "emoji-digits", "towers": ["vision"],
+        "task": {"data": "sklearn:digits"}, "variants": {"corda-kpm": {"learning_rates": [1e-3]}},
+        "calibration": {"data": NOTO, "samples": 8, "batch_size": 8, "roles": ["o"]},
+    }  # fmt: skip
+    options = parse_experiment(config, "same.yaml").calibration_options("knowledge")
+    of_run = steps.calibrate(loaded, steps.load_data(NOTO), tmp_path / "run.safetensors", options)
+    words = ["--samples=8", "--batch-size=8", "--towers=vision", "--roles=o"]
+    path = str(tmp_path / "verb.safetensors")
+    main(["calibrate", "emoji-clip", json.dumps(NOTO), "--output", path, *words])
+    of_verb = CovarianceStore.load(path)
+    assert of_verb.data_fingerprint == of_run.data_fingerprint
+    assert [*of_verb] == [*of_run]
+    for name in of_run:
+        assert torch.equal(of_verb[name].matrix, of_run[name].matrix)
 
 
 def test_an_unknown_tower_is_told_with_the_models_own(loaded, tmp_path):
