@@ -6,10 +6,12 @@ base model with its attention unpacked: they do not change when the model is pac
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -18,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.errors import NoSitesError
-from corda_vlm.families import Family, family_of, unwrap
+from corda_vlm.families import Family, any_family, family_of, unwrap
 from corda_vlm.families.layers.attention import is_packed, packed_parts
 from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
-from corda_vlm.families.options import ROLES, TOWERS, chosen_names
+from corda_vlm.families.options import ROLES, TOWERS, chosen_names, listed_names
 from corda_vlm.text_table import text_table
 
 _SAMPLES = 256  # weights of each site that the fingerprint looks at
@@ -33,9 +35,10 @@ class Site:
 
     Attributes:
         name: dotted path of the `nn.Linear` in the bare model with unpacked attention.
-        tower: "vision", "text", "projector" or "language".
+        tower: "vision", "text", "projector" or "language"; "model" of one that no family knows.
         block: index of the transformer block, None outside of them.
-        role: "q", "k", "v", "o", "up", "gate", "down", "proj", or fused: "qkv", "kv", "gate_up".
+        role: "q", "k", "v", "o", "up", "gate", "down", "proj", or fused: "qkv", "kv", "gate_up"; "linear" of a model
+            that no family knows.
         stream: sites that read the same input tensor share one stream, so one covariance.
     """
 
@@ -51,6 +54,7 @@ def find_sites(
     family: str | Family = "auto",
     towers: str | Sequence[str] | None = None,
     roles: str | Sequence[str] | None = None,
+    targets: str | Sequence[str] | None = None,
 ) -> list[Site]:
     """The weight matrices of `model` that can be adapted, in the model's order.
 
@@ -58,13 +62,16 @@ def find_sites(
         model: packed, unpacked, or wrapped by PEFT; not changed.
         towers: only these, a list or "vision,text"; None for all that the model has.
         roles: only these, a list or "q,v"; None for all.
+        targets: only layers whose names are like these patterns, in which `*` is any text; None for all. With them a model may
+            be one that no family knows.
 
     Raises:
         UnknownNameError: a tower or role that does not exist.
-        NoSitesError: a tower or role of which this model has no layer.
+        NoSitesError: a tower or role of which this model has no layer, or a pattern that none is like.
         CordaError: no family knows the model.
     """
-    found = family_of(family, model)
+    patterns = listed_names("target", targets)
+    found = any_family(model) if family == "auto" and patterns else family_of(family, model)
     wanted = chosen_names("tower", towers, TOWERS)
     only = chosen_names("role", roles, ROLES)
     bare = unwrap(model)
@@ -88,7 +95,24 @@ def find_sites(
                     + f"; it has: {', '.join(have)}"
                 )
         sites = [site for site in sites if site.role in only]
-    return sites
+    return sites if patterns is None else _like(patterns, sites, bare)
+
+
+def _like(patterns: Sequence[str], sites: Sequence[Site], model: nn.Module) -> list[Site]:
+    """The sites whose names are like one of the patterns; each pattern has to have one."""
+    chosen: set[str] = set()
+    names = [site.name for site in sites]
+    for pattern in patterns:
+        like = [name for name in names if fnmatchcase(name, pattern)]
+        if not like:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+            raise NoSitesError(
+                f"no layer of {type(model).__name__} that can be adapted has a name like {pattern!r}; a pattern is like the "
+                f"whole name, and * is any text. {f'Did you mean {near[0]!r}?' if near else ''} "
+                f"It has {len(names)}, from {names[0]} to {names[-1]}"
+            )
+        chosen.update(like)
+    return [site for site in sites if site.name in chosen]
 
 
 def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.Linear:
@@ -146,7 +170,8 @@ def model_fingerprint(model: nn.Module, family: str | Family = "auto") -> str:
     bare = unwrap(model)
     weights = _weights(bare)
     digest = hashlib.sha256()
-    for site in find_sites(bare, family):
+    of = any_family(bare) if family == "auto" else family
+    for site in find_sites(bare, of):
         weight = weights[site.name]
         digest.update(f"{site.name}:{tuple(weight.shape)};".encode())
         digest.update(bytes(_signs(weight)))

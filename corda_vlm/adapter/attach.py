@@ -229,7 +229,7 @@ class AdaptKeywords(CollectKeywords, PlanKeywords, AttachKeywords, total=False):
 
 def adapt(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Batch | torch.Tensor | Sequence[Any]],
     *,
     forward: Callable[[nn.Module, Batch], object] | None = None,
     masks: Callable[[Batch], Masks] | None = None,

@@ -36,6 +36,7 @@ def attach_eva(
     rho: float | None = None,
     towers: Sequence[str] | str | None = None,
     roles: Sequence[str] | str | None = None,
+    targets: Sequence[str] | str | None = None,
 ) -> PeftModel:
     """A plain LoRA of PEFT whose A holds the directions in which the new task's activations vary most, and B is zero.
 
@@ -57,7 +58,7 @@ def attach_eva(
             f"rho is how often its rank a site may get at most, so 1 or more; got {rho!r}"
         )
     check_made_from(model_fingerprint(model), store, "covariances")
-    names = [site.name for site in find_sites(model, towers=towers, roles=roles)]
+    names = [site.name for site in find_sites(model, towers=towers, roles=roles, targets=targets)]
     check_rank({name: site_shape(model, name) for name in names}, rank)
     directions, shares = _principal(store, names, round(rank * rho))
     ranks = share_out(shares, budget=rank * len(names))

@@ -31,6 +31,7 @@ from corda_vlm.adapter.base import HEADER, absolute, base_fingerprint, save_base
 from corda_vlm.adapter.folder import (
     ADAPTER,
     REPORT,
+    STATE,
     is_transformers,
     located,
     new_folder,
@@ -39,6 +40,8 @@ from corda_vlm.adapter.folder import (
 )
 from corda_vlm.adapter.paired import PairedLinear, base_of, base_weight, trained
 from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.families import any_family
+from corda_vlm.families.generic import GENERIC
 from corda_vlm.families.layers.attention import is_packed, pack
 from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.families.loading import convert
@@ -184,11 +187,11 @@ def _merged(
 ) -> dict[str, Any]:
     merged = _twin(model, _with_change, name)
     save_model(merged, folder, source)
-    loader = (
-        f"transformers.{type(merged).__name__}.from_pretrained(HERE)"
-        if is_transformers(merged)
-        else "open_clip.create_model('local-dir:HERE')"
-    )
+    loader = "open_clip.create_model('local-dir:HERE')"
+    if is_transformers(merged):
+        loader = f"transformers.{type(merged).__name__}.from_pretrained(HERE)"
+    elif any_family(merged) is GENERIC:
+        loader = f"model.load_state_dict(safetensors.torch.load_file('HERE/{STATE}'))"
     return {"load": loader}
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.families import any_family
+from corda_vlm.families.generic import GENERIC
 from corda_vlm.families.loading import convert
 from corda_vlm.families.loading.hub import without_bars
 from corda_vlm.families.loading.open_clip_config import open_clip_config
@@ -33,6 +35,8 @@ REPORT = "corda_export.json"  # marks a folder as ours, so that a later export m
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TRAINED = "trained.safetensors"
+STATE = "model.safetensors"
+"""The weights of a merged model that neither transformers nor open_clip loads."""
 WEIGHTS = "weights"
 """Where in its folder a training writes what it has trained."""
 
@@ -154,6 +158,9 @@ def save_model(model: nn.Module, folder: Path, source: str | Path | None) -> Non
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         add_checksums_in(folder)
         _copy_beside(source or getattr(model, "name_or_path", None), folder)
+        return
+    if any_family(model) is GENERIC:
+        save_tensors(folder / STATE, model.state_dict())
         return
     write_json(folder / "open_clip_config.json", open_clip_config(model, source))
     save_tensors(folder / "open_clip_model.safetensors", model.state_dict())

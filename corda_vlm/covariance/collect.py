@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +31,15 @@ from corda_vlm.distributed import (
     world_size,
 )
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
-from corda_vlm.families import Batch, detect_family, token_masks
+from corda_vlm.families import Batch, any_family, token_masks
 from corda_vlm.families.base import evaluating
+from corda_vlm.families.generic import GENERIC, named
+from corda_vlm.families.options import SiteOptions
 from corda_vlm.files import check_path
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.locks import locked
 from corda_vlm.names import quoted
-from corda_vlm.options import options_from
+from corda_vlm.options import as_keywords, options_from
 from corda_vlm.precision import takes_bf16
 from corda_vlm.progress import Meter, showing
 from corda_vlm.sites import Site, find_sites, model_fingerprint
@@ -45,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 def collect_covariance(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | torch.Tensor | Sequence[Any]],
     sites: Sequence[Site] | None = None,
     *,
     forward: Callable[[nn.Module, Batch], object] | None = None,
@@ -70,10 +74,11 @@ def collect_covariance(
     have to be given the same, which is checked, and none may write a file that another writes too.
 
     Args:
-        batches: mappings as the model takes them, moved to the model's device here; e.g. of `make_batches`. To go on
+        batches: mappings as the model takes them, moved to the model's device here; e.g. of `make_batches`. Of a model that no
+            family knows also a tensor, its first argument, or a tuple of those that it needs. To go on
             after a stop they have to come in the same order again. Their attribute `fingerprint`, if any, says
             what they are; otherwise the first batch does, and their number where it is known.
-        sites: of `find_sites`; None for those that `towers` and `roles` choose, without them all.
+        sites: of `find_sites`; None for those that `towers`, `roles` and `targets` choose, without them all.
         forward: runs one batch, as in PEFT's EVA; None for the family's own.
         masks: batch -> tower -> (B, L), True on tokens that count; None for the family's own.
         store: add to this one; it is left as it is.
@@ -102,21 +107,25 @@ def collect_covariance(
     """
     asked = options_from(CollectOptions, options, "collect_covariance")
     tokens, precision, blockwise = asked.tokens, asked.precision, asked.blockwise
-    if sites is not None and (asked.towers or asked.roles):
-        raise CalibrationError("give sites=, or towers= and roles=: either says which layers")
+    if sites is not None and (asked.towers or asked.roles or asked.targets):
+        raise CalibrationError(
+            "give sites=, or towers=, roles= and targets=: either says which layers"
+        )
     if masks is not None and tokens != "all":
         raise CalibrationError(
             f"give masks= or tokens={tokens!r}, not both: either says what counts"
         )
-    family = detect_family(model) if forward is None or masks is None else None
+    if sites is None:
+        sites = find_sites(model, **as_keywords(asked, SiteOptions))
+    family = any_family(model) if forward is None or masks is None else None
     source = made_everywhere("the calibration batches", lambda: Source(batches))
+    if family is GENERIC:
+        source.named = partial(named, model)
     if tokens != "all":
         source.fingerprint += f"-{tokens}"
     job = Calibration(
         model,
-        tuple(
-            find_sites(model, towers=asked.towers, roles=asked.roles) if sites is None else sites
-        ),
+        tuple(sites),
         source,
         forward or family.forward,  # type: ignore[union-attr]
         masks or token_masks(family, model, tokens),  # type: ignore[arg-type]

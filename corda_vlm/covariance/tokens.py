@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from corda_vlm.errors import CalibrationError
+from corda_vlm.families.generic import TOWER as GENERIC_TOWER
 
 Masks = Mapping[str, Tensor]
 """Tower -> (B, L), True (or 1) on tokens that count; a tower without an entry has no padding."""
@@ -58,6 +59,8 @@ class TokenSelector:
                 layout = "sequence"
             else:
                 self._taken_as_batch_first.add(stream)
+        if layout is None and tower == GENERIC_TOWER:  # other tokens than those of the mask
+            return x.reshape(-1, x.shape[-1])
         if layout is None:
             raise CalibrationError(
                 f"the input of {site} has shape {tuple(x.shape)}, and the mask of the {tower} tower has "

@@ -170,7 +170,10 @@ class ExperimentRunner:
     def _check_variants(self) -> None:
         """Refuse what a variant asks of layers that the model has not."""
         model, experiment = self.loaded.model, self.experiment
-        sites = [site.name for site in find_sites(model, towers=experiment.towers)]
+        sites = [
+            site.name
+            for site in find_sites(model, towers=experiment.towers, targets=experiment.targets)
+        ]
         shapes = {name: site_shape(model, name) for name in sites}
         for name, variant in experiment.variants.items():
             whole_modules(model, variant.modules_to_save, sites)

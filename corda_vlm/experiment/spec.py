@@ -14,7 +14,7 @@ from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import UnknownNameError
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment.rules import check_variants
-from corda_vlm.families.options import TOWERS, LoadOptions, Names, chosen_names
+from corda_vlm.families.options import TOWERS, LoadOptions, Names, chosen_names, listed_names
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.methods.options import MethodOptions
 from corda_vlm.names import check_name
@@ -41,7 +41,7 @@ Rates = Annotated[list[Positive], Items(distinct=True)]
 class Calibration(CalibrationOptions):
     """The data whose second moments orient the adapters, and how they are collected.
 
-    What is left out of `towers` and `chat_template` is the experiment's. `rounds` are of the knowledge; `tokens` of the
+    What is left out of `towers`, `targets` and `chat_template` is the experiment's. `rounds` are of the knowledge; `tokens` of the
     covariances of the new task too.
 
     Attributes:
@@ -93,7 +93,7 @@ class Evaluation(EvalOptions):
 class Variant(MethodOptions, AnchorOptions):
     """One curve of the trade-off: a method with its options, over its learning rates.
 
-    What is left out of `rank` and `towers` is the experiment's. The seeds are the experiment's. Anchor and forecast see
+    What is left out of `rank`, `towers` and `targets` is the experiment's. The seeds are the experiment's. Anchor and forecast see
     `modules_to_save` where they are sites or hold sites (LLaVA's projector), and not an output layer.
 
     Attributes:
@@ -148,6 +148,7 @@ class Experiment(LoadOptions):
         title: heading of the report.
         calibration: the knowledge to keep; needed by methods that take covariances.
         towers: which towers are adapted; None for all.
+        targets: patterns of the layers that are adapted, see `SiteOptions`; None for all.
         rank: of the adapters.
         seeds: each learning rate is trained with each of them.
         training: options of `TrainOptions`, learning rate and seed aside.
@@ -170,6 +171,7 @@ class Experiment(LoadOptions):
     title: str | None = None
     calibration: Calibration | None = None
     towers: Names | str | None = None
+    targets: Names | str | None = None
     rank: Count = MethodOptions.rank
     seeds: Annotated[list[Seed], Items(least=1, distinct=True)] = field(default_factory=lambda: [0])
     training: dict[str, Any] = field(default_factory=dict)
@@ -182,6 +184,7 @@ class Experiment(LoadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         chosen_names("tower", self.towers, TOWERS)
+        listed_names("target", self.targets)
         check_name(self.name, "the experiment's name")
         if self.calibration is not None:
             self.chat_of("knowledge")  # raises
@@ -196,6 +199,8 @@ class Experiment(LoadOptions):
         options = as_keywords(asked, MethodOptions)
         options["rank"] = self.rank if asked.rank is None else asked.rank
         options["towers"] = self.towers if asked.towers is None else asked.towers
+        if asked.targets is None and "targets" in METHODS[self.method_of(variant)].takes:
+            options["targets"] = self.targets
         return MethodRequest(**options)
 
     def chat_of(self, data: str) -> ChatOptions:
@@ -217,6 +222,7 @@ class Experiment(LoadOptions):
         return replace(
             own,
             towers=self.towers if own.towers is None else own.towers,
+            targets=self.targets if own.targets is None else own.targets,
             rounds=own.rounds if data == "knowledge" else 1,
             **as_keywords(self.chat_of(data), ChatOptions),
         )

@@ -29,7 +29,7 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families import Loaded, Processor
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.locks import locked
-from corda_vlm.options import as_keywords, narrowed
+from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import Site, find_sites, lies_in
 from corda_vlm.train import TrainOptions, TrainResult, train
@@ -89,7 +89,7 @@ def calibrate(
         towers=options.towers,
         chat=narrowed(options, ChatOptions),
     )
-    chosen = {**as_keywords(options, CollectOptions), "towers": None, "roles": None}
+    chosen = {**as_keywords(options, CollectOptions), **dict.fromkeys(option_names(SiteOptions))}
     store = collect_covariance(loaded.model, batches, sites, path=path, **chosen)
     for warning in data_warnings(batches.builder):
         logger.warning(warning)
@@ -103,7 +103,7 @@ def calibrated_sites(
 
     The batches for one tower of a CLIP do not reach another, so that what lies there is not looked at.
     """
-    chosen = find_sites(loaded.model, towers=options.towers, roles=options.roles)
+    chosen = find_sites(loaded.model, **as_keywords(options, SiteOptions))
     if not modules or loaded.family.generative is None:
         return chosen
     return [s for s in find_sites(loaded.model) if s in chosen or lies_in(s.name, modules)]

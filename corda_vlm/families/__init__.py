@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from corda_vlm.families.generative.language import LanguageProcessor
     from corda_vlm.families.load import load_model
     from corda_vlm.families.options import TOKENS
-    from corda_vlm.families.registry import FAMILIES, detect_family, family_of, register_family
+    from corda_vlm.families.registry import (
+        FAMILIES,
+        any_family,
+        detect_family,
+        family_of,
+        register_family,
+    )
 
 _HOMES = {
     "FAMILIES": "registry",
@@ -41,6 +47,7 @@ _HOMES = {
     "Masking": "base",
     "Processor": "base",
     "Rule": "base",
+    "any_family": "registry",
     "block_rules": "base",
     "detect_family": "registry",
     "family_of": "registry",

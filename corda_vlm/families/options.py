@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from corda_vlm.families.base import Family
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Tower = Literal["vision", "text", "projector", "language"]
-Role = Literal["q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up"]
+Tower = Literal["vision", "text", "projector", "language", "model"]
+Role = Literal["q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up", "linear"]
 Tokens = Literal["all", "prompt", "response", "image", "text"]
 """Which tokens of a language model count for a covariance."""
 
@@ -70,15 +70,19 @@ class SiteOptions:
     Attributes:
         towers: Only these of vision, text, projector and language, e.g. vision,text; the default is all that the model has.
         roles: Only these of q, k, v, o, up, gate, down, proj, qkv, kv and gate_up, e.g. q,v; the default is all.
+        targets: Only the nn.Linear layers whose dotted names are like these patterns, in which * is any text, e.g.
+            encoder.layer.*.attention.self.query; of a model that no family knows they say what is adapted at all.
     """
 
     towers: Names | str | None = None
     roles: Names | str | None = None
+    targets: Names | str | None = None
 
     def __post_init__(self) -> None:
         check_options(self)
         chosen_names("tower", self.towers, TOWERS)
         chosen_names("role", self.roles, ROLES)
+        listed_names("target", self.targets)
 
 
 class SiteKeywords(TypedDict, total=False):
@@ -86,29 +90,41 @@ class SiteKeywords(TypedDict, total=False):
 
     towers: Sequence[str] | str | None
     roles: Sequence[str] | str | None
+    targets: Sequence[str] | str | None
 
 
 def chosen_names(
     kind: str, names: Sequence[str] | str | None, choices: Sequence[str]
 ) -> list[str] | None:
+    """The names as of `listed_names`, each of which is among the choices.
+
+    Raises:
+        UnknownNameError: one that is not.
+        CordaError: not one name.
+    """
+    chosen = listed_names(kind, names, f"choose from {', '.join(choices)}, or ")
+    for name in chosen or ():
+        if name not in choices:
+            raise UnknownNameError(kind, name, choices)
+    return chosen
+
+
+def listed_names(
+    kind: str, names: Sequence[str] | str | None, choose: str = ""
+) -> list[str] | None:
     """The names in a list, or in a text with commas between them; None stays None.
 
     Args:
         kind: what they are names of, for the messages.
+        choose: what to choose from, for the message.
 
     Raises:
-        UnknownNameError: one that is not among the choices.
         CordaError: not one name.
     """
     if names is None:
         return None
     listed = names.split(",") if isinstance(names, str) else names
     chosen = [stripped for name in listed if (stripped := name.strip())]
-    for name in chosen:
-        if name not in choices:
-            raise UnknownNameError(kind, name, choices)
     if not chosen:
-        raise CordaError(
-            f"no {kind} given; choose from {', '.join(choices)}, or leave it out for all"
-        )
+        raise CordaError(f"no {kind} given; {choose}leave it out for all")
     return chosen

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.base import Family, unwrap
 from corda_vlm.families.clip_hf import CLIP_HF, SIGLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
+from corda_vlm.families.generic import GENERIC
 from corda_vlm.families.llava import LLAVA
 from corda_vlm.families.llm import LLM
 from corda_vlm.registries import register
@@ -33,18 +36,42 @@ def detect_family(model: nn.Module) -> Family:
         CordaError: no family knows the class, or the family cannot adapt this model; says why.
     """
     bare = unwrap(model)
+    if (family := known_family(bare)) is not None:
+        return family
+    known = "; ".join(f"{name} ({', '.join(family.classes)})" for name, family in FAMILIES.items())
+    raise CordaError(
+        f"no family knows the model class {type(bare).__module__}.{type(bare).__name__}: say which of its nn.Linear layers to "
+        f"adapt, as targets=[{_example(bare)!r}] (--targets), or register_family(Family(...)) as docs/pages/extend.md shows.\n"
+        f"Families: {known}."
+    )
+
+
+def any_family(model: nn.Module) -> Family:
+    """The family of a model as of `detect_family`, or where none knows it `GENERIC`, of which `targets` say the layers."""
+    return known_family(unwrap(model)) or GENERIC
+
+
+def known_family(bare: nn.Module) -> Family | None:
+    """The family that knows a bare model.
+
+    Raises:
+        CordaError: the family cannot adapt this model; says why.
+    """
     for family in FAMILIES.values():
         if family.matches(bare):
             if reason := family.refuses(bare):
                 raise CordaError(f"{type(bare).__name__} cannot be adapted: {reason}")
             return family
-    known = "; ".join(f"{name} ({', '.join(family.classes)})" for name, family in FAMILIES.items())
-    raise CordaError(
-        f"no family knows the model class {type(bare).__module__}.{type(bare).__name__}. Families: {known}. "
-        "To add one, declare a corda_vlm.families.Family (its rules say which layers are adapted and which of "
-        "them read one input) and pass it to corda_vlm.families.register_family; for a language model "
-        "corda_vlm.families.llm says how in three lines."
-    )
+    return None
+
+
+def _example(bare: nn.Module) -> str:
+    """A pattern of layers that the model has."""
+    names = [
+        name for name, module in bare.named_modules() if name and isinstance(module, nn.Linear)
+    ]
+    in_blocks = [name for name in names if re.search(r"\.\d+\.", name)]
+    return re.sub(r"\.\d+\.", ".*.", next(iter(in_blocks or names), "layers.*.linear"))
 
 
 def family_of(family: str | Family, model: nn.Module) -> Family:

@@ -38,7 +38,7 @@ class MethodRequest(MethodOptions):
         check_options(self, MethodOptions)
 
 
-OF_ADAPTERS = ("a_norm", "freeze_a", "roles")
+OF_ADAPTERS = ("a_norm", "freeze_a", "roles", "targets")
 OF_PLANS = (
     *sorted({*option_names(DecompositionOptions)} - {"rank", "towers", "seed", *OF_ADAPTERS}),
     "base",

@@ -13,7 +13,9 @@ from torch import nn
 from corda_vlm.adapter.attach import check_wrapped, lora_targets, whole_modules, wrapping
 from corda_vlm.adapter.eva import attach_eva
 from corda_vlm.adapter.paired import keep_a_frozen, trained
+from corda_vlm.families.options import SiteOptions
 from corda_vlm.methods.method import MethodRequest
+from corda_vlm.options import as_keywords
 from corda_vlm.plan import check_rank
 from corda_vlm.sites import find_sites, site_shape
 
@@ -24,7 +26,7 @@ def plain(
     """PEFT's LoRA on every site, with alpha equal to the rank."""
 
     def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
-        sites = find_sites(model, towers=request.towers, roles=request.roles)
+        sites = find_sites(model, **as_keywords(request, SiteOptions))
         check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
         ranks = {site.name: request.rank for site in sites}
         config = LoraConfig(
@@ -51,8 +53,7 @@ def eva(model: nn.Module, request: MethodRequest) -> nn.Module:
         request.store,
         rank=request.rank,
         rho=request.rho,
-        towers=request.towers,
-        roles=request.roles,
+        **as_keywords(request, SiteOptions),
     )
     return _finished(peft_model, request)
 

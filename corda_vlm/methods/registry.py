@@ -179,7 +179,7 @@ METHODS: dict[str, Method] = {
             (),
             _later("methods.plain", "plain", init="mica"),
             _restore,
-            takes=("roles",),  # A alone is trained, and from zero
+            takes=("roles", "targets"),  # A alone is trained, and from zero
         ),
         _planned(
             "pissa",

@@ -19,9 +19,10 @@ from corda_vlm.decompose import (
     knowledge_energy,
 )
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families import detect_family
+from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
-from corda_vlm.options import options_from
+from corda_vlm.families.options import SiteOptions
+from corda_vlm.options import as_keywords, options_from
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis
 from corda_vlm.plan.choose import choose_covariances, choose_ranks, rank_budget
 from corda_vlm.plan.options import PlanKeywords, PlanOptions
@@ -49,7 +50,7 @@ def plan_adapter(
 
     Raises:
         UnknownNameError: unknown method, mode, side, tower or role.
-        NoSitesError: towers and roles leave no site.
+        NoSitesError: towers, roles and targets leave no site.
         ForeignFileError: a store was made from another model.
         CordaError: a rank outside 1 to min(out, inp), a budget that no ranks meet, a damping, a_norm or beta out of
             range, a site that a store did not calibrate, a store that is missing, an option or a store that the
@@ -72,7 +73,7 @@ def plan_adapter(
         if given is not None:
             check_made_from(fingerprint, given, of)
     with showing(show_progress), unpacked(model):
-        sites = find_sites(model, towers=asked.towers, roles=asked.roles)
+        sites = find_sites(model, **as_keywords(asked, SiteOptions))
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
         if asked.budget is None:
@@ -163,7 +164,7 @@ def plan_adapter(
         model_fingerprint=fingerprint,
         data_fingerprint=store.data_fingerprint if store is not None else None,
         task_fingerprint=task_store.data_fingerprint if task_store is not None else None,
-        family=detect_family(model).name,
+        family=any_family(model).name,
         sites=tuple(planned),
         factors=factors,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families import detect_family
+from corda_vlm.families import any_family
 from corda_vlm.files import check_path, pieces, read_json, shown, write_text
 from corda_vlm.locks import locks
 from corda_vlm.options import (
@@ -189,7 +189,7 @@ class AdapterPlan:
             )
         if model is None:
             return
-        family = detect_family(model).name
+        family = any_family(model).name
         if family != self.family:
             raise ForeignFileError(
                 f"{origin} was made for a model of family {self.family!r}, and this one is {family!r} "
