@@ -42,7 +42,7 @@ def world_size() -> int:
     return int(announced) if announced.isdigit() else 1
 
 
-def gathered(what: str, told: str) -> list[str]:
+def gathered(what: str, text: str) -> list[str]:
     """What every process tells, by rank; all of them have to call this, in the same order.
 
     It goes through the key-value store of the process group and not through a collective: a process that does not come is
@@ -57,12 +57,12 @@ def gathered(what: str, told: str) -> list[str]:
         CordaError: a process did not come within `TIMEOUT`.
     """
     if not has_group() or dist.get_world_size() == 1:
-        return [told]
+        return [text]
     store: Any = dist.distributed_c10d._get_default_store()
     rank, size = dist.get_rank(), dist.get_world_size()
     _asked[what] += 1
     keys = [f"corda_vlm/{what}/{_asked[what]}/{other}" for other in range(size)]
-    store.set(keys[rank], told)
+    store.set(keys[rank], text)
     if not _have_come(store, keys, _WARN_AFTER):
         logger.warning("rank %d waits for the other processes, to compare %s", rank, what)
         if not _have_come(store, keys, TIMEOUT):
@@ -71,11 +71,11 @@ def gathered(what: str, told: str) -> list[str]:
                 f"rank {', '.join(absent)} of {size} did not come to compare {what} within {TIMEOUT.seconds} s. Every process "
                 "has to make the same calls; what only one of them needs is better made before the run, in one process"
             )
-    found = [store.get(key).decode() for key in keys]
+    texts = [store.get(key).decode() for key in keys]
     store.set(f"{keys[rank]}/read", "1")
     if rank == 0:  # it may be the one that keeps the store, and may end as soon as this returns
         _have_come(store, [f"{key}/read" for key in keys], _GOODBYE)
-    return found
+    return texts
 
 
 def _have_come(store: Any, keys: list[str], patience: timedelta) -> bool:
@@ -86,16 +86,16 @@ def _have_come(store: Any, keys: list[str], patience: timedelta) -> bool:
     return True
 
 
-def same_everywhere(what: str, told: str, remedy: str) -> None:
+def same_everywhere(what: str, text: str, remedy: str) -> None:
     """Raise the same error on every process unless all tell the same.
 
     Raises:
         CordaError: they differ; the message names two ranks and what they told, and ends with `remedy`.
     """
-    found = gathered(what, told)
-    if different := [rank for rank, other in enumerate(found) if other != found[0]]:
+    texts = gathered(what, text)
+    if different := [rank for rank, other in enumerate(texts) if other != texts[0]]:
         raise CordaError(
-            f"the {len(found)} processes of this run differ in {what}: {found[0]} on rank 0, {found[different[0]]} on rank "
+            f"the {len(texts)} processes of this run differ in {what}: {texts[0]} on rank 0, {texts[different[0]]} on rank "
             f"{different[0]}. {remedy}"
         )
 
@@ -108,7 +108,7 @@ def alike_everywhere(what: str, numbers: Sequence[float], remedy: str) -> None:
     """
     if not has_group() or dist.get_world_size() == 1:
         return
-    found = [json.loads(told) for told in gathered(what, json.dumps(list(numbers)))]
+    found = [json.loads(text) for text in gathered(what, json.dumps(list(numbers)))]
     for rank, other in enumerate(found):
         close = len(other) == len(found[0]) and all(
             math.isclose(a, b, rel_tol=ROUNDING) for a, b in zip(found[0], other, strict=True)

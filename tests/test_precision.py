@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from corda_vlm import precision
-from corda_vlm.anchor import whole
+from corda_vlm.anchor import full_weights
 from corda_vlm.errors import UnknownNameError
 from corda_vlm.experiment import Experiment
 from corda_vlm.precision import Speeds, fast_dtype, speeds, takes_bf16
@@ -142,7 +142,7 @@ def test_a_processor_of_avx2_takes_float32():
 
 
 def test_the_anchor_of_whole_matrices_asks_the_same(machine):
-    assert whole.fast_dtype is fast_dtype
+    assert full_weights.fast_dtype is fast_dtype
 
 
 def test_attention_asks_the_same(machine, tiny_open_clip):

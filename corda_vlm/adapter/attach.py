@@ -339,11 +339,11 @@ def check_wrapped(peft_model: PeftModel, ranks: Mapping[str, int], adapter_name:
         for name, module in base_of(peft_model).named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
-    found = {name: layer.r[adapter_name] for name, layer in layers.items()}
-    for name in sorted(found.keys() | ranks.keys()):
-        if found.get(name) != ranks.get(name):
+    wrapped = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    for name in sorted(wrapped.keys() | ranks.keys()):
+        if wrapped.get(name) != ranks.get(name):
             raise CordaError(
-                f"PEFT wrapped {name!r} with rank {found.get(name)} (None: not at all) where the plan says "
+                f"PEFT wrapped {name!r} with rank {wrapped.get(name)} (None: not at all) where the plan says "
                 f"{ranks.get(name)}; nothing was attached. Please report this with the model's class."
             )
         if (scaling := layers[name].scaling[adapter_name]) != 1:

@@ -1,6 +1,6 @@
 """EVA (arXiv 2410.07170) through PEFT's own entry point, fed from collected covariances.
 
-PEFT finds the directions by an incremental PCA over a data loader, which centres the activations: they are the
+PEFT finds the directions by an incremental PCA over a data loader, which centers the activations: they are the
 eigenvectors of `C − μ μᵀ`, which a covariance store has in full. So the loader is not needed here, nor its
 approximation; the ranks are shared out as PEFT does it, and PEFT initializes and re-ranks its layers.
 """

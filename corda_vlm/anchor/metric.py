@@ -71,8 +71,8 @@ class Metrics:
         key = self.store.stream_of(site), dtype
         if key not in self._made:
             matrix = self.matrix(site, device)
-            found = _truncated(matrix, self.energy, dtype) if self.energy < 1 else None
-            self._made[key] = found or _dense(matrix, dtype)
+            truncated = _truncated(matrix, self.energy, dtype) if self.energy < 1 else None
+            self._made[key] = truncated or _dense(matrix, dtype)
         return self._made[key]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from corda_vlm.adapter.paired import PairedConfig, base_of
 from corda_vlm.anchor.adapters import Adapted, Adapters, as_adapted
+from corda_vlm.anchor.full_weights import FullWeights, trained_sites
 from corda_vlm.anchor.metric import Metrics
-from corda_vlm.anchor.whole import Whole, trained_sites
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import unwrap
@@ -98,7 +98,7 @@ def anchor_penalty(
             by_parent[name.rpartition(".")[0]].append(name)
     parts += [Adapters(group) for group in groups.values()]
     if by_parent:
-        parts.append(Whole(bare, by_parent, light))
+        parts.append(FullWeights(bare, by_parent, light))
     return Anchor(bare, store, tuple(chosen), parts, energy)
 
 

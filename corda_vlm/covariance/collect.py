@@ -286,10 +286,10 @@ def _check_base(
     store: CovarianceStore, model: nn.Module, sites: Sequence[Site], rounds: int
 ) -> None:
     """Raise unless the sums of this calibration can be added to `store`."""
-    if (found := model_fingerprint(model)) != store.model_fingerprint:
+    if (fingerprint := model_fingerprint(model)) != store.model_fingerprint:
         raise ForeignFileError(
             f"the store to add to is of another model: its fingerprint is {store.model_fingerprint}, that of this "
-            f"{type(model).__name__} is {found}"
+            f"{type(model).__name__} is {fingerprint}"
         )
     asked = {site.name: site.stream for site in sites}
     if asked != store.site_streams:

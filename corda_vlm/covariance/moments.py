@@ -1,7 +1,7 @@
 """Streaming second moments of one input stream: the arithmetic, and nothing about models or files.
 
 Only the upper triangle is computed and kept (half the products, half the memory), in row panels that BLAS
-multiplies at full speed. Activations are centred by a fixed shift, the mean of the first rows seen, before they
+multiplies at full speed. Activations are centered by a fixed shift, the mean of the first rows seen, before they
 are multiplied: transformers have channels with large constant values, and without the shift the rounding of those
 constants covers exactly the smallest directions that the knowledge-preserved mode reads (in units of the mean
 diagonal: 5e-6 without, 7e-10 with the shift, on float32 activations whose smallest eigenvalue is 7e-8). The
@@ -27,7 +27,7 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.
 AVX512-BF16, TF32 on CUDA) and adds in float32."""
 
 _BLOCK = 256  # rows a panel: smaller ones save more products, larger ones multiply faster
-_CHUNK_BYTES = 24 * 2**20  # of centred activations at a time
+_CHUNK_BYTES = 24 * 2**20  # of centered activations at a time
 
 
 class SecondMoment:

@@ -33,7 +33,7 @@ class Covariance:
     """The second moment of one input stream.
 
     Attributes:
-        matrix: `X Xᵀ / count` (d, d): mean, not centred, exactly symmetric, float64.
+        matrix: `X Xᵀ / count` (d, d): mean, not centered, exactly symmetric, float64.
         count: tokens it was computed from; padding is not among them.
     """
 
@@ -276,10 +276,10 @@ class CovarianceStore:
                 f"{path} is the checkpoint of a calibration that stopped after {progress.batches} batches; run the "
                 "same command again (collect_covariance with the same path) to finish it"
             )
-        if model is not None and (found := fingerprint_of(model)) != store.model_fingerprint:
+        if model is not None and (fingerprint := fingerprint_of(model)) != store.model_fingerprint:
             raise ForeignFileError(
                 f"{path} was made from another model: its fingerprint is {store.model_fingerprint}, that of this "
-                f"{type(model).__name__} is {found}. Load the model it was made from, or collect the covariances of "
+                f"{type(model).__name__} is {fingerprint}. Load the model it was made from, or collect the covariances of "
                 "this one into another file"
             )
         return store

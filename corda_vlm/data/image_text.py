@@ -83,7 +83,7 @@ class ImageTextBatches:
     def _text(self, indices: list[int]) -> dict[str, Tensor]:
         texts = self.data.texts
         assert texts is not None, "checked when the towers were chosen"
-        if len(texts) > 50_000:  # tokenised as they come, rather than all at the start
+        if len(texts) > 50_000:  # tokenized as they come, rather than all at the start
             found = self.processor.text([texts[index] for index in indices])
         else:
             where = torch.tensor(indices)

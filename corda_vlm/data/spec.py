@@ -55,7 +55,7 @@ class DataSpec:
         system: the column with the system text of a conversation, or a sentence for all; "auto" takes `system` or
             `system_prompt` where there is one, None none.
         question, answer: with "qa": columns, or sentences, which may be format strings over the columns, e.g.
-            "What is this?" about labelled images; "auto" finds the usual names. Of a column of class numbers the
+            "What is this?" about labeled images; "auto" finds the usual names. Of a column of class numbers the
             class's name is the answer. With "alpaca" in place of `instruction` with its `input`, and of `output`.
         choices: with "qa": the column that lists a question's choices, or columns of one choice each, of which empty ones
             are none; "auto" finds the usual names. A question that writes them, e.g. "{question}\\n{choices}\\nAnswer

@@ -1,6 +1,6 @@
 """Measuring what a model gained and what it kept: suites, tasks, and scores with intervals. Ends at scores.jsonl.
 
-Names are imported on first use: a suite that is misspelt is an error before torch is imported.
+Names are imported on first use: a suite that is misspelled is an error before torch is imported.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ SIMPLE = "simple_imagenet"
 
 
 @dataclass(frozen=True)
-class Labels:
+class ClassNames:
     """The classes of a task.
 
     Attributes:
@@ -97,14 +97,14 @@ def _named(name: Any, path: Path) -> str:
     return str(name)
 
 
-def match_labels(
+def match_class_names(
     wanted: Sequence[str] | Mapping[str, str],
     own: Sequence[Any] | None,
     *,
     count: int | None = None,
     in_order: bool = False,
     what: str = "the data",
-) -> Labels:
+) -> ClassNames:
     """Bring the data's labels and the names of the prompts together.
 
     Args:
@@ -122,7 +122,7 @@ def match_labels(
     if count is not None and len(names) != count:
         raise DataError(f"{what}: {len(names)} class names, but the suite says {count} classes")
     if own is None:
-        return Labels(names)
+        return ClassNames(names)
     own = [
         " ".join(map(str, name)) if isinstance(name, (list, tuple)) else str(name) for name in own
     ]
@@ -136,7 +136,7 @@ def match_labels(
                 f"{what}: the data has {len(own)} classes ({quoted(own, 6)}) but {len(names)} names are given "
                 f"({quoted(names, 6)}); name each class of the data, in the order of its labels"
             )
-        return Labels(names)
+        return ClassNames(names)
     exact = {key: index for index, key in enumerate(keys)}
     loose: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
@@ -155,7 +155,7 @@ def match_labels(
             f"{what}: {len(absent)} of the data's {len(own)} classes have no name among the {len(names)} "
             f"given: {quoted(absent, 6)}; add them, or use the data that the names belong to"
         )
-    return Labels(names, None if remap == list(range(len(names))) else tuple(remap))
+    return ClassNames(names, None if remap == list(range(len(names))) else tuple(remap))
 
 
 def _plain(name: str) -> str:

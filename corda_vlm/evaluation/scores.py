@@ -96,7 +96,7 @@ def paired_gain(
     same = _equal(outcome.groups, base.groups) and _equal(outcome.weights, base.weights)
     if not same or outcome.values.shape != base.values.shape or outcome.exp != base.exp:
         return None
-    found = bootstrap(
+    interval = bootstrap(
         outcome.values - base.values,
         outcome.groups,
         weights=outcome.weights,
@@ -104,11 +104,11 @@ def paired_gain(
         seed=seed,
     )
     if not outcome.exp:
-        return found
+        return interval
     level = float(np.average(base.values, weights=base.weights))
     value, low, high = (
         math.exp(level + difference) - math.exp(level)
-        for difference in (found.value, found.low, found.high)
+        for difference in (interval.value, interval.low, interval.high)
     )
     return Interval(value, low, high)
 

@@ -142,7 +142,7 @@ class Experiment(LoadOptions):
     Attributes:
         name: names the folder `runs/<name>`.
         model: as in `load_model`.
-        task: what is learnt.
+        task: what is learned.
         suite: what is measured, as in `load_suite`.
         variants: name -> method, options and learning rates.
         title: heading of the report.

@@ -23,7 +23,7 @@ from corda_vlm.data import Records, data_warnings, load_records, make_batches, w
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import Cache, Suite, add_result
-from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
+from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_class_names
 from corda_vlm.evaluation.measure import TaskResult, measure
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families import Loaded, Processor
@@ -172,9 +172,9 @@ def training_prompts(
     names = None
     if classes is not None:
         wanted = load_class_names(classes, beside) if isinstance(classes, str) else classes
-        labels = match_labels(wanted, data.class_names, what="the task's data")
-        order = range(len(labels.names)) if labels.remap is None else labels.remap
-        names = [labels.names[index] for index in order]
+        matched = match_class_names(wanted, data.class_names, what="the task's data")
+        order = range(len(matched.names)) if matched.remap is None else matched.remap
+        names = [matched.names[index] for index in order]
     return names, templates and load_templates(templates, beside)
 
 

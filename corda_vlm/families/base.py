@@ -72,8 +72,8 @@ class Contrastive:
     """What a family of models that compare images with texts adds to its `Family`.
 
     Attributes:
-        encode_image: (model, pixel_values (B, 3, H, W) or a batch) -> (B, D) embeddings, not normalised.
-        encode_text: (model, batch with input_ids (n, L)) -> (n, D) embeddings, not normalised.
+        encode_image: (model, pixel_values (B, 3, H, W) or a batch) -> (B, D) embeddings, not normalized.
+        encode_text: (model, batch with input_ids (n, L)) -> (n, D) embeddings, not normalized.
         logit_scale: model -> the scalar that multiplies cosine similarities (already exponentiated).
     """
 
@@ -103,7 +103,7 @@ def call(model: nn.Module, batch: Batch) -> object:
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one family are recognised, named, run and loaded.
+    """How the models of one family are recognized, named, run and loaded.
 
     Every function takes the bare model or a PEFT wrapper around it, packed or with unpacked attention. Three fields
     are enough to adapt a model that was loaded elsewhere:

@@ -173,12 +173,12 @@ def _takes_patches(model: nn.Module) -> bool:
 
 
 def encode_image(model: nn.Module, pixels: Tensor | Batch) -> Float[Tensor, "b d"]:
-    """Image embeddings (B, D), not normalised, from `pixel_values` (B, 3, H, W) or a whole batch."""
+    """Image embeddings (B, D), not normalized, from `pixel_values` (B, 3, H, W) or a whole batch."""
     return _run(model, "vision", _image_inputs(unwrap(model), pixels))
 
 
 def encode_text(model: nn.Module, batch: Batch) -> Float[Tensor, "n d"]:
-    """CLIP's text embeddings (n, D), not normalised."""
+    """CLIP's text embeddings (n, D), not normalized."""
     inputs = {
         key: batch[key] for key in ("input_ids", "attention_mask") if batch.get(key) is not None
     }

@@ -138,7 +138,7 @@ def refuses(model: Any) -> str | None:
 
 
 def encode_image(model: nn.Module, pixels: Tensor | Batch) -> Float[Tensor, "b d"]:
-    """Image embeddings (B, D), not normalised, from `pixel_values` (B, 3, H, W) or a whole batch."""
+    """Image embeddings (B, D), not normalized, from `pixel_values` (B, 3, H, W) or a whole batch."""
     visual = unwrap(model).visual
     images: Any = pixels if isinstance(pixels, Tensor) else pixels["pixel_values"]
     embedded = visual(_as_weights(images, visual))
@@ -148,7 +148,7 @@ def encode_image(model: nn.Module, pixels: Tensor | Batch) -> Float[Tensor, "b d
 
 
 def encode_text(model: nn.Module, batch: Batch) -> Float[Tensor, "n d"]:
-    """Text embeddings (n, D), not normalised. Rows shorter than the context are padded to it."""
+    """Text embeddings (n, D), not normalized. Rows shorter than the context are padded to it."""
     bare = unwrap(model)
     ids = batch["input_ids"]
     tower = getattr(bare, "text", bare)  # `CLIP` has its text layers at the top

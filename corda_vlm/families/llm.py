@@ -39,7 +39,7 @@ PHI3: Layers = (
 PHI: Layers = (
     *QKV,
     ("self_attn.dense", "o", "attn.out"),
-    # beside the attention, not after it: both read one normalised input
+    # beside the attention, not after it: both read one normalized input
     ("mlp.fc1", "up", "attn.in"),
     ("mlp.fc2", "down", "mlp.mid"),
 )

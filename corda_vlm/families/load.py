@@ -39,7 +39,7 @@ def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
     Raises:
         UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
         RemoteCodeError: the model wants code of its own to be run.
-        CordaError: the folder is in no known format, its weights are quantised or incomplete, a hub cannot be reached,
+        CordaError: the folder is in no known format, its weights are quantized or incomplete, a hub cannot be reached,
             or there is no such device.
     """
     check_source(source)

@@ -60,9 +60,9 @@ def markdown(text: str, cell: bool = False) -> str:
         inner = inner.replace("|", "\\|") if cell else inner
         return f"{fence}{space}{inner}{space}{fence}"
 
-    found = _written(text, _escaped, lambda inner: f"**{_escaped(inner)}**", as_code)
+    written = _written(text, _escaped, lambda inner: f"**{_escaped(inner)}**", as_code)
     # At the start of a paragraph these would make a list or a quotation of it.
-    return re.sub(r"^([-+](?=\s|$)|>|\d+(?=[.)](?:\s|$)))", _after_backslash, found)
+    return re.sub(r"^([-+](?=\s|$)|>|\d+(?=[.)](?:\s|$)))", _after_backslash, written)
 
 
 def page(text: str) -> str:
@@ -110,9 +110,9 @@ def _escaped(text: str) -> str:
     return re.sub(r"&(?=#?\w+;)|:(?=[\w+-]+:)", _after_backslash, text)
 
 
-def _after_backslash(found: re.Match[str]) -> str:
+def _after_backslash(match: re.Match[str]) -> str:
     # A number at the start is followed by what makes a list of it.
-    return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
+    return f"{match[0]}\\" if match[0].isdigit() else f"\\{match[0]}"
 
 
 def _shown(text: str) -> str:

@@ -41,10 +41,12 @@ def kept_pictures(run_dir: Path) -> dict[str, Picture]:
             break
     if not isinstance(words, dict):
         raise ForeignFileError(f"{path} is no list of a report's pictures; delete it")
-    told = {**_USUAL, **{name: (of["alt"], of["caption"]) for name, of in words.items()}}
+    words_of = {**_USUAL, **{name: (of["alt"], of["caption"]) for name, of in words.items()}}
     order = [*words, *(name for name in _USUAL if name not in words)]
     return {
-        name: Picture(run_dir / name, *told[name]) for name in order if (run_dir / name).is_file()
+        name: Picture(run_dir / name, *words_of[name])
+        for name in order
+        if (run_dir / name).is_file()
     }
 
 

@@ -198,8 +198,8 @@ def _raw(results: Results) -> dict[str, list[Comparison]]:
     }
 
 
-def _dominance_text(found: Sequence[Dominance]) -> str:
-    first = found[0]
+def _dominance_text(dominances: Sequence[Dominance]) -> str:
+    first = dominances[0]
     return (
         f"Scaling costs no training, so a method has to beat {REFERENCE} together with it. Between task accuracies of "
         f"{percent(first.start)} (five points over the base model) and {percent(first.stop)} ({REFERENCE}'s best), how much "

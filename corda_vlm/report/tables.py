@@ -151,7 +151,7 @@ def base_table(results: Results) -> Table:
     )
 
 
-def dominance_table(found: Sequence[Dominance], seeds: int) -> Table:
+def dominance_table(dominances: Sequence[Dominance], seeds: int) -> Table:
     """Curves against one reference curve, in points of kept knowledge; `seeds`: how many the means are over."""
     how = "with 95% confidence" if seeds > 1 else "by this one seed"
     rows = [
@@ -162,12 +162,12 @@ def dominance_table(found: Sequence[Dominance], seeds: int) -> Table:
             percent(d.where),
             f"{d.above:.0%}",
         ]
-        for d in found
+        for d in dominances
     ]
     return Table(
-        f"More kept than by {found[0].reference}: on average along the range, and where it is least; then the share of "
+        f"More kept than by {dominances[0].reference}: on average along the range, and where it is least; then the share of "
         f"the range on which the method lies above. What does not reach an accuracy keeps 0 there. Above everywhere, {how}: "
-        f"{listed([d.curve for d in found if d.everywhere])}.",
+        f"{listed([d.curve for d in dominances if d.everywhere])}.",
         ["method", "on average", "at the least", "which is at task", "above on"], rows,
     )  # fmt: skip
 
@@ -205,10 +205,10 @@ def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
         "the one that just learns enough",
     )
     over = over_all_told(shown_of(choice.kept for choice in choices))
-    foretold = [choice.forecast for choice in choices if choice.setting is not None]
-    if not any(foretold):
+    by_forecast = [choice.forecast for choice in choices if choice.setting is not None]
+    if not any(by_forecast):
         by = least
-    elif not all(foretold):
+    elif not all(by_forecast):
         by += f" (of methods without forecasts {least})"
     return Table(
         f"Of the settings (learning rate × scale) that learn at least 0.95 of {REFERENCE}'s best on {listed(results.selection)}, "
@@ -218,24 +218,29 @@ def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
     )  # fmt: skip
 
 
-def raw_table(results: Results, found: Mapping[str, Sequence[Comparison]]) -> Table:
+def raw_table(results: Results, comparisons: Mapping[str, Sequence[Comparison]]) -> Table:
     """Accuracy on each retention task as a share of the base model's, along each curve's frontier."""
-    by = {(task, c.curve): c.kept for task, of in found.items() for c in of if c.share is not None}
+    by = {
+        (task, c.curve): c.kept
+        for task, of in comparisons.items()
+        for c in of
+        if c.share is not None
+    }
     rows = []
     for curve in results.curves():
-        kept = [by.get((task, curve)) for task in found]
+        kept = [by.get((task, curve)) for task in comparisons]
         rows.append([curve, *(_interval(k, percent) if k else "not reached" for k in kept)])
     return Table(
         f"Accuracy at 0.95 times {REFERENCE}'s best task accuracy as a share of the base model's, chance not subtracted: "
         f"the most along each task's own frontier.{over_all_told(shown_of(by.values()))}",
-        ["method", *(f"{task} / base" for task in found)], rows,
+        ["method", *(f"{task} / base" for task in comparisons)], rows,
     )  # fmt: skip
 
 
-def convergence_table(found: Sequence[Convergence]) -> Table:
+def convergence_table(convergences: Sequence[Convergence]) -> Table:
     """Steps to the reference's final loss."""
     rows = []
-    for of in found:
+    for of in convergences:
         reached = [n for n in of.steps if n is not None]
         median = of.median()
         told = ABSENT
@@ -288,8 +293,10 @@ def _spread(
     return f"{told} ({low} to {high})"
 
 
-def _interval(interval: Interval | None, told: Callable[[float], str]) -> str:
+def _interval(interval: Interval | None, as_text: Callable[[float], str]) -> str:
     if interval is None:
         return ABSENT
-    low, high = (told(v).removesuffix("%") for v in (interval.low, interval.high))
-    return f"{told(interval.value)} ({low} to {high})" if low != high else told(interval.value)
+    low, high = (as_text(v).removesuffix("%") for v in (interval.low, interval.high))
+    return (
+        f"{as_text(interval.value)} ({low} to {high})" if low != high else as_text(interval.value)
+    )

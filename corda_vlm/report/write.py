@@ -59,7 +59,7 @@ def summary_table(run_dir: str | Path) -> str:
         tables = [*(tables if len(results.trained) <= FEW else ()), equal_table(comparisons)]
     if not tables:
         tables = [base_table(results)]
-    told = [
+    lines = [
         text_table(
             [[terminal(cell) for cell in row] for row in table.rows],
             [terminal(cell) for cell in table.headings],
@@ -67,7 +67,7 @@ def summary_table(run_dir: str | Path) -> str:
         )
         for table in tables
     ]
-    return "\n\n".join([*told, *map(terminal, findings(results) or [state(results)])])
+    return "\n\n".join([*lines, *map(terminal, findings(results) or [state(results)])])
 
 
 def _results(run_dir: Path) -> Results:

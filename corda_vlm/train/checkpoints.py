@@ -37,12 +37,12 @@ def seal(folder: Path) -> None:
     Raises:
         CordaError: the note cannot be written.
     """
-    found = {}
+    sizes = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file() and path.name != SEAL):
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        found[path.name] = _size_and_crc(path)
-    write_json(folder / SEAL, found)
+        sizes[path.name] = _size_and_crc(path)
+    write_json(folder / SEAL, sizes)
 
 
 def break_seal(folder: Path) -> None:

@@ -139,7 +139,7 @@ def prompt_logits(
 
 
 class Prompts:
-    """The prompts of all classes, tokenised once.
+    """The prompts of all classes, tokenized once.
 
     Raises:
         CordaError: no class or no template, or a template without `{}`.

@@ -177,9 +177,9 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             watch.close()
-    for told in data_warnings(builder):
-        if told not in known:  # of an earlier training on the same records
-            logger.warning("%s", told)
+    for warning in data_warnings(builder):
+        if warning not in known:  # of an earlier training on the same records
+            logger.warning("%s", warning)
     done = trainer.state.global_step
     if watch.interrupts.asked is not None and done < steps:
         if watch.interrupts.asked is SIGTERM:

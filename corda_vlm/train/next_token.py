@@ -19,9 +19,9 @@ from corda_vlm.train.options import TrainOptions
 
 @dataclass
 class NextTokenObjective:
-    """Cross-entropy of the labelled tokens of a batch, each given the tokens before it; all count equally.
+    """Cross-entropy of the labeled tokens of a batch, each given the tokens before it; all count equally.
 
-    A record is right if every one of its labelled tokens was the most likely one, given the true tokens before it.
+    A record is right if every one of its labeled tokens was the most likely one, given the true tokens before it.
     """
 
     label_smoothing: float = 0.0
@@ -33,7 +33,7 @@ class NextTokenObjective:
         learnt = labels != IGNORED  # (B, L - 1)
         if not bool(learnt.any()):
             raise DataError("a batch holds no token to learn: all its labels are masked")
-        # Only where something is learnt: of long prompts the whole (B, L, V) may not fit.
+        # Only where something is learned: of long prompts the whole (B, L, V) may not fit.
         places = learnt.any(0).nonzero()[:, 0]  # (P,)
         inputs = no_labels(dict(batch))
         # As a list: accelerate moves a tensor to the first GPU, and the hidden states are on the last.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation import evaluate, load_suite
-from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
+from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_class_names
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Loaded, Processor
 from corda_vlm.files import asset
@@ -36,7 +36,10 @@ def test_a_shipped_suite_is_whole(name: str) -> None:
         classes = task.classes
         if isinstance(classes, dict) and "names" in classes:
             names = load_class_names(classes["names"], task.source)
-            assert len(match_labels(names, None, count=classes["count"]).names) == classes["count"]
+            assert (
+                len(match_class_names(names, None, count=classes["count"]).names)
+                == classes["count"]
+            )
 
 
 def test_both_suites_are_shipped() -> None:
@@ -71,16 +74,18 @@ def test_names_match_torchvisions_own() -> None:
     from torchvision.datasets import EuroSAT, Flowers102
 
     names = load_class_names("flowers102")
-    labels = match_labels(names, Flowers102.classes, count=102)
+    labels = match_class_names(names, Flowers102.classes, count=102)
     assert labels.remap is None
     assert labels.names[59] == "pink and yellow dahlia"
     assert EuroSAT.__mro__[1].__name__ == "ImageFolder", "so its classes are its folders, sorted"
     assert list(load_class_names("eurosat")) == sorted(load_class_names("eurosat"))
     # torchvision's Pets writes 'American Bulldog', SUN397 'apse/indoor'.
     pets = load_class_names("oxford-pets")
-    assert match_labels(pets, ["American Bulldog", "British Shorthair"]).remap == (1, 9)
+    assert match_class_names(pets, ["American Bulldog", "British Shorthair"]).remap == (1, 9)
     assert (
-        match_labels(load_class_names("sun397"), ["abbey", "apse/indoor", "jail_cell"]).remap[0]
+        match_class_names(load_class_names("sun397"), ["abbey", "apse/indoor", "jail_cell"]).remap[
+            0
+        ]
         == 0
     )  # type: ignore[index]
 
@@ -99,7 +104,7 @@ def test_caltech101_on_real_photographs(shared_data: Path) -> None:
         shared_data / "caltech101_test_10perclass_224.parquet", columns=["class_name", "label"]
     )
     own = dict(zip(table["class_name"].to_pylist(), table["label"].to_pylist(), strict=True))
-    labels = match_labels(load_class_names("caltech101"), sorted(own), count=101)
+    labels = match_class_names(load_class_names("caltech101"), sorted(own), count=101)
     said = dict(
         zip(sorted(own), [labels.names[i] for i in labels.remap or range(101)], strict=True)
     )

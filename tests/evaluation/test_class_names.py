@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
-from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_labels
+from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_class_names
 
 
 def test_templates_from_everywhere(tmp_path: Path) -> None:
@@ -46,10 +46,10 @@ def test_class_names_from_everywhere(tmp_path: Path) -> None:
 
 def test_a_mapping_is_matched_by_name_in_the_datas_order() -> None:
     wanted = {"apple_pie": "apple pie", "hot_dog": "hot dog", "pho": "pho"}
-    labels = match_labels(wanted, ["pho", "apple_pie"])
+    labels = match_class_names(wanted, ["pho", "apple_pie"])
     assert labels.names == ("apple pie", "hot dog", "pho")
     assert labels.remap == (2, 0)
-    assert match_labels(wanted, list(wanted)).remap is None
+    assert match_class_names(wanted, list(wanted)).remap is None
 
 
 def test_case_and_punctuation_do_not_matter_unless_they_tell_classes_apart() -> None:
@@ -60,35 +60,37 @@ def test_case_and_punctuation_do_not_matter_unless_they_tell_classes_apart() -> 
         "*": "asterisk",
         "#": "hash",
     }
-    labels = match_labels(wanted, ["Apse/indoor", "C", "C++", "#", "*"])
+    labels = match_class_names(wanted, ["Apse/indoor", "C", "C++", "#", "*"])
     assert labels.remap == (0, 2, 1, 4, 3)
     with pytest.raises(DataError, match=r"'c'.*"):
-        match_labels(wanted, ["c"])  # could be either
+        match_class_names(wanted, ["c"])  # could be either
 
 
 def test_a_list_is_matched_by_name_where_the_names_are_the_datas_own() -> None:
-    assert match_labels(["cat", "dog"], ["dog", "cat"]).remap == (1, 0)
+    assert match_class_names(["cat", "dog"], ["dog", "cat"]).remap == (1, 0)
     # Of other names only the order is known, and the number is checked.
-    assert match_labels(["cat", "dog"], ["n01", "n02"]).remap is None
+    assert match_class_names(["cat", "dog"], ["n01", "n02"]).remap is None
     with pytest.raises(DataError, match=r"3 classes .* but 2 names"):
-        match_labels(["cat", "dog"], ["n01", "n02", "n03"])
+        match_class_names(["cat", "dog"], ["n01", "n02", "n03"])
 
 
 def test_imagenets_order_is_kept_whatever_the_data_calls_its_classes() -> None:
     wanted = ["crane bird", "construction crane"]
-    assert match_labels(wanted, ["construction crane", "crane bird"], in_order=True).remap is None
+    assert (
+        match_class_names(wanted, ["construction crane", "crane bird"], in_order=True).remap is None
+    )
     with pytest.raises(DataError, match="but 2 names"):
-        match_labels(wanted, ["n01"], in_order=True)
+        match_class_names(wanted, ["n01"], in_order=True)
 
 
 def test_missing_names_and_wrong_counts_are_named() -> None:
     with pytest.raises(
         DataError, match=r"my task: 1 of the data's 2 classes have no name .* 'BACKGROUND_Google'"
     ):
-        match_labels({"cat": "a cat"}, ["cat", "BACKGROUND_Google"], what="my task")
+        match_class_names({"cat": "a cat"}, ["cat", "BACKGROUND_Google"], what="my task")
     with pytest.raises(DataError, match="2 class names, but the suite says 3"):
-        match_labels(["cat", "dog"], None, count=3)
-    assert match_labels(["cat", "dog"], None).names == ("cat", "dog")
+        match_class_names(["cat", "dog"], None, count=3)
+    assert match_class_names(["cat", "dog"], None).names == ("cat", "dog")
 
 
 @pytest.mark.parametrize(

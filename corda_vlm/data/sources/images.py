@@ -42,7 +42,7 @@ def to_rgb(stored: Any, base: Path | None = None) -> Image.Image:
         base: the folder that relative paths are relative to.
 
     Transparent pictures are laid on white, as drawings are meant to be seen; PIL's own `convert("RGB")`
-    would show whatever colour hides under the transparency, usually black. Sixteen-bit greys keep their
+    would show whatever color hides under the transparency, usually black. Sixteen-bit grays keep their
     upper eight bits instead of saturating.
 
     Raises:
@@ -132,7 +132,7 @@ def _of_data_url(url: str) -> bytes:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits a pixel, brought to 8.
+    """A gray image of 16 or 32 bits a pixel, brought to 8.
 
     Mode "I" may hold either depth, so there a value above 255 is what says sixteen bits.
     """

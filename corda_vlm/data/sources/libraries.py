@@ -19,7 +19,7 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 
 def read_sklearn(spec: DataSpec, beside: str | Path | None = None) -> Table:
-    """scikit-learn's bundled digits: 1,797 handwritten digits of 8×8 pixels in 17 shades of grey.
+    """scikit-learn's bundled digits: 1,797 handwritten digits of 8×8 pixels in 17 shades of gray.
 
     They are the *test* part of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak,
     1998, CC BY 4.0), dark ink on white here. The splits train 1,000, val 297 and test 500 are ours:
@@ -28,7 +28,7 @@ def read_sklearn(spec: DataSpec, beside: str | Path | None = None) -> Table:
     if spec.location != "digits":
         raise UnknownNameError("scikit-learn data set", spec.location, ["digits"])
     found: Any = require("sklearn.datasets", "data", "reading sklearn:digits").load_digits()
-    # The transform of a model enlarges by interpolation; eight-bit grey with ink dark on white, as on paper.
+    # The transform of a model enlarges by interpolation; eight-bit gray with ink dark on white, as on paper.
     pictures = (255 - found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8)
     labels = found.target.tolist()
     return Table(

@@ -85,7 +85,7 @@ def _before(stored: Any) -> list[Message]:
 
 
 def prompt_completion(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
-    """TRL's `prompt` and `completion`: texts, or lists of messages. What the prompt says is not learnt."""
+    """TRL's `prompt` and `completion`: texts, or lists of messages. What the prompt says is not learned."""
     prompts, completions = (needed(table, spec, name) for name in ("prompt", "completion"))
 
     def make(row: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Chat:
         return Rendered(text, (), self._wants_special_tokens(text))
 
     def full(self, messages: Sequence[Message], learn: str = "all") -> Rendered:
-        """The whole conversation, with its answers that are to be learnt.
+        """The whole conversation, with its answers that are to be learned.
 
         Args:
             learn: the answers to find, "all" or the "last". Templates that write earlier answers in other words, e.g.
@@ -224,7 +224,7 @@ class Chat:
 
 
 def is_learnt(message: Message) -> bool:
-    """Is this an answer, and one to be learnt?"""
+    """Is this an answer, and one to be learned?"""
     return message["role"] == "assistant" and message.get("learn", True)
 
 

@@ -48,7 +48,7 @@ class ConversationBatches:
     kept in `data.cache` as far as `cache_mb` allows, each image once however many questions are about it.
 
     Args:
-        labelled: refuse records of which nothing is to be learnt; without, they are there with every label -100.
+        labelled: refuse records of which nothing is to be learned; without, they are there with every label -100.
         workers: threads that prepare records.
 
     Raises:
@@ -115,7 +115,7 @@ class ConversationBatches:
         return dict(self.processor.collate(samples)) if samples else {}
 
     def sample(self, index: int) -> Sample | None:
-        """Record `index` with its answers labelled, or None if it is of no use.
+        """Record `index` with its answers labeled, or None if it is of no use.
 
         Raises:
             DataError: too long, where that is an error; or more records of no use than the data's spec allows.
@@ -126,7 +126,7 @@ class ConversationBatches:
         made = self._made(index, self._answers)
         if made is None:
             return None
-        # The space after a label at position 0 is nowhere: what is learnt is predicted from a token before it.
+        # The space after a label at position 0 is nowhere: what is learned is predicted from a token before it.
         if self.labelled and not bool((made["labels"][1:] != IGNORED).any()):
             return self.data.reject(index, "holds no token to learn: all its labels are masked")
         tokens = {name: value for name, value in made.items() if name in ALONG_TOKENS}
@@ -141,7 +141,7 @@ class ConversationBatches:
         return self._made(index, lambda messages: (self.chat.prompt(messages), None), room)
 
     def answered(self, index: int, answer: str) -> Sample | None:
-        """Record `index` with `answer` in place of its last one, which alone is labelled (without the turn's end)."""
+        """Record `index` with `answer` in place of its last one, which alone is labeled (without the turn's end)."""
 
         def rendered(messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
             last = len(messages) - (messages[-1]["role"] == "assistant")

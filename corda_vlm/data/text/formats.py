@@ -1,7 +1,7 @@
 """What the rows of a source mean for a model that generates text: conversations, questions, documents.
 
 Each format turns a table into one with the columns `messages` (list of {"role", "content"}, with "learn": False on
-answers that are not to be learnt), or `text` for plain documents, and `question`, `answers`, `choices`, `choice` where
+answers that are not to be learned), or `text` for plain documents, and `question`, `answers`, `choices`, `choice` where
 the data has them. `content` is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} where pictures
 belong to the message. Rows that cannot be used are kept as faults of the table, so that they are counted and named as
 undecodable pictures are.

@@ -137,7 +137,7 @@ def _message(turn: Any, spec: DataSpec, *, split: bool) -> Message:
         "role": role,
         "content": parts if shows else "".join(part["text"] for part in parts),
     }
-    if turn.get("weight") == 0:  # as OpenAI's data mark answers that are not to be learnt
+    if turn.get("weight") == 0:  # as OpenAI's data mark answers that are not to be learned
         message["learn"] = False
     return message
 

@@ -75,7 +75,9 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
         else:
             answers = answers_of(given)
             known = [] if references is None else answers_of(values[references])
-            if known:  # what is to be learnt comes first; it is one of the references, not one more
+            if (
+                known
+            ):  # what is to be learned comes first; it is one of the references, not one more
                 first = answers[:1]
                 if first and first[0] in known:
                     known.remove(first[0])

@@ -64,14 +64,14 @@ class Encoder:
             NotFiniteError: the model's output is NaN or Inf.
         """
         encode = self.family.need_contrastive(self.model).encode_image
-        found, check = [], FiniteCheck("images")
+        embeddings, check = [], FiniteCheck("images")
         for pixels in batches:
             with self._running():
                 vectors = encode(self.model, self._cast(pixels.to(self.device)))
             check(vectors)
-            found.append(F.normalize(vectors.float(), dim=-1).cpu())
+            embeddings.append(F.normalize(vectors.float(), dim=-1).cpu())
             advance(len(pixels))
-        return torch.cat(found)
+        return torch.cat(embeddings)
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Unit vectors of texts.
@@ -134,7 +134,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A tokenised batch that moves between devices as open_clip expects of its token tensor."""
+    """A tokenized batch that moves between devices as open_clip expects of its token tensor."""
 
     batch: dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""How probable a model finds the labelled tokens of samples, and the answers of records."""
+"""How probable a model finds the labeled tokens of samples, and the answers of records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from corda_vlm.families.generative.language import IGNORED, Sample
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The labelled tokens of one sample.
+    """The labeled tokens of one sample.
 
     Attributes:
         total: the sum of their log-likelihoods, in nats.
@@ -31,13 +31,13 @@ class Likelihood:
 
 @torch.no_grad()
 def likelihoods(generator: TextGenerator, samples: Sequence[Sample]) -> list[Likelihood]:
-    """The log-likelihood of each sample's labelled tokens, in the order of the samples.
+    """The log-likelihood of each sample's labeled tokens, in the order of the samples.
 
     Raises:
-        CordaError: a sample without a labelled token that has one before it.
+        CordaError: a sample without a labeled token that has one before it.
         NotFiniteError: the model's output is NaN or Inf.
     """
-    found: dict[int, Likelihood] = {}
+    by_index: dict[int, Likelihood] = {}
     check = FiniteCheck("texts")
     for chosen, batch in generator.batches(samples, "right"):
         labels = batch["labels"][:, 1:]  # position i predicts token i + 1
@@ -56,8 +56,8 @@ def likelihoods(generator: TextGenerator, samples: Sequence[Sample]) -> list[Lik
         check(total)
         for place, index in enumerate(chosen):
             count = int((row == place).sum())
-            found[index] = Likelihood(float(total[place]), count)
-    return [found[index] for index in range(len(samples))]
+            by_index[index] = Likelihood(float(total[place]), count)
+    return [by_index[index] for index in range(len(samples))]
 
 
 def scored_answers(

@@ -101,7 +101,7 @@ def windows(sample: Sample, window: int, stride: int) -> list[Sample]:
             f"a sequence of {length} tokens with images ({', '.join(extra)}) does not fit the window of {window}, and "
             "windows cannot cut images"
         )
-    found = []
+    pieces = []
     reached = 0
     for start in range(0, length, stride):
         end = min(start + window, length)
@@ -110,8 +110,8 @@ def windows(sample: Sample, window: int, stride: int) -> list[Sample]:
         labels[: reached - start] = IGNORED
         piece["labels"] = labels
         if bool((labels[1:] != IGNORED).any()):
-            found.append(piece)
+            pieces.append(piece)
         reached = end
         if end == length:
             break
-    return found
+    return pieces

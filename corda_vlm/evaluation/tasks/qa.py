@@ -34,8 +34,8 @@ def normalize_answer(answer: str, articles: bool = False) -> str:
     As in lm-evaluation-harness's NQ-open, articles are those with a space after them, not in capitals, taken out before
     punctuation: "vitamin A" keeps its A. White space in a row, which the harness keeps, counts as one here.
     """
-    found = answer if articles else _ARTICLES.sub("", answer)
-    return " ".join(found.lower().translate(_NO_PUNCTUATION).split())
+    text = answer if articles else _ARTICLES.sub("", answer)
+    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
 
 
 def exact_match(answer: str, references: Sequence[str], *, articles: bool = False) -> float:

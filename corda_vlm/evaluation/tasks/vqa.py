@@ -43,7 +43,7 @@ somebody'll somebody's someone'll someone's something'd something'll that's ther
 they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
 who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
 """
-# The others as they should be spelt, and the spellings that lack something.
+# The others as they should be spelled, and the spellings that lack something.
 _DOUBLE = """
 couldn't've couldn'tve couldnt've
 hadn't've hadnt've hadn'tve
@@ -84,13 +84,13 @@ def normalize_answer(answer: str, articles: bool = False) -> str:
     with a thousands comma all punctuation is deleted. Number words up to ten become digits ("none" is 0), articles
     go unless `articles`, and contractions without their apostrophe get it.
     """
-    found = answer.replace("\n", " ").replace("\t", " ").strip()
-    thousands = _THOUSANDS.search(found) is not None
-    plain = found
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    thousands = _THOUSANDS.search(text) is not None
+    plain = text
     for mark in _PUNCTUATION:
-        touches = f"{mark} " in found or f" {mark}" in found
+        touches = f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if touches or thousands else " ")
-    # The official expression also means to spare the period after a digit, but its look-behind is misspelt.
+    # The official expression also means to spare the period after a digit, but its look-behind is misspelled.
     plain = _PERIOD.sub("", plain)
     words = [_NUMBERS.get(word, word) for word in plain.lower().split()]
     return " ".join(

@@ -14,10 +14,10 @@ from torch import Tensor
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.class_names import (
     OPENAI,
-    Labels,
+    ClassNames,
     load_class_names,
     load_templates,
-    match_labels,
+    match_class_names,
 )
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
@@ -58,9 +58,9 @@ class ZeroShot(Evaluator):
     def build(cls, task: Task, data: Records, setting: Setting) -> ZeroShot:
         """What measures `task`, with the class names and templates that it names."""
         assert task.templates is not None, "a suite refuses a zero-shot task without templates"
-        labels = labels_of(task, data, setting)
+        classes = class_names_of(task, data, setting)
         templates = load_templates(task.templates, task.source)
-        return cls(data, labels.names, templates, task.metrics, labels.remap)
+        return cls(data, classes.names, templates, task.metrics, classes.remap)
 
     def with_head(self, head: Callable[[Tensor], Tensor]) -> ZeroShot:
         """The same images judged by a trained classifier in place of the prompts."""
@@ -158,7 +158,7 @@ def _ranks_of(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> Int[Te
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
-def labels_of(task: Task, data: Any, setting: Setting) -> Labels:
+def class_names_of(task: Task, data: Any, setting: Setting) -> ClassNames:
     """The class names of a task as its prompts say them, and which of them each label of the data is.
 
     Raises:
@@ -188,4 +188,4 @@ def labels_of(task: Task, data: Any, setting: Setting) -> Labels:
         classes = load_class_names(classes, task.source)
     if not classes:
         raise CordaError(f"{what}: no class names")
-    return match_labels(classes, data.class_names, count=count, in_order=in_order, what=what)
+    return match_class_names(classes, data.class_names, count=count, in_order=in_order, what=what)

@@ -109,7 +109,7 @@ def _patch_mask(
 
 
 def quantised(model: Any) -> str | None:
-    """Why a quantised model cannot be adapted, or None."""
+    """Why a quantized model cannot be adapted, or None."""
     kinds = sorted(
         {
             type(module).__name__
@@ -136,7 +136,7 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _method(quantization: Any) -> str | None:
-    """What a configuration says of quantisation, e.g. "bitsandbytes 4-bit"; None where it says nothing."""
+    """What a configuration says of quantization, e.g. "bitsandbytes 4-bit"; None where it says nothing."""
     if not quantization:
         return None
     value = quantization if isinstance(quantization, dict) else vars(quantization)

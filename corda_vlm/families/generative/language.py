@@ -88,8 +88,8 @@ class LanguageProcessor(Processor):
         Args:
             text: all of it, with one `image_token` for each image.
             images: PIL images in the order of their tokens.
-            responses: the characters of `text`, as (start, end), that are to be learnt; a token that shares a
-                character with them is labelled. None for no `labels`.
+            responses: the characters of `text`, as (start, end), that are to be learned; a token that shares a
+                character with them is labeled. None for no `labels`.
             special_tokens: False for text from a chat template, which has its own.
 
         Returns:
@@ -221,7 +221,7 @@ def language_processor(
     """A `LanguageProcessor` from transformers' tokenizer, and its processor for a vision-language model.
 
     A tokenizer without a padding token gets the end of text as one, which a log line says: padding is masked, so
-    that nothing is learnt or read from it.
+    that nothing is learned or read from it.
 
     Raises:
         CordaError: the tokenizer has neither.

@@ -273,7 +273,7 @@ def _additive(
 
 
 def _view_linear(weight: Tensor, bias: Tensor | None, *, trainable: tuple[bool, bool]) -> nn.Linear:
-    """An `nn.Linear` over existing storage: nothing is allocated or initialised."""
+    """An `nn.Linear` over existing storage: nothing is allocated or initialized."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=trainable[0])

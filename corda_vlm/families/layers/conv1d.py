@@ -38,7 +38,7 @@ class TransposedLinear(nn.Linear):
     packed: Any
 
     def __init__(self, packed: Any) -> None:
-        nn.Module.__init__(self)  # nothing is allocated or initialised
+        nn.Module.__init__(self)  # nothing is allocated or initialized
         self.in_features, self.out_features = packed.weight.shape
         self.weight = nn.Parameter(linear_weight(packed), requires_grad=packed.weight.requires_grad)
         self.bias = packed.bias

@@ -1,7 +1,7 @@
 """A GGUF file (llama.cpp's format) as a folder that transformers loads at once.
 
-Reading one takes a while and unpacks its quantised blocks, so it is done once: the weights are kept in bfloat16,
-which is finer than any quantisation, in the folder that `CORDA_VLM_CACHE` names (else `~/.cache/corda_vlm`).
+Reading one takes a while and unpacks its quantized blocks, so it is done once: the weights are kept in bfloat16,
+which is finer than any quantization, in the folder that `CORDA_VLM_CACHE` names (else `~/.cache/corda_vlm`).
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def check_source(source: str | Path) -> None:
     first = text.partition("/")[0]
     if first in open_clip_models():
         return
-    # "ORG/NAME" of a hub has one slash, and no folder of that organisation is here
+    # "ORG/NAME" of a hub has one slash, and no folder of that organization is here
     if text.startswith((".", "~", "/")) or text.count("/") > 1 or Path(first).is_dir():
         raise CordaError(f"no folder {brief(text)}. {FORMS}")
 

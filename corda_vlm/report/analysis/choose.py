@@ -55,7 +55,7 @@ def choose(
     def interval(statistic: Callable[[Draw], float]) -> Interval:
         return seeds.certain(seeds.over(statistic))
 
-    found = []
+    choices = []
     for label, (method, scaled) in results.curves().items():
         enough = {
             s: value
@@ -63,11 +63,11 @@ def choose(
             if value >= target and (scaled or s.scale == 1.0)
         }
         if not enough:
-            found.append(Choice(label, None))
+            choices.append(Choice(label, None))
             continue
         forecasts = {s: results.forecast(method, s) for s in enough}
-        foretold = None not in forecasts.values()
-        order = forecasts if foretold else enough
+        by_forecast = None not in forecasts.values()
+        order = forecasts if by_forecast else enough
         chosen = min(enough, key=lambda s: order[s] or 0.0)
 
         def at(draw: Draw, m: str = method, s: Setting = chosen) -> Point:
@@ -81,13 +81,13 @@ def choose(
                 if task in scores
             }
             raw[task] = interval(lambda d, by=shares: mean_point(drawn_of(by, d.seeds)).kept)
-        found.append(
+        choices.append(
             Choice(
-                label, chosen, foretold,
+                label, chosen, by_forecast,
                 task=interval(lambda d, a=at: a(d).task),
                 share=interval(lambda d, a=at: a(d).task / d.points[reference][best].task),
                 kept=interval(lambda d, a=at: a(d).kept),
                 raw=raw,
             )
         )  # fmt: skip
-    return found
+    return choices

@@ -18,12 +18,12 @@ from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.analysis.seeds import Draw, SeedBootstrap
 
 MARGIN = 0.05
-"""Frontiers are compared from this much above the base model's task accuracy: before it nothing was learnt."""
+"""Frontiers are compared from this much above the base model's task accuracy: before it nothing was learned."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One curve where it has learnt as much as the reference, with 95 % intervals from a bootstrap over seeds.
+    """One curve where it has learned as much as the reference, with 95 % intervals from a bootstrap over seeds.
 
     Attributes:
         curve: the method, or "method, scaled".

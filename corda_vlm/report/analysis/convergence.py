@@ -120,7 +120,7 @@ def convergence(
         }
 
     _, aims = best_of(reference)
-    found = []
+    convergences = []
     for method in results.trained:
         setting, runs = best_of(method)
         seeds = [seed for seed in runs if seed in aims]
@@ -134,5 +134,5 @@ def convergence(
             None if n is None else n / aims[seed].steps[-1]
             for n, seed in zip(steps, seeds, strict=True)
         ]
-        found.append(Convergence(method, setting, steps, shares))
-    return sorted(found, key=lambda c: c.median() or (np.inf, np.inf))
+        convergences.append(Convergence(method, setting, steps, shares))
+    return sorted(convergences, key=lambda c: c.median() or (np.inf, np.inf))

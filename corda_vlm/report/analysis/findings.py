@@ -1,6 +1,6 @@
 """What a run found, in sentences: the head of its report, of its table in the terminal, and of a study's overview.
 
-Nothing is claimed where nothing was learnt, no winner is named among ties, and one seed has no interval.
+Nothing is claimed where nothing was learned, no winner is named among ties, and one seed has no interval.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST = 5
 
 def findings(results: Results, dominances: Sequence[Dominance] | None = None) -> list[str]:
     """A sentence on the best method that is not the reference, at the reference's best accuracy and, if it is another
-    one there, just below; and one against the scaled reference. None where the reference has not learnt the task."""
+    one there, just below; and one against the scaled reference. None where the reference has not learned the task."""
     if not reference_learnt(results):
         return []
     told, former, shares = [], None, []
@@ -48,7 +48,7 @@ def leading_finding(results: Results) -> str:
 
 
 def scaled_dominances(results: Results) -> list[Dominance]:
-    """Each method, scaled where it was, against the reference scaled; none where nothing was scaled or learnt."""
+    """Each method, scaled where it was, against the reference scaled; none where nothing was scaled or learned."""
     curves = results.curves()
     if SCALED_REFERENCE not in curves or not reference_learnt(results):
         return []
@@ -61,7 +61,7 @@ def scaled_dominances(results: Results) -> list[Dominance]:
     ]
     try:
         found = against(results, SCALED_REFERENCE, labels)
-    except CordaError:  # the reference has not learnt enough for a range
+    except CordaError:  # the reference has not learned enough for a range
         return []
     return sorted(found, key=lambda d: -d.mean.value)
 
@@ -134,42 +134,42 @@ def _gain(one: Learnt) -> str:
     return f"; {signed(one.gain.value)} points on the same examples, 95% interval {low} to {high}"
 
 
-def _at_equal_accuracy(results: Results, found: Standing) -> str:
+def _at_equal_accuracy(results: Results, standing: Standing) -> str:
     where = (
-        f"At the task accuracy that {REFERENCE} reaches at its best ({percent(found.task)})"
-        if found.share == 1.0
-        else f"At {found.share:g} of {REFERENCE}'s best task accuracy ({percent(found.task)})"
+        f"At the task accuracy that {REFERENCE} reaches at its best ({percent(standing.task)})"
+        if standing.share == 1.0
+        else f"At {standing.share:g} of {REFERENCE}'s best task accuracy ({percent(standing.task)})"
     )
-    kept, base = found.kept[found.best], found.kept[REFERENCE]
+    kept, base = standing.kept[standing.best], standing.kept[REFERENCE]
     seeds = f"the 95% interval over {len(results.seeds)} seeds"
     ratio = f", {kept / base:.2f} times as much" if base > 0 else ""
     both = f"keeps {percent(kept)} of what the model knew and {REFERENCE} keeps {percent(base)}"
-    if found.verdict == "one seed":
-        return f"{where}, {found.best} {both}{ratio} ({ONE_SEED})."
-    assert found.over is not None
-    if found.verdict == "tie":
+    if standing.verdict == "one seed":
+        return f"{where}, {standing.best} {both}{ratio} ({ONE_SEED})."
+    assert standing.over is not None
+    if standing.verdict == "tie":
         return (
-            f"{where}, {found.best} {both}: a tie, as the difference of {signed(found.over.value)} points is within {seeds} "
-            f"({signed(found.over.low)} to {signed(found.over.high)})."
+            f"{where}, {standing.best} {both}: a tie, as the difference of {signed(standing.over.value)} points is within {seeds} "
+            f"({signed(standing.over.low)} to {signed(standing.over.high)})."
         )
-    if found.verdict == "less":
+    if standing.verdict == "less":
         return (
-            f"{where}, {bold(REFERENCE)} keeps most of what the model knew, {percent(base)}, and of the others {found.best} "
+            f"{where}, {bold(REFERENCE)} keeps most of what the model knew, {percent(base)}, and of the others {standing.best} "
             f"most, {percent(kept)}."
         )
-    if found.verdict == "rarely":
+    if standing.verdict == "rarely":
         return (
-            f"{where}, {found.best} {both}{ratio}, but it learns that much in {found.reached:.0%} of the resamples of "
+            f"{where}, {standing.best} {both}{ratio}, but it learns that much in {standing.reached:.0%} of the resamples of "
             f"{len(results.seeds)} seeds only."
         )
-    if found.ties:
-        first = (found.best, *found.ties)
-        names = listed([f"{name} ({percent(found.kept[name])})" for name in first], MOST)
+    if standing.ties:
+        first = (standing.best, *standing.ties)
+        names = listed([f"{name} ({percent(standing.kept[name])})" for name in first], MOST)
         return (
             f"{where}, {names} keep more of what the model knew than {REFERENCE} ({percent(base)}) and are a tie: their "
             f"differences are within {seeds}."
         )
-    return f"{where}, {bold(found.best)} {both}{ratio}."
+    return f"{where}, {bold(standing.best)} {both}{ratio}."
 
 
 def _along_the_frontier(results: Results, along: Sequence[Dominance]) -> str:

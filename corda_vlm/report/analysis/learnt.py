@@ -1,4 +1,4 @@
-"""Has a method learnt the task at all? Only where it has is there anything to compare."""
+"""Has a method learned the task at all? Only where it has is there anything to compare."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Learnt:
 
 
 def learnt(results: Results, method: str) -> Learnt | None:
-    """What a method has learnt at its best; None where none of its trainings is measured to the end.
+    """What a method has learned at its best; None where none of its trainings is measured to the end.
 
     Seeds share the test examples, so the interval of their mean is at most as wide as their intervals are on average, and
     that is what is taken. Where rows tell no paired interval, two that do not overlap decide the same: however the
@@ -61,13 +61,13 @@ def learnt(results: Results, method: str) -> Learnt | None:
 
 
 def reference_learnt(results: Results) -> bool:
-    """Has the method learnt the task at whose accuracy all are compared?"""
+    """Has the method learned the task at whose accuracy all are compared?"""
     found = learnt(results, REFERENCE)
     return found is not None and found.verdict == "yes"
 
 
 def all_learnt(results: Results) -> list[Learnt]:
-    """Every method that is measured, the one that learnt most first."""
+    """Every method that is measured, the one that learned most first."""
     found = (learnt(results, method) for method in results.trained)
     return sorted((one for one in found if one is not None), key=lambda one: -one.task)
 

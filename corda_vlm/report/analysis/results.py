@@ -2,14 +2,14 @@
 
 A single trained model says little, as the learning rate alone moves it anywhere between the base model and
 a model that forgot everything. So methods are compared along the curve over their settings:
-how much they keep where they have learnt the task equally well.
+how much they keep where they have learned the task equally well.
 
 `task` is the mean over the gain tasks of each one's first metric; `kept` is the mean over the retention
 tasks of (score − chance) / (base − chance): 1 is the base model, 0 is guessing. Retention tasks on which the
 base model itself is not above chance with 95 % confidence have nothing to keep and do not count.
 
 Which settings count for what: a curve is drawn through every setting that was measured, and at a task accuracy it
-stands for the most that any of them, or a straight line between neighbours, keeps there. Curves of one run have equal
+stands for the most that any of them, or a straight line between neighbors, keeps there. Curves of one run have equal
 chances of a lucky maximum as far as they have equally many settings. The accuracy at which curves are compared is the
 reference's at the learning rate chosen on the selection tasks, and where a single model is claimed (`choose`), its
 learning rate and scale are chosen there, never on the gain or retention tasks.
@@ -209,8 +209,8 @@ class Results:
     @property
     def seeds(self) -> list[int | None]:
         """All seeds of all methods."""
-        found = {seed for of in self.trained.values() for by in of.values() for seed in by}
-        return sorted(found, key=lambda seed: -1 if seed is None else seed)
+        seeds = {seed for of in self.trained.values() for by in of.values() for seed in by}
+        return sorted(seeds, key=lambda seed: -1 if seed is None else seed)
 
     def judged(self, method: str) -> dict[Setting, float]:
         """Setting -> how well it learns, by which settings are chosen: the mean over the selection tasks, or over the

@@ -73,9 +73,9 @@ class SeedBootstrap:
 
     def certain(self, values: Float[np.ndarray, " draws"]) -> Interval:
         """The interval of a statistic that exists in every resample."""
-        found, _ = self.interval(values)
-        assert found is not None
-        return found
+        interval, _ = self.interval(values)
+        assert interval is not None
+        return interval
 
 
 def drawn_of(by_seed: Mapping[int | None, Point], drawn: Sequence[int | None]) -> list[Point]:

@@ -1,4 +1,4 @@
-"""Who keeps most where all have learnt equally much, and whether that is more than the luck of the seeds."""
+"""Who keeps most where all have learned equally much, and whether that is more than the luck of the seeds."""
 
 from __future__ import annotations
 

@@ -24,21 +24,21 @@ from corda_vlm.report.plots.style import (
 @literal_text()
 def forecast_picture(results: Results, path: Path) -> Forecasts | None:
     """Draw forecast against kept share, one mark a trained model. Gives what was drawn, None if there was nothing."""
-    found = forecasts_of(results)
-    drawable = found.forecasts > 0  # nothing else has a place on a logarithmic axis
+    forecasts = forecasts_of(results)
+    drawable = forecasts.forecasts > 0  # nothing else has a place on a logarithmic axis
     if drawable.sum() < 2:
         return None
-    methods = list(dict.fromkeys(found.methods))
+    methods = list(dict.fromkeys(forecasts.methods))
     names: list[str] = []
     look = styles(list(results.trained))
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axes = figure.subplots()
     for method in methods:
-        of = drawable & np.array([name == method for name in found.methods])
+        of = drawable & np.array([name == method for name in forecasts.methods])
         color, marker = look[method]
         names.append(shortened(method))
         axes.plot(
-            found.forecasts[of], found.kept[of], linestyle="", marker=marker, color=color,
+            forecasts.forecasts[of], forecasts.kept[of], linestyle="", marker=marker, color=color,
             markersize=6.5, markeredgecolor="white", markeredgewidth=0.6, alpha=0.9, label=str(len(names)),
         )  # fmt: skip
     axes.set_xscale("log")
@@ -55,4 +55,4 @@ def forecast_picture(results: Results, path: Path) -> Forecasts | None:
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set_text(name)
     save(figure, path)
-    return found
+    return forecasts

@@ -77,11 +77,11 @@ class Words:
 
 def _dots(line: np.ndarray) -> np.ndarray:
     """A line as dots some five pixels apart."""
-    found = [line]
+    pieces = [line]
     for start, end in itertools.pairwise(line):
         count = max(2, int(np.hypot(*(end - start)) / 5))
-        found.append(start + np.linspace(0, 1, count)[:, None] * (end - start))
-    return np.concatenate(found)
+        pieces.append(start + np.linspace(0, 1, count)[:, None] * (end - start))
+    return np.concatenate(pieces)
 
 
 def _inside(dots: np.ndarray, box: _Box) -> int:

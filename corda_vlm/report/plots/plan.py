@@ -64,7 +64,7 @@ def plan_heatmap(plans: Mapping[str, AdapterPlan], path: str | Path) -> Path | N
     """Draw each plan as panels of cells: blocks from left to right, roles from top to bottom.
 
     Blue: ranks, on a logarithmic scale; orange: log₁₀ of the compactness. All plans share the two scales. Layers
-    outside of blocks have columns of their own, with their name; grey cells have no such layer, or no such number.
+    outside of blocks have columns of their own, with their name; gray cells have no such layer, or no such number.
 
     Args:
         plans: name -> plan, drawn from top to bottom.
@@ -165,7 +165,7 @@ class _Grid:
 
 
 def _grids(plan: AdapterPlan) -> list[_Grid]:
-    found, present = [], {s.site.role for s in plan.sites}
+    grids, present = [], {s.site.role for s in plan.sites}
     roles = tuple(role for role in ROLES if role in present)
     for tower in TOWERS:
         sites = [s for s in plan.sites if s.site.tower == tower]
@@ -184,8 +184,8 @@ def _grids(plan: AdapterPlan) -> list[_Grid]:
                 free = [len(columns)]
                 columns.append(at)
             cells[row, free[0]] = site
-        found.append(_Grid(tower, tuple(columns), roles, cells))
-    return found
+        grids.append(_Grid(tower, tuple(columns), roles, cells))
+    return grids
 
 
 def _outside(name: str) -> str:

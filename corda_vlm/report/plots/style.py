@@ -56,15 +56,15 @@ def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     From the thirteenth method on colors come again, with other markers.
     """
     free = iter(range(len(FIRST), len(COLORS) + len(methods)))
-    found = {}
+    styles = {}
     for method in methods:
         index = FIRST.index(method) if method in FIRST else next(free)
         again = index // len(COLORS)
-        found[method] = (
+        styles[method] = (
             COLORS[index % len(COLORS)],
             MARKERS[(index + 3 * again) % len(MARKERS)],
         )
-    return found
+    return styles
 
 
 def frame(axes: Any) -> None:

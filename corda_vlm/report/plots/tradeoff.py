@@ -31,7 +31,7 @@ _Placed = Mapping[str, Mapping[Setting, Mapping[int | None, Point]]]
 def tradeoff(results: Results, path: Path) -> bool:
     """Draw task accuracy against kept knowledge: a curve for each method over its learning rates, and over its scales.
 
-    Few methods share one picture; of more, each has a panel, with the reference in grey in every one.
+    Few methods share one picture; of more, each has a panel, with the reference in gray in every one.
     Returns whether there was anything to draw.
     """
     base = results.base_point

@@ -95,8 +95,8 @@ def _share_scale(panels: np.ndarray, label: str, *, from_zero: bool) -> None:
 
 def _anchors(run: History) -> tuple[list[int], list[float]] | None:
     """Steps and values of the anchor, where a run noted it."""
-    found = [(int(e["step"]), float(e["anchor"])) for e in run.entries if "anchor" in e]
-    return ([step for step, _ in found], [value for _, value in found]) if found else None
+    logged = [(int(e["step"]), float(e["anchor"])) for e in run.entries if "anchor" in e]
+    return ([step for step, _ in logged], [value for _, value in logged]) if logged else None
 
 
 def _smooth(losses: Sequence[float]) -> np.ndarray:

@@ -45,7 +45,7 @@ class _Energy(torch.autograd.Function):
         return Y.mul_(2 * grad).to(ctx.dtype), None, None
 
 
-class Whole:
+class FullWeights:
     """Weights trained in full, each beside what it was: a copy, or the original that PEFT keeps of `modules_to_save`."""
 
     def __init__(self, model: nn.Module, by_parent: dict[str, list[str]], metrics: Metrics) -> None:
