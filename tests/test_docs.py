@@ -43,6 +43,7 @@ def test_they_build_and_a_warning_is_an_error(tmp_path):
     assert "CovarianceStore" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("own_registrations")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

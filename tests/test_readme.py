@@ -26,6 +26,7 @@ COMMANDS = [words for language, block in BLOCKS if language == "sh" for words in
 WRITTEN_BY_DEFAULT = {"calibrate": "covariance.safetensors", "plan": "plan.json"}
 
 
+@pytest.mark.usefixtures("own_registrations")
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
