@@ -23,12 +23,17 @@ from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.options import as_keywords, options_from
-from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis
-from corda_vlm.plan.choose import choose_covariances, choose_ranks, rank_budget
-from corda_vlm.plan.options import PlanKeywords, PlanOptions
+from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis, Components
+from corda_vlm.plan.choose import (
+    ChosenCovariances,
+    choose_covariances,
+    choose_ranks,
+    rank_budget,
+)
+from corda_vlm.plan.options import PlanKeywords, PlanOptions, Route
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.progress import showing, track
-from corda_vlm.sites import find_sites, get_linear, model_fingerprint
+from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
 
 
 def plan_adapter(
@@ -57,17 +62,8 @@ def plan_adapter(
             method does not take.
     """
     asked = options_from(PlanOptions, options, "plan_adapter")
-    method, rank, damping, a_norm, route = (
-        asked.method,
-        asked.rank,
-        asked.damping,
-        asked.a_norm,
-        asked.route,
-    )
-    basis = PLAN_METHODS[method]
-    components = basis.components or MODES[asked.mode]
+    basis = PLAN_METHODS[asked.method]
     _check_stores(asked, basis, store, task_store)
-    beta = (0.5 if asked.beta is None else asked.beta) if basis.contrast else None
     fingerprint = model_fingerprint(model)
     for given, of in ((store, "covariances"), (task_store, "task's covariances")):
         if given is not None:
@@ -75,98 +71,140 @@ def plan_adapter(
     with showing(show_progress), unpacked(model):
         sites = find_sites(model, **as_keywords(asked, SiteOptions))
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
-        shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
-        if asked.budget is None:
-            check_rank(shapes, rank)
-        allowed = rank_budget(
-            shapes,
-            rank,
-            dynamic_rank=asked.dynamic_rank,
-            budget=asked.budget,
-            min_rank=asked.min_rank,
-            max_rank=asked.max_rank,
-        )
-        covariances = choose_covariances(weights, store, damping, asked.dynamic_covariance)
-        tasks = choose_covariances(weights, task_store, damping, False)
-        ranks_of = dict.fromkeys(weights, rank)
-        if allowed is not None:
-            ranks_of = choose_ranks(
-                weights,
-                covariances,
-                mode="kpm" if components == "smallest" else "ipm",
-                budget=allowed,
-                min_rank=asked.min_rank,
-                max_rank=asked.max_rank,
-                damping=damping,
-            )
-            route = "exact"
-        planned, factors = [], {}
-        for site in track(sites, "plan", unit="site"):
-            weight, covariance = weights[site.name], covariances[site.name]
-            if basis.directions == "qr":
-                factor = _olora(weight, ranks_of[site.name], a_norm)
-            elif beta is not None:
-                factor = decompose_contrast(
-                    weight,
-                    _there(covariance),
-                    _there(tasks[site.name]),
-                    rank=ranks_of[site.name],
-                    beta=beta,
-                    damping=damping,
-                    a_norm=a_norm,
-                )
-            else:
-                factor = decompose(
-                    weight,
-                    covariance if basis.needs_store else None,
-                    rank=ranks_of[site.name],
-                    components=components,
-                    power=basis.power,
-                    side=basis.side_of(shapes[site.name], asked.side),
-                    damping=damping,
-                    a_norm=a_norm,
-                    route=route,
-                    seed=asked.seed,
-                )
-            factors[site.name] = _on_cpu(factor)
-            planned.append(
-                SitePlan(
-                    site=site,
-                    shape=shapes[site.name],
-                    rank=ranks_of[site.name],
-                    round=covariances.rounds[site.name],
-                    components=components,
-                    side=factor.side,
-                    power=basis.power,
-                    spectrum=tuple(factor.singular_values.tolist()),
-                    predicted_damage=_damage(weight, factor, covariance, damping, basis.power),
-                    floored=factor.floored,
-                    chosen_energy=factor.chosen_energy,
-                    total_energy=factor.total_energy,
-                    route=factor.route,
-                    compactness=covariances.compactness(
-                        site.name,
-                        shapes[site.name][0],
-                        thorough=route == "exact" or asked.dynamic_covariance,
-                    ),
-                    scores=covariances.scores(site.name),
-                )
-            )
-            del covariance, factor  # before the next site's covariance is made
+        chosen = _choose(weights, asked, store, task_store)
+        planned = [
+            _plan_site(site, weights[site.name], asked, chosen)
+            for site in track(sites, "plan", unit="site")
+        ]
     return AdapterPlan(
-        method=method,
+        method=asked.method,
         mode=asked.mode if basis.components is None else None,
-        rank=rank,
-        budget=allowed,
-        damping=damping,
-        a_norm=a_norm,
-        beta=beta,
+        rank=asked.rank,
+        budget=chosen.budget,
+        damping=asked.damping,
+        a_norm=asked.a_norm,
+        beta=chosen.beta,
         model_fingerprint=fingerprint,
         data_fingerprint=store.data_fingerprint if store is not None else None,
         task_fingerprint=task_store.data_fingerprint if task_store is not None else None,
         family=any_family(model).name,
-        sites=tuple(planned),
-        factors=factors,
+        sites=tuple(plan for plan, _ in planned),
+        factors={plan.site.name: factor for plan, factor in planned},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choices:
+    """What is decided for all sites together, before the first is decomposed.
+
+    Attributes:
+        covariances, tasks: of the knowledge (or of what the mode takes), and of the new task beside it.
+        ranks: site name -> rank.
+        budget: parameters that the ranks share; None where all have the same rank.
+        route: of `decompose`.
+        beta: the weight of the knowledge against the new task, for a basis that weighs them.
+    """
+
+    basis: Basis
+    components: Components
+    covariances: ChosenCovariances
+    tasks: ChosenCovariances
+    ranks: Mapping[str, int]
+    budget: int | None
+    route: Route
+    beta: float | None
+
+
+def _choose(
+    weights: Mapping[str, Tensor],
+    asked: PlanOptions,
+    store: CovarianceStore | None,
+    task_store: CovarianceStore | None,
+) -> _Choices:
+    basis = PLAN_METHODS[asked.method]
+    components = basis.components or MODES[asked.mode]
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+    if asked.budget is None:
+        check_rank(shapes, asked.rank)
+    bounds = {"min_rank": asked.min_rank, "max_rank": asked.max_rank}
+    budget = rank_budget(
+        shapes, asked.rank, dynamic_rank=asked.dynamic_rank, budget=asked.budget, **bounds
+    )
+    covariances = choose_covariances(weights, store, asked.damping, asked.dynamic_covariance)
+    ranks = dict.fromkeys(weights, asked.rank)
+    if budget is not None:
+        mode = "kpm" if components == "smallest" else "ipm"
+        ranks = choose_ranks(
+            weights, covariances, mode=mode, budget=budget, damping=asked.damping, **bounds
+        )
+    return _Choices(
+        basis,
+        components,
+        covariances,
+        tasks=choose_covariances(weights, task_store, asked.damping, False),
+        ranks=ranks,
+        budget=budget,
+        # the ranks were chosen by whole spectra
+        route=asked.route if budget is None else "exact",
+        beta=(0.5 if asked.beta is None else asked.beta) if basis.contrast else None,
+    )
+
+
+def _plan_site(
+    site: Site, weight: Float[Tensor, "out inp"], asked: PlanOptions, chosen: _Choices
+) -> tuple[SitePlan, Decomposition]:
+    """The plan of one site, and its factors on the CPU."""
+    covariance, basis, rank = chosen.covariances[site.name], chosen.basis, chosen.ranks[site.name]
+    shape = (weight.shape[0], weight.shape[1])
+    factor = _decomposed(site, weight, covariance, asked, chosen)
+    thorough = chosen.route == "exact" or asked.dynamic_covariance
+    plan = SitePlan(
+        site=site,
+        shape=shape,
+        rank=rank,
+        round=chosen.covariances.rounds[site.name],
+        components=chosen.components,
+        side=factor.side,
+        power=basis.power,
+        spectrum=tuple(factor.singular_values.tolist()),
+        predicted_damage=_damage(weight, factor, covariance, asked.damping, basis.power),
+        floored=factor.floored,
+        chosen_energy=factor.chosen_energy,
+        total_energy=factor.total_energy,
+        route=factor.route,
+        compactness=chosen.covariances.compactness(site.name, shape[0], thorough=thorough),
+        scores=chosen.covariances.scores(site.name),
+    )
+    return plan, _on_cpu(factor)
+
+
+def _decomposed(
+    site: Site,
+    weight: Float[Tensor, "out inp"],
+    covariance: Float[Tensor, "inp inp"] | None,
+    asked: PlanOptions,
+    chosen: _Choices,
+) -> Decomposition:
+    """The components of a weight that are adapted, by the basis of the method."""
+    basis, rank = chosen.basis, chosen.ranks[site.name]
+    norms = {"damping": asked.damping, "a_norm": asked.a_norm}
+    if basis.directions == "qr":
+        return _olora(weight, rank, asked.a_norm)
+    if chosen.beta is not None:
+        task = _there(chosen.tasks[site.name])
+        return decompose_contrast(
+            weight, _there(covariance), task, rank=rank, beta=chosen.beta, **norms
+        )
+    return decompose(
+        weight,
+        covariance if basis.needs_store else None,
+        rank=rank,
+        components=chosen.components,
+        power=basis.power,
+        side=basis.side_of((weight.shape[0], weight.shape[1]), asked.side),
+        route=chosen.route,
+        seed=asked.seed,
+        **norms,
     )
 
 

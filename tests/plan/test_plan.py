@@ -170,7 +170,10 @@ class TestRefusals:
     @pytest.mark.parametrize("rank", [0, -1, 33, 1000])
     def test_a_rank_that_does_not_fit_names_the_site(self, clip, rank):
         model, store = clip
-        with pytest.raises(CordaError, match=r"'(text|vision|visual)\S*': rank .* outside 1 to"):
+        with pytest.raises(
+            CordaError,
+            match=r"'(text|vision|visual)\S*': rank .* outside 1 to|rank is 0; it must be at least 1",
+        ):
             plan_of(model, store, rank=rank)
 
     def test_no_store(self, clip):
