@@ -31,7 +31,7 @@ class DecompositionOptions(SiteOptions):
         beta: Of "sc-lora": the weight of the knowledge against the task, from 0 to 1. The default is 0.5.
         dynamic_rank: Share the parameters out over the matrices by compactness (CorDA++). Takes the exact route.
         budget: With `dynamic_rank`: trainable parameters, `Σ (out + inp) · rank`, in place of as many as `rank` has.
-        min_rank: With `dynamic_rank`: no matrix gets less; a number, or a mapping from names of matrices to numbers.
+        min_rank: With `dynamic_rank`: no matrix gets less; a number, or a mapping from names of matrices to numbers. Null is 1.
         max_rank: With `dynamic_rank`: no matrix gets more; a number, or a mapping from names of matrices to numbers.
         dynamic_covariance: Each matrix takes the best of its calibration rounds (CorDA++).
         route: How matrices are decomposed: exact, fast (the wanted components alone), or auto by their size.
@@ -45,7 +45,7 @@ class DecompositionOptions(SiteOptions):
     beta: Portion | None = None
     dynamic_rank: bool = False
     budget: Count | None = None
-    min_rank: Count | Mapping[str, Count] = 1
+    min_rank: Count | Mapping[str, Count] | None = 1
     max_rank: Count | Mapping[str, Count] | None = None
     dynamic_covariance: bool = False
     route: Route = "auto"
@@ -68,7 +68,7 @@ class DecompositionKeywords(SiteKeywords, total=False):
     beta: float | None
     dynamic_rank: bool
     budget: int | None
-    min_rank: int | Mapping[str, int]
+    min_rank: int | Mapping[str, int] | None
     max_rank: int | Mapping[str, int] | None
     dynamic_covariance: bool
     route: Route

@@ -130,7 +130,7 @@ def test_stores_that_do_not_go_together() -> None:
         store + 1  # type: ignore[operator]
     with pytest.raises(ForeignFileError, match="of another model"):
         collect(toy(seed=5), batches, store=store)
-    with pytest.raises(CalibrationError, match="differs in the sites 'c', 'head'"):
+    with pytest.raises(CalibrationError, match="differs in the sites 'c' and 'head'"):
         collect(model, batches, TOY_SITES[:2], store=store)
     with pytest.raises(CalibrationError, match="give rounds=1"):
         collect(model, batches, rounds=2, store=store)

@@ -172,7 +172,7 @@ class TestRefusals:
         model, store = clip
         with pytest.raises(
             CordaError,
-            match=r"'(text|vision|visual)\S*': rank .* outside 1 to|rank is 0; it must be at least 1",
+            match=r"'(text|vision|visual)\S*': rank .* outside 1 to|rank is (0|-1); it must be at least 1",
         ):
             plan_of(model, store, rank=rank)
 
@@ -257,7 +257,7 @@ class TestDynamic:
             ({"budget": 10**6}, r"1,000,000 parameters is too large for 26 sites: full rank less 1 everywhere takes"),
             ({"min_rank": 6}, r"parameters is too small for 26 sites: their floors \(min_rank, up to 6\)"),
             ({"max_rank": 3}, r"too large for 26 sites: their ceilings \(max_rank\) takes .*raise the ceilings"),
-            ({"min_rank": 5, "max_rank": 3}, r"floor 5 \(min_rank\) and its ceiling 3 \(max_rank"),
+            ({"min_rank": 5, "max_rank": 3}, "max_rank 3 is below min_rank 5"),
             ({"min_rank": 40}, r"floor 40 \(min_rank\)"),
             ({"dynamic_rank": False, "budget": 9000}, "budget=9000 given without dynamic_rank.*--dynamic-rank"),
             ({"dynamic_rank": False, "min_rank": 2, "max_rank": 3}, "min_rank=2, max_rank=3 given without"),
