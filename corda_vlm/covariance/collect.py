@@ -106,14 +106,56 @@ def collect_covariance(
         UserWarning: a stream has fewer tokens than its width, so that its covariance has no full rank.
     """
     asked = options_from(CollectOptions, options, "collect_covariance")
-    tokens, precision, blockwise = asked.tokens, asked.precision, asked.blockwise
+    job = _job(model, batches, sites, forward, masks, asked, device, store)
+    if path is not None:
+        check_path(path)
+        path = Path(path)
+    _check_processes(job.source, path)
+    saved = None
+    if path is not None and path.exists():
+        saved = CovarianceStore.load(path, model=model, unfinished=True)
+    if asked.precision == "auto":
+        begun = saved or (_first_block(path) if asked.blockwise and path is not None else None)
+        job = replace(job, precision=_precision(begun, device or next(model.parameters()).device))
+    if saved is not None and _is_complete(saved, job, path, asked.blockwise):
+        _log.info("%s is finished already", path)
+        return saved
+    # Only now: the processes of a distributed run had to agree before one of them may be turned away.
+    lock = nullcontext() if path is None else locked(path)
+    interruptible = Interrupts(
+        "finishing the batch in flight, then saving", active=path is not None
+    )
+    with lock, showing(show_progress), interruptible as interrupts, evaluating(model):
+        result = _collected(job, path, saved, asked, interrupts)
+        _warn_if_scarce(result)
+        if path is None:
+            return result
+        result.save(path)
+        if asked.blockwise:
+            discard(folder_of(path))
+        if interrupts.asked:
+            raise KeyboardInterrupt(f"the calibration was finished, and saved in {path}")
+    return CovarianceStore.load(path)
+
+
+def _job(
+    model: nn.Module,
+    batches: Iterable[Batch | torch.Tensor | Sequence[Any]],
+    sites: Sequence[Site] | None,
+    forward: Callable[[nn.Module, Batch], object] | None,
+    masks: Callable[[Batch], Masks] | None,
+    asked: CollectOptions,
+    device: torch.device | str | None,
+    store: CovarianceStore | None,
+) -> Calibration:
+    """What is to be collected, once its parts go together; arguments and errors as of `collect_covariance`."""
     if sites is not None and (asked.towers or asked.roles or asked.targets):
         raise CalibrationError(
             "give sites=, or towers=, roles= and targets=: either says which layers"
         )
-    if masks is not None and tokens != "all":
+    if masks is not None and asked.tokens != "all":
         raise CalibrationError(
-            f"give masks= or tokens={tokens!r}, not both: either says what counts"
+            f"give masks= or tokens={asked.tokens!r}, not both: either says what counts"
         )
     if sites is None:
         sites = find_sites(model, **as_keywords(asked, SiteOptions))
@@ -121,16 +163,16 @@ def collect_covariance(
     source = made_everywhere("the calibration batches", lambda: Source(batches))
     if family is GENERIC:
         source.named = partial(named, model)
-    if tokens != "all":
-        source.fingerprint += f"-{tokens}"
+    if asked.tokens != "all":
+        source.fingerprint += f"-{asked.tokens}"
     job = Calibration(
         model,
         tuple(sites),
         source,
         forward or family.forward,  # type: ignore[union-attr]
-        masks or token_masks(family, model, tokens),  # type: ignore[arg-type]
+        masks or token_masks(family, model, asked.tokens),  # type: ignore[arg-type]
         asked.rounds,
-        precision,
+        asked.precision,
         device,
         store,
     )
@@ -138,51 +180,38 @@ def collect_covariance(
         job.check_batches(source.total)
     if store is not None:
         _check_base(store, model, job.sites, asked.rounds)
+    return job
+
+
+def _is_complete(
+    saved: CovarianceStore, job: Calibration, path: Path | None, blockwise: bool
+) -> bool:
+    """Whether a checkpoint is a finished calibration; refuses one that the job cannot go on from."""
+    assert path is not None  # it was loaded from there
+    job.check_resumable(saved, path)
+    assert saved.progress is not None
+    if blockwise and not saved.progress.complete:
+        raise ForeignFileError(
+            f"{path} is the checkpoint of a calibration in one go, which cannot go on blockwise. Leave blockwise off, "
+            "give another path, or delete the file to start anew"
+        )
+    return saved.progress.complete
+
+
+def _collected(
+    job: Calibration,
+    path: Path | None,
+    saved: CovarianceStore | None,
+    asked: CollectOptions,
+    interrupts: Interrupts,
+) -> CovarianceStore:
+    if not asked.blockwise:
+        return _in_one_go(job, path, saved, asked.checkpoint_share, interrupts)
     if path is not None:
-        check_path(path)
-        path = Path(path)
-    _check_processes(source, path)
-    saved = None
-    if path is not None and path.exists():
-        saved = CovarianceStore.load(path, model=model, unfinished=True)
-    if precision == "auto":
-        begun = saved or (_first_block(path) if blockwise and path is not None else None)
-        job = replace(job, precision=_precision(begun, device or next(model.parameters()).device))
-    if saved is not None:
-        assert path is not None
-        job.check_resumable(saved, path)
-        assert saved.progress is not None
-        if saved.progress.complete:
-            _log.info("%s is finished already", path)
-            return saved
-        if blockwise:
-            raise ForeignFileError(
-                f"{path} is the checkpoint of a calibration in one go, which cannot go on blockwise. Leave blockwise off, "
-                "give another path, or delete the file to start anew"
-            )
-    # Only now: the processes of a distributed run had to agree before one of them may be turned away.
-    lock = nullcontext() if path is None else locked(path)
-    interruptible = Interrupts(
-        "finishing the batch in flight, then saving", active=path is not None
-    )
-    with lock, showing(show_progress), interruptible as interrupts, evaluating(model):
-        if not blockwise:
-            result = _in_one_go(job, path, saved, asked.checkpoint_share, interrupts)
-        elif path is not None:
-            result = collect_blockwise(job, folder_of(path), interrupts)
-        else:
-            # The store holds its files open; where open files cannot be removed, they stay.
-            with TemporaryDirectory(prefix="corda_vlm-", ignore_cleanup_errors=True) as folder:
-                result = collect_blockwise(job, Path(folder), interrupts)
-        _warn_if_scarce(result)
-        if path is None:
-            return result
-        result.save(path)
-        if blockwise:
-            discard(folder_of(path))
-        if interrupts.asked:
-            raise KeyboardInterrupt(f"the calibration was finished, and saved in {path}")
-    return CovarianceStore.load(path)
+        return collect_blockwise(job, folder_of(path), interrupts)
+    # The store holds its files open; where open files cannot be removed, they stay.
+    with TemporaryDirectory(prefix="corda_vlm-", ignore_cleanup_errors=True) as folder:
+        return collect_blockwise(job, Path(folder), interrupts)
 
 
 def _first_block(path: Path) -> CovarianceStore | None:

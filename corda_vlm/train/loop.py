@@ -19,7 +19,14 @@ from transformers import TrainerCallback
 from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.adapter.folder import WEIGHTS
 from corda_vlm.anchor import Anchor
-from corda_vlm.data import Records, batch_builder, data_warnings, make_batches
+from corda_vlm.data import (
+    BatchBuilder,
+    BatchLoader,
+    Records,
+    batch_builder,
+    data_warnings,
+    make_batches,
+)
 from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
@@ -111,15 +118,14 @@ def train(
     objective = make_objective(options, model, family, processor, data, classes, templates)
     check_trainable(model, objective, options)
     check_anchor(model, anchor, anchor_weight)
-    builder = batch_builder(
-        data,
-        processor,
-        towers=objective.towers,
-        cache_mb=options.cache_mb,
-        workers=options.workers,
-        chat=options,
-        labelled=True,
-    )
+    inputs: dict[str, Any] = {
+        "towers": objective.towers,
+        "cache_mb": options.cache_mb,
+        "workers": options.workers,
+        "chat": options,
+        "labelled": True,
+    }
+    builder = batch_builder(data, processor, **inputs)
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
     plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
     plan["anchor"] = _anchored(anchor, anchor_weight, anchor_every)
@@ -129,47 +135,24 @@ def train(
         return _finished(output, model, objective)
 
     known = data_warnings(builder)
-    count = len(data)
-    per_epoch = -(-count // options.batch_size)
-    steps = options.steps or max(
-        1, round((options.epochs or 0) * per_epoch / options.gradient_accumulation)
-    )
-    batches = StepBatches(
-        builder,
-        batch_size=options.batch_size,
-        steps=steps * options.gradient_accumulation,
-        seed=options.seed,
-        augment=options.augment,
-    )
-    evaluated = eval_data and make_batches(
-        eval_data,
-        processor,
-        batch_size=max(options.batch_size, 64),
-        towers=objective.towers,
-        cache_mb=options.cache_mb,
-        workers=options.workers,
-        chat=options,
-        labelled=True,
-    )
-    watch = Watch(
-        options,
-        output / HISTORY,
-        (lambda: trainer.measure(evaluated)) if evaluated else None,
-        show_progress,
-    )
-    trainer = make_trainer(
+    evaluated = None
+    if eval_data is not None:
+        size = max(options.batch_size, 64)
+        evaluated = make_batches(eval_data, processor, batch_size=size, **inputs)
+    trainer, watch = _watched_trainer(
         model,
-        objective=objective,
-        batches=batches,
-        options=options,
-        output_dir=output,
-        callbacks=[watch, *callbacks],
+        objective,
+        _step_batches(builder, len(data), options),
+        options,
+        output,
+        evaluated,
+        callbacks,
+        show_progress,
     )
     if anchor is not None:
         trainer.anchor_to(anchor, anchor_weight, every=anchor_every)
     if extra_loss is not None:
         trainer.penalize("extra_loss", extra_loss, extra_weight)
-    watch.trainer = trainer
     checkpoint = last_checkpoint(output)
     with as_it_was(model), less_memory, watch.interrupts:
         try:
@@ -181,23 +164,65 @@ def train(
         if warning not in known:  # of an earlier training on the same records
             logger.warning("%s", warning)
     done = trainer.state.global_step
-    if watch.interrupts.asked is not None and done < steps:
-        if watch.interrupts.asked is SIGTERM:
-            raise SystemExit(128 + SIGTERM)
-        raise TrainingInterrupted(
-            f"stopped at step {done} of {steps}; checkpoint in {output}. "
-            "Run the same command again to go on from there."
-        )
+    _stop_if_asked(watch, done, trainer.state.max_steps, output)
     if not all_finite(model, objective.head):
         raise NotFiniteError(trainer._not_finite("the weights are NaN or Inf"))
-    return _finish(
-        output,
+    resumed = None if checkpoint is None else step_of(checkpoint)
+    return _finish(output, model, objective, watch, done, resumed, base=plan["base"])
+
+
+def _step_batches(builder: BatchBuilder, count: int, options: TrainOptions) -> StepBatches:
+    """The batches of all steps, over `count` records."""
+    per_epoch = -(-count // options.batch_size)
+    steps = options.steps or max(
+        1, round((options.epochs or 0) * per_epoch / options.gradient_accumulation)
+    )
+    return StepBatches(
+        builder,
+        batch_size=options.batch_size,
+        steps=steps * options.gradient_accumulation,
+        seed=options.seed,
+        augment=options.augment,
+    )
+
+
+def _watched_trainer(
+    model: nn.Module,
+    objective: Objective,
+    batches: StepBatches,
+    options: TrainOptions,
+    output: Path,
+    evaluated: BatchLoader | None,
+    callbacks: Sequence[TrainerCallback],
+    show_progress: bool,
+) -> tuple[Any, Watch]:
+    """The trainer, and what keeps its history; the first measures what the second asks for."""
+    watch = Watch(
+        options,
+        output / HISTORY,
+        (lambda: trainer.measure(evaluated)) if evaluated else None,
+        show_progress,
+    )
+    trainer = watch.trainer = make_trainer(
         model,
-        objective,
-        watch,
-        done,
-        None if checkpoint is None else step_of(checkpoint),
-        base=plan["base"],
+        objective=objective,
+        batches=batches,
+        options=options,
+        output_dir=output,
+        callbacks=[watch, *callbacks],
+    )
+    return trainer, watch
+
+
+def _stop_if_asked(watch: Watch, done: int, steps: int, output: Path) -> None:
+    """End the program, or raise `TrainingInterrupted`, where a signal stopped the training before its end."""
+    if watch.interrupts.asked is None or done >= steps:
+        return
+    if watch.interrupts.asked is SIGTERM:
+        raise SystemExit(128 + SIGTERM)
+    raise TrainingInterrupted(
+        f"stopped at step {done} of {steps}; checkpoint in {output}. "
+        "Run the same command again to go on from there."
     )
 
 

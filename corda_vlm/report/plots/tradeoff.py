@@ -47,11 +47,59 @@ def tradeoff(results: Results, path: Path) -> bool:
 
 
 def _together(results: Results, points: _Placed, base: Point) -> Figure:
+    """All methods in one panel, each with its own mark and name."""
     figure = Figure(figsize=(8.6, 5.6), layout="constrained")
     axes = figure.subplots()
     look = styles(list(points))
+    ink: _Ink = defaultdict(list)
+    curves = _draw_curves(axes, points, base, look, ink)
+    every = np.array(
+        [(p.task, p.kept) for of in points.values() for by in of.values() for p in by.values()]
+    )
+    (left, bottom), (right, _) = every.min(0), every.max(0)
+    # curves far from the base model, or from chance, would be a knot in a corner: look closer
+    base_is_far = left - base.task > 1.5 * (right - left)
+    chance_is_far = bottom > 0.3
+    _draw_base(axes, base, base_is_far)
+    if not chance_is_far:
+        _draw_chance(axes)
+    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
+    if best is not None:
+        aim = mean_point(points[REFERENCE][best].values()).task
+        ink["aim"].append(np.array([[aim, bottom if chance_is_far else 0.0], [aim, 1.0]]))
+        _draw_aim(axes, aim, look[REFERENCE][0])
+    frame(axes)
+    axes.xaxis.set_major_formatter(percent_axis())
+    axes.yaxis.set_major_formatter(percent_axis())
+    axes.margins(x=0.08, y=0.08)
+    _limit(axes, bottom, float(every[:, 1].max()), chance_is_far)
+    axes.set_xlabel(_new_task(results))
+    axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
+    several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
+    title = "one curve a method over its learning rates"
+    title += " (small numbers)" if len(curves) <= 6 else ""
+    title += "; faint marks: single seeds" if several else ""
+    title += "; dashed: scaled after training" if len(results.curves()) > len(points) else ""
+    title += "" if best is not None else _unlearnt(results)
+    axes.set_title(title, fontsize=9.5, color=FAINT, loc="left")
+    if not base_is_far:
+        ink["base"].append(np.array([[base.task, 1.0]]))
+    words = Words(axes, ink)
+    if not base_is_far:
+        words.add("base model", [(base.task, 1.0)], 10.0, "base", color=INK)
+    _name_curves(words, curves, look)
+    return figure
+
+
+_Ink = dict[str, list[np.ndarray]]
+"""What is drawn of each method, which its words must not cover: lists of (x, y)."""
+
+
+def _draw_curves(
+    axes: Any, points: _Placed, base: Point, look: Mapping[str, tuple[str, str]], ink: _Ink
+) -> dict[str, dict[Setting, Point]]:
+    """Draw each method over its learning rates, and give the means over seeds that its curve goes through."""
     curves: dict[str, dict[Setting, Point]] = {}
-    ink: dict[str, list[np.ndarray]] = defaultdict(list)
     for method, settings in points.items():
         color, marker = look[method]
         means = {setting: mean_point(by_seed.values()) for setting, by_seed in settings.items()}
@@ -76,59 +124,52 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
         if unscaled:
             curves[method] = unscaled
             ink[method].append(np.array([(p.task, p.kept) for p in unscaled.values()]))
-    found = np.array(
-        [(p.task, p.kept) for of in points.values() for by in of.values() for p in by.values()]
-    )
-    (left, bottom), (right, _) = found.min(0), found.max(0)
-    # curves far from the base model, or from chance, would be a knot in a corner: look closer
-    base_is_far = left - base.task > 1.5 * (right - left)
-    chance_is_far = bottom > 0.3
-    if base_is_far:
-        axes.axhline(1.0, color=INK, linewidth=1, linestyle="--", zorder=1)
-        axes.annotate(
-            f"base model, {base.task:.0%} on the new task", (0, 1.0), xycoords=("axes fraction", "data"),
-            xytext=(6, 4), textcoords="offset points", color=INK, fontsize=10,
-        )  # fmt: skip
-    else:
+    return curves
+
+
+def _draw_base(axes: Any, base: Point, is_far: bool) -> None:
+    """The model before training: a star, or where it lies far off a line with its words."""
+    if not is_far:
         axes.plot(base.task, 1.0, marker="*", markersize=17, color=INK, linestyle="", zorder=4)
-    if not chance_is_far:
-        axes.axhline(0.0, color=FAINT, linewidth=1, linestyle=":")
-        axes.annotate(
-            "chance", (1, 0.0), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-            textcoords="offset points", ha="right", color=FAINT, fontsize=9,
-        )  # fmt: skip
-    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
-    if best is not None:
-        aim = mean_point(points[REFERENCE][best].values()).task
-        ink["aim"].append(np.array([[aim, bottom if chance_is_far else 0.0], [aim, 1.0]]))
-        axes.axvline(aim, color=look[REFERENCE][0], linewidth=1, linestyle=":", alpha=0.8, zorder=1)
-        axes.annotate(
-            f"{REFERENCE}'s best", (aim, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3),
-            textcoords="offset points", ha="right", va="top", color=look[REFERENCE][0], fontsize=9,
-        )  # fmt: skip
-    frame(axes)
-    axes.xaxis.set_major_formatter(percent_axis())
-    axes.yaxis.set_major_formatter(percent_axis())
-    axes.margins(x=0.08, y=0.08)
-    # the base model's 1.0 is always in sight, also where all others keep more, or nearly the same
-    low, high = min(bottom, 1.0), max(float(found[:, 1].max()), 1.0)
+        return
+    axes.axhline(1.0, color=INK, linewidth=1, linestyle="--", zorder=1)
+    axes.annotate(
+        f"base model, {base.task:.0%} on the new task", (0, 1.0), xycoords=("axes fraction", "data"),
+        xytext=(6, 4), textcoords="offset points", color=INK, fontsize=10,
+    )  # fmt: skip
+
+
+def _draw_chance(axes: Any) -> None:
+    axes.axhline(0.0, color=FAINT, linewidth=1, linestyle=":")
+    axes.annotate(
+        "chance", (1, 0.0), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+        textcoords="offset points", ha="right", color=FAINT, fontsize=9,
+    )  # fmt: skip
+
+
+def _draw_aim(axes: Any, aim: float, color: str) -> None:
+    """The task accuracy of the reference at its best."""
+    axes.axvline(aim, color=color, linewidth=1, linestyle=":", alpha=0.8, zorder=1)
+    axes.annotate(
+        f"{REFERENCE}'s best", (aim, 1), xycoords=("data", "axes fraction"), xytext=(-4, -3),
+        textcoords="offset points", ha="right", va="top", color=color, fontsize=9,
+    )  # fmt: skip
+
+
+def _limit(axes: Any, bottom: float, top: float, chance_is_far: bool) -> None:
+    """The base model's 1.0 is always in sight, also where all others keep more, or nearly the same."""
+    low, high = min(bottom, 1.0), max(top, 1.0)
     edge = 0.12 * max(high - low, 0.05)
     floor = low - edge if chance_is_far else min(-0.03, axes.get_ylim()[0])
     axes.set_ylim(top=high + edge if chance_is_far else max(1.08, high + 0.02), bottom=floor)
-    axes.set_xlabel(_new_task(results))
-    axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
-    several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
-    told = "one curve a method over its learning rates"
-    told += " (small numbers)" if len(curves) <= 6 else ""
-    told += "; faint marks: single seeds" if several else ""
-    told += "; dashed: scaled after training" if len(results.curves()) > len(points) else ""
-    told += "" if best is not None else _unlearnt(results)
-    axes.set_title(told, fontsize=9.5, color=FAINT, loc="left")
-    if not base_is_far:
-        ink["base"].append(np.array([[base.task, 1.0]]))
-    words = Words(axes, ink)
-    if not base_is_far:
-        words.add("base model", [(base.task, 1.0)], 10.0, "base", color=INK)
+
+
+def _name_curves(
+    words: Words,
+    curves: Mapping[str, Mapping[Setting, Point]],
+    look: Mapping[str, tuple[str, str]],
+) -> None:
+    """Write each method's name beside its curve, and of a few curves the first and last learning rate."""
     for method, curve in curves.items():
         along = [(p.task, p.kept) for p in sorted(curve.values(), key=lambda p: -p.kept)]
         middle = len(along) // 2
@@ -142,7 +183,6 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
             continue
         for rate, point in (rated[0], rated[-1]):
             words.add(f"{rate:g}", [(point.task, point.kept)], 7.5, method, color=look[method][0])
-    return figure
 
 
 def _panels(results: Results, points: _Placed, base: Point) -> Figure:
