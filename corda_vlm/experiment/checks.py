@@ -61,7 +61,7 @@ def check_experiment(experiment: Experiment, config: Path) -> None:
     if experiment.calibration is not None:
         check_data(experiment.calibration.data, config, root)
     check_class_names(experiment.task.classes, experiment.task.templates, config)
-    check_suite(suite, str(root))
+    check_measured(suite, experiment.eval_options)
 
 
 def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> None:
@@ -78,7 +78,7 @@ def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> 
                 check_data(other, task.source, root)
 
 
-def check_measured(suite: str | Path, options: EvalOptions) -> None:
+def check_measured(suite: str | Path | Suite, options: EvalOptions) -> None:
     """A suite is there with the chosen tasks, and their data, unless what is missing is to be left out."""
     measured = load_suite(suite)
     check_chosen(

@@ -7,6 +7,7 @@ base scores → covariance.safetensors → <variant>/plan.json → <variant>/<ra
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,10 +19,9 @@ from corda_vlm.adapter.attach import whole_modules
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.data import Records, batch_builder
-from corda_vlm.errors import NotFiniteError
+from corda_vlm.errors import DataError, NotFiniteError
 from corda_vlm.evaluation import Cache, done, load_suite, read_rows, task_data
 from corda_vlm.evaluation.diverged import note_diverged, read_diverged
-from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.evaluation.score_file import rows_of
 from corda_vlm.evaluation.scores import BASE, value_text
 from corda_vlm.experiment import steps, study
@@ -88,6 +88,9 @@ def run_experiment(run: Run, *, device: str | None = None) -> Path:
 run = study.run
 
 
+logger = logging.getLogger(__name__)
+
+
 class ExperimentRunner:
     """The steps of one experiment, with what its trainings share: the base model, the data, covariances and plans."""
 
@@ -132,17 +135,31 @@ class ExperimentRunner:
     @cached_property
     def sources(self) -> dict[str, str]:
         """Fingerprints of what the results are made from."""
-        tasks, root = self.suite.tasks, self.data_root
         return {
             "the model": model_fingerprint(self.loaded.model),
             **run_plugins([*named_in_command(), *self.experiment.plugins], self.run.config),
             "the task's data": self.task_data.fingerprint,
-            **{f"the suite's task {task.name!r}": task_digest(task) for task in tasks},
-            **{
-                f"the data of task {task.name!r}": task_data(task, root, self.cache).fingerprint
-                for task in tasks
-            },
+            **{f"the suite's task {name!r}": digest for name, (digest, _) in self.tasks.items()},
+            **{f"the data of task {name!r}": data for name, (_, data) in self.tasks.items()},
         }
+
+    @cached_property
+    def tasks(self) -> dict[str, tuple[str, str]]:
+        """The tasks that are measured, with the digest of each and the fingerprint of its data."""
+        options = self.experiment.eval_options
+        root, tasks = options.data_root or str(self.suite.data_root), {}
+        for task in self.suite.tasks:
+            if options.tasks is not None and task.name not in options.tasks:
+                continue
+            try:
+                data = task_data(task, root, self.cache)
+            except DataError as error:
+                if options.missing == "error":
+                    raise
+                logger.warning("task %s is left out: %s", task.name, error)
+                continue
+            tasks[task.name] = (task_digest(task), data.fingerprint)
+        return tasks
 
     def _load(self, spec: Any) -> Records:
         return steps.load_data(spec, data_root=self.data_root, beside=self.run.config)
@@ -221,12 +238,7 @@ class ExperimentRunner:
             path,
             trained,
             self.suite,
-            replace(
-                narrowed(experiment.evaluation, EvalOptions),
-                tasks=tasks,
-                data_root=experiment.evaluation.data_root or experiment.data_root,
-                bf16=self.precisions[MEASURED_IN],
-            ),
+            replace(experiment.eval_options, tasks=tasks, bf16=self.precisions[MEASURED_IN]),
             scale=scale,
             about={"run": experiment.name, **identity, **facts},
             processor=self.loaded.processor,
@@ -238,9 +250,8 @@ class ExperimentRunner:
 
     def _tasks_left(self, rows: Rows, identity: Mapping[str, Any], scale: float) -> list[str]:
         """Names of the suite's tasks that there are no scores of yet, of one model at one strength."""
-        chosen = self.experiment.evaluation.tasks
         left = self.suite.remaining(done(rows, **identity, scale=scale))
-        return [name for name in left if chosen is None or name in chosen]
+        return [name for name in left if name in self.tasks]
 
     # -------------------------------------------------------------- covariances and plans
 

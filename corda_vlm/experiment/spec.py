@@ -227,6 +227,12 @@ class Experiment(LoadOptions):
             **as_keywords(self.chat_of(data), ChatOptions),
         )
 
+    @property
+    def eval_options(self) -> EvalOptions:
+        """How models are measured, with the experiment's own `data_root` where the evaluation has none."""
+        own = narrowed(self.evaluation, EvalOptions)
+        return own if own.data_root is not None else replace(own, data_root=self.data_root)
+
     def scales_of(self, variant: str) -> list[float]:
         """The strengths besides 1 at which its trained models are measured."""
         own = self.variants[variant].scales

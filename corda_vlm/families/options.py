@@ -68,8 +68,8 @@ class SiteOptions:
     """Which weight matrices of a model are meant.
 
     Attributes:
-        towers: Only these of vision, text, projector and language, e.g. vision,text; the default is all that the model has.
-        roles: Only these of q, k, v, o, up, gate, down, proj, qkv, kv and gate_up, e.g. q,v; the default is all.
+        towers: Only these of vision, text, projector and language (a model of no known family has one, model), e.g. vision,text; the default is all that the model has.
+        roles: Only these of q, k, v, o, up, gate, down, proj, qkv, kv and gate_up (in a model of no known family: linear), e.g. q,v; the default is all.
         targets: Only the nn.Linear layers whose dotted names are like these patterns, in which * is any text, e.g.
             encoder.layer.*.attention.self.query; of a model that no family knows they say what is adapted at all.
     """

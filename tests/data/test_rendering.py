@@ -190,7 +190,7 @@ def test_a_models_own_template_is_under_the_limits(tiny_llm, tmp_path):
     data = load_records({"source": f"jsonl:{path}", "format": "qa"})
     tokenizer.chat_template = ENDLESS["loops that write nothing"]
     try:
-        with pytest.raises(CordaError, match=r"ran for more than .*choose another with template:"):
+        with pytest.raises(CordaError, match=r"ran for more than .*choose another chat template"):
             ConversationBatches(data, tiny_llm.processor)  # before a record is looked at
         tokenizer.chat_template = {"default": TEMPLATES["plain"], "tools": "x"}
         assert Chat(tiny_llm.processor).prompt(ASKED).text == "Question: is it red?\nAnswer:"

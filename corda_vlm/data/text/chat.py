@@ -122,7 +122,7 @@ class Chat:
             found = found.get("default")
         if not isinstance(found, str) or not found:
             raise CordaError(
-                "unknown chat template: this model's tokenizer brings none; name one, template: "
+                "unknown chat template: this model's tokenizer brings none; name one as the chat template: "
                 f"{', '.join(TEMPLATES)}, or a .jinja file"
             )
         return found

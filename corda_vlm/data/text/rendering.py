@@ -33,7 +33,7 @@ _START = 60.0
 _LENGTH, _TIMES = 1_000_000, 16
 """Characters of a text: so many, and so many times those of its messages."""
 
-_REMEDY = "choose another with template: (a name such as plain or chatml, or a .jinja file)"
+_REMEDY = "choose another chat template (a name such as plain or chatml, or a .jinja file)"
 
 
 def render(source: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
