@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from corda_vlm.errors import CordaError
@@ -25,6 +26,17 @@ def require(module: str, extra: str, work: str) -> Any:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there, and lacks one of its own
-        raise CordaError(
-            f"{work} needs the package {package}, which is not installed: pip install 'corda-vlm[{extra}]'"
-        ) from error
+        raise _missing(package, extra, work) from error
+
+
+def check_installed(module: str, extra: str, work: str) -> None:
+    """Raise what `require` would, without importing anything."""
+    package = module.partition(".")[0]
+    if find_spec(package) is None:
+        raise _missing(package, extra, work)
+
+
+def _missing(package: str, extra: str, work: str) -> CordaError:
+    return CordaError(
+        f"{work} needs the package {package}, which is not installed: pip install 'corda-vlm[{extra}]'"
+    )

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from inspect import cleandoc
+from numbers import Number
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -103,7 +104,13 @@ def options_from(kind: type[T], keywords: Mapping[str, Any], function: str) -> T
     for name in keywords:
         if name not in known:
             raise UnknownNameError(f"option of {function}", name, known)
-    return kind(**keywords)
+    return kind(**{name: _plain(value) for name, value in keywords.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy, or a tensor of one number, as Python has it."""
+    item = getattr(value, "item", None)
+    return item() if isinstance(value, Number) and callable(item) else value
 
 
 def option_names(kind: Any) -> list[str]:

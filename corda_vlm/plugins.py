@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from corda_vlm.errors import CordaError, first_line
-from corda_vlm.files import read_bytes, resolve, shown
+from corda_vlm.files import home_path, read_bytes, shown
 from corda_vlm.progress import note
 
 OPTION = "--plugin"
@@ -53,11 +53,11 @@ def run_plugin(path: str | Path, beside: str | Path | None = None) -> str:
     """
     if Path(path).suffix != ".py":
         raise CordaError(f"the plugin {shown(path)} is no Python file; its name ends in .py")
-    found = resolve(path, beside).resolve()
+    found = _find(path, beside)
     source = read_bytes(found, "plugin", CordaError, at_most=10_000_000)
     digest = hashlib.sha256(source).hexdigest()[:16]
     if found not in _digests:
-        note(f"running the plugin {shown(path)}")
+        note(f"running the plugin {shown(found)}")
         _run(found, source)
         _digests[found] = digest
     elif _digests[found] != digest:
@@ -98,6 +98,13 @@ def without_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
             raise CordaError(f"{OPTION} needs a value: {OPTION} FILE.py")
         files.append(file)
     return rest, files
+
+
+def _find(path: str | Path, beside: str | Path | None) -> Path:
+    """The file that is meant: of a config the one beside it, before any in the working directory."""
+    written = home_path(path)
+    places = ([Path(beside).parent / written] if beside is not None else []) + [written]
+    return next((place for place in places if place.is_file()), places[0]).resolve()
 
 
 def _run(path: Path, source: bytes) -> None:

@@ -75,7 +75,7 @@ def test_a_language_model_from_sites_to_export(tiny_llm, saved, tmp_path, monkey
         assert message in capsys.readouterr().err
 
 
-def test_what_is_left_out_or_cut_is_counted(tiny_llm, saved, tmp_path, monkeypatch, capsys):
+def test_what_is_left_out_or_cut_is_counted(tiny_llm, saved, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     model = str(saved(tiny_llm, "my llm"))
     rows = [{"question": f"is {i} even?", "answer": "" if i == 3 else "it may be"} for i in range(12)]  # fmt: skip
@@ -85,7 +85,7 @@ def test_what_is_left_out_or_cut_is_counted(tiny_llm, saved, tmp_path, monkeypat
     calibrate = ["calibrate", model, data, "--batch-size=4", *cut]
     main(calibrate)
     said = capsys.readouterr()
-    assert "1 record is left out, the first qa.jsonl, line 4" in said.err
+    assert "1 record is left out, the first qa.jsonl, line 4" in caplog.text
     assert "11 records were cut to 4 tokens" in said.err
     assert f"wrote covariance.safetensors. Next: corda-vlm init '{model}'" in said.out
     main(calibrate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -14,7 +14,15 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.experiment.spec import Calibration, Evaluation, Variant
 from corda_vlm.methods import MethodRequest, get_method
 from corda_vlm.names import check_name
-from corda_vlm.options import Count, Items, NotNegative, check_options, read_options
+from corda_vlm.options import (
+    Count,
+    Items,
+    NotNegative,
+    check_options,
+    options_from,
+    read_options,
+)
+from corda_vlm.plan.options import PlanOptions
 from corda_vlm.train import TrainOptions
 
 
@@ -180,3 +188,28 @@ def test_of_thousands_of_choices_a_few_are_shown():
     assert "and 4,940 more" in str(error)
     assert "Did you mean 'class-77'" in str(error)
     assert len(str(UnknownNameError("name", "x" * 10**6, ["y"]))) < 2000
+
+
+def test_numbers_of_numpy_are_taken_as_keywords():
+    import numpy as np
+
+    options = options_from(PlanOptions, {"rank": np.int64(8), "damping": np.float32(0.5)}, "plan")
+    assert (options.rank, options.damping) == (8, 0.5)
+    assert (type(options.rank), type(options.damping)) == (int, float)
+    with pytest.raises(UnknownNameError, match=r"option of plan 'ranks'.*Did you mean 'rank'"):
+        options_from(PlanOptions, {"ranks": 8}, "plan")
+
+
+def test_a_training_left_open_is_three_epochs_of_the_loss_that_the_data_mean():
+    assert replace(TrainOptions(), steps=5).steps == 5, "nothing is filled in before it is asked"
+    assert (TrainOptions().complete(None).loss, TrainOptions().complete("qa").loss) == ("prompt", "next_token")  # fmt: skip
+    assert TrainOptions().complete(None).epochs == 3
+    assert TrainOptions(steps=5).complete(None).epochs is None
+
+
+def test_a_former_name_is_taken_and_said(caplog):
+    read = read_options(TrainOptions, {"template": "plain", "steps": 1}, "former.yaml")
+    assert read.chat_template == "plain"
+    assert "template is now called chat_template" in caplog.text
+    with pytest.raises(CordaError, match="chat_template is given twice"):
+        read_options(TrainOptions, {"template": "a", "chat_template": "b"}, "former.yaml")

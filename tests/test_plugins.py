@@ -67,11 +67,14 @@ def config(tmp_path):
     return write
 
 
-def test_a_config_runs_the_plugin_beside_it_and_says_so(config, capsys):
+def test_a_config_runs_the_plugin_beside_it_and_says_so(config, capsys, tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "own.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path / "cwd")
     with pytest.raises(UnknownNameError, match="method of variant 'biases'"):
         load_experiment(config())
     assert load_experiment(config(plugins=["own.py"])).plugins == ["own.py"]
-    assert capsys.readouterr().out == "running the plugin own.py\n"
+    assert capsys.readouterr().out == f"running the plugin {tmp_path / 'own.py'}\n"
     assert "biases" in METHODS
     load_experiment(config(plugins=["own.py"]))
     assert capsys.readouterr().out == "", "once in a process"
@@ -117,7 +120,7 @@ def test_every_verb_takes_it_on_the_command_line(config, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     config()
     main(["run", "small.yaml", "--plugin", "own.py", "--output", "out"])
-    assert "running the plugin own.py" in capsys.readouterr().out
+    assert f"running the plugin {tmp_path / 'own.py'}" in capsys.readouterr().out
     assert "the plugin 'own.py'" in json.loads((tmp_path / "out" / "made-from.json").read_text())
     assert "--plugin own.py" in (tmp_path / "out" / "report.md").read_text()
     assert named_in_command() == ()
@@ -125,7 +128,7 @@ def test_every_verb_takes_it_on_the_command_line(config, tmp_path, capsys, monke
     assert "parameters" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["sites", "emoji-clip", "--plugin", "gone.py"])
-    assert "no file 'gone.py'" in capsys.readouterr().err
+    assert "gone.py" in capsys.readouterr().err
 
 
 def test_a_command_without_its_plugins():
@@ -155,7 +158,7 @@ def test_what_cannot_be_run_is_named(name, text, why, tmp_path):
 
 
 def test_a_file_that_is_not_there_or_is_none(tmp_path):
-    with pytest.raises(CordaError, match="no file"):
+    with pytest.raises(CordaError, match="no plugin at .*gone"):
         run_plugin("gone.py", tmp_path / "config.yaml")
     (tmp_path / "folder.py").mkdir()
     with pytest.raises(CordaError, match="a plugin was expected"):

@@ -78,7 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if (folder / TRAINED).is_file() and not (folder / CONFIG).is_file():
         raise ForeignFileError(
-            f"{shown(folder)} holds a model that was trained in full, and no adapter; corda_vlm.evaluation.load_trained "
+            f"{shown(folder)} holds a model that was trained in full, and no adapter; corda_vlm.train.trained.load_trained "
             "(evaluate --adapter) loads it"
         )
     path = folder / CONFIG

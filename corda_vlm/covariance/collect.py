@@ -119,6 +119,7 @@ def collect_covariance(
         job = replace(job, precision=_precision(begun, device or next(model.parameters()).device))
     if saved is not None and _is_complete(saved, job, path, asked.blockwise):
         _log.info("%s is finished already", path)
+        _tidy(path)
         return saved
     # Only now: the processes of a distributed run had to agree before one of them may be turned away.
     lock = nullcontext() if path is None else locked(path)
@@ -196,6 +197,16 @@ def _is_complete(
             "give another path, or delete the file to start anew"
         )
     return saved.progress.complete
+
+
+def _tidy(path: Path | None) -> None:
+    """Remove what a process that was killed at its very end left beside a finished file: its lock, and its blocks."""
+    assert path is not None
+    with (
+        suppress(CordaError, OSError),
+        locked(path),
+    ):  # of others that are at work, or where nothing can be written
+        discard(folder_of(path))
 
 
 def _collected(

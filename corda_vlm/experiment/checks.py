@@ -20,6 +20,7 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.evaluation.suite import Suite, load_suite
 from corda_vlm.experiment.folder import check_claim
 from corda_vlm.experiment.spec import Experiment, Run, StudyRun
+from corda_vlm.extras import check_installed
 from corda_vlm.families.loading.sources import check_family, check_source
 from corda_vlm.files import check_path, entries, shown
 from corda_vlm.run_files import STUDY
@@ -31,6 +32,7 @@ def check_run(run: Run | StudyRun) -> None:
         _check_study(run)
         return
     check_chosen(run.only, run.experiment.variants, "variant")
+    check_installed("matplotlib", "report", "The report of a run")
     check_output(run.folder, folder=True)
     check_experiment(run.experiment, run.config)
     check_claim(run.folder, run.experiment, run.fresh)

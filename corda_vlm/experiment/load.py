@@ -174,7 +174,8 @@ def _parse_one(
     _override_all(content, overrides)
     if plugins:
         others = content.get("plugins") or []
-        content["plugins"] = [*plugins, *(one for one in others if one not in plugins)]
+        if isinstance(others, list):  # what it must be is said below
+            content["plugins"] = [*plugins, *(one for one in others if one not in plugins)]
     _run_plugins(content, path)
     return parse_experiment(content, f"{where}, experiment {name!r}")
 

@@ -19,7 +19,7 @@ from corda_vlm.adapter.attach import whole_modules
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.data import Records, batch_builder
-from corda_vlm.errors import DataError, NotFiniteError
+from corda_vlm.errors import CordaError, DataError, NotFiniteError
 from corda_vlm.evaluation import Cache, done, load_suite, read_rows, task_data
 from corda_vlm.evaluation.diverged import note_diverged, read_diverged
 from corda_vlm.evaluation.score_file import rows_of
@@ -37,7 +37,7 @@ from corda_vlm.experiment.origin import (
 )
 from corda_vlm.experiment.spec import Run, Training
 from corda_vlm.families import load_model
-from corda_vlm.families.options import LoadOptions
+from corda_vlm.families.options import LoadOptions, SiteOptions
 from corda_vlm.files import write_json
 from corda_vlm.locks import locked
 from corda_vlm.methods import METHODS, MethodRequest
@@ -187,15 +187,25 @@ class ExperimentRunner:
     def _check_variants(self) -> None:
         """Refuse what a variant asks of layers that the model has not."""
         model, experiment = self.loaded.model, self.experiment
-        sites = [
-            site.name
-            for site in find_sites(model, towers=experiment.towers, targets=experiment.targets)
-        ]
-        shapes = {name: site_shape(model, name) for name in sites}
         for name, variant in experiment.variants.items():
-            whole_modules(model, variant.modules_to_save, sites)
-            if METHODS[experiment.method_of(name)].has_rank and not variant.dynamic_rank:
-                check_rank(shapes, experiment.request(name).rank)
+            method, request = METHODS[experiment.method_of(name)], experiment.request(name)
+            sites = find_sites(model, **as_keywords(request, SiteOptions))
+            names = [site.name for site in sites]
+            whole_modules(model, variant.modules_to_save, names)
+            if method.has_rank and not variant.dynamic_rank:
+                check_rank({name: site_shape(model, name) for name in names}, request.rank)
+            for of in method.covariances:
+                self._check_calibrated(name, names, of)
+
+    def _check_calibrated(self, variant: str, sites: Sequence[str], of: str) -> None:
+        """Refuse a variant of which a layer would have no covariance."""
+        options = self.experiment.calibration_options(of)
+        calibrated = {site.name for site in steps.calibrated_sites(self.loaded, options)}
+        if left_out := [name for name in sites if name not in calibrated]:
+            raise CordaError(
+                f"variant {variant!r} adapts {left_out[0]}, and the covariances of the {of} are taken of other layers; let "
+                "the towers, roles and targets of `calibration` hold those of the variant"
+            )
 
     def begin(self) -> None:
         """Make the folder this run's, which deletes former results if they are not wanted, and say what it is."""

@@ -44,8 +44,9 @@ def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
     """
     check_source(source)
     family, asked = options.get("family", "auto"), _in_words(options)
-    how = _How(getattr(torch, asked.dtype), asked.device_map)
-    device = _usable(asked.device)
+    dtype, device = options.get("dtype", asked.dtype), options.get("device", asked.device)
+    how = _How(getattr(torch, dtype) if isinstance(dtype, str) else dtype, asked.device_map)
+    device = _usable(device)
     with loading(asked.trust_remote_code):
         if (path := home_path(source)).suffix == ".gguf" and path.is_file():
             source = converted(path)
@@ -57,13 +58,13 @@ def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
 
 
 def _in_words(keywords: LoadKeywords) -> LoadOptions:
-    """The options by their names, where the family, the dtype or the device itself was given too."""
+    """The options that were given by their names; a dtype or a device itself needs no check."""
     given: dict[str, Any] = dict(keywords)
     if isinstance(family := given.get("family"), Family):
         given["family"] = family.name
-    for name in ("dtype", "device"):
-        if name in given:
-            given[name] = str(given[name]).removeprefix("torch.")
+    for name, kind in (("dtype", torch.dtype), ("device", (torch.device, int))):
+        if isinstance(given.get(name), kind):
+            del given[name]
     return options_from(LoadOptions, given, "load_model")
 
 
@@ -100,7 +101,7 @@ class _How:
             return family.load(source, self.dtype, **options)
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def _usable(device: str | int | torch.device) -> torch.device:
     """`device`, once a number could be put there: better told before a model is read than after."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -58,7 +58,7 @@ class LoadKeywords(TypedDict, total=False):
 
     family: str | Family
     dtype: Dtype | torch.dtype
-    device: str | torch.device
+    device: str | int | torch.device
     device_map: Any
     trust_remote_code: bool
 

@@ -111,9 +111,8 @@ def train(
         TrainingInterrupted: Ctrl-C.
     """
     output = Path(output_dir)
-    options = replace(
-        options, bf16=_bf16(options, output, model), loss=options.loss_for(data.spec.format)
-    )
+    options = options.complete(data.spec.format)
+    options = replace(options, bf16=_bf16(options, output, model))
     family = detect_family(unwrap(model))
     objective = make_objective(options, model, family, processor, data, classes, templates)
     check_trainable(model, objective, options)

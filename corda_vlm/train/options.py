@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -92,9 +92,7 @@ class TrainOptions(ChatOptions):
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.steps is None and self.epochs is None:
-            object.__setattr__(self, "epochs", _EPOCHS)
-        elif self.steps is not None and self.epochs is not None:
+        if self.steps is not None and self.epochs is not None:
             raise CordaError(
                 f"give steps or epochs, one of the two (steps={self.steps}, epochs={self.epochs})"
             )
@@ -103,6 +101,12 @@ class TrainOptions(ChatOptions):
                 f"train_head belongs to the prompt loss, and this is the {self.loss} loss: "
                 "a linear head is always trained, the contrastive loss has none"
             )
+
+    def complete(self, format: str | None) -> TrainOptions:
+        """With what is left open as it is meant for data of this format: the loss, and three epochs."""
+        open_ended = self.steps is None and self.epochs is None
+        epochs = _EPOCHS if open_ended else self.epochs
+        return replace(self, loss=self.loss_for(format), epochs=epochs)
 
     def loss_for(self, format: str | None) -> Loss:
         """The loss that is meant for data of this format; never "auto"."""

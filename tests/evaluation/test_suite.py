@@ -201,7 +201,7 @@ def test_what_evaluate_refuses(loaded: Loaded, colour_folder: Path) -> None:
         evaluate(loaded, suite, tasks=["colors"])
     with pytest.raises(CordaError, match=r"evaluate needs the processor.*CLIPModel.*load_model"):
         evaluate(loaded.model, suite)
-    with pytest.raises(UnknownNameError, match="missing data"):
+    with pytest.raises(UnknownNameError, match="unknown missing"):
         evaluate(loaded, suite, missing="ignore")
 
 

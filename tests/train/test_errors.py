@@ -81,7 +81,6 @@ def test_data_that_lacks_what_the_loss_needs(tiny_open_clip, digits, processor, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give steps or epochs"),
         ({"steps": 1, "epochs": 1.0}, "give steps or epochs"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 1, "learning_rate": -1.0}, "learning_rate is -1"),

@@ -246,7 +246,7 @@ def test_a_folder_of_another_training_is_refused(
         again(lora(other))
     again(lora(copy.deepcopy(base)), save_every=3, log_every=1)  # what changes no weight may change
     begun = json.loads((tmp_path / "train.json").read_text())
-    del begun["options"]["template"]
+    del begun["options"]["chat_template"]
     (tmp_path / "train.json").write_text(json.dumps(begun))
     again(lora(copy.deepcopy(base)))  # begun before there was such an option
 

@@ -20,6 +20,7 @@ from corda_vlm.data.text.rows import Message
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Processor
 from corda_vlm.families.generative.language import ALONG_TOKENS, IGNORED, LanguageProcessor, Sample
+from corda_vlm.options import narrowed
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class ConversationBatches:
                 f"{data.spec}: has images, and this model reads text alone; leave them out with image: null"
             )
         self.data, self.processor, self.workers = data, processor, workers
-        self.options = chat or ChatOptions()
+        # of a stage's options those of conversations alone, by which the cache of samples is shared
+        self.options = narrowed(chat or ChatOptions(), ChatOptions)
         self.chat = Chat(processor, self.options.chat_template)
         if data.texts is None:  # documents need no template
             self.chat.check()
