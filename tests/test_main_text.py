@@ -86,8 +86,8 @@ def test_what_is_left_out_or_cut_is_counted(tiny_llm, saved, tmp_path, monkeypat
     main(calibrate)
     said = capsys.readouterr()
     assert "1 record is left out, the first qa.jsonl, line 4" in caplog.text
-    assert "11 records were cut to 4 tokens" in said.err
-    assert f"wrote covariance.safetensors. Next: corda-vlm init '{model}'" in said.out
+    assert "11 records were cut to 4 tokens" in caplog.text
+    assert f"wrote covariance.safetensors. Next: corda-vlm plan '{model}'" in said.out
     main(calibrate)
     assert "covariance.safetensors was complete before. Next:" in capsys.readouterr().out
 

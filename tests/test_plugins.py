@@ -158,7 +158,7 @@ def test_what_cannot_be_run_is_named(name, text, why, tmp_path):
 
 
 def test_a_file_that_is_not_there_or_is_none(tmp_path):
-    with pytest.raises(CordaError, match="no plugin at .*gone"):
+    with pytest.raises(CordaError, match=r"no plugin at .*gone"):
         run_plugin("gone.py", tmp_path / "config.yaml")
     (tmp_path / "folder.py").mkdir()
     with pytest.raises(CordaError, match="a plugin was expected"):

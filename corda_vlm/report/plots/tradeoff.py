@@ -56,7 +56,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     every = np.array(
         [(p.task, p.kept) for of in points.values() for by in of.values() for p in by.values()]
     )
-    (left, bottom), (right, _) = every.min(0), every.max(0)
+    (left, bottom), (right, top) = every.min(0).tolist(), every.max(0).tolist()
     # curves far from the base model, or from chance, would be a knot in a corner: look closer
     base_is_far = left - base.task > 1.5 * (right - left)
     chance_is_far = bottom > 0.3
@@ -72,7 +72,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     axes.xaxis.set_major_formatter(percent_axis())
     axes.yaxis.set_major_formatter(percent_axis())
     axes.margins(x=0.08, y=0.08)
-    _limit(axes, bottom, float(every[:, 1].max()), chance_is_far)
+    _limit(axes, bottom, top, chance_is_far)
     axes.set_xlabel(_new_task(results))
     axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
     several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
