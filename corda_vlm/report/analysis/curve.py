@@ -52,7 +52,7 @@ class Curve:
         task, kept = self._ends.T
         found = np.where(task >= wanted, kept, -np.inf).max(1, initial=-np.inf)
         left, from_, right, to = self._lines.T
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):  # of lines that `inside` leaves out
             between = from_ + (wanted - left) / (right - left) * (to - from_)
         inside = (left < wanted) & (wanted < right)
         found = np.maximum(found, np.where(inside, between, -np.inf).max(1, initial=-np.inf))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from corda_vlm.errors import DataError
@@ -126,6 +126,7 @@ def test_scaling_goes_down_to_the_base_model() -> None:
     st.lists(st.tuples(st.floats(0, 1), st.floats(-0.2, 1)), min_size=1, max_size=6),
     st.lists(st.floats(0, 1), min_size=2, max_size=5),
 )
+@example([(0.0, 0.0), (5e-324, 0.0)], [0.0, 1.0])
 @settings(max_examples=80, deadline=None)
 def test_a_frontier_never_rises(points: list[tuple[float, float]], tasks: list[float]) -> None:
     found = [kept_at(curve(*points), task) for task in sorted(tasks)]
