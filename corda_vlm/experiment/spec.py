@@ -49,6 +49,7 @@ class Calibration(CalibrationOptions):
     """
 
     data: str | dict[str, Any]
+    chat_template: Text | None = field(default=None, kw_only=True)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,21 +212,20 @@ class Experiment(LoadOptions):
             own = {name: value for name, value in own.items() if name in known}
             return ChatOptions(**{"chat_template": self.chat_template, **own})
         assert self.calibration is not None  # who asks for covariances has one
-        chat = narrowed(self.calibration, ChatOptions)
-        given = chat.chat_template != ChatOptions.chat_template
-        return chat if given else replace(chat, chat_template=self.chat_template)
+        own = as_keywords(self.calibration, ChatOptions)
+        if own["chat_template"] is None:
+            own["chat_template"] = self.chat_template
+        return ChatOptions(**own)
 
     def calibration_options(self, data: str) -> CalibrationOptions:
         """How covariances are taken of the "knowledge", or of the new "task", which has no rounds."""
         assert self.calibration is not None  # who asks for covariances has one
-        own = narrowed(self.calibration, CalibrationOptions)
-        return replace(
-            own,
-            towers=self.towers if own.towers is None else own.towers,
-            targets=self.targets if own.targets is None else own.targets,
-            rounds=own.rounds if data == "knowledge" else 1,
-            **as_keywords(self.chat_of(data), ChatOptions),
-        )
+        own = as_keywords(self.calibration, CalibrationOptions)
+        for name in ("towers", "targets"):
+            if own[name] is None:
+                own[name] = getattr(self, name)
+        own |= as_keywords(self.chat_of(data), ChatOptions)
+        return CalibrationOptions(**{**own, "rounds": own["rounds"] if data == "knowledge" else 1})
 
     @property
     def eval_options(self) -> EvalOptions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -56,73 +56,70 @@ def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -
 
 
 def trained_table(results: Results, brief: bool = False, scaled: bool = False) -> Table:
-    tasks = list(results.gain) + list(results.retention)
+    """Every setting of every method, with its score on each task and what it keeps.
+
+    Args:
+        brief: means alone, without the seeds' range and the tasks' metrics.
+        scaled: the models that were scaled after training, in place of the others.
+    """
+    tasks = [*results.gain, *results.retention]
     headings = ["method", "learning rate"] + (["scale"] if scaled else [])
     for task in tasks:
         role = "gain" if task in results.gain else "kept"
-        headings.append(f"{task} {results.primary[task]}" if not brief else f"{task} ({role})")
-    headings.append("kept share")
-    rows = []
-    base = results.base_point
+        headings.append(f"{task} ({role})" if brief else f"{task} {results.primary[task]}")
     as_text = {task: partial(value_text, results.primary[task]) for task in tasks}
     cells = [as_text[t](results.base[t]) if t in results.base else ABSENT for t in tasks]
-    rows.append(
-        [BASE, ABSENT, *([ABSENT] if scaled else []), *cells, percent(1.0) if base else ABSENT]
-    )
+    scale = [ABSENT] if scaled else []
+    rows = [[BASE, ABSENT, *scale, *cells, percent(1.0) if results.base_point else ABSENT]]
     shares: list[float] = []
+    for method, setting in _settings(results, scaled):
+        seeds = results.trained.get(method, {}).get(setting, {})
+        row = [method, ABSENT if setting.learning_rate is None else f"{setting.learning_rate:g}"]
+        row += [f"{setting.scale:g}"] if scaled else []
+        for task in tasks:
+            measured = [s[task] for s in seeds.values() if task in s]
+            row.append(_spread(measured, brief, as_text[task]))
+        placed = [p.kept for s in seeds.values() if (p := results.point(s))]
+        if lost := len(results.lost_seeds(method, setting.learning_rate)):
+            some = f" in {lost} of {lost + len(seeds)} seeds" if seeds else ""
+            rows.append([*row, f"diverged{some}"])
+            continue
+        shares += [float(np.mean(placed))] if brief and placed else placed
+        rows.append([*row, _spread(placed, brief)])
+    return Table(_about_trained(results) + over_all_told(shares), [*headings, "kept share"], rows)
+
+
+def _settings(results: Results, scaled: bool) -> Iterator[tuple[str, Setting]]:
+    """The methods with their settings, by learning rate; of those that were not scaled the diverged ones too."""
     for method in dict.fromkeys([*results.trained, *(name for name, _, _ in results.diverged)]):
         settings = set(results.trained.get(method, ()))
         if not scaled:
             settings |= {Setting(rate) for name, rate, _ in results.diverged if name == method}
         for setting in sorted(settings, key=lambda s: (s.learning_rate or 0.0, -s.scale)):
-            if (setting.scale != 1.0) != scaled:
-                continue
-            seeds = results.trained.get(method, {}).get(setting, {})
-            row = [
-                method,
-                ABSENT if setting.learning_rate is None else f"{setting.learning_rate:g}",
-            ]
-            row += [f"{setting.scale:g}"] if scaled else []
-            for task in tasks:
-                measured = [s[task] for s in seeds.values() if task in s]
-                row.append(_spread(measured, brief, as_text[task]))
-            placed = [p.kept for s in seeds.values() if (p := results.point(s))]
-            lost = len(results.lost_seeds(method, setting.learning_rate))
-            if lost:
-                rows.append(
-                    [
-                        *row,
-                        "diverged" + (f" in {lost} of {lost + len(seeds)} seeds" if seeds else ""),
-                    ]
-                )
-                continue
-            shares += [float(np.mean(placed))] if brief and placed else placed
-            rows.append([*row, _spread(placed, brief)])
+            if (setting.scale != 1.0) == scaled:
+                yield method, setting
+
+
+def _about_trained(results: Results) -> str:
+    """What the numbers of a table of trained models are."""
     seeds = len(results.seeds)
-    unknown = [task for task in results.retention if task not in results.known]
-    left_out = (
-        f" The base model does no better than chance on {listed(unknown)}, so it does not count there."
-        if unknown
-        else ""
+    about = (
+        f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
     )
+    about += f"Gain: {listed(results.gain)}. Retention: {listed(results.retention)}. Kept share: 100% is "
+    about += "the base model, 0% is chance, the mean over the retention tasks."
+    if unknown := [task for task in results.retention if task not in results.known]:
+        about += f" The base model does no better than chance on {listed(unknown)}, so it does not count there."
     if "token_probability" in results.primary.values():
-        left_out += (
+        about += (
             " Token probability is exp of the mean log-likelihood a token, in nats: 1% is −4.6."
         )
     if results.diverged:
-        left_out += (
+        about += (
             " Diverged: the loss, the weights or the outputs became NaN or Inf, which is no score; a setting of which a seed "
             "diverged is in no curve and no comparison."
         )
-    left_out += over_all_told(shares)
-    means = (
-        f"Means over {seeds} seeds, in brackets the lowest and the highest. " if seeds > 1 else ""
-    )
-    return Table(
-        f"{means}Gain: {listed(results.gain)}. Retention: {listed(results.retention)}. Kept share: 100% is "
-        f"the base model, 0% is chance, the mean over the retention tasks.{left_out}",
-        headings, rows,
-    )  # fmt: skip
+    return about
 
 
 def base_table(results: Results) -> Table:

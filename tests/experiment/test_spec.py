@@ -148,3 +148,15 @@ def test_trainings_go_seed_by_seed():
 def test_a_wrong_experiment_names_what_is_wrong(changes, error, message):
     with pytest.raises(error, match=message):
         parse_experiment(demo(**changes), "demo.yaml")
+
+
+def test_the_chat_template_of_the_calibration_is_its_own_where_it_has_one():
+    from corda_vlm.experiment.load import load_experiment
+
+    def template(*overrides):
+        experiment = load_experiment(asset("configs/smollm2.yaml"), overrides)
+        return experiment.calibration_options("knowledge").chat_template
+
+    assert template() == "plain", "the experiment's"
+    assert template("calibration.chat_template=auto") == "auto"
+    assert template("calibration.chat_template=vicuna") == "vicuna"
