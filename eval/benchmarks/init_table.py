@@ -32,7 +32,8 @@ def report(out: Path, threads: int) -> None:
         peer = next((other for other in rows if _peers(row, other)), None)
         if peer is not None:
             row["times_faster"] = peer["seconds"]["total"] / row["seconds"]["total"]
-            row["memory_share"] = row["peak_mb"] / peer["peak_mb"]
+            # a peak below a MiB is one that was not seen: memory freed before was taken again
+            row["memory_share"] = row["peak_mb"] / max(peer["peak_mb"], 1.0)
         if rates is not None and "flops" in row:
             row["floor_seconds"] = _floor(row, rates["gflops"])
     results = {**(rates or {}), "threads": threads, "rank": RANK, "rows": rows}
