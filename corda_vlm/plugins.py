@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 from corda_vlm.errors import CordaError, first_line
 from corda_vlm.files import home_path, read_bytes, shown
@@ -67,13 +67,20 @@ def run_plugin(path: str | Path, beside: str | Path | None = None) -> str:
     return digest
 
 
-def run_plugins(paths: Sequence[str], beside: str | Path | None = None) -> dict[str, str]:
+def run_plugins(
+    paths: Sequence[str],
+    beside: str | Path | None = None,
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
     """Run several, in this order; returns "the plugin NAME" -> digest, for what results are made from.
+
+    Args:
+        others: what this function returned of plugins that are named elsewhere; they are in the answer too.
 
     Raises:
         CordaError: as of `run_plugin`, or two that differ have one name.
     """
-    digests: dict[str, str] = {}
+    digests = dict(others)
     for path in paths:
         name, digest = f"the plugin {Path(path).name!r}", run_plugin(path, beside)
         if digests.setdefault(name, digest) != digest:

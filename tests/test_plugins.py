@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -9,7 +10,8 @@ import yaml
 
 from corda_vlm.__main__ import main
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.experiment.load import load_experiment, load_study
+from corda_vlm.experiment.load import load_experiment, load_study, read_run
+from corda_vlm.experiment.runner import ExperimentRunner
 from corda_vlm.experiment.study import run
 from corda_vlm.methods import METHODS
 from corda_vlm.plugins import named_in_command, of_command, run_plugin, without_plugins
@@ -183,3 +185,18 @@ def test_two_of_one_name_are_refused_and_no_bytecode_is_left(tmp_path):
     with pytest.raises(CordaError, match=r"two plugins are called 'own\.py'"), of_command(files):
         pass
     assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_a_plugin_of_the_command_is_the_one_that_ran_also_where_another_lies_beside_the_config(
+    config, tmp_path, monkeypatch, capsys
+):
+    """What results are made from names the file that the command meant, and runs no other."""
+    path = config()
+    (tmp_path / "cwd").mkdir()
+    own = (tmp_path / "own.py").read_text()
+    (tmp_path / "cwd" / "own.py").write_text(own)
+    (tmp_path / "own.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path / "cwd")
+    with of_command(["own.py"]):
+        sources = ExperimentRunner(read_run(path, output=tmp_path / "out"), "cpu").sources
+    assert sources["the plugin 'own.py'"] == hashlib.sha256(own.encode()).hexdigest()[:16]

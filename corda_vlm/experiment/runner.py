@@ -24,7 +24,7 @@ from corda_vlm.evaluation import Cache, done, load_suite, read_rows, task_data
 from corda_vlm.evaluation.diverged import note_diverged, read_diverged
 from corda_vlm.evaluation.score_file import rows_of
 from corda_vlm.evaluation.scores import BASE, value_text
-from corda_vlm.experiment import steps, study
+from corda_vlm.experiment import steps
 from corda_vlm.experiment.folder import check_claim, claim
 from corda_vlm.experiment.origin import (
     MEASURED_IN,
@@ -85,9 +85,6 @@ def run_experiment(run: Run, *, device: str | None = None) -> Path:
     return run.folder
 
 
-run = study.run
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -137,7 +134,9 @@ class ExperimentRunner:
         """Fingerprints of what the results are made from."""
         return {
             "the model": model_fingerprint(self.loaded.model),
-            **run_plugins([*named_in_command(), *self.experiment.plugins], self.run.config),
+            **run_plugins(
+                self.experiment.plugins, self.run.config, run_plugins(named_in_command())
+            ),
             "the task's data": self.task_data.fingerprint,
             **{f"the suite's task {name!r}": digest for name, (digest, _) in self.tasks.items()},
             **{f"the data of task {name!r}": data for name, (_, data) in self.tasks.items()},
