@@ -128,6 +128,12 @@ def narrowed(options: Any, kind: type[T]) -> T:
     return kind(**as_keywords(options, kind))
 
 
+def renamed(kind: Any, content: Mapping[str, T]) -> dict[str, T]:
+    """What is given by the names that options had, by those that they have; for what was written before."""
+    former = getattr(kind, "FORMER", {})
+    return {former.get(name, name): value for name, value in content.items()}
+
+
 @cache
 def current_name(kind: Any, name: str, where: str) -> str:
     """The name that an option has today, with a line in the log for who wrote a former one."""

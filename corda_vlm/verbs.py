@@ -250,11 +250,11 @@ def evaluate(
     """
     strengths = checks.check_strengths(scales, adapter)
     checks.check_source(model)
-    checks.check_measured(suite, options)
+    measured = checks.check_measured(suite, options)
     if adapter is not None:
         checks.check_folder(adapter, "training's", "make it by corda-vlm train")
     checks.check_output(output)
-    from corda_vlm.evaluation import Cache, load_suite
+    from corda_vlm.evaluation import Cache
     from corda_vlm.evaluation.score_file import check_scores
     from corda_vlm.experiment import steps
     from corda_vlm.train.trained import Trained, load_trained
@@ -270,7 +270,7 @@ def evaluate(
         for result, rows in steps.measure_into(
             output,
             trained,
-            load_suite(suite),
+            measured,
             options,
             scale=scale,
             about={"run": Path(output or "").stem, "method": method},

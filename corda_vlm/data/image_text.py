@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from corda_vlm.data.records import Records
-from corda_vlm.errors import DataError, UnknownNameError
+from corda_vlm.errors import DataError
 from corda_vlm.families.base import Processor
+from corda_vlm.families.options import chosen_names
 
 INPUT_TOWERS = ("vision", "text")
 """The towers of which a batch of these records can hold the inputs."""
@@ -131,14 +132,10 @@ class _Pixels:
 
 def _towers(data: Records, asked: Sequence[str] | str | None) -> tuple[str, ...]:
     has = {"vision": data.has_images, "text": data.texts is not None}
-    if asked is None:
+    chosen = chosen_names("tower of a batch", asked, INPUT_TOWERS)
+    if chosen is None:
         return tuple(tower for tower in INPUT_TOWERS if has[tower])
-    chosen = (
-        [tower.strip() for tower in asked.split(",")] if isinstance(asked, str) else list(asked)
-    )
     for tower in chosen:
-        if tower not in INPUT_TOWERS:
-            raise UnknownNameError("tower of a batch", tower, INPUT_TOWERS)
         if not has[tower]:
             thing = {"vision": "pictures", "text": "texts"}[tower]
             raise DataError(

@@ -80,14 +80,15 @@ def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> 
                 check_data(other, task.source, root)
 
 
-def check_measured(suite: str | Path | Suite, options: EvalOptions) -> None:
-    """A suite is there with the chosen tasks, and their data, unless what is missing is to be left out."""
+def check_measured(suite: str | Path | Suite, options: EvalOptions) -> Suite:
+    """A suite is there with the chosen tasks, and their data, unless what is missing is to be left out. Returns it."""
     measured = load_suite(suite)
     check_chosen(
         options.tasks, [task.name for task in measured.tasks], f"task of suite {measured.name}"
     )
     if options.missing == "error":
         check_suite(measured, str(options.data_root or measured.data_root), options.tasks)
+    return measured
 
 
 def check_strengths(scales: str | None, adapter: str | None) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.experiment.load import load_former
 from corda_vlm.experiment.spec import Experiment
 from corda_vlm.files import check_path, clear, entries, read_json, write_json, write_text
+from corda_vlm.options import renamed
 from corda_vlm.progress import note
 from corda_vlm.run_files import BEGUN, CONFIG, MADE_FROM, MARKER, PATTERNS, PLAN
 from corda_vlm.train.options import RESUME_SAFE_OPTIONS, TrainOptions
@@ -182,22 +183,21 @@ def _decisive(experiment: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def without(mapping: Mapping[str, Any] | None, *keys: str) -> dict[str, Any]:
-        former = (
-            TrainOptions.FORMER
-        )  # of options of a training, which are kept as they were written
-        named = {former.get(key, key): value for key, value in (mapping or {}).items()}
-        return {key: value for key, value in named.items() if key not in keys}
+        return {key: value for key, value in (mapping or {}).items() if key not in keys}
+
+    def deciding(training: Mapping[str, Any]) -> dict[str, Any]:
+        return without(renamed(TrainOptions, training), *RESUME_SAFE_OPTIONS)
 
     return {
         # of plugins their content counts; and another machine gives the same results
         **without(experiment, "title", "seeds", "plugins", "device", "device_map"),
         "calibration": without(experiment["calibration"], "checkpoint_share"),
         "evaluation": without(experiment["evaluation"], "scales", "batch_size", "workers"),
-        "training": without(experiment["training"], *RESUME_SAFE_OPTIONS),
+        "training": deciding(experiment["training"]),
         "variants": {
             name: {
                 **without(variant, "learning_rates", "scales"),
-                "training": without(variant["training"], *RESUME_SAFE_OPTIONS),
+                "training": deciding(variant["training"]),
             }
             for name, variant in experiment["variants"].items()
         },

@@ -79,9 +79,7 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Experiment | Stu
     content = _read(path)
     if _is_study(content):
         return _parse_study(content, resolve(path), overrides)
-    _override_all(content, overrides)
-    _run_plugins(content, path)
-    return parse_experiment(content, str(path))
+    return _parse_experiment(content, path, overrides)
 
 
 def load_experiment(path: str | Path, overrides: Overrides = ()) -> Experiment:
@@ -95,10 +93,7 @@ def load_experiment(path: str | Path, overrides: Overrides = ()) -> Experiment:
     Raises:
         CordaError: not YAML, an unknown key, or a value of the wrong type; names the file and the key.
     """
-    content = _read(path)
-    _override_all(content, overrides)
-    _run_plugins(content, path)
-    return parse_experiment(content, str(path))
+    return _parse_experiment(_read(path), path, overrides)
 
 
 def load_former(path: Path) -> Experiment:
@@ -123,6 +118,15 @@ def parse_experiment(content: Mapping[str, Any], where: str) -> Experiment:
         CordaError: as of `load_experiment`.
     """
     return read_options(Experiment, content, where)
+
+
+def _parse_experiment(
+    content: dict[str, Any], path: str | Path, overrides: Overrides
+) -> Experiment:
+    """An experiment with its overrides, once its plugins have run."""
+    _override_all(content, overrides)
+    _run_plugins(content, path)
+    return parse_experiment(content, str(path))
 
 
 # ------------------------------------------------------------------ studies

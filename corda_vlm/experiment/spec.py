@@ -30,6 +30,7 @@ from corda_vlm.options import (
     narrowed,
     option_names,
     read_options,
+    renamed,
 )
 from corda_vlm.train.options import TrainOptions
 
@@ -207,9 +208,9 @@ class Experiment(LoadOptions):
     def chat_of(self, data: str) -> ChatOptions:
         """How conversations become tokens where covariances are taken of the "knowledge" or of the new "task"."""
         if data == "task":
-            own = {TrainOptions.FORMER.get(n, n): value for n, value in self.training.items()}
             known = option_names(ChatOptions)
-            own = {name: value for name, value in own.items() if name in known}
+            training = renamed(TrainOptions, self.training)
+            own = {name: value for name, value in training.items() if name in known}
             return ChatOptions(**{"chat_template": self.chat_template, **own})
         assert self.calibration is not None  # who asks for covariances has one
         own = as_keywords(self.calibration, ChatOptions)

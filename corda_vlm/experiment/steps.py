@@ -27,7 +27,7 @@ from corda_vlm.evaluation.class_names import load_class_names, load_templates, m
 from corda_vlm.evaluation.measure import TaskResult, measure
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families import Loaded, Processor
-from corda_vlm.families.options import TOWERS, SiteOptions, chosen_names
+from corda_vlm.families.options import SiteOptions
 from corda_vlm.locks import locked
 from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
@@ -86,7 +86,7 @@ def calibrate(
         shuffle=True,
         seed=options.seed,
         limit=options.samples,
-        towers=chosen_names("tower", options.towers, TOWERS),
+        towers=options.towers,
         chat=narrowed(options, ChatOptions),
     )
     chosen = {**as_keywords(options, CollectOptions), **dict.fromkeys(option_names(SiteOptions))}

@@ -43,7 +43,7 @@ def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
             or there is no such device.
     """
     check_source(source)
-    family, asked = options.get("family", "auto"), _in_words(options)
+    family, asked = options.get("family", "auto"), _checked(options)
     dtype, device = options.get("dtype", asked.dtype), options.get("device", asked.device)
     how = _How(getattr(torch, dtype) if isinstance(dtype, str) else dtype, asked.device_map)
     device = _usable(device)
@@ -57,7 +57,7 @@ def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
     return Loaded(model.eval(), processor, found, str(source))
 
 
-def _in_words(keywords: LoadKeywords) -> LoadOptions:
+def _checked(keywords: LoadKeywords) -> LoadOptions:
     """The options that were given by their names; a dtype or a device itself needs no check."""
     given: dict[str, Any] = dict(keywords)
     if isinstance(family := given.get("family"), Family):

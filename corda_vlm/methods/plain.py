@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,29 +20,29 @@ from corda_vlm.sites import find_sites, site_shape
 
 
 def plain(
-    *, use_dora: bool = False, init: Literal["mica"] | bool = True
-) -> Callable[[nn.Module, MethodRequest], nn.Module]:
+    model: nn.Module,
+    request: MethodRequest,
+    *,
+    use_dora: bool = False,
+    init: Literal["mica"] | bool = True,
+) -> nn.Module:
     """PEFT's LoRA on every site, with alpha equal to the rank."""
-
-    def attach(model: nn.Module, request: MethodRequest) -> nn.Module:
-        sites = find_sites(model, **as_keywords(request, SiteOptions))
-        check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
-        ranks = {site.name: request.rank for site in sites}
-        config = LoraConfig(
-            **lora_targets(ranks),
-            use_dora=use_dora,
-            init_lora_weights=init,
-            modules_to_save=whole_modules(model, request.modules_to_save, ranks) or None,
-        )
-        # unpacked first: PEFT's LoRA on nn.MultiheadAttention applies the delta of out_proj twice
-        with wrapping(model), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(request.seed)
-            peft_model = get_peft_model(model, config)
-            assert isinstance(peft_model, PeftModel)
-            check_wrapped(peft_model, ranks, "default")
-        return _finished(peft_model, request)
-
-    return attach
+    sites = find_sites(model, **as_keywords(request, SiteOptions))
+    check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
+    ranks = {site.name: request.rank for site in sites}
+    config = LoraConfig(
+        **lora_targets(ranks),
+        use_dora=use_dora,
+        init_lora_weights=init,
+        modules_to_save=whole_modules(model, request.modules_to_save, ranks) or None,
+    )
+    # unpacked first: PEFT's LoRA on nn.MultiheadAttention applies the delta of out_proj twice
+    with wrapping(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(request.seed)
+        peft_model = get_peft_model(model, config)
+        assert isinstance(peft_model, PeftModel)
+        check_wrapped(peft_model, ranks, "default")
+    return _finished(peft_model, request)
 
 
 def eva(model: nn.Module, request: MethodRequest) -> nn.Module:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
 from corda_vlm.adapter.options import AttachOptions
 from corda_vlm.errors import UnknownNameError
+from corda_vlm.lazy import later
 from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodRequest
 from corda_vlm.methods.options import MethodKeywords
 from corda_vlm.options import as_keywords, options_from
@@ -73,20 +73,7 @@ def register_method(method: Method) -> Method:
     return register(METHODS, "method", method.name, method)
 
 
-def _later(module: str, name: str, **options: Any) -> Callable[..., Any]:
-    """A function of another module, imported when it is called: to know the methods takes no PyTorch.
-
-    With `options` it is what that function makes of them that is called.
-    """
-
-    def call(*args: Any) -> Any:
-        found = getattr(import_module(f"corda_vlm.{module}"), name)
-        return (found(**options) if options else found)(*args)
-
-    return call
-
-
-_restore = _later("adapter.attach", "restore")
+_restore = later("corda_vlm.adapter.attach", "restore")
 
 
 def _planned(
@@ -132,16 +119,16 @@ METHODS: dict[str, Method] = {
             "every parameter of the chosen towers is trained",
             "the usual baseline",
             (),
-            _later("methods.bare", "full"),
-            _later("methods.bare", "cannot_detach"),
+            later("corda_vlm.methods.bare", "full"),
+            later("corda_vlm.methods.bare", "cannot_detach"),
         ),
         Method(
             "linear-probe",
             "the model is frozen, only a classification head on its embeddings is trained",
             "CLIP, arXiv 2103.00020",
             (),
-            _later("methods.bare", "freeze"),
-            _later("methods.bare", "unfreeze"),
+            later("corda_vlm.methods.bare", "freeze"),
+            later("corda_vlm.methods.bare", "unfreeze"),
             loss="linear",
             changes_layers=False,
         ),
@@ -150,7 +137,7 @@ METHODS: dict[str, Method] = {
             "low-rank adapter, A random and B zero",
             "LoRA, arXiv 2106.09685",
             (),
-            _later("methods.plain", "plain", use_dora=False),
+            partial(later("corda_vlm.methods.plain", "plain"), use_dora=False),
             _restore,
             takes=(*OF_ADAPTERS, "modules_to_save"),
         ),
@@ -159,7 +146,7 @@ METHODS: dict[str, Method] = {
             "LoRA, with magnitude and direction of the weights apart",
             "DoRA, arXiv 2402.09353",
             (),
-            _later("methods.plain", "plain", use_dora=True),
+            partial(later("corda_vlm.methods.plain", "plain"), use_dora=True),
             _restore,
             takes=(*OF_ADAPTERS, "modules_to_save"),
         ),
@@ -168,7 +155,7 @@ METHODS: dict[str, Method] = {
             "LoRA, A the directions in which the new task's activations vary most, ranks by their share of variance",
             "EVA, arXiv 2410.07170",
             ("task",),
-            _later("methods.plain", "eva"),
+            later("corda_vlm.methods.plain", "eva"),
             _restore,
             takes=(*OF_ADAPTERS, "rho"),
         ),
@@ -177,7 +164,7 @@ METHODS: dict[str, Method] = {
             "LoRA, B the smallest output directions of W and frozen, A zero",
             "MiCA, arXiv 2604.01694",
             (),
-            _later("methods.plain", "plain", init="mica"),
+            partial(later("corda_vlm.methods.plain", "plain"), init="mica"),
             _restore,
             takes=("roles", "targets"),  # A alone is trained, and from zero
         ),

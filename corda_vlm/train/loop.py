@@ -32,6 +32,7 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.locks import locks
+from corda_vlm.options import renamed
 from corda_vlm.precision import takes_bf16
 from corda_vlm.run_files import BEGUN, DONE, HISTORY
 from corda_vlm.train.checkpoints import STATE, last_checkpoint, step_of
@@ -315,9 +316,7 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
 def _compare(saved: dict[str, Any], plan: dict[str, Any], model: nn.Module, output: Path) -> None:
     """Raise `CordaError` unless the training that was begun in `output` is this one."""
     # an option that there was not yet when the training began had what is its default now
-    former = {
-        TrainOptions.FORMER.get(name, name): value for name, value in saved["options"].items()
-    }
+    former = renamed(TrainOptions, saved["options"])
     options = {**_kept(TrainOptions(steps=1)), **former}
     changed = [
         f"{name}: {options[name]} there, {value} now"

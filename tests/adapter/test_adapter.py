@@ -26,22 +26,11 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import is_packed, unpacked
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
-from tests.embeddings import image_embeddings
+from tests.embeddings import image_embeddings, make_batch
 
 MODELS = ("tiny_clip_hf", "tiny_open_clip", "tiny_siglip")
 BASES = ("untouched", "residual")
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def make_batch(size: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 98, (size, 12), generator=generator)
-    ids[:, -1] = 99
-    return {
-        "pixel_values": torch.randn(size, 3, 32, 32, generator=generator),
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-    }
 
 
 @torch.no_grad()

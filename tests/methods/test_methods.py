@@ -18,22 +18,12 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.methods import METHODS, MethodRequest, prepare_method, restore_method
 from corda_vlm.sites import find_sites
+from tests.embeddings import make_batch
 
 MODELS = ("tiny_clip_hf", "tiny_open_clip", "tiny_siglip")
 ADAPTERS = tuple(name for name in METHODS if name not in ("full", "linear-probe"))
 PLANNED = tuple(name for name, method in METHODS.items() if method.plan)
 TWO_STORES = tuple(name for name, method in METHODS.items() if len(method.covariances) == 2)
-
-
-def make_batch(size: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 98, (size, 12), generator=generator)
-    ids[:, -1] = 99
-    return {
-        "pixel_values": torch.randn(size, 3, 32, 32, generator=generator),
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-    }
 
 
 def run(model: nn.Module, seed: int = 2) -> torch.Tensor:

@@ -6,11 +6,11 @@ Readers are imported when one is called, so that to know their names takes littl
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corda_vlm.errors import CordaError
+from corda_vlm.lazy import later
 from corda_vlm.registries import register
 
 if TYPE_CHECKING:
@@ -21,27 +21,23 @@ Reader = Callable[["DataSpec", "str | Path | None"], "Table"]
 """(the spec, the file that names it or None) -> what there is to read."""
 
 
-def _later(module: str, name: str) -> Reader:
+def _reader(module: str, name: str) -> Reader:
     """A reader of a module beside this one, imported when it is called."""
-
-    def read(spec: DataSpec, beside: str | Path | None = None) -> Table:
-        return getattr(import_module(f"corda_vlm.data.sources.{module}"), name)(spec, beside)
-
-    return read
+    return later(f"corda_vlm.data.sources.{module}", name)
 
 
 READERS: dict[str, Reader] = {
-    "sklearn": _later("libraries", "read_sklearn"),
-    "parquet": _later("parquet", "read_parquet"),
-    "folder": _later("folders", "read_folder"),
-    "webdataset": _later("folders", "read_webdataset"),
-    "hf": _later("libraries", "read_hf"),
-    "torchvision": _later("libraries", "read_torchvision"),
-    "jsonl": _later("lines", "read_jsonl"),
-    "json": _later("lines", "read_json"),
-    "csv": _later("lines", "read_csv"),
-    "tsv": _later("lines", "read_csv"),
-    "text": _later("lines", "read_documents"),
+    "sklearn": _reader("libraries", "read_sklearn"),
+    "parquet": _reader("parquet", "read_parquet"),
+    "folder": _reader("folders", "read_folder"),
+    "webdataset": _reader("folders", "read_webdataset"),
+    "hf": _reader("libraries", "read_hf"),
+    "torchvision": _reader("libraries", "read_torchvision"),
+    "jsonl": _reader("lines", "read_jsonl"),
+    "json": _reader("lines", "read_json"),
+    "csv": _reader("lines", "read_csv"),
+    "tsv": _reader("lines", "read_csv"),
+    "text": _reader("lines", "read_documents"),
 }
 
 
