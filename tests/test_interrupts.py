@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from multiprocessing.synchronize import Event
 
 import pytest
 
@@ -55,14 +57,22 @@ def test_another_thread_sets_no_handler() -> None:
     assert seen == [before]
 
 
+def _wait_for_a_signal(ready: Event) -> None:
+    ready.set()
+    while True:  # no `signal.pause`: a signal that comes just before it would be waited for forever
+        time.sleep(0.05)
+
+
 def test_a_forked_worker_ends_at_the_first_sigterm() -> None:
     """A DataLoader ends its workers so; one that only took note of it would be waited for."""
     context = multiprocessing.get_context("fork")
     with Interrupts("saving") as stop:
-        worker = context.Process(target=signal.pause)
+        ready = context.Event()
+        worker = context.Process(target=_wait_for_a_signal, args=(ready,), daemon=True)
         worker.start()
         assert worker.pid is not None
+        assert ready.wait(timeout=60)  # Python drops a signal that comes while it forks
         os.kill(worker.pid, signal.SIGTERM)
-        worker.join(timeout=20)
+        worker.join(timeout=60)
         assert worker.exitcode == -signal.SIGTERM
         assert stop.asked is None
