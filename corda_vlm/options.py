@@ -85,7 +85,7 @@ def check_options(options: Any, kind: type | None = None) -> None:
     Args:
         kind: look only at what this class declares, a parent of the dataclass.
     """
-    hints = _hints(kind or type(options))
+    hints = hints_of(kind or type(options))
     for field in fields(kind or options):
         fitted(getattr(options, field.name), hints[field.name], field.name)
 
@@ -181,7 +181,7 @@ def read_options(kind: type[T], content: Mapping[Any, Any], where: str, path: st
         UnknownNameError: a key that is no option; lists those that are.
         CordaError: an option that is missing, of the wrong type or out of its bounds, or what the class raises.
     """
-    hints = _hints(kind)
+    hints = hints_of(kind)
     known = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]
     given: dict[Any, Any] = {}
     for key, value in content.items():
@@ -328,7 +328,8 @@ def _check_bound(value: Any, bound: Any, name: str) -> None:
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Any]:
+    """The declared type of each option of a class, its bounds included."""
     return get_type_hints(kind, include_extras=True)
 
 

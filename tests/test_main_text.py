@@ -25,7 +25,7 @@ def test_a_language_model_from_sites_to_export(tiny_llm, saved, tmp_path, monkey
     rows = [{"question": f"is {i} even?", "answer": "no" if i % 2 else "yes"} for i in range(12)]
     (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first = '{source: "jsonl:qa.jsonl", format: qa, rows: [0, 8]}'
-    task = {"name": "even", "role": "gain", "kind": "qa", "options": {"template": "plain", "max_new_tokens": 2},
+    task = {"name": "even", "role": "gain", "kind": "qa", "options": {"chat_template": "plain", "max_new_tokens": 2},
             "data": {"source": "jsonl:qa.jsonl", "format": "qa", "rows": [8, 12]}}  # fmt: skip
     suite = {"name": "s", "version": 1, "tasks": [task]}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))

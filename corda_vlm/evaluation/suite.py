@@ -12,7 +12,7 @@ from corda_vlm.evaluation.scores import TASK_ROLES
 from corda_vlm.evaluation.shipped import find_shipped
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
 from corda_vlm.files import shown
-from corda_vlm.options import Text, fitted, read_options
+from corda_vlm.options import Count, Text, fitted, hints_of, read_options
 from corda_vlm.yaml_file import read_yaml
 
 
@@ -31,18 +31,18 @@ class Task:
         templates: zero-shot only: a list, "openai_imagenet", or the name of a file in eval/templates.
         metrics: what is measured; tasks are compared by the first.
         limit: at most so many examples.
-        options: those of its kind, e.g. `{template: plain, max_new_tokens: 8}`.
+        options: those of its kind, e.g. `{chat_template: plain, max_new_tokens: 8}`.
         source: the suite's file that says so; paths may be relative to it.
     """
 
-    name: str
-    role: str
-    kind: str
+    name: Text
+    role: Text
+    kind: Text
     data: str | Mapping[str, Any]
-    classes: Sequence[str] | str | Mapping[str, Any] | None = None
+    classes: Sequence[str | int] | str | Mapping[str, Any] | None = None
     templates: Sequence[str] | str | None = None
     metrics: tuple[str, ...] = ()
-    limit: int | None = None
+    limit: Count | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     source: Path | None = None
 
@@ -56,11 +56,11 @@ class Suite:
         source: the file it was read from.
     """
 
-    name: str
-    version: int | str
+    name: Text
+    version: int | float | str
     tasks: tuple[Task, ...]
     about: str = ""
-    data_root: str = "data"
+    data_root: Text = "data"
     source: Path | None = None
 
     def pairs(self, task: str) -> set[tuple[str, str]]:
@@ -101,26 +101,35 @@ def _parse(
 ) -> Suite:
     known = [f.name for f in fields(Suite) if f.name != "source"]
     check_keys(content, [*known, "extends"], ("name", "version", "tasks"), where)
-    content = {key: fitted(content[key], _OF_SUITE[key], key, where) for key in content}
-    _check_printable(content["name"], where)
-    tasks = content["tasks"]
+    kinds = {**hints_of(Suite), "tasks": Any, "extends": str | None}
+    options = {key: fitted(content[key], kinds[key], key, where) for key in content}
+    _check_printable(options["name"], where)
+    by_name, extends = {}, options.pop("extends", None)
+    own = _parse_tasks(options["tasks"], where, path)
+    if extends is not None:
+        extended = _extended(extends, where, path, below)
+        by_name = {task.name: task for task in extended.tasks}
+        options.setdefault("data_root", extended.data_root)
+    by_name |= {task.name: task for task in own}
+    return Suite(**{**options, "tasks": tuple(by_name.values()), "source": path})
+
+
+def _extended(name: str, where: str, path: Path | None, below: tuple[Path, ...]) -> Suite:
+    """The suite that another extends; `below` are those that led to it."""
+    parent = find_shipped(name, "suites/*.yaml", "suite", (), path).resolve()
+    if parent in below:
+        raise CordaError(f"{where}: extends itself, by way of {parent}")
+    return _read(parent, (*below, parent))
+
+
+def _parse_tasks(tasks: Any, where: str, path: Path | None) -> list[Task]:
     if not isinstance(tasks, Sequence) or isinstance(tasks, str) or not tasks:
         raise CordaError(f"{where}: tasks must be a list of at least one task")
     own = [_parse_task(task, f"{where}, task {n}", path) for n, task in enumerate(tasks, start=1)]
     names = [task.name for task in own]
     if len(set(names)) < len(names):
         raise CordaError(f"{where}: two tasks have one name: {', '.join(names)}")
-    options = {key: value for key, value in content.items() if key != "extends"}
-    by_name = {}
-    if content.get("extends") is not None:
-        parent = find_shipped(content["extends"], "suites/*.yaml", "suite", (), path).resolve()
-        if parent in below:
-            raise CordaError(f"{where}: extends itself, by way of {parent}")
-        extended = _read(parent, (*below, parent))
-        by_name = {task.name: task for task in extended.tasks}
-        options.setdefault("data_root", extended.data_root)
-    by_name |= {task.name: task for task in own}
-    return Suite(**{**options, "tasks": tuple(by_name.values()), "source": path})
+    return own
 
 
 def _parse_task(content: Any, where: str, path: Path | None) -> Task:
@@ -132,40 +141,37 @@ def _parse_task(content: Any, where: str, path: Path | None) -> Task:
     check_keys(content, known, ("name", "role", "kind", "data"), where)
     if not isinstance(content["data"], (str, Mapping)):
         raise CordaError(f"{where}: data must be a string like 'folder:PATH' or a mapping")
-    limit = content.get("limit")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise CordaError(f"{where}: limit must be a whole number of at least 1, got {brief(limit)}")
-    content = {key: fitted(content[key], _OF_TASK[key], key, where) for key in content}
+    kinds = {**hints_of(Task), "metrics": list[str] | str | None, "options": Any}
+    content = {key: fitted(content[key], kinds[key], key, where) for key in content}
     _check_printable(content["name"], where)
-    kind, role = content["kind"], content["role"]
-    if role not in TASK_ROLES:
-        raise UnknownNameError(f"role in {where}", role, TASK_ROLES)
-    if kind not in TASK_KINDS:
-        raise UnknownNameError(f"kind in {where}", kind, TASK_KINDS)
-    declared = TASK_KINDS[kind]
-    for key in ("classes", "templates"):
-        if key in declared.needs and content.get(key) is None:
-            raise CordaError(f"{where}: a {kind} task needs {key}")
-        if key not in declared.needs and key in content:
-            raise CordaError(f"{where}: a {kind} task takes no {key}")
+    if content["role"] not in TASK_ROLES:
+        raise UnknownNameError(f"role in {where}", content["role"], TASK_ROLES)
+    if content["kind"] not in TASK_KINDS:
+        raise UnknownNameError(f"kind in {where}", content["kind"], TASK_KINDS)
+    _check_needs(content, where)
     _check_options(content, where)
+    return Task(**{**content, "metrics": _metrics(content, where), "source": path})
+
+
+def _check_needs(content: Mapping[str, Any], where: str) -> None:
+    kind = content["kind"]
+    needs = TASK_KINDS[kind].needs
+    for key in ("classes", "templates"):
+        if key in needs and content.get(key) is None:
+            raise CordaError(f"{where}: a {kind} task needs {key}")
+        if key not in needs and key in content:
+            raise CordaError(f"{where}: a {kind} task takes no {key}")
+
+
+def _metrics(content: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Those that a task names, or else its kind's usual ones."""
+    declared = TASK_KINDS[content["kind"]]
     metrics = content.get("metrics") or declared.usual or declared.metrics
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for metric in metrics:
         if metric not in declared.all_metrics:
             raise UnknownNameError(f"metric in {where}", metric, declared.all_metrics)
-    return Task(**{**content, "metrics": metrics, "source": path})
-
-
-# What the values of a suite and of a task may be in a file; None where a key may be left empty.
-_OF_SUITE = {
-    "name": Text, "version": int | float | str, "tasks": Any, "about": str, "data_root": Text, "extends": str | None,
-}  # fmt: skip
-_OF_TASK = {
-    "name": Text, "role": Text, "kind": Text, "data": str | Mapping[str, Any],
-    "classes": list[str | int] | str | Mapping[str, Any] | None, "templates": list[str] | str | None,
-    "metrics": list[str] | str | None, "limit": int | None, "options": Any,
-}  # fmt: skip
+    return metrics
 
 
 def _check_printable(name: str, where: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.evaluation.suite import Suite, Task
+from corda_vlm.evaluation.tasks.registry import TASK_KINDS
 from corda_vlm.experiment.load import load_former
 from corda_vlm.experiment.spec import Experiment, Training
 from corda_vlm.files import read_json, write_json
@@ -60,6 +61,9 @@ def task_digest(task: Task) -> str:
     content = {**asdict(task), "source": None}
     if not task.options:  # tasks had none when folders that may still be gone on with were begun
         del content["options"]
+    elif (kind := TASK_KINDS[task.kind].options) is not None:  # those folders have the former names
+        former = {name: was for was, name in getattr(kind, "FORMER", {}).items()}
+        content["options"] = {former.get(name, name): v for name, v in task.options.items()}
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -160,7 +160,7 @@ def test_undecodable_images_are_counted(
         ({"template": "x"}, "unknown key in the suite given, task 1 .colours. 'template'.*Did you mean 'templates'"),
         ({"templates": None}, "needs templates"),
         ({"classes": None}, "needs classes"),
-        ({"limit": 0}, "limit must be a whole number of at least 1"),
+        ({"limit": 0}, "limit is 0; it must be at least 1"),
         ({"data": ["x"]}, "data must be a string"),
         ({"kind": "retrieval", "metrics": None}, "takes no classes"),
         ({"name": None}, "no 'name'"),

@@ -87,7 +87,7 @@ def test_answer_likelihood_by_hand(tiny_llm, records) -> None:
         {"question": "is", "answers": ["no blue", "yes"]},  # 1/4 · 1/2 = 1/8, and 1/2: the best is yes
         {"question": "is there", "answers": ["no blue"]},  # 1/8, over two tokens
     ])  # fmt: skip
-    task = AnswerLikelihood(data, template="plain")
+    task = AnswerLikelihood(data, chat_template="plain")
     found = {o.metric: o for o in task.outcomes(encoder(model, tiny_llm))}
     np.testing.assert_allclose(found["log_likelihood"].values, np.log([1 / 2, 1 / 8]), rtol=1e-5)
     np.testing.assert_allclose(
@@ -97,7 +97,7 @@ def test_answer_likelihood_by_hand(tiny_llm, records) -> None:
     assert score.value == pytest.approx(math.sqrt(0.5 * math.sqrt(1 / 8)), rel=1e-5)
     assert 0 < score.low <= score.value <= score.high <= 1
     assert score.chance == 0
-    first = AnswerLikelihood(data, ("log_likelihood",), template="plain", most_answers=1)
+    first = AnswerLikelihood(data, ("log_likelihood",), chat_template="plain", most_answers=1)
     assert dict(first.run(encoder(model, tiny_llm)))["log_likelihood"] == pytest.approx(
         math.log(1 / 8), rel=1e-5
     )
@@ -113,7 +113,9 @@ def test_multiple_choice_by_hand(tiny_llm, records) -> None:
     ]
     outcomes = {
         o.metric: o
-        for o in MultipleChoice(records(rows), template="plain").outcomes(encoder(model, tiny_llm))
+        for o in MultipleChoice(records(rows), chat_template="plain").outcomes(
+            encoder(model, tiny_llm)
+        )
     }
     assert outcomes["acc"].values.tolist() == [1, 0, 0]
     assert outcomes["acc_norm"].values.tolist() == [0, 1, 1]
@@ -121,7 +123,7 @@ def test_multiple_choice_by_hand(tiny_llm, records) -> None:
     with pytest.raises(DataError, match="has no choices"):
         list(
             MultipleChoice(
-                records([{"question": "is", "answer": "yes"}]), template="plain"
+                records([{"question": "is", "answer": "yes"}]), chat_template="plain"
             ).outcomes(encoder(model, tiny_llm))
         )
 
@@ -145,11 +147,11 @@ def test_a_model_that_diverged_has_no_score(tiny_llm, records, document, value) 
     broken = encoder(tiny_llm.model, tiny_llm)
     asked = records([{"question": "is", "answer": "yes", "answers": ["yes"]}])
     for task, outputs in (
-        (MultipleChoice(data, template="plain"), "2 of 2 texts"),
-        (AnswerLikelihood(data, template="plain"), "1 of 1 texts"),
+        (MultipleChoice(data, chat_template="plain"), "2 of 2 texts"),
+        (AnswerLikelihood(data, chat_template="plain"), "1 of 1 texts"),
         (Perplexity(document("yes no")), "1 of 1 texts"),
-        (Qa(asked, template="plain", max_new_tokens=2), "1 of 1 prompts"),
-        (Vqa(asked, template="plain", max_new_tokens=2), "1 of 1 prompts"),
+        (Qa(asked, chat_template="plain", max_new_tokens=2), "1 of 1 prompts"),
+        (Vqa(asked, chat_template="plain", max_new_tokens=2), "1 of 1 prompts"),
     ):
         with pytest.raises(NotFiniteError, match=f"NaN or Inf on {outputs} measured.*float32"):
             dict(task.run(broken))
@@ -256,12 +258,12 @@ def test_suites_with_text_tasks(tiny_llm, tiny_llava, tmp_path, digits_file) -> 
         )
     )
     data = {"source": f"jsonl:{path}", "format": "qa"}
-    options = {"template": "plain", "max_new_tokens": 3}
+    options = {"chat_template": "plain", "max_new_tokens": 3}
     tasks: list[dict[str, Any]] = [
         {"name": "open", "kind": "qa", "options": {**options, "stop": ["\n"]}},
-        {"name": "sure", "kind": "likelihood", "options": {"template": "plain"}},
-        {"name": "choice", "kind": "multiple_choice", "metrics": "acc", "options": {"template": "plain"}},
-        {"name": "text", "kind": "perplexity", "options": {"template": "plain", "stride": 8}},
+        {"name": "sure", "kind": "likelihood", "options": {"chat_template": "plain"}},
+        {"name": "choice", "kind": "multiple_choice", "metrics": "acc", "options": {"chat_template": "plain"}},
+        {"name": "text", "kind": "perplexity", "options": {"chat_template": "plain", "stride": 8}},
     ]  # fmt: skip
     suite = {
         "name": "s",
@@ -347,7 +349,7 @@ def test_refusals(tiny_clip_hf, tiny_processor, tiny_llm, records) -> None:
     )
     short = replace(tiny_llm, processor=replace(tiny_llm.processor, context=5))
     with pytest.raises(DataError, match=r"not one record could be measured|cannot be used"):
-        dict(Qa(nobody, template="plain").run(encoder(short.model, short)))
+        dict(Qa(nobody, chat_template="plain").run(encoder(short.model, short)))
 
 
 def test_a_report_of_probabilities_tells_them_so_that_they_can_be_told_apart(tmp_path):

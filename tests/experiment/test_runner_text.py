@@ -94,6 +94,9 @@ def test_a_language_model(tiny_llm, saved, questions, config, tmp_path, capsys):
     before = (folder / "scores.jsonl").read_bytes()
     run(path, output=folder)
     assert (folder / "scores.jsonl").read_bytes() == before
+    renamed = [{**task, "options": {"chat_template": "plain"}} for task in LLM_SUITE]
+    run(config(tmp_path / "llm", renamed, LLM), output=folder)
+    assert (folder / "scores.jsonl").read_bytes() == before, "a task's option by its name of today"
     with pytest.raises(CordaError, match=r"differs in chat_template\)"):
         run(config(tmp_path / "llm", LLM_SUITE, LLM, chat="bare"), output=folder)
 

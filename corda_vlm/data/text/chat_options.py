@@ -14,22 +14,42 @@ MaxTokens = Annotated[int, Range(at_least=2)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions:
-    """How conversations become tokens.
+class TemplateOptions:
+    """In which format a model reads conversations.
 
     Attributes:
         chat_template: "auto" for the model's own chat template, or plain, bare, chatml, vicuna, or a .jinja file.
-        learn: Which answers of a conversation are learned: "all", or the "last".
+    """
+
+    FORMER: ClassVar[Mapping[str, str]] = {"template": "chat_template"}
+
+    chat_template: Text = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(TemplateOptions):
+    """In which format a model reads conversations, and how much of them.
+
+    Attributes:
         max_tokens: The most tokens of a sequence; the default is the model's context.
+    """
+
+    max_tokens: MaxTokens | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(PromptOptions):
+    """How conversations become tokens.
+
+    Attributes:
+        learn: Which answers of a conversation are learned: "all", or the "last".
         too_long: What to do with a longer one: "skip" and count it, "truncate" its end (never within an image; counted),
             or "error".
     """
 
-    FORMER: ClassVar[Mapping[str, str]] = {"template": "chat_template", "chat": "chat_template"}
+    FORMER: ClassVar[Mapping[str, str]] = {**PromptOptions.FORMER, "chat": "chat_template"}
 
-    chat_template: Text = "auto"
     learn: Learn = "all"
-    max_tokens: MaxTokens | None = None
     too_long: TooLong = "skip"
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS, Metric
+from corda_vlm.options import renamed
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Evaluator(ABC):
         """What measures `task` on `data`; a class whose fields are its data, metrics and options needs no other."""
         fields: Any = cls
         try:
-            return fields(data, task.metrics, **task.options)
+            return fields(data, task.metrics, **renamed(cls, task.options))
         except (CordaError, TypeError) as error:
             raise CordaError(f"{setting.what}: {error}") from error
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corda_vlm.data import ChatOptions
+from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import references
 from corda_vlm.evaluation.models.likelihoods import scored_answers
@@ -17,6 +18,7 @@ from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.options import LIKELIHOOD_METRICS as METRICS
 from corda_vlm.evaluation.tasks.options import LikelihoodOptions
+from corda_vlm.options import as_keywords
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
@@ -48,7 +50,7 @@ class AnswerLikelihood(LikelihoodOptions, Evaluator):
             DataError: no question is of use, or one has no answer.
         """
         total, each = [], []
-        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(**as_keywords(self, PromptOptions))
         generator = TextGenerator.of(encoder)
         for _, _, scored in scored_answers(generator, self.data, self._answers, chat=chat):
             total.append(max(one.total for one in scored))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from corda_vlm.data import ChatOptions
+from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.likelihoods import scored_answers
@@ -17,6 +18,7 @@ from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.options import CHOICE_METRICS as METRICS
 from corda_vlm.evaluation.tasks.options import ChoiceOptions
+from corda_vlm.options import as_keywords
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
@@ -49,7 +51,7 @@ class MultipleChoice(ChoiceOptions, Evaluator):
         """
         right: dict[str, list[float]] = {metric: [] for metric in METRICS}
         chance = []
-        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(**as_keywords(self, PromptOptions))
         generator = TextGenerator.of(encoder)
         for record, choices, scored in scored_answers(generator, self.data, _choices, chat=chat):
             total = np.array([one.total for one in scored])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from corda_vlm.data.text.chat_options import MaxTokens
+from corda_vlm.data.text.chat_options import MaxTokens, PromptOptions, TemplateOptions
 from corda_vlm.options import Count, Share, Text, check_options
 
 ZERO_SHOT_METRICS = ("top1", "top5", "mean_per_class")
@@ -20,58 +20,52 @@ PERPLEXITY_METRICS = ("token_probability", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaOptions:
-    """Options of questions about pictures, answered freely.
+class AnswerOptions(PromptOptions):
+    """Options of questions that are answered freely.
 
     Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        max_new_tokens, stop: of an answer.
-        chance: what a blind guess gives, for what is kept; it cannot be told from the data.
+        max_new_tokens: The most tokens of an answer.
+        stop: Strings before which an answer ends.
+        chance: What a blind guess gives, for what is kept; it cannot be told from the data.
     """
 
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
     max_new_tokens: Count = 16
     stop: Sequence[Text] = ("\n",)
     chance: Share = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaOptions(AnswerOptions):
+    """Options of questions about pictures, answered freely."""
 
     def __post_init__(self) -> None:
         check_options(self, VqaOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QaOptions:
-    """Options of open questions, answered freely.
+class QaOptions(AnswerOptions):
+    """Options of open questions, answered freely; as in the harness, an answer ends at a line's end, a period or a comma.
 
     Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        max_new_tokens, stop: of an answer; the harness stops at a line's end, a period and a comma.
-        articles: articles count, as in the harness's TriviaQA; without, they do not, as in its NQ-open.
-        chance: what a blind guess gives, for what is kept.
+        articles: Articles count, as in the harness's TriviaQA; without, they do not, as in its NQ-open.
     """
 
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
     max_new_tokens: Count = 32
     stop: Sequence[Text] = ("\n", ".", ",")
     articles: bool = False
-    chance: Share = 0.0
 
     def __post_init__(self) -> None:
         check_options(self, QaOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodOptions:
+class LikelihoodOptions(PromptOptions):
     """Options of answers by their likelihood.
 
     Attributes:
-        template, max_tokens: as of `ChatOptions`.
-        most_answers: only the first so many of a question's right answers; None takes all.
+        most_answers: Only the first so many of a question's right answers; None takes all.
     """
 
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
     most_answers: Count | None = None
 
     def __post_init__(self) -> None:
@@ -79,33 +73,24 @@ class LikelihoodOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceOptions:
-    """Options of choices by their likelihood.
-
-    Attributes:
-        template, max_tokens: as of `ChatOptions`.
-    """
-
-    template: str = "auto"
-    max_tokens: MaxTokens | None = None
+class ChoiceOptions(PromptOptions):
+    """Options of choices by their likelihood."""
 
     def __post_init__(self) -> None:
         check_options(self, ChoiceOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexityOptions:
-    """Options of perplexity.
+class PerplexityOptions(TemplateOptions):
+    """Options of perplexity; the template is for conversations.
 
     Attributes:
-        window: tokens of a window; None takes the model's context.
-        stride: tokens between the starts of two windows, below the window; None takes half of it.
-        template: as of `ChatOptions`, for conversations.
+        window: Tokens of a window; None takes the model's context.
+        stride: Tokens between the starts of two windows, below the window; None takes half of it.
     """
 
     window: MaxTokens | None = None
     stride: Count | None = None
-    template: str = "auto"
 
     def __post_init__(self) -> None:
         check_options(self, PerplexityOptions)

@@ -66,7 +66,7 @@ class Perplexity(PerplexityOptions, Evaluator):
         builder = ConversationBatches(
             self.data,
             replace(generator.processor, context=None),
-            chat=ChatOptions(chat_template=self.template),
+            chat=ChatOptions(chat_template=self.chat_template),
             labelled=True,
             cache_mb=0,
         )

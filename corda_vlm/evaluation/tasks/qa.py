@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corda_vlm.data import ChatOptions
+from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import answered, references
@@ -20,6 +21,7 @@ from corda_vlm.evaluation.tasks.base import Evaluator, known, registered, shares
 from corda_vlm.evaluation.tasks.options import QA_METRICS as METRICS
 from corda_vlm.evaluation.tasks.options import QaOptions
 from corda_vlm.evaluation.tasks.registry import Metric
+from corda_vlm.options import as_keywords
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
@@ -77,7 +79,7 @@ class Qa(QaOptions, Evaluator):
         Raises:
             DataError: no question is of use, or one has no answer.
         """
-        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(**as_keywords(self, PromptOptions))
         said = [
             (answer, references(record, str(self.data.spec)))
             for record, answer in answered(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corda_vlm.data import ChatOptions
+from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import answered, references
@@ -19,6 +20,7 @@ from corda_vlm.evaluation.tasks.base import Evaluator, known, registered
 from corda_vlm.evaluation.tasks.options import VQA_METRICS as METRICS
 from corda_vlm.evaluation.tasks.options import VqaOptions
 from corda_vlm.evaluation.tasks.qa import judged
+from corda_vlm.options import as_keywords
 
 if TYPE_CHECKING:
     from corda_vlm.data import InstructionData
@@ -172,7 +174,7 @@ class Vqa(VqaOptions, Evaluator):
         Raises:
             DataError: no question is of use, one has no answer, or none is of the type that a metric is about.
         """
-        chat = ChatOptions(chat_template=self.template, max_tokens=self.max_tokens)
+        chat = ChatOptions(**as_keywords(self, PromptOptions))
         right: list[tuple[float, float, str]] = []
         answers: list[tuple[str, list[str]]] = []
         own_metrics = registered(self.metrics, "vqa")
