@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from corda_vlm.__main__ import VERBS
-from corda_vlm.adapter.attach import AdaptKeywords
+from corda_vlm.adapter.one_call import AdaptKeywords
 from corda_vlm.adapter.options import AttachKeywords, AttachOptions
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.command_line import Command

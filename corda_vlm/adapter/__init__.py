@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
-    from corda_vlm.adapter.attach import adapt, attach_adapter, load_adapter, restore
+    from corda_vlm.adapter.attach import attach_adapter
     from corda_vlm.adapter.export import export_adapter
     from corda_vlm.adapter.interpolate import at_scale, interpolated, scaled
+    from corda_vlm.adapter.load import load_adapter
+    from corda_vlm.adapter.one_call import adapt
     from corda_vlm.adapter.options import AttachOptions, check_scale
+    from corda_vlm.adapter.wrap import restore
 
 _HOMES = {
     "AttachOptions": "options",
-    "adapt": "attach",
+    "adapt": "one_call",
     "at_scale": "interpolate",
     "attach_adapter": "attach",
     "check_scale": "options",
     "export_adapter": "export",
     "interpolated": "interpolate",
-    "load_adapter": "attach",
-    "restore": "attach",
+    "load_adapter": "load",
+    "restore": "wrap",
     "scaled": "interpolate",
 }
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.adapter.attach import whole_modules
+from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.data import Records, batch_builder
@@ -190,7 +190,7 @@ class ExperimentRunner:
             method, request = METHODS[experiment.method_of(name)], experiment.request(name)
             sites = find_sites(model, **as_keywords(request, SiteOptions))
             names = [site.name for site in sites]
-            whole_modules(model, variant.modules_to_save, names)
+            check_full_modules(model, variant.modules_to_save, names)
             if method.has_rank and not variant.dynamic_rank:
                 check_rank({name: site_shape(model, name) for name in names}, request.rank)
             for of in method.covariances:

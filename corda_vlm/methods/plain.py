@@ -9,9 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from corda_vlm.adapter.attach import check_wrapped, lora_targets, whole_modules, wrapping
 from corda_vlm.adapter.eva import attach_eva
+from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.adapter.paired import keep_a_frozen, trained
+from corda_vlm.adapter.targets import check_wrapped, lora_targets
+from corda_vlm.adapter.wrap import wrapping
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.methods.method import MethodRequest
 from corda_vlm.options import as_keywords
@@ -34,7 +36,7 @@ def plain(
         **lora_targets(ranks),
         use_dora=use_dora,
         init_lora_weights=init,
-        modules_to_save=whole_modules(model, request.modules_to_save, ranks) or None,
+        modules_to_save=check_full_modules(model, request.modules_to_save, ranks) or None,
     )
     # unpacked first: PEFT's LoRA on nn.MultiheadAttention applies the delta of out_proj twice
     with wrapping(model), torch.random.fork_rng(devices=[]):

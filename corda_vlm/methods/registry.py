@@ -73,7 +73,7 @@ def register_method(method: Method) -> Method:
     return register(METHODS, "method", method.name, method)
 
 
-_restore = later("corda_vlm.adapter.attach", "restore")
+_restore = later("corda_vlm.adapter.wrap", "restore")
 
 
 def _planned(

@@ -1,0 +1,108 @@
+"""The files of a plain LoRA, as every tool reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from corda_vlm.adapter.base import HEADER, save_base
+from corda_vlm.adapter.factors import Factors, plain
+from corda_vlm.adapter.folder import ADAPTER
+from corda_vlm.adapter.targets import anchored
+from corda_vlm.errors import CordaError
+from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.tensors import save_tensors
+
+
+@dataclass(frozen=True)
+class LoraBase:
+    """The model that a plain LoRA belongs on.
+
+    Attributes:
+        model: bare, as it is in memory.
+        name: its folder, or its id on a hub, as far as it is known.
+        fingerprint: of the model as it is written, noted beside the adapter.
+        converted: it is written under transformers' names, and so are the adapter's sites.
+    """
+
+    model: nn.Module
+    name: str | None
+    fingerprint: str
+    converted: bool
+
+
+def save_lora(
+    factors: Factors, folder: Path, base: LoraBase, model: PeftModel, adapter_name: str
+) -> int:
+    """Write a plain LoRA with one rank everywhere, and the modules trained in full beside it; returns the rank."""
+    width = max(A.shape[0] for _, A in factors.values())
+    full: list[str] = list(getattr(model.peft_config[adapter_name], "modules_to_save", None) or ())
+    if full and base.converted:
+        raise CordaError(
+            f"the names of {full[0]!r} are not converted to transformers'; take format='merged'"
+        )
+    _config(factors, width, base, full).save_pretrained(
+        str(folder),
+        auto_mapping_dict={
+            "base_model_class": "CLIPModel" if base.converted else type(base.model).__name__,
+            "parent_library": "transformers" if base.converted else type(base.model).__module__,
+        },
+    )
+    tensors = _padded(factors, width) | _full_weights(model, adapter_name, full)
+    save_tensors(folder / ADAPTER, tensors, {HEADER: base.fingerprint})
+    save_base(base.fingerprint, folder)
+    if (folder / "base").is_dir():  # for adapters that other tools train on it and write elsewhere
+        save_base(base.fingerprint, folder / "base")
+    return width
+
+
+def _padded(factors: Factors, width: int) -> dict[str, Tensor]:
+    """The factors by PEFT's names, zeros filling up their ranks to one width."""
+    tensors = {}
+    for site, (B, A) in factors.items():
+        spare = width - A.shape[0]
+        prefix = f"base_model.model.{site}"
+        tensors[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, spare)).contiguous()  # (width, inp)
+        tensors[f"{prefix}.lora_B.weight"] = F.pad(B, (0, spare)).contiguous()  # (out, width)
+    return tensors
+
+
+def _full_weights(model: PeftModel, adapter_name: str, full: Sequence[str]) -> dict[str, Tensor]:
+    """The trained weights of the modules in `full`, by PEFT's names."""
+    if not full:
+        return {}
+    stored = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    prefixes = tuple(f"base_model.model.{module}." for module in full)
+    return {key: plain(value) for key, value in stored.items() if key.startswith(prefixes)}
+
+
+def _config(factors: Factors, width: int, base: LoraBase, full: Sequence[str]) -> LoraConfig:
+    return LoraConfig(
+        r=width,
+        lora_alpha=width,
+        target_modules=sorted(factors) if base.converted else _targets(factors, base.model),
+        lora_dropout=0.0,
+        bias="none",
+        # GPT-2's layers keep their weights transposed; peft warns, and only then sets it by itself
+        fan_in_fan_out=not base.converted
+        and any(is_conv1d(base.model.get_submodule(site)) for site in factors),
+        init_lora_weights=True,
+        inference_mode=True,
+        modules_to_save=list(full) or None,
+        base_model_name_or_path=base.name,
+    )
+
+
+def _targets(factors: Mapping[str, Any], base: nn.Module) -> list[str] | str:
+    """Full paths, which every tool reads; as one anchored pattern where PEFT's suffix match would catch more."""
+    suffixes = tuple(f".{site}" for site in factors)
+    ambiguous = any(name.endswith(suffixes) for name, _ in base.named_modules())
+    return anchored(factors) if ambiguous else sorted(factors)
