@@ -82,12 +82,12 @@ def _own_errors_come_first(request, monkeypatch) -> Iterator[None]:
 @pytest.fixture
 def own_registrations() -> Iterator[None]:
     """What a test registers is known in that test alone."""
-    from corda_vlm.data import READERS
+    from corda_vlm.data import SOURCES
     from corda_vlm.evaluation import TASK_KINDS
     from corda_vlm.families import FAMILIES
     from corda_vlm.methods import METHODS
 
-    registries = [FAMILIES, METHODS, READERS, TASK_KINDS]
+    registries = [FAMILIES, METHODS, SOURCES, TASK_KINDS]
     registries += [kind.registered for kind in TASK_KINDS.values()]
     before = [dict(registry) for registry in registries]
     yield

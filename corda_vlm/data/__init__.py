@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from corda_vlm.data.load import load_records
     from corda_vlm.data.records import ImageTextData, Record, Records
     from corda_vlm.data.sources.images import to_rgb
-    from corda_vlm.data.sources.registry import READERS, register_source
+    from corda_vlm.data.sources.registry import SOURCES, SourceKind, register_source
     from corda_vlm.data.sources.table import Table
     from corda_vlm.data.spec import DataSpec, parse_spec, with_root
     from corda_vlm.data.text.chat import TEMPLATES, Chat
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from corda_vlm.data.text.instruction import InstructionData
 
 _HOMES = {
-    "READERS": "sources.registry",
+    "SOURCES": "sources.registry",
+    "SourceKind": "sources.registry",
     "TEMPLATES": "text.chat",
     "BatchBuilder": "builders",
     "BatchLoader": "batches",

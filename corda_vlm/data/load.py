@@ -12,11 +12,12 @@ import numpy as np
 from corda_vlm.data.meaning import label_rows, sample, text_rows
 from corda_vlm.data.paths import find_one
 from corda_vlm.data.records import ImageTextData, take
-from corda_vlm.data.sources.registry import READERS
+from corda_vlm.data.sources.registry import SOURCES
 from corda_vlm.data.sources.table import Table, cut, pick_column, select_rows
 from corda_vlm.data.spec import DataSpec, parse_spec
 from corda_vlm.data.text.formats import conversations
 from corda_vlm.data.text.instruction import InstructionData
+from corda_vlm.data.text.registry import FORMATS
 from corda_vlm.errors import DataError
 
 
@@ -38,10 +39,11 @@ def load_records(
             `max_bad_share` allows.
     """
     spec = parse_spec(spec)
-    table = READERS[spec.kind](spec, beside)
+    source = SOURCES[spec.kind]
+    table = source.read(spec, beside)
     if table.size == 0:
         raise DataError(f"{spec}: holds no record")
-    if spec.root is not None and spec.kind != "torchvision":
+    if spec.root is not None and not source.own_root:
         table = replace(table, base=find_one(spec.root, beside))
     if spec.format is not None:
         table = conversations(table, spec)
@@ -67,7 +69,7 @@ def load_records(
         texts = text_rows(table, spec.text, columns["text"], rows, labels, class_names)
     else:
         kind = InstructionData
-        documents = spec.format == "text"
+        documents = FORMATS[spec.format].talk is None
         texts = [table.columns["text"][int(row)] for row in rows] if documents else None
     if len(rows) == 0:
         raise DataError(f"{spec}: not one record is left after split, filter and sampling")

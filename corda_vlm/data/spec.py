@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from corda_vlm.data.sources.registry import READERS
+from corda_vlm.data.sources.registry import SOURCES
+from corda_vlm.data.text.registry import FORMATS
 from corda_vlm.errors import CordaError, DataError, UnknownNameError, brief
-from corda_vlm.options import Count, Items, Seed, Share, Text, check_options, read_options
-
-FORMATS = ("llava", "sharegpt", "chat", "qa", "alpaca", "prompt_completion", "text")
-"""What rows mean for a model that generates text; `corda_vlm.data.text.formats.FORMATS` has a function for each."""
-
+from corda_vlm.options import (
+    Count,
+    Items,
+    Seed,
+    Share,
+    Text,
+    check_options,
+    option_names,
+    read_options,
+)
 
 Name = str | int | float
 """Of a class. Not true or false, which YAML makes of a yes or no without quotes."""
@@ -114,63 +120,72 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
         DataError: no source, or numbers out of range.
     """
     if isinstance(spec, DataSpec):
-        found = spec
-        check_options(found)
+        check_options(spec)
+        parsed = spec
     else:
-        if not isinstance(spec, (str, Mapping)):
-            raise DataError(
-                f"{brief(spec)} names no data; give text such as parquet:images.parquet, or a mapping with a source"
-            )
-        options: dict[str, Any] = {"source": spec} if isinstance(spec, str) else dict(spec)
-        known = {f.name for f in fields(DataSpec)}
-        for option in options:
-            if option not in known:
-                raise UnknownNameError("data option", option, known)
-        if "source" not in options:
-            raise DataError(
-                f"data without a source: {brief(options)}; give e.g. source: parquet:images.parquet"
-            )
-        try:
-            found = read_options(DataSpec, options, str(options["source"])[:200])
-        except UnknownNameError:
-            raise
-        except CordaError as error:
-            raise DataError(str(error)) from error
-    if found.kind not in READERS or not found.location:
+        parsed = _read(spec)
+    for check in (_check_names, _check_taken, _check_rows, _check_splits, _check_separator):
+        check(parsed)
+    return parsed
+
+
+def _read(spec: str | Mapping[str, Any]) -> DataSpec:
+    """A spec of what a user wrote, each option of its type."""
+    if not isinstance(spec, (str, Mapping)):
+        raise DataError(
+            f"{brief(spec)} names no data; give text such as parquet:images.parquet, or a mapping with a source"
+        )
+    options: Mapping[str, Any] = {"source": spec} if isinstance(spec, str) else spec
+    known = option_names(DataSpec)
+    for option in options:
+        if option not in known:
+            raise UnknownNameError("data option", option, known)
+    if "source" not in options:
+        raise DataError(
+            f"data without a source: {brief(dict(options))}; give e.g. source: parquet:images.parquet"
+        )
+    try:
+        return read_options(DataSpec, options, str(options["source"])[:200])
+    except UnknownNameError:
+        raise
+    except CordaError as error:
+        raise DataError(str(error)) from error
+
+
+def _check_names(spec: DataSpec) -> None:
+    if spec.kind not in SOURCES or not spec.location:
         raise UnknownNameError(
             "data source",
-            found.source,
-            READERS,
+            spec.source,
+            SOURCES,
             "A source is written kind:where, e.g. folder:photos.",
         )
-    if found.format is not None and found.format not in FORMATS:
-        raise UnknownNameError("data format", found.format, FORMATS)
-    if found.rows is not None:
-        _check_rows(found)
-    if found.splits is not None and (not found.splits or min(found.splits.values()) <= 0):
-        raise DataError(
-            f"{found}: splits is {brief(dict(found.splits))}; it names parts with shares or numbers above 0"
-        )
-    if found.root is not None and found.kind in ("sklearn", "folder", "text"):
-        raise DataError(f"{found}: root is for records with paths of pictures, and for torchvision")
-    if found.separator is not None and (found.kind != "csv" or not _separates(found.separator)):
-        raise DataError(
-            f"{found}: separator is {found.separator!r}; it is for csv, and one character such as ';' or '\\t'"
-        )
-    return found
+    if spec.format is not None and spec.format not in FORMATS:
+        raise UnknownNameError("data format", spec.format, FORMATS)
 
 
-def _separates(separator: str) -> bool:
-    return len(separator) == 1 and separator not in '\r\n"\0'
+_REFUSED = {
+    "root": "root is for records with paths of pictures, and for torchvision",
+    "rows": "rows is for {takers}; give splits, or where, a filter",
+    "separator": "separator is {value!r}; it is for {takers}",
+}
+"""What is said of the options of `corda_vlm.data.sources.registry.SOME_TAKE` to a source that does not take them."""
+
+
+def _check_taken(spec: DataSpec) -> None:
+    for option, message in _REFUSED.items():
+        value = getattr(spec, option)
+        if value is not None and option not in SOURCES[spec.kind].takes:
+            *most, last = [kind for kind, source in SOURCES.items() if option in source.takes]
+            takers = f"{', '.join(most)} and {last}" if most else last
+            raise DataError(f"{spec}: {message.format(takers=takers, value=value)}")
 
 
 def _check_rows(spec: DataSpec) -> None:
-    if spec.kind not in ("jsonl", "json", "csv", "tsv"):
-        raise DataError(
-            f"{spec}: rows is for jsonl, json, csv and tsv; give splits, or where, a filter"
-        )
     rows = spec.rows
-    if not isinstance(rows, Sequence) or len(rows) != 2 or not 0 <= rows[0] < rows[1]:
+    if rows is None:
+        return
+    if len(rows) != 2 or not 0 <= rows[0] < rows[1]:
         raise DataError(
             f"{spec}: rows is {rows!r}; it is [start, stop], e.g. [0, 0.5] or [1000, 1319]"
         )
@@ -180,6 +195,22 @@ def _check_rows(spec: DataSpec) -> None:
         )
     if any(isinstance(at, float) for at in rows) and rows[1] > 1:
         raise DataError(f"{spec}: rows is {rows!r}; shares of a file are from 0 to 1")
+
+
+def _check_splits(spec: DataSpec) -> None:
+    splits = spec.splits
+    if splits is not None and (not splits or min(splits.values()) <= 0):
+        raise DataError(
+            f"{spec}: splits is {brief(dict(splits))}; it names parts with shares or numbers above 0"
+        )
+
+
+def _check_separator(spec: DataSpec) -> None:
+    separator = spec.separator
+    if separator is not None and (len(separator) != 1 or separator in '\r\n"\0'):
+        raise DataError(
+            f"{spec}: separator is {separator!r}; it is one character such as ';' or '\\t'"
+        )
 
 
 def with_root(spec: str | Mapping[str, Any], root: str | Path) -> dict[str, Any]:

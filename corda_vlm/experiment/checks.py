@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.adapter.options import check_scales
-from corda_vlm.data.paths import find_one, find_paths
+from corda_vlm.data.sources.registry import SOURCES
 from corda_vlm.data.spec import DataSpec, parse_spec, with_root
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.class_names import OPENAI, SIMPLE, load_class_names, load_templates
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.evaluation.suite import Suite, load_suite
@@ -122,18 +122,8 @@ def check_data(spec: Any, beside: Path | None = None, root: str | Path | None = 
     parsed = parse_spec(
         spec if root is None or isinstance(spec, DataSpec) else with_root(spec, root)
     )
-    if parsed.kind == "sklearn" and parsed.location != "digits":
-        raise UnknownNameError("scikit-learn data set", parsed.location, ["digits"])
-    if parsed.kind in ("parquet", "folder", "webdataset", "jsonl", "json", "csv", "tsv", "text"):
-        find_paths(parsed.location, beside)
-    if parsed.kind == "hf" and parsed.location.startswith((".", "~", "/")):
-        find_one(parsed.location, beside)
-    if parsed.kind == "torchvision" and not parsed.download:
-        if parsed.root is None:
-            raise DataError(
-                f"{parsed}: give root: the folder that holds (or shall hold) the data set"
-            )
-        find_one(parsed.root, beside)
+    if (check := SOURCES[parsed.kind].check) is not None:
+        check(parsed, beside)
 
 
 def check_chosen(chosen: Iterable[str] | None, known: Iterable[str], what: str) -> None:

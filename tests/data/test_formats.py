@@ -430,10 +430,3 @@ def test_rows_are_of_each_file_in_its_own_order(tmp_path):
             load_records({**spec, "rows": chosen})
     with pytest.raises(DataError, match="rows is for jsonl, json, csv and tsv"):
         load_records({"source": "sklearn:digits", "rows": [0, 0.5]})
-
-
-def test_the_names_told_before_pytorch_is_imported_are_those_of_the_readers():
-    from corda_vlm.data import spec
-    from corda_vlm.data.text import formats
-
-    assert sorted(spec.FORMATS) == sorted([*formats.FORMATS, "text"])

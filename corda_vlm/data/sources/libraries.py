@@ -18,6 +18,12 @@ from corda_vlm.extras import require
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
+def check_sklearn(spec: DataSpec, beside: str | Path | None = None) -> None:
+    """The data set is one that is read. Raises `UnknownNameError` else."""
+    if spec.location != "digits":
+        raise UnknownNameError("scikit-learn data set", spec.location, ["digits"])
+
+
 def read_sklearn(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """scikit-learn's bundled digits: 1,797 handwritten digits of 8×8 pixels in 17 shades of gray.
 
@@ -25,8 +31,7 @@ def read_sklearn(spec: DataSpec, beside: str | Path | None = None) -> Table:
     1998, CC BY 4.0), dark ink on white here. The splits train 1,000, val 297 and test 500 are ours:
     stratified and the same always.
     """
-    if spec.location != "digits":
-        raise UnknownNameError("scikit-learn data set", spec.location, ["digits"])
+    check_sklearn(spec, beside)
     found: Any = require("sklearn.datasets", "data", "reading sklearn:digits").load_digits()
     # The transform of a model enlarges by interpolation; eight-bit gray with ink dark on white, as on paper.
     pictures = (255 - found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8)
@@ -39,6 +44,12 @@ def read_sklearn(spec: DataSpec, beside: str | Path | None = None) -> Table:
         class_names={"label": DIGIT_NAMES},
         splits={"train": 1000, "val": 297, "test": 500},
     )
+
+
+def check_hf(spec: DataSpec, beside: str | Path | None = None) -> None:
+    """A data set that is written as a path is there; whether a hub has one is not asked. Raises `DataError`."""
+    if spec.location.startswith((".", "~", "/")):
+        find_one(spec.location, beside)
 
 
 def read_hf(spec: DataSpec, beside: str | Path | None = None) -> Table:
@@ -102,9 +113,8 @@ def read_torchvision(spec: DataSpec, beside: str | Path | None = None) -> Table:
     }
     if spec.location not in kinds:
         raise UnknownNameError("torchvision data set", spec.location, kinds)
-    if spec.root is None:
-        raise DataError(f"{spec}: give root: the folder that holds (or shall hold) the data set")
     kind = kinds[spec.location]
+    root = torchvision_root(spec, beside)
     accepted = inspect.signature(kind).parameters
     options: dict[str, Any] = {}
     if spec.splits is None and spec.split is not None:
@@ -117,7 +127,6 @@ def read_torchvision(spec: DataSpec, beside: str | Path | None = None) -> Table:
     own_split = bool(options)
     if "download" in accepted:
         options["download"] = spec.download
-    root = Path(spec.root) if spec.download else find_one(spec.root, beside)
     try:
         found: Any = kind(str(root), **options)
         labels = _torchvision_labels(found)
@@ -137,6 +146,13 @@ def read_torchvision(spec: DataSpec, beside: str | Path | None = None) -> Table:
         class_names={} if classes is None else {"label": [str(name) for name in classes]},
         split=own_split,
     )
+
+
+def torchvision_root(spec: DataSpec, beside: str | Path | None = None) -> Path:
+    """The folder that holds the data set, or gets it. Raises `DataError` if none is named, or it is not there."""
+    if spec.root is None:
+        raise DataError(f"{spec}: give root: the folder that holds (or shall hold) the data set")
+    return Path(spec.root) if spec.download else find_one(spec.root, beside)
 
 
 def _torchvision_labels(found: Any) -> list[int]:

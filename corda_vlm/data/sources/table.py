@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from corda_vlm.errors import DataError, UnknownNameError
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,40 @@ class Table:
     @property
     def names(self) -> list[str]:
         return [*self.columns, *(name for name in self.images if name not in self.columns)]
+
+
+def table_of(records: Sequence[Mapping[str, Any]], places: Sequence[str], base: Path) -> Table:
+    """A table of records that are mappings, each with the place where a person finds it; what one lacks is None.
+
+    Args:
+        base: the folder that their paths of pictures are relative to.
+    """
+    names = dict.fromkeys(name for record in records for name in record)
+    return Table(
+        size=len(records),
+        columns={name: [record.get(name) for record in records] for name in names},
+        images={},
+        place=lambda row: places[row],
+        base=base,
+    )
+
+
+def asked_rows(records: list[Row], rows: Sequence[int | float] | None, source: object) -> list[Row]:
+    """The records from `rows[0]` up to `rows[1]`, numbers or shares of all; None for all.
+
+    Raises:
+        DataError: there are none in this range.
+    """
+    if rows is None:
+        return records
+    count = len(records)
+    shares = any(isinstance(at, float) for at in rows)
+    start, stop = (round(at * count) if shares else int(at) for at in rows)
+    if not start < stop <= count:
+        raise DataError(
+            f"{source}: has {count} records, so there are no rows from {start} up to {stop} in it"
+        )
+    return records[start:stop]
 
 
 USUAL = {

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from corda_vlm.data.records import Records
-from corda_vlm.data.spec import FORMATS
 from corda_vlm.data.text.chat import Chat, Rendered, is_learnt
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.data.text.instruction import InstructionData
+from corda_vlm.data.text.registry import FORMATS
 from corda_vlm.data.text.rows import Message
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Processor

@@ -16,11 +16,9 @@ from typing import Any
 from corda_vlm.data.columns import CUT_TEXT, asked_column, filled, is_whole
 from corda_vlm.data.sources.table import Table, pick_column
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.text.alpaca import alpaca, prompt_completion
-from corda_vlm.data.text.documents import documents
-from corda_vlm.data.text.messages import chat, llava, sharegpt, with_system
-from corda_vlm.data.text.questions import expanded, qa
-from corda_vlm.data.text.rows import Columns, Fault, unpacked
+from corda_vlm.data.text.messages import with_system
+from corda_vlm.data.text.registry import FORMATS
+from corda_vlm.data.text.rows import Fault, unpacked
 
 
 def conversations(table: Table, spec: DataSpec) -> Table:
@@ -30,12 +28,13 @@ def conversations(table: Table, spec: DataSpec) -> Table:
         UnknownNameError: a column that was asked for does not exist.
         DataError: the columns that the format needs are not there.
     """
-    if spec.format == "text":
-        return documents(table, spec)
-    if spec.format == "qa":
-        table = expanded(table, spec)
+    known = FORMATS[str(spec.format)]
+    if known.rows is not None:
+        table = known.rows(table, spec)
+    if known.talk is None:
+        return table
     count, stored = _pictures(table, spec)
-    columns, faults = FORMATS[str(spec.format)](table, spec, count)
+    columns, faults = known.talk(table, spec, count)
     columns["messages"], more = _with_system(table, spec, columns["messages"])
     faults |= more | _cut_texts(columns)
     return replace(
@@ -51,7 +50,7 @@ def _pictures(
 ) -> tuple[Callable[[int], int], Callable[[int], list[Any]] | None]:
     """How many pictures a row has, without reading any, and what is stored for them."""
     column = pick_column(table, "images", spec.image, spec)
-    if column is None and spec.format in _TALKS and spec.image == "auto":
+    if column is None and FORMATS[str(spec.format)].inline and spec.image == "auto":
         inline = _inline_pictures(table, spec)
         return (lambda row: len(inline[row])), ((lambda row: inline[row]) if any(inline) else None)
     if column is None:
@@ -103,7 +102,8 @@ def _cut_texts(columns: Mapping[str, list[Any]]) -> dict[int, str]:
 
 def _inline_pictures(table: Table, spec: DataSpec) -> list[list[Any]]:
     """Pictures that messages name themselves."""
-    columns = [table.columns.get(name, [None] * table.size) for name in _TALKS[str(spec.format)]]
+    names = FORMATS[str(spec.format)].columns
+    columns = [table.columns.get(name, [None] * table.size) for name in names]
     found = []
     for row in range(table.size):
         own = []
@@ -124,22 +124,5 @@ def _named(part: Mapping[str, Any]) -> Any:
     value = next((part[key] for key in keys if part.get(key)), None)
     return value.get("url") if isinstance(value, Mapping) and "url" in value else value
 
-
-FORMATS: dict[str, Callable[[Table, DataSpec, Callable[[int], int]], Columns]] = {
-    "llava": llava,
-    "sharegpt": sharegpt,
-    "chat": chat,
-    "qa": qa,
-    "alpaca": alpaca,
-    "prompt_completion": prompt_completion,
-}
-"""Formats of conversations; "text" makes documents."""
-
-_TALKS = {
-    "sharegpt": ("conversations",),
-    "chat": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-}
-"""Where messages of these formats, which may name pictures themselves, are."""
 
 _SYSTEM = ("system", "system_prompt")

@@ -9,12 +9,16 @@ from typing import Any
 from corda_vlm.data.columns import is_empty
 from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
+from corda_vlm.data.text.registry import FORMATS
 from corda_vlm.data.text.rows import Columns, Fault, Message, each, not_text, unpacked
 from corda_vlm.errors import DataError
 
 PLACEHOLDER = "<image>"
 _LEFT_OUT = re.compile(rf"(?m)^(?:{PLACEHOLDER}\s*)+| ?{PLACEHOLDER}")
 """Placeholders with the white space that is theirs: what follows at the start of a line, else the space before."""
+
+_TURNS = (("role", "content"), ("from", "value"))
+"""The keys of a message, of which each format takes the other's too."""
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -69,16 +73,6 @@ def messages_of(stored: Any, spec: DataSpec, *, split: bool) -> list[Message]:
     return [_message(turn, spec, split=split) for turn in found]
 
 
-_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "llava": ("conversations",),
-    "sharegpt": ("conversations",),
-    "chat": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-}
-"""The columns by which a format is known."""
-
-
 def needed(table: Table, spec: DataSpec, column: str) -> Sequence[Any]:
     """A column of the format's.
 
@@ -87,7 +81,11 @@ def needed(table: Table, spec: DataSpec, column: str) -> Sequence[Any]:
     """
     if column in table.columns:
         return table.columns[column]
-    fitting = [name for name, its in _COLUMNS.items() if set(its) <= set(table.columns)]
+    fitting = [
+        name
+        for name, known in FORMATS.items()
+        if known.columns and set(known.columns) <= set(table.columns)
+    ]
     raise DataError(
         f"{spec}: has no column {column!r}, which format: {spec.format} reads; its columns are "
         f"{', '.join(table.names)}. "
@@ -104,9 +102,8 @@ Part = dict[str, Any]
 
 def _message(turn: Any, spec: DataSpec, *, split: bool) -> Message:
     """A message; `split`: `<image>` in a text is a picture. Pictures and their `<image>` are left out with image: null."""
-    usual, other = ("from", "value"), ("role", "content")
-    if spec.format not in ("llava", "sharegpt"):
-        usual, other = other, usual
+    usual = FORMATS[str(spec.format)].turn
+    other = next(turn for turn in _TURNS if turn != usual)
     if not isinstance(turn, Mapping) or not (usual[0] in turn or other[0] in turn):
         raise Fault(f"holds a message without {usual[0]!r}")
     role_key, content_key = usual if usual[0] in turn else other
