@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from corda_vlm.covariance.entries import Empty, Entry
 from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
 from corda_vlm.covariance.sharing import Sharing
-from corda_vlm.covariance.store import CovarianceStore, Empty, Entry, Progress
+from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks, TokenSelector
 from corda_vlm.errors import CalibrationError, UnknownNameError
 from corda_vlm.families.layers.attention import unpacked

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from corda_vlm.covariance.entries import Entry, means_of, stored, triangle_of
 from corda_vlm.covariance.file import CovarianceFile, Pieces, write
 from corda_vlm.covariance.moments import SecondMoment, triangle_sizes
 from corda_vlm.errors import CalibrationError, ForeignFileError, UnknownNameError
@@ -58,19 +59,6 @@ class Progress:
     batches: int = 0
     ahead: Mapping[str, int] = field(default_factory=dict)
     complete: bool = False
-
-
-@runtime_checkable
-class Entry(Protocol):
-    """One round of one stream: in memory (`SecondMoment`), in a file (`_Stored`), or `Empty`."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def read(self) -> SecondMoment: ...
 
 
 class CovarianceStore:
@@ -230,10 +218,10 @@ class CovarianceStore:
                 if entry.count:
                     prefix, length = f"{number}/{stream}", sum(triangle_sizes(entry.size))
                     tensors[f"{prefix}/means"] = Pieces(
-                        torch.float64, (2, entry.size), partial(_means, entry)
+                        torch.float64, (2, entry.size), partial(means_of, entry)
                     )
                     tensors[f"{prefix}/triangle"] = Pieces(
-                        entry.dtype, (length,), partial(_triangle, entry)
+                        entry.dtype, (length,), partial(triangle_of, entry)
                     )
         about = {
             "package_version": _package_version(),
@@ -292,8 +280,7 @@ class CovarianceStore:
             if len(meta["counts"]) != about["rounds"]:
                 raise ValueError(f"{stream} lacks rounds")
             entries[stream] = [
-                _stored(file, f"{n}/{stream}", meta["size"], c)
-                for n, c in enumerate(meta["counts"])
+                stored(file, f"{n}/{stream}", meta["size"], c) for n, c in enumerate(meta["counts"])
             ]
         saved = about["progress"]
         return cls(
@@ -318,59 +305,6 @@ class _Streams(Mapping[str, list[Covariance]]):
 
     def __len__(self) -> int:
         return len(self._store._entries)
-
-
-@dataclass(frozen=True)
-class Empty:
-    """One round of one stream that no token has reached."""
-
-    size: int
-    count: int = 0
-    dtype: torch.dtype = torch.float32
-
-    def read(self) -> SecondMoment:
-        return SecondMoment(self.size, self.dtype)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One round of one stream, in a file."""
-
-    file: CovarianceFile
-    prefix: str
-    size: int
-    count: int
-    dtype: torch.dtype
-
-    def read(self) -> SecondMoment:
-        moment = SecondMoment(self.size, self.dtype)
-        moment.count = self.count
-        for means in self.file.pieces(f"{self.prefix}/means", [2]):
-            moment.shift.copy_(means[0])
-            moment.mean.copy_(means[1])
-        moment.fill_triangle(self.file.pieces(f"{self.prefix}/triangle", triangle_sizes(self.size)))
-        return moment
-
-
-def _stored(file: CovarianceFile, prefix: str, size: int, count: int) -> Entry:
-    if not count:
-        return Empty(size)
-    dtype, shape = file.dtype_and_shape(f"{prefix}/triangle")
-    means = file.dtype_and_shape(f"{prefix}/means")
-    if shape != (size * (size + 1) // 2,) or means != (torch.float64, (2, size)):
-        raise ValueError(f"{prefix} is not of width {size}")
-    return _Stored(file, prefix, size, count, dtype)
-
-
-def _means(entry: Entry) -> Iterator[Tensor]:
-    moment = entry.read()
-    yield torch.stack([moment.shift.double(), moment.mean])
-
-
-def _triangle(entry: Entry) -> Iterator[Tensor]:
-    moment = entry.read()
-    yield from moment.triangle()
-    moment.release()
 
 
 def check_same(a: CovarianceStore, b: CovarianceStore) -> None:

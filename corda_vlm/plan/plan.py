@@ -1,23 +1,18 @@
-"""The plan as a value and as a file."""
+"""The plan as a value; see `table` for readers and `file` for the disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from corda_vlm.decompose import Decomposition
-from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.errors import ForeignFileError
 from corda_vlm.families import any_family
-from corda_vlm.files import check_path, pieces, read_json, shown, write_text
 from corda_vlm.locks import locks
 from corda_vlm.options import (
     Count,
@@ -26,17 +21,11 @@ from corda_vlm.options import (
     Positive,
     Text,
     Whole,
-    fitted,
-    read_options,
 )
 from corda_vlm.plan.bases import Components, Side
+from corda_vlm.plan.file import read_plan, write_plan
+from corda_vlm.plan.table import table_of
 from corda_vlm.sites import Site, model_fingerprint
-from corda_vlm.tensors import load_tensors, read_header, save_tensors
-from corda_vlm.text_table import text_table
-
-FORMAT, VERSION = "corda_vlm.plan", 2
-_ENVELOPE = ("format", "version", "tensors", "factors")
-_FACTORS, _AGAIN = "the factors of a plan", "make the plan again (corda-vlm init, plan_adapter)"
 
 
 @dataclass(frozen=True)
@@ -126,36 +115,7 @@ class AdapterPlan:
 
     def table(self) -> str:
         """A readable table, one row a site; columns that would say nothing are left out."""
-        # heading, whether it is aligned to the right, cell of a site
-        columns: list[tuple[str, bool, Callable[[SitePlan], str]]] = [
-            ("site", False, lambda s: s.site.name),
-            ("shape", True, lambda s: f"{s.shape[0]}×{s.shape[1]}"),
-            ("side", False, lambda s: s.side),
-            ("round", True, lambda s: "" if s.round is None else str(s.round)),
-            ("score", True, lambda s: _score(min(s.scores)) if s.scores else ""),
-            ("others", False, _others),
-            ("log₁₀ π", True, lambda s: f"{math.log10(s.compactness):.2f}" if s.compactness else ""),
-            ("rank", True, lambda s: str(s.rank)),
-            ("at risk", True, lambda s: _percent(s.predicted_damage)),
-            ("floored", True, lambda s: str(s.floored or "")),
-        ]  # fmt: skip
-        told = [
-            column
-            for column in columns
-            if any(column[2](s) for s in self.sites)
-            and (column[0] != "side" or len({s.side for s in self.sites}) > 1)
-        ]
-        rows = [[cell(s) or "-" for _, _, cell in told] for s in self.sites]
-        heads = [head for head, _, _ in told]
-        named = f"{self.method}-{self.mode}" if self.mode else self.method
-        scale = "the paper's split" if self.a_norm is None else f"rows of A at norm {self.a_norm:g}"
-        lines = [
-            f"{named}: {len(self.sites)} sites of {self.family}, damping {self.damping:g}, {scale}",
-            text_table(rows, heads, [right for _, right, _ in told]),
-            self.spent,
-            *(f"{head}: {_LEGEND[head]}" for head in heads if head in _LEGEND),
-        ]
-        return "\n".join(lines)
+        return table_of(self)
 
     @property
     def spent(self) -> str:
@@ -206,37 +166,7 @@ class AdapterPlan:
     @locks("path")
     def save(self, path: str | Path) -> Path:
         """Write `path` (JSON) and the factors beside it (`.safetensors`), each atomically; return `path`."""
-        path = check_path(path)
-        tensors = _tensors_path(path)
-        if tensors == path:
-            raise CordaError(
-                f"a plan is a JSON file; name it {path.with_suffix('.json')}, not {path}"
-            )
-        if tensors.exists() and not _is_plan(tensors):
-            raise CordaError(
-                f"the factors would go to {tensors}, which holds something else, e.g. covariances; choose another name"
-            )
-        missing = [s.site.name for s in self.sites if s.site.name not in self.factors]
-        if missing:
-            raise CordaError(
-                f"this plan has no factors for {missing[0]!r}; make it with plan_adapter"
-            )
-        packed = {}
-        for name, factor in self.factors.items():
-            packed |= {f"{name}.B": factor.B, f"{name}.A": factor.A}
-            if factor.spectrum is not None:
-                packed[f"{name}.spectrum"] = factor.spectrum
-        save_tensors(tensors, {k: v.float() for k, v in packed.items()}, {"format": FORMAT})
-        digest = _sha256(tensors)
-        described = {
-            "format": FORMAT,
-            "version": VERSION,
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-2]},
-            "tensors": {"file": tensors.name, "sha256": digest},
-            "sites": [dataclasses.asdict(s) for s in self.sites],
-        }
-        write_text(path, _readable(described) + "\n")
-        return path
+        return write_plan(self, path)
 
     @classmethod
     def load(
@@ -256,154 +186,12 @@ class AdapterPlan:
             ForeignFileError: missing, corrupt, truncated, factors that are not this plan's, or another model, mode
                 or method.
         """
-        path = check_path(path)
-        described = read_json(path, "plan")
-        if not isinstance(described, dict) or described.get("format") != FORMAT:
-            raise ForeignFileError(
-                f"{path} is JSON, but not a plan of corda_vlm. Make one with plan_adapter."
-            )
-        if described.get("version") != VERSION:
-            raise ForeignFileError(
-                f"{path} is a plan of version {described.get('version')!r}, and this corda_vlm reads {VERSION}. "
-                "Make it again with plan_adapter (corda-vlm init)."
-            )
-        tensors = _tensors_path(path)
-        own = {key: value for key, value in described.items() if key not in _ENVELOPE}
-        try:
-            plan = read_options(cls, own, "the plan")
-            digest = fitted(described["tensors"]["sha256"], str, "tensors.sha256")
-            _check_sites(plan.sites)
-            if factors:
-                read = _read_tensors(tensors, digest, path)
-                factors_of = {s.site.name: _decomposition(s, read) for s in plan.sites}
-                plan = dataclasses.replace(plan, factors=factors_of)
-        except ForeignFileError:
-            raise
-        except (CordaError, KeyError, TypeError, AttributeError) as error:
-            raise ForeignFileError(
-                f"{path} is not a whole plan ({type(error).__name__}: {shown(str(error))}); it may be truncated or edited. "
-                "Make it again with plan_adapter."
-            ) from error
+        plan = read_plan(cls, path, factors=factors)
         plan.check(model, mode=mode, method=method, origin=f"the plan {path}")
         return plan
-
-
-# ------------------------------------------------------------------ for a reader
-
-_LEGEND = {
-    "score": "of the calibration round taken, the lowest; others: of the rounds that were not",
-    "log₁₀ π": "compactness of the covariance; the lower, the less a small component can change the outputs",
-    "at risk": "‖B A C'‖² / ‖W C'‖², the share of the knowledge's energy in the adapted directions",
-}
-
-
-def _score(score: float) -> str:
-    return f"{score:.2f}" if score < 1000 else f"{score:.0f}"
-
-
-def _others(site: SitePlan) -> str:
-    """The scores of the rounds that the site did not take."""
-    if site.scores is None or site.round is None:
-        return ""
-    others = [score for index, score in enumerate(site.scores) if index != site.round]
-    if not others:
-        return ""
-    low, high = _score(min(others)), _score(max(others))
-    return low if low == high else f"{low}–{high}"
-
-
-def _percent(share: float | None) -> str:
-    return (
-        "" if share is None else f"{100 * share:.2f}%" if share >= 1e-3 else f"{100 * share:.1e}%"
-    )
 
 
 def _six_digits(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_six_digits, value))
     return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _readable(value: Any, margin: str = "") -> str:
-    """JSON with an entry a line, but what is flat (a site, a spectrum) on one: for readers, and for diffs."""
-    if not isinstance(value, (dict, list, tuple)) or not any(
-        isinstance(inner, (dict, list, tuple))
-        for inner in (value.values() if isinstance(value, dict) else value)
-    ):
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-    inside = margin + "  "
-    if isinstance(value, dict):
-        entries = [f"{json.dumps(k)}: {_readable(v, inside)}" for k, v in value.items()]
-        brackets = "{}"
-    else:
-        entries, brackets = [_readable(v, inside) for v in value], "[]"
-    lines = f",\n{inside}".join(entries)
-    return f"{brackets[0]}\n{inside}{lines}\n{margin}{brackets[1]}"
-
-
-# ------------------------------------------------------------------ on disk
-
-
-def _tensors_path(path: Path) -> Path:
-    return path.with_suffix(".safetensors")
-
-
-def _is_plan(tensors: Path) -> bool:
-    try:
-        return read_header(tensors, _FACTORS, _AGAIN)[1].get("format") == FORMAT
-    except ForeignFileError:
-        return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _read_tensors(tensors: Path, digest: str, path: Path) -> dict[str, Tensor]:
-    if not tensors.is_file():
-        raise ForeignFileError(
-            f"the plan {path} has lost its factors: no file {tensors}. Make it again."
-        )
-    if _sha256(tensors) != digest:
-        raise ForeignFileError(
-            f"{tensors} does not hold the factors of the plan {path} (its hash differs): corrupt, truncated, or from "
-            "another plan. Make the plan again."
-        )
-    return load_tensors(tensors, _FACTORS, _AGAIN)
-
-
-def _check_sites(sites: Sequence[SitePlan]) -> None:
-    """Raise `CordaError` where what is said of a site contradicts itself."""
-    names = [s.site.name for s in sites]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise CordaError(f"the site {twice[0]!r} is there twice")
-    for s in sites:
-        if s.rank > max(s.shape) or len(s.spectrum) != s.rank:
-            raise CordaError(
-                f"the site {s.site.name!r} of shape {s.shape} has rank {s.rank} and {len(s.spectrum)} singular values"
-            )
-
-
-def _decomposition(site: SitePlan, tensors: Mapping[str, Tensor]) -> Decomposition:
-    name, (out, inp) = site.site.name, site.shape
-    B, A = tensors[f"{name}.B"], tensors[f"{name}.A"]
-    floating = B.is_floating_point() and A.is_floating_point()
-    if B.shape != (out, site.rank) or A.shape != (site.rank, inp) or not floating:
-        raise ForeignFileError(
-            f"the factors of site {name!r} have shapes {tuple(B.shape)} and {tuple(A.shape)}, and the plan says "
-            f"{(out, site.rank)} and {(site.rank, inp)}: it was edited. Make it again with plan_adapter."
-        )
-    return Decomposition(
-        B=B,
-        A=A,
-        singular_values=torch.tensor(site.spectrum),
-        spectrum=tensors.get(f"{name}.spectrum"),
-        total_energy=site.total_energy,
-        chosen_energy=site.chosen_energy,
-        floored=site.floored,
-        side=site.side,
-        route=site.route,
-    )

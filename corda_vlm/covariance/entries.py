@@ -1,0 +1,79 @@
+"""One round of one stream: in memory (`SecondMoment`), in a file, or empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from corda_vlm.covariance.file import CovarianceFile
+from corda_vlm.covariance.moments import SecondMoment, triangle_sizes
+
+
+@runtime_checkable
+class Entry(Protocol):
+    """One round of one stream: in memory (`SecondMoment`), in a file (`_Stored`), or `Empty`."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def read(self) -> SecondMoment: ...
+
+
+@dataclass(frozen=True)
+class Empty:
+    """One round of one stream that no token has reached."""
+
+    size: int
+    count: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def read(self) -> SecondMoment:
+        return SecondMoment(self.size, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One round of one stream, in a file."""
+
+    file: CovarianceFile
+    prefix: str
+    size: int
+    count: int
+    dtype: torch.dtype
+
+    def read(self) -> SecondMoment:
+        moment = SecondMoment(self.size, self.dtype)
+        moment.count = self.count
+        for means in self.file.pieces(f"{self.prefix}/means", [2]):
+            moment.shift.copy_(means[0])
+            moment.mean.copy_(means[1])
+        moment.fill_triangle(self.file.pieces(f"{self.prefix}/triangle", triangle_sizes(self.size)))
+        return moment
+
+
+def stored(file: CovarianceFile, prefix: str, size: int, count: int) -> Entry:
+    if not count:
+        return Empty(size)
+    dtype, shape = file.dtype_and_shape(f"{prefix}/triangle")
+    means = file.dtype_and_shape(f"{prefix}/means")
+    if shape != (size * (size + 1) // 2,) or means != (torch.float64, (2, size)):
+        raise ValueError(f"{prefix} is not of width {size}")
+    return _Stored(file, prefix, size, count, dtype)
+
+
+def means_of(entry: Entry) -> Iterator[Tensor]:
+    moment = entry.read()
+    yield torch.stack([moment.shift.double(), moment.mean])
+
+
+def triangle_of(entry: Entry) -> Iterator[Tensor]:
+    moment = entry.read()
+    yield from moment.triangle()
+    moment.release()

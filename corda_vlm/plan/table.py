@@ -1,0 +1,73 @@
+"""The plan as a table for a reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from corda_vlm.text_table import text_table
+
+if TYPE_CHECKING:
+    from corda_vlm.plan.plan import AdapterPlan, SitePlan
+
+_LEGEND = {
+    "score": "of the calibration round taken, the lowest; others: of the rounds that were not",
+    "log₁₀ π": "compactness of the covariance; the lower, the less a small component can change the outputs",
+    "at risk": "‖B A C'‖² / ‖W C'‖², the share of the knowledge's energy in the adapted directions",
+}
+
+
+def table_of(plan: AdapterPlan) -> str:
+    """One row a site; columns that would say nothing are left out."""
+    # heading, whether it is aligned to the right, cell of a site
+    every: list[tuple[str, bool, Callable[[SitePlan], str]]] = [
+        ("site", False, lambda s: s.site.name),
+        ("shape", True, lambda s: f"{s.shape[0]}×{s.shape[1]}"),
+        ("side", False, lambda s: s.side),
+        ("round", True, lambda s: "" if s.round is None else str(s.round)),
+        ("score", True, lambda s: _score(min(s.scores)) if s.scores else ""),
+        ("others", False, _others),
+        ("log₁₀ π", True, lambda s: f"{math.log10(s.compactness):.2f}" if s.compactness else ""),
+        ("rank", True, lambda s: str(s.rank)),
+        ("at risk", True, lambda s: _percent(s.predicted_damage)),
+        ("floored", True, lambda s: str(s.floored or "")),
+    ]  # fmt: skip
+    columns = [
+        column
+        for column in every
+        if any(column[2](s) for s in plan.sites)
+        and (column[0] != "side" or len({s.side for s in plan.sites}) > 1)
+    ]
+    rows = [[cell(s) or "-" for _, _, cell in columns] for s in plan.sites]
+    heads = [head for head, _, _ in columns]
+    named = f"{plan.method}-{plan.mode}" if plan.mode else plan.method
+    scale = "the paper's split" if plan.a_norm is None else f"rows of A at norm {plan.a_norm:g}"
+    lines = [
+        f"{named}: {len(plan.sites)} sites of {plan.family}, damping {plan.damping:g}, {scale}",
+        text_table(rows, heads, [right for _, right, _ in columns]),
+        plan.spent,
+        *(f"{head}: {_LEGEND[head]}" for head in heads if head in _LEGEND),
+    ]
+    return "\n".join(lines)
+
+
+def _score(score: float) -> str:
+    return f"{score:.2f}" if score < 1000 else f"{score:.0f}"
+
+
+def _others(site: SitePlan) -> str:
+    """The scores of the rounds that the site did not take."""
+    if site.scores is None or site.round is None:
+        return ""
+    others = [score for index, score in enumerate(site.scores) if index != site.round]
+    if not others:
+        return ""
+    low, high = _score(min(others)), _score(max(others))
+    return low if low == high else f"{low}–{high}"
+
+
+def _percent(share: float | None) -> str:
+    return (
+        "" if share is None else f"{100 * share:.2f}%" if share >= 1e-3 else f"{100 * share:.1e}%"
+    )
