@@ -6,6 +6,7 @@ import ast
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -17,6 +18,7 @@ from corda_vlm.errors import CordaError
 
 PACKAGE = Path(corda_vlm.__file__).parent
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "_assets" not in path.parts)
+OTHERS: Any = {"damping": 1e-4, "a_norm": None, "route": "auto", "seed": 0}
 ARRAYS = {"Bool", "Float", "Int", "Num", "Shaped"}
 
 
@@ -29,15 +31,15 @@ def test_a_matrix_of_another_shape_is_caught() -> None:
 
 def test_a_value_of_another_type_is_caught() -> None:
     with pytest.raises(jaxtyping.TypeCheckError, match="rank"):
-        decompose(torch.eye(4), rank="2")  # pyright: ignore[reportArgumentType]
+        decompose(torch.eye(4), rank="2", **OTHERS)  # pyright: ignore[reportArgumentType]
 
 
 def test_our_own_errors_come_first_where_a_test_expects_them() -> None:
     wrong = torch.eye(7)
     with pytest.raises(CordaError, match=r"\(7, 7\)"):
-        decompose(torch.eye(4), wrong, rank=2)
+        decompose(torch.eye(4), wrong, rank=2, **OTHERS)
     with pytest.raises(jaxtyping.TypeCheckError):
-        decompose(torch.eye(4), wrong, rank=2)
+        decompose(torch.eye(4), wrong, rank=2, **OTHERS)
 
 
 def test_a_warning_about_our_own_code_is_an_error() -> None:

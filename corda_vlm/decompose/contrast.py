@@ -21,9 +21,9 @@ def decompose_contrast(
     task: Float[Tensor, "inp inp"],
     *,
     rank: int,
-    beta: float = 0.5,
-    damping: float = 1e-4,
-    a_norm: float | None = None,
+    beta: float,
+    damping: float,
+    a_norm: float | None,
 ) -> Decomposition:
     """`B = Q`, `A = Q^T W` for Q the r largest eigenvectors of `W [(1 - beta) C_task - beta C_keep] W^T`.
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from corda_vlm.decompose.basis import (
+    Basis,
     Components,
     input_exact,
     input_fast,
@@ -68,10 +69,10 @@ def decompose(
     components: Components = "smallest",
     power: float = 1.0,
     side: Side = "output",
-    damping: float = 1e-4,
-    a_norm: float | None = None,
-    route: Route = "auto",
-    seed: int = 0,
+    damping: float,
+    a_norm: float | None,
+    route: Route,
+    seed: int,
 ) -> Decomposition:
     """The rank-r part of `weight` that an adapter starts from (CorDA, section 3.2 and equation 6).
 
@@ -107,24 +108,17 @@ def decompose(
     norm = float(torch.linalg.norm(w)) or 1.0
     w.div_(norm)
     root = Root(covariance, power, damping, device)
-    scale = norm * root.scale
-
     # Without C the sides agree: W P P^T = Q Q^T W for the singular vectors of W itself.
     on_input = side == "input" and root.c is not None
-    size = w.shape[1] if on_input else min(w.shape)
-    basis = None
-    if route == "fast" or (route == "auto" and worth_iterating(size, rank)):
-        basis = (input_fast if on_input else output_fast)(w, root, rank, components, seed)
-    if basis is None:
-        basis = (input_exact if on_input else output_exact)(w, root, rank, components)
+    basis = _basis(w, root, rank, components, route, seed, on_input=on_input)
     if on_input:
         b, a, floored = split_input(w, basis, norm, a_norm)
         chosen = (w @ basis.vectors) * basis.values  # W P Λ^power
-        values_scale = root.scale
     else:
         b, a, floored = split_output(w, basis, norm, root, a_norm)
         chosen = basis.values
-        values_scale = scale
+    scale = norm * root.scale
+    values_scale = root.scale if on_input else scale
     return Decomposition(
         B=b.to(weight.device, torch.float32),
         A=a.to(weight.device, torch.float32),
@@ -136,6 +130,25 @@ def decompose(
         side=side,
         route="fast" if basis.spectrum is None else "exact",
     )
+
+
+def _basis(
+    w: Float[Tensor, "out inp"],
+    root: Root,
+    rank: int,
+    components: Components,
+    route: Route,
+    seed: int,
+    *,
+    on_input: bool,
+) -> Basis:
+    """The chosen directions, by the fast route where it is asked for or pays, and can."""
+    size = w.shape[1] if on_input else min(w.shape)
+    if route == "fast" or (route == "auto" and worth_iterating(size, rank)):
+        basis = (input_fast if on_input else output_fast)(w, root, rank, components, seed)
+        if basis is not None:
+            return basis
+    return (input_exact if on_input else output_exact)(w, root, rank, components)
 
 
 def _check(
@@ -181,7 +194,7 @@ def check_weight(weight: Tensor, rank: int, damping: float, a_norm: float | None
 
 def check_damping_and_norm(damping: float, a_norm: float | None) -> None:
     if not (math.isfinite(damping) and damping >= 0):
-        raise CordaError(f"damping {damping} must be a finite number, 0 or more (default 1e-4)")
+        raise CordaError(f"damping {damping} must be a finite number, 0 or more")
     if a_norm is not None and not (math.isfinite(a_norm) and a_norm > 0):
         raise CordaError(
             f"a_norm {a_norm}, the norm of each row of A at the start, must be a finite number above 0, or None for "

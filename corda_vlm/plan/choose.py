@@ -174,8 +174,8 @@ def choose_ranks(
     *,
     mode: str,
     budget: int,
-    min_rank: ranks.Bound | None = 1,
-    max_rank: ranks.Bound | None = None,
+    min_rank: ranks.Bound | None,
+    max_rank: ranks.Bound | None,
     damping: float,
 ) -> dict[str, int]:
     """Site -> rank: the budget shared out by compactness, see `ranks.allocate_ranks`."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 RANK = 16
+# what `decompose` takes beside, as our defaults have it
+OURS: dict[str, Any] = {"damping": 1e-4, "a_norm": None, "route": "auto", "seed": 0}
 COMPONENTS: dict[str, Any] = {"kpm": "smallest", "ipm": "largest"}
 TARGETS = [
     "q_proj",
@@ -450,7 +452,7 @@ def layer_ours(task: Task) -> dict[str, Any]:
     layer, covariance = build_layer(task.shape)
     stages: dict[str, float] = {}
     with Peak() as peak, timed(stages, "total"):
-        decompose(layer.weight, covariance, rank=RANK, components=COMPONENTS[task.mode])  # type: ignore[arg-type]
+        decompose(layer.weight, covariance, rank=RANK, components=COMPONENTS[task.mode], **OURS)  # type: ignore[arg-type]
     return {"stages": stages, "peak_mb": peak.mb}
 
 
@@ -468,9 +470,10 @@ def judge_layer(
     """Both tools' energies on PEFT's covariance, at PEFT's damping and under C without damping."""
     from corda_vlm.decompose import decompose
 
-    ours = decompose(weight, covariance, rank=RANK, components=COMPONENTS[mode], damping=damping)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"rank": RANK, "components": COMPONENTS[mode]}
+    ours = decompose(weight, covariance, **asked | OURS | {"damping": damping})
     # at the damping we recommend: what the knowledge itself, undamped, has to say about it
-    light = decompose(weight, covariance, rank=RANK, components=COMPONENTS[mode])  # type: ignore[arg-type]
+    light = decompose(weight, covariance, **asked | OURS)
     factors = {"peft": peft, "ours": (ours.B, ours.A), "ours at 1e-4": (light.B, light.A)}
     return {
         "name": name,

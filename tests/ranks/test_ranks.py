@@ -1,4 +1,4 @@
-"""ranks.py against the literal loops of CorDA++, its invariants, and what it refuses."""
+"""The rules of ranks/ against the literal loops of CorDA++, its invariants, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import math
 import time
 import weakref
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -13,16 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corda_vlm import ranks
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.ranks import (
     allocate_ranks,
     check_budget,
-    compactness,
-    select_covariance,
     selection_score,
-    spectrum,
     uniform_budget,
 )
+
+compactness = partial(ranks.compactness, damping=1e-4)
+spectrum = partial(ranks.spectrum, damping=1e-4)
+select_covariance = partial(ranks.select_covariance, damping=1e-4)
 
 
 def second_moment(d: int, seed: int, decay: float = 1.0) -> torch.Tensor:
@@ -439,6 +442,7 @@ def test_bad_requests_name_the_site_the_numbers_and_the_remedy(mode, change, mes
         (changed("compactness", c=4.0), "unknown site in compactness 'c'"),
         ({"min_rank": {"A": 1}}, "unknown site in min_rank 'A'"),
         ({"max_rank": {"bb": 1}}, "unknown site in max_rank 'bb'"),
+        ({"rule": "compact"}, "unknown rank rule 'compact'; choose one of: compactness"),
         ({"mode": "kmp"}, "unknown mode 'kmp'; choose one of: ipm, kpm. Did you mean 'kpm'"),
     ],
 )
