@@ -40,14 +40,18 @@ def holding(path, ready, *, inside=False):
         sys.argv = ["corda-vlm", "run", "my config.yaml"]
         with locked(path, inside=inside):
             ready.touch()
-            time.sleep(60)
+            time.sleep(600)
 
     child = forked(hold)
-    deadline = time.monotonic() + 20
-    while not ready.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ready.exists()
+    wait_for(ready)
     return child
+
+
+def wait_for(ready):
+    deadline = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < deadline, f"nobody made {ready}"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -92,9 +96,8 @@ def test_a_second_process_may_wait(tmp_path):
             time.sleep(0.5)
 
     child = forked(briefly)
-    while not (tmp_path / "ready").exists():
-        time.sleep(0.01)
-    with locked(tmp_path / "scores.jsonl", wait=20):
+    wait_for(tmp_path / "ready")
+    with locked(tmp_path / "scores.jsonl", wait=60):
         pass
     assert status_of(child) == 0
 

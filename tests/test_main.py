@@ -228,7 +228,7 @@ finally:
 def run_light(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", HEAVY, *words],
-        capture_output=True, text=True, cwd=cwd, timeout=60,
+        capture_output=True, text=True, cwd=cwd, timeout=300,
     )  # fmt: skip
 
 

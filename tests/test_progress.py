@@ -23,10 +23,10 @@ class Log:
         self.text += self.capsys.readouterr().err
         return self.text
 
-    def wait_for(self, text: str) -> str:
-        until = time.monotonic() + 20
-        while text not in self.getvalue():
-            assert time.monotonic() < until, f"no {text!r} in {self.text!r}"
+    def wait_for(self, pattern: str) -> str:
+        until = time.monotonic() + 60
+        while not re.search(pattern, self.getvalue()):
+            assert time.monotonic() < until, f"no {pattern!r} in {self.text!r}"
             time.sleep(0.01)
         return self.text
 
@@ -43,14 +43,13 @@ def test_a_log_gets_lines_with_step_loss_and_time_left(log):
     with Meter("training", 100, initial=40) as meter:
         meter.update(20, loss="0.310")
         said = log.wait_for("\n")
-    assert re.match(r"training: step 60 of 100, loss 0.310; 0 s so far, \d+ s left\n", said)
+    assert re.match(r"training: step 60 of 100, loss 0.310; \d+ s so far, \d+ s left\n", said)
     assert "\r" not in log.getvalue()
 
 
 def test_a_log_gets_lines_while_one_step_lasts(log):
     with Meter("loading"):
-        log.wait_for("loading: 0 s so far\n")
-        log.wait_for("loading: 0 s so far\nloading: 0 s so far\n")
+        log.wait_for(r"(loading: \d+ s so far\n){2}")
 
 
 def test_what_is_short_says_nothing(log, monkeypatch):
@@ -124,7 +123,7 @@ def test_a_log_that_cannot_be_written_stops_no_work(log, monkeypatch):
 
 def test_only_the_work_within_speaks(log):
     with Meter("corda-vlm run", bar=False):
-        log.wait_for("corda-vlm run: 0 s so far")
+        log.wait_for(r"corda-vlm run: \d+ s so far")
         with Meter("training", 3):
             log.wait_for("training: step 0 of 3")
             told = log.getvalue().count("corda-vlm run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 
@@ -66,11 +65,9 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(CordaError, match="a file of text was expected"):
         read_yaml(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    started = time.monotonic()
-    for endless in (tmp_path / "pipe", "/dev/zero"):
+    for endless in (tmp_path / "pipe", "/dev/zero"):  # one that were opened would never end
         with pytest.raises(CordaError, match="a file of text was expected"):
             read_yaml(endless)
-    assert time.monotonic() - started < 5, "nobody writes into it"
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(CordaError, match="not UTF-8"):
         read_yaml(tmp_path / "latin.yaml")

@@ -511,23 +511,24 @@ class TestFolder:
         assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The emoji-clip's adapter exported as "residual" and "lora", and each trained on with plain PEFT."""
+    root = tmp_path_factory.mktemp("belongs")
+    model = load_model("emoji-clip").model
+    attached = trained(model, towers="vision", roles="up,down")
+    for format in ("residual", "lora"):
+        export_adapter(attached, root / format, format=format, source="emoji-clip")
+    restore(attached)
+    mixed = trained(model, towers="vision")  # parts of packed attention: converted
+    for format in ("residual", "lora"):
+        export_adapter(mixed, root / f"hf-{format}", format=format)
+    restore(mixed)
+    return root
+
+
 class TestWhereItBelongs:
     """An export notes the model that it belongs on, and another tool that trains it does not lose the note."""
-
-    @pytest.fixture(scope="class")
-    def folders(self, tmp_path_factory):
-        """The emoji-clip's adapter exported as "residual" and "lora", and each trained on with plain PEFT."""
-        root = tmp_path_factory.mktemp("belongs")
-        model = load_model("emoji-clip").model
-        attached = trained(model, towers="vision", roles="up,down")
-        for format in ("residual", "lora"):
-            export_adapter(attached, root / format, format=format, source="emoji-clip")
-        restore(attached)
-        mixed = trained(model, towers="vision")  # parts of packed attention: converted
-        for format in ("residual", "lora"):
-            export_adapter(mixed, root / f"hf-{format}", format=format)
-        restore(mixed)
-        return root
 
     @staticmethod
     def retrained(folder, base, where):

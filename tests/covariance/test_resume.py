@@ -312,29 +312,36 @@ def child(path: Path, **environment: str) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-KILLED = {"TOY_SLEEP": "0.03", "TOY_BATCHES": "40"}
+KILLED = {"TOY_SLEEP": "0.05", "TOY_BATCHES": "200"}
+"""Ten seconds of work, of which the first batches are waited for: it has not ended, however slow we are to kill it."""
+
+
+def begun(process: subprocess.Popen, batches: int) -> list[int]:
+    """What the child said it had finished before each batch, when it has begun this many more."""
+    assert process.stdout is not None
+    return [int(process.stdout.readline()) for _ in range(batches)]
 
 
 def test_kill_at_any_moment_and_go_on(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     seen = 0
-    for wait in (0.35, 0.2):
+    for batches in (6, 3):
         with child(path, **KILLED) as process:
             assert process.stdout is not None
-            began = int(process.stdout.readline())  # batches that it starts from
-            time.sleep(wait)
+            (began,) = begun(process, 1)  # batches that it starts from
+            said = begun(process, batches)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
             # what it said it had finished is in the file; at most the batch in flight is missing
-            said = [int(line) for line in process.stdout.read().split()]
+            said += [int(line) for line in process.stdout.read().split()]
         progress = CovarianceStore.load(path, unfinished=True).progress
         assert progress is not None
         assert not progress.complete
         assert began == seen
-        assert progress.batches >= (said[-2] if len(said) > 1 else seen)
+        assert progress.batches >= said[-2]
         assert progress.batches > seen
         seen = progress.batches
-    batches = Named(toy_batches(40))
+    batches = Named(toy_batches(200))
     resumed = collect(toy(), batches, path=path)
     assert same(resumed, collect(toy(), batches))
 
@@ -342,16 +349,14 @@ def test_kill_at_any_moment_and_go_on(tmp_path: Path) -> None:
 def test_ctrl_c_of_a_process(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     with child(path, **KILLED) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.1)
+        begun(process, 3)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0
     assert "Run the same command again" in errors
     progress = CovarianceStore.load(path, unfinished=True).progress
     assert progress is not None
-    assert f"stopped after {progress.batches} of 40 batches" in errors
+    assert f"stopped after {progress.batches} of 200 batches" in errors
 
 
 class Slow(list):

@@ -90,7 +90,7 @@ def test_the_models_own_template_writes_what_transformers_writes(tiny_llava):
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_without_an_end_is_ended(name, hurried):
     # Twenty is where a machine without a free processor is given up; with one it takes a part of a second.
-    assert took(lambda: render(ENDLESS[name], ASKED)) < 25
+    assert took(lambda: render(ENDLESS[name], ASKED)) < 60
     assert render("{{ messages[0].content }}", ASKED) == "is it red?", "the next one is rendered"
 
 

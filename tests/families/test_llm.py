@@ -63,8 +63,12 @@ class TestFolders:
         assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
     def test_a_device_map(self, folder):
-        loaded = load_model(folder, device_map={"": "meta"})
-        assert {p.device.type for p in loaded.model.parameters()} == {"meta"}
+        old = t.__version__.startswith("4.")  # it reads no file for the device "meta"
+        device = "cpu" if old else "meta"
+        loaded: Any = load_model(folder, device_map={"": device})
+        assert {p.device.type for p in loaded.model.parameters()} == {device}
+        if old:
+            assert set(loaded.model.hf_device_map.values()) == {device}
         with pytest.raises(CordaError, match="device_map is for language models"):
             load_model("emoji-clip", device_map="auto")
 
@@ -238,7 +242,7 @@ class TestGGUF:
         writer.add_tokenizer_model("gpt2")
         writer.add_token_list(words)
         writer.add_token_types([gguf.TokenType.NORMAL] * 64)
-        writer.add_token_merges(["w 0"])
+        writer.add_token_merges(["w 0", "x1 0"])  # transformers 4 takes one alone for no list
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)

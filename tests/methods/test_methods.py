@@ -234,7 +234,7 @@ def test_kpm_and_ipm_take_opposite_ends(tiny_clip_hf):
         covariance = store["vision_model.encoder.layers.0.mlp.fc1"].matrix
         damage[name] = float((B0.double() @ A0.double() @ covariance).norm())
         restore_method(name, prepared)
-    assert damage["corda-kpm"] < 0.1 * damage["corda-ipm"]
+    assert damage["corda-kpm"] < 0.2 * damage["corda-ipm"]
 
 
 def test_refusals(tiny_clip_hf):

@@ -200,9 +200,9 @@ def test_three_hundred_sites_and_a_million_steps_take_seconds(mode):
         site: torch.rand(4096, generator=generator).sort(descending=True).values for site in shapes
     }
     pi = {site: 1e3 + i for i, site in enumerate(shapes)}
-    began = time.perf_counter()
+    began = time.process_time()
     ranks = allocate_ranks(spectra, pi, shapes, mode=mode, uniform_rank=128)
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
     budget = uniform_budget(shapes, 128)
     spent = sum(sum(shapes[site]) * rank for site, rank in ranks.items())
     assert budget - 15104 < spent <= budget

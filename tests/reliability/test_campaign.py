@@ -6,25 +6,31 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.reliability.races import RACED
+
+
+def run(module: str, *words: str) -> str:
+    """What a module prints, which ends well."""
+    ran = subprocess.run(
+        [sys.executable, "-m", module, *words], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-10_000:] + ran.stderr[-3000:]
+    return ran.stdout
 
 
 def test_a_short_campaign_finds_nothing(tmp_path):
-    """Some kills of each verb, some damaged files of each kind, some of the bad inputs: all in words."""
-    command = [sys.executable, "-m", "tests.reliability.campaign", "--keep", str(tmp_path), "--seconds=20", "--cases=2", "--every=20"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-3000:]
-    assert "could not be gone on from" in ran.stdout
-    races = [sys.executable, "-m", "tests.reliability.races", str(tmp_path)]
-    ran = subprocess.run(races, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    ends = json.loads(ran.stdout.splitlines()[-1])
-    assert ends, "no verb was raced"
+    """A kill of most verbs, two damaged files of each kind, some of the bad inputs: all in words."""
+    printed = run("tests.reliability.short", str(tmp_path))
+    assert "could not be gone on from" in printed
+    check_races(json.loads(printed.splitlines()[-1]), {"calibrate", "evaluate", "run"})
+
+
+def check_races(ends: dict, raced: set[str]) -> None:
+    assert set(ends) == raced
     for verb, (kinds, told, alike) in ends.items():
         assert alike, f"{verb}: what two processes wrote differs from what one does"
         assert kinds in (["ok", "ok"], ["ok", "refused"]), (verb, kinds, told)
@@ -37,7 +43,6 @@ def test_a_short_campaign_finds_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_a_long_campaign_finds_nothing(tmp_path):
-    command = [sys.executable, "-m", "tests.reliability.campaign", "--keep", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode == 0, ran.stdout[-10_000:] + ran.stderr[-3000:]
+    run("tests.reliability.campaign", "--keep", str(tmp_path))
+    printed = run("tests.reliability.races", str(tmp_path))
+    check_races(json.loads(printed.splitlines()[-1]), set(RACED))

@@ -101,7 +101,7 @@ def said(call) -> str:
 
 
 def main(output: Path) -> None:
-    distributed.TIMEOUT = timedelta(seconds=30)
+    distributed.TIMEOUT = timedelta(seconds=120)
     rank = int(os.environ["RANK"])
     found: dict = {"no group": said(lambda: collected(llama(), 3))}
     plain = trainer_of(output, 4, ddp_backend="gloo")  # this makes the process group

@@ -316,8 +316,8 @@ def test_sigkill_costs_only_the_steps_since_the_last_checkpoint(processor, tmp_p
     code = f"""
 from tests.train.conftest import _image, _text
 from corda_vlm.families import Processor
-from tests.train.test_resume import killed_training
-killed_training(Processor(image=_image, text=_text, image_size=(32, 32)), {str(tmp_path / "a")!r})
+from tests.train.test_resume import Rest, killed_training
+killed_training(Processor(image=_image, text=_text, image_size=(32, 32)), {str(tmp_path / "a")!r}, [Rest()])
 """
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=here.parents[1])
     deadline = time.monotonic() + 120
@@ -326,7 +326,7 @@ killed_training(Processor(image=_image, text=_text, image_size=(32, 32)), {str(t
         assert time.monotonic() < deadline
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "it had ended already"
+    assert killed.wait() == -signal.SIGKILL
     resumed = killed_training(processor, tmp_path / "a")
     straight = killed_training(processor, tmp_path / "b")
     assert resumed.resumed_from >= 5
@@ -334,7 +334,15 @@ killed_training(Processor(image=_image, text=_text, image_size=(32, 32)), {str(t
     assert resumed.history[-1]["loss"] == pytest.approx(straight.history[-1]["loss"], rel=1e-5)
 
 
-def killed_training(processor, output_dir) -> TrainResult:
+class Rest(TrainerCallback):
+    """After step 12 nothing goes on, so that there is time for a kill."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 12:
+            time.sleep(600)
+
+
+def killed_training(processor, output_dir, callbacks=()) -> TrainResult:
     """The training of the test above, the same in each process."""
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
@@ -345,10 +353,10 @@ def killed_training(processor, output_dir) -> TrainResult:
         text_cfg=CLIPTextCfg(context_length=12, vocab_size=100, width=32, heads=2, layers=1),
     )
     data = load_records({"source": "sklearn:digits", "split": "train", "limit": 64})
-    options = TrainOptions(steps=60, batch_size=8, save_every=5, log_every=20, bf16=False)
+    options = TrainOptions(steps=20, batch_size=8, save_every=5, log_every=10, bf16=False)
     return train(
-        model, data, processor, options=options, output_dir=output_dir, show_progress=False
-    )
+        model, data, processor, options=options, output_dir=output_dir, callbacks=callbacks, show_progress=False
+    )  # fmt: skip
 
 
 def test_the_weights_of_another_plan_are_not_taken_for_this_ones(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,7 +95,17 @@ def _convert(path: Path, folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, trust_remote_code=trusted()
     )
+    if transformers.__version__.startswith("4."):
+        _name_ends(tokenizer, model.config)
     tokenizer.save_pretrained(folder)
+
+
+def _name_ends(tokenizer: Any, config: Any) -> None:
+    """Set the beginning and end of text as the file has them: transformers 4 takes a Llama's beginning for both."""
+    for name in ("bos", "eos"):
+        number = getattr(config, f"{name}_token_id", None)
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
 
 
 def _identity(path: Path) -> str:

@@ -203,21 +203,22 @@ class TestImageProcessor:
             )
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    torch.manual_seed(0)
+    model = CLIP(
+        24,
+        CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=32),
+        CLIPTextCfg(context_length=16, vocab_size=49408, width=32, heads=2, layers=1),
+    ).eval()
+    folder = tmp_path_factory.mktemp("hf")
+    assert save_hf(model, folder) == folder
+    return folder, model
+
+
 class TestTokenizer:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
-        torch.manual_seed(0)
-        model = CLIP(
-            24,
-            CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=32),
-            CLIPTextCfg(context_length=16, vocab_size=49408, width=32, heads=2, layers=1),
-        ).eval()
-        folder = tmp_path_factory.mktemp("hf")
-        assert save_hf(model, folder) == folder
-        return folder, model
-
     def test_files_load_with_transformers_alone(self, folder, batch):
         import transformers
 
@@ -268,13 +269,14 @@ class TestTokenizer:
         assert not (tmp_path / "new" / "vocab.json").exists()
 
 
-class TestEmojiClip:
-    @pytest.fixture(scope="class")
-    def both(self):
-        if not (asset("model_zoo") / "emoji-clip" / "open_clip_model.safetensors").is_file():
-            pytest.skip("model_zoo/emoji-clip has no weights yet")
-        return load_model("emoji-clip"), load_model("emoji-clip-hf")
+@pytest.fixture(scope="module")
+def both():
+    if not (asset("model_zoo") / "emoji-clip" / "open_clip_model.safetensors").is_file():
+        pytest.skip("model_zoo/emoji-clip has no weights yet")
+    return load_model("emoji-clip"), load_model("emoji-clip-hf")
 
+
+class TestEmojiClip:
     def test_same_embeddings_from_the_same_words_and_drawings(self, both):
         from PIL import Image
 
