@@ -187,8 +187,10 @@ def train(
             conversations, questions or documents (next_token loss).
         plan: The file that the verb `plan` wrote.
         output: Folder for checkpoints and the trained adapter.
-        classes: Names for the prompts, in label order; the default is the data's own.
-        templates: Prompts with {} for the name; the default is "a photo of a {}.".
+        classes: Names for the prompts, in label order, or one name alone: of a list in eval/class_names, or of such a file;
+            the default is the data's own.
+        templates: Prompts with {} for the name, or one name alone without it: of a list in eval/templates, or of such a
+            file; the default is "a photo of a {}.".
         covariance: The file that `calibrate` wrote of the knowledge; without an anchor the forecast of forgetting is
             logged only.
     """
@@ -198,6 +200,8 @@ def train(
         )
     checks.check_source(model)
     checks.check_data(data)
+    named, asked = _listed_or_file(classes), _listed_or_file(templates)
+    checks.check_class_names(named, asked, None)
     checks.check_file(plan, "plan", "make it by corda-vlm plan")
     checks.check_file(covariance, "covariance", "make it by corda-vlm calibrate")
     checks.check_output(output, folder=True)
@@ -207,6 +211,7 @@ def train(
     from corda_vlm.plan import AdapterPlan
 
     records, loaded = steps.load_data(data), _loaded(model, load)
+    names, prompts = steps.training_prompts(records, named, asked)
     store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
     planned = AdapterPlan.load(plan, model=loaded.model)
     result, _ = steps.train_anchored(
@@ -215,8 +220,8 @@ def train(
         loaded.processor,
         options=options,
         output_dir=output,
-        classes=classes,
-        templates=templates,
+        classes=names,
+        templates=prompts,
         knowledge=store,
         anchor=anchor,
     )
@@ -339,6 +344,11 @@ def report(folder: str) -> None:
         return
     page = write_report(folder)
     print(f"{summary_table(folder)}\n\nwrote {page}")
+
+
+def _listed_or_file(items: list[str] | None) -> list[str] | str | None:
+    """Class names or templates: one item alone names a file of them, but for a template, which has braces."""
+    return items[0] if items and len(items) == 1 and "{" not in items[0] else items
 
 
 def _loaded(model: str, load: LoadOptions) -> Loaded:

@@ -263,6 +263,8 @@ def run_light(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
         ("init emoji-clip --method lora", "unknown plan method 'lora'"),
         ("train emoji-clip sklearn:digits --plan none.json", "make it by corda-vlm plan"),
         ("train emoji-clip sklearn:digits --learning-rate 0", "--learning-rate is 0"),
+        ("train emoji-clip sklearn:digits --classes digts", "unknown class names 'digts'"),
+        ("train emoji-clip sklearn:digits --templates none.txt", "unknown template list 'none.txt'"),
         ("evaluate emoji-clip imagenet", "unknown suite 'imagenet'"),
         ("evaluate emoji-clip emoji --adapter none", "no training's folder"),
         ("evaluate emoji-clip emoji --tasks none", "unknown task of suite emoji 'none'"),

@@ -129,6 +129,35 @@ def test_class_names_come_in_the_order_of_the_datas_labels(tmp_path):
         steps.training_prompts(data, ["zero"], None)
 
 
+def test_the_verb_takes_files_of_class_names_and_templates_as_a_run_does(
+    loaded, tmp_path, monkeypatch
+):
+    data = steps.load_data(NOTO)
+    store = steps.calibrate(loaded, data, tmp_path / "c", replace(FEW, **SOME))
+    plan_adapter(loaded.model, store, rank=2, **SOME).save(tmp_path / "plan.json")
+    own = list(map(str, steps.load_data(DIGITS).class_names))
+    given = {}
+
+    def train(*_args, **options):
+        given.update(options)
+        raise NotFiniteError("seen enough")
+
+    monkeypatch.setattr(steps, "train_anchored", train)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.yaml").write_text(json.dumps({name: f"the {name}" for name in own}))
+    words = ["train", "emoji-clip", json.dumps(DIGITS)]
+    one = ["--classes", "names.yaml", "--templates", "digits"]
+    many = [*(word for name in own[::-1] for word in ("--classes", name)), "--templates", "a {}."]
+    with pytest.raises(SystemExit):
+        main([*words, *one])
+    assert list(given["classes"]) == [f"the {name}" for name in own]
+    assert given["templates"] == ("the digit {}", "a drawing of the number {}", "the number {}")
+    with pytest.raises(SystemExit):
+        main([*words, *many])
+    assert list(given["classes"]) == own, "in the order of the data's labels, as of a run"
+    assert given["templates"] == ("a {}.",)
+
+
 def trained_by(loaded, output):
     """A plan trained for two steps, with an anchor that is logged alone."""
     from corda_vlm.adapter import attach_adapter
