@@ -264,7 +264,10 @@ def run_light(*words: str, cwd=None) -> subprocess.CompletedProcess[str]:
         ("train emoji-clip sklearn:digits --plan none.json", "make it by corda-vlm plan"),
         ("train emoji-clip sklearn:digits --learning-rate 0", "--learning-rate is 0"),
         ("train emoji-clip sklearn:digits --classes digts", "unknown class names 'digts'"),
-        ("train emoji-clip sklearn:digits --templates none.txt", "unknown template list 'none.txt'"),
+        (
+            "train emoji-clip sklearn:digits --templates none.txt",
+            "unknown template list 'none.txt'",
+        ),
         ("evaluate emoji-clip imagenet", "unknown suite 'imagenet'"),
         ("evaluate emoji-clip emoji --adapter none", "no training's folder"),
         ("evaluate emoji-clip emoji --tasks none", "unknown task of suite emoji 'none'"),

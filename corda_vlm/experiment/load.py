@@ -17,20 +17,20 @@ from __future__ import annotations
 import copy
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from corda_vlm.errors import CordaError, UnknownNameError, brief
+from corda_vlm.errors import CordaError, brief
 from corda_vlm.experiment.spec import Experiment, Run, Study, StudyRun
 from corda_vlm.files import resolve
 from corda_vlm.names import check_name
-from corda_vlm.options import read_options
+from corda_vlm.options import Items, Text, read_options
 from corda_vlm.plugins import OPTION, named_in_command, run_plugins
 from corda_vlm.yaml_file import parse_yaml, read_yaml
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
-_OF_STUDY = ("name", "title", "defaults", "experiments", "plugins")
 _MOST_PARENTS = 10
 
 
@@ -136,52 +136,51 @@ def _is_study(content: Mapping[str, Any]) -> bool:
     return "experiments" in content
 
 
+@dataclass(frozen=True)
+class _StudyFile:
+    """What the file of a study holds.
+
+    Attributes:
+        name: names the folder of the results.
+        experiments: name -> what it has beside the defaults.
+        title: heading of the overview.
+        defaults: what the experiments have in common.
+        plugins: run before those of each experiment.
+    """
+
+    name: Text
+    experiments: Annotated[dict[Any, dict[Any, Any]], Items(least=1)]
+    title: str | None = None
+    defaults: dict[Any, Any] | None = None
+    plugins: list[Text] | None = None
+
+
 def _parse_study(content: Mapping[str, Any], path: Path, overrides: Overrides) -> Study:
     where = f"study {path}"
-    for key in content:
-        if key not in _OF_STUDY:
-            raise UnknownNameError(f"key in {where}", key, _OF_STUDY)
-    name, title, defaults, experiments, plugins = (content.get(key) for key in _OF_STUDY)
-    if name is None:
-        raise CordaError(f"{where}: no name; it names the folder of the results")
-    check_name(name, f"the name of {where}")
-    if title is not None and not isinstance(title, str):
-        raise CordaError(f"{where}: title must be text, in quotes if need be")
-    if not isinstance(experiments, Mapping) or not experiments:
-        raise CordaError(f"{where}: `experiments` must be a mapping of at least one experiment")
-    if not isinstance(defaults or {}, Mapping):
-        raise CordaError(f"{where}: `defaults` must be a mapping of the options of an experiment")
-    if not isinstance(plugins or [], list):
-        raise CordaError(f"{where}: `plugins` must be a list of Python files")
-    parsed = {
-        key: _parse_one(key, own, defaults or {}, plugins or [], path, overrides)
-        for key, own in experiments.items()
-    }
-    return Study(name, parsed, title)
+    written = read_options(_StudyFile, content, where)
+    check_name(written.name, f"the name of {where}")
+    experiments = {name: _parse_one(name, written, path, overrides) for name in written.experiments}
+    return Study(written.name, experiments, written.title)
 
 
-def _parse_one(
-    name: Any,
-    own: Any,
-    defaults: Mapping[str, Any],
-    plugins: list[Any],
-    path: Path,
-    overrides: Overrides,
-) -> Experiment:
+def _parse_one(name: Any, written: _StudyFile, path: Path, overrides: Overrides) -> Experiment:
     """One experiment of a study."""
-    where = f"study {path}"
-    check_name(name, f"an experiment's name in {where}")
-    if not isinstance(own, Mapping):
-        raise CordaError(f"{where}, experiment {name!r}: must be a mapping")
+    check_name(name, f"an experiment's name in study {path}")
     # a copy, as experiments share the defaults
-    content: dict[str, Any] = copy.deepcopy({**defaults, **own, "name": name})
+    content: dict[str, Any] = copy.deepcopy(
+        {**(written.defaults or {}), **written.experiments[name], "name": name}
+    )
     _override_all(content, overrides)
-    if plugins:
-        others = content.get("plugins") or []
-        if isinstance(others, list):  # what it must be is said below
-            content["plugins"] = [*plugins, *(one for one in others if one not in plugins)]
+    _add_plugins(content, written.plugins or [])
     _run_plugins(content, path)
-    return parse_experiment(content, f"{where}, experiment {name!r}")
+    return parse_experiment(content, f"study {path}, experiment {name!r}")
+
+
+def _add_plugins(content: dict[str, Any], plugins: Sequence[str]) -> None:
+    """The plugins of a study, before those of its experiment."""
+    own = content.get("plugins") or []
+    if plugins and isinstance(own, list):  # what it must be is said where the experiment is parsed
+        content["plugins"] = [*plugins, *(one for one in own if one not in plugins)]
 
 
 # ------------------------------------------------------------------ files and overrides

@@ -96,11 +96,15 @@ def test_tells_a_study_from_an_experiment(config):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"experiment": {}}, UnknownNameError, "key in study .*'experiment'.*experiments"),
-        ({"name": None}, CordaError, "no name"),
-        ({"experiments": {}}, CordaError, "at least one experiment"),
-        ({"experiments": {"low": 3}}, CordaError, "experiment 'low': must be a mapping"),
-        ({"defaults": [1]}, CordaError, "`defaults` must be a mapping"),
+        ({"experiment": {}}, UnknownNameError, r"in study .*pair\.yaml 'experiment'.*experiments"),
+        ({"name": None}, CordaError, r"study .*pair\.yaml: name cannot be None; it must be text"),
+        ({"name": "a/b"}, CordaError, r"the name of study .*pair\.yaml cannot be 'a/b'"),
+        ({"title": 3}, CordaError, "title cannot be 3; it must be text or null .*in quotes"),
+        ({"plugins": "own.py"}, CordaError, "plugins cannot be 'own.py'; it must be a list"),
+        ({"experiments": {}}, CordaError, "experiments is {}; it needs at least 1"),
+        ({"experiments": {1: {}}}, CordaError, "an experiment's name in study .* must be text"),
+        ({"experiments": {"low": 3}}, CordaError, "experiments.low cannot be 3; it must be a map"),
+        ({"defaults": [1]}, CordaError, r"defaults cannot be \[1\]; it must be a mapping"),
         ({"experiments": {"low": {"rnak": 3}}}, CordaError, "experiment 'low'.*rnak"),
     ],
 )
