@@ -39,38 +39,21 @@ def load_records(
             `max_bad_share` allows.
     """
     spec = parse_spec(spec)
-    source = SOURCES[spec.kind]
-    table = source.read(spec, beside)
-    if table.size == 0:
-        raise DataError(f"{spec}: holds no record")
-    if spec.root is not None and not source.own_root:
-        table = replace(table, base=find_one(spec.root, beside))
-    if spec.format is not None:
-        table = conversations(table, spec)
+    table = _read(spec, beside)
     columns = {kind: pick_column(table, kind, asked, spec) for kind, asked in _asked(spec).items()}
-    where = dict(spec.where)
     splits = spec.splits or (None if "split" in table.columns or table.split else table.splits)
-    if spec.split is not None and not splits and not table.split:
-        if "split" not in table.columns:
-            raise DataError(
-                f"{spec}: has no split of its own; give splits, e.g. {{train: 0.8, test: 0.2}}, "
-                "or where, a filter on a column"
-            )
-        where.setdefault("split", spec.split)
-    rows = select_rows(table, where, spec)
+    rows = select_rows(table, _filter(table, spec, splits), spec)
     labels, class_names = label_rows(table, columns["label"], rows, spec, beside)
     if splits and spec.split is not None:
         part = _part(table, rows, splits, spec.split, labels, spec)
         rows, labels = rows[part], take(labels, part)
     chosen = sample(spec, labels, len(rows))
     rows, labels = rows[chosen], take(labels, chosen)
+    kind = ImageTextData if spec.format is None else InstructionData
     if spec.format is None:
-        kind = ImageTextData
         texts = text_rows(table, spec.text, columns["text"], rows, labels, class_names)
     else:
-        kind = InstructionData
-        documents = FORMATS[spec.format].talk is None
-        texts = [table.columns["text"][int(row)] for row in rows] if documents else None
+        texts = _documents(table, rows, spec.format)
     if len(rows) == 0:
         raise DataError(f"{spec}: not one record is left after split, filter and sampling")
     if kind is ImageTextData and columns["image"] is None and texts is None:
@@ -89,6 +72,39 @@ def load_records(
     )
     records.check()
     return records
+
+
+def _read(spec: DataSpec, beside: str | Path | None) -> Table:
+    """All rows of a source, as its format has them."""
+    source = SOURCES[spec.kind]
+    table = source.read(spec, beside)
+    if table.size == 0:
+        raise DataError(f"{spec}: holds no record")
+    if spec.root is not None and not source.own_root:
+        table = replace(table, base=find_one(spec.root, beside))
+    return table if spec.format is None else conversations(table, spec)
+
+
+def _filter(
+    table: Table, spec: DataSpec, splits: Mapping[str, float | int] | None
+) -> dict[str, Any]:
+    """The values of columns that records must have: what `where` asks for, and the split where a column names it."""
+    where = dict(spec.where)
+    if spec.split is not None and not splits and not table.split:
+        if "split" not in table.columns:
+            raise DataError(
+                f"{spec}: has no split of its own; give splits, e.g. {{train: 0.8, test: 0.2}}, "
+                "or where, a filter on a column"
+            )
+        where.setdefault("split", spec.split)
+    return where
+
+
+def _documents(table: Table, rows: np.ndarray, form: str) -> list[str] | None:
+    """The texts of `rows`, if they are documents; None for conversations."""
+    if FORMATS[form].talk is not None:
+        return None
+    return [table.columns["text"][int(row)] for row in rows]
 
 
 def _part(

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from corda_vlm.data import load_records, parse_spec
+from corda_vlm.data import load_records
 from corda_vlm.data.paths import MOST_PATHS
-from corda_vlm.errors import CordaError, DataError, UnknownNameError
+from corda_vlm.errors import CordaError, DataError
 
 pytestmark = pytest.mark.unchecked
 
@@ -384,48 +384,6 @@ def test_members_of_one_name_are_not_dropped(tmp_path):
             archive.addfile(info, io.BytesIO(body))
     with pytest.raises(DataError, match=r"it holds 0\.txt twice"):
         load_records(f"webdataset:{path}")
-
-
-# ------------------------------------------------------------------ specs
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"limit": 0}, "limit is 0; it must be at least 1"),
-        ({"limit": "3"}, "limit cannot be '3'; it must be a whole number"),
-        ({"limit": True}, "limit cannot be True"),
-        ({"seed": -1}, "seed is -1; it must be at least 0"),
-        ({"seed": 2**40}, "seed is 1099511627776"),
-        ({"per_class": 0}, "per_class is 0"),
-        ({"chunk": 0}, "chunk is 0"),
-        ({"max_bad_share": 1}, "max_bad_share is"),
-        ({"max_bad_share": float("nan")}, "max_bad_share cannot be nan"),
-        ({"where": [1]}, "where cannot be"),
-        ({"splits": {"a": "b"}}, "splits"),
-        ({"splits": {"a": 0.0}}, "splits is"),
-        ({"splits": {}}, "splits is"),
-        ({"classes": ["a", "a"]}, "classes holds 'a' twice"),
-        ({"classes": [True, False]}, r"classes.*\(text goes in quotes\)"),
-        ({"choices": ["A", "A"]}, "choices holds 'A' twice"),
-        ({"question": 5}, "question cannot be 5"),
-        ({"image": ["a"]}, "image cannot be"),
-        ({"root": "x", "source": "folder:x"}, "root is for records with paths"),
-    ],
-)
-def test_options_are_checked_before_anything_is_read(options, why):
-    with pytest.raises(DataError, match=why):
-        parse_spec({"source": "json:nothing.json", **options})
-
-
-@pytest.mark.parametrize("spec", [None, 5, ["json:a.json"]])
-def test_what_is_no_spec_is_said(spec):
-    with pytest.raises(DataError, match="names no data"):
-        parse_spec(spec)
-    with pytest.raises(UnknownNameError, match="unknown data option 5"):
-        parse_spec({"source": "json:a.json", 5: 6})
-    with pytest.raises(CordaError, match="source cannot be None"):
-        parse_spec({"source": None})
 
 
 def test_a_list_of_classes_has_each_once(tmp_path):

@@ -32,10 +32,10 @@ def read_sklearn(spec: DataSpec, beside: str | Path | None = None) -> Table:
     stratified and the same always.
     """
     check_sklearn(spec, beside)
-    found: Any = require("sklearn.datasets", "data", "reading sklearn:digits").load_digits()
+    digits: Any = require("sklearn.datasets", "data", "reading sklearn:digits").load_digits()
     # The transform of a model enlarges by interpolation; eight-bit gray with ink dark on white, as on paper.
-    pictures = (255 - found.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8)
-    labels = found.target.tolist()
+    pictures = (255 - digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8)
+    labels = digits.target.tolist()
     return Table(
         size=len(labels),
         columns={"label": labels},
@@ -56,54 +56,93 @@ def read_hf(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """A Hugging Face data set: a hub name, a folder that `datasets` can load, or one of `save_to_disk`."""
     import datasets
 
-    try:
-        folder = find_one(spec.location, beside)
-    except DataError:
-        folder = None
-    if folder is not None and not folder.is_dir():
-        plain_file(folder)
-    try:
-        if folder is not None and (
-            (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
-        ):
-            found: Any = datasets.load_from_disk(str(folder))
-        else:
-            found = datasets.load_dataset(str(folder or spec.location), spec.config)
-    except Exception as error:  # of any of the libraries that `datasets` reads with
-        raise DataError(
-            f"{spec}: `datasets` cannot load it ({first_line(error)}); give a hub name that can be reached, "
-            "or a local folder"
-        ) from error
-    own_split = isinstance(found, Mapping)
-    if own_split:
-        if spec.split is None and len(found) > 1:
-            raise DataError(f"{spec}: say which split: {', '.join(map(str, found))}")
-        if spec.split is not None and spec.split not in found and spec.splits is None:
-            raise UnknownNameError(f"split of {spec.location}", spec.split, map(str, found))
-        # With `splits` a part is cut out of a source that has one split only.
-        own_split = spec.split in found
-        found = found[spec.split] if own_split else found[next(iter(found))]
-    pictures = {n for n, f in found.features.items() if isinstance(f, datasets.Image)}
-    for name in pictures:
-        found = found.cast_column(
-            name, datasets.Image(decode=False)
-        )  # bytes; we decode, and count failures
-    rest = found.remove_columns(sorted(pictures))
+    folder = _local_folder(spec, beside)
+    loaded = _load_hf(spec, folder)
+    own_split = isinstance(loaded, Mapping) and spec.split in loaded
+    data = _part_of(loaded, spec) if isinstance(loaded, Mapping) else loaded
+    classes = {n: f.names for n, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    pictures = sorted(n for n, f in data.features.items() if isinstance(f, datasets.Image))
+    for name in pictures:  # bytes; we decode, and count failures
+        data = data.cast_column(name, datasets.Image(decode=False))
+    rest = data.remove_columns(pictures)
     return Table(
-        size=len(found),
+        size=len(data),
         columns={name: list(rest[name]) for name in rest.column_names},
-        images={name: (lambda row, name=name: found[row][name]) for name in sorted(pictures)},
+        images={name: (lambda row, name=name: data[row][name]) for name in pictures},
         place=lambda row: f"{spec}, row {row}",
-        class_names={
-            n: f.names for n, f in found.features.items() if isinstance(f, datasets.ClassLabel)
-        },
+        class_names=classes,
         base=folder,
         split=own_split,
     )
 
 
+def _local_folder(spec: DataSpec, beside: str | Path | None) -> Path | None:
+    """The folder that a data set lies in; None for one of a hub."""
+    try:
+        folder = find_one(spec.location, beside)
+    except DataError:
+        return None
+    if not folder.is_dir():
+        plain_file(folder)
+    return folder
+
+
+def _load_hf(spec: DataSpec, folder: Path | None) -> Any:
+    """What `datasets` loads: a data set, or a mapping of its splits."""
+    import datasets
+
+    marks = ("state.json", "dataset_dict.json")
+    try:
+        if folder is not None and any((folder / mark).exists() for mark in marks):
+            return datasets.load_from_disk(str(folder))
+        return datasets.load_dataset(str(folder or spec.location), spec.config)
+    except Exception as error:  # of any of the libraries that `datasets` reads with
+        raise DataError(
+            f"{spec}: `datasets` cannot load it ({first_line(error)}); give a hub name that can be reached, "
+            "or a local folder"
+        ) from error
+
+
+def _part_of(splits: Mapping[str, Any], spec: DataSpec) -> Any:
+    """The split that a spec asks for, or the only one there is."""
+    if spec.split is None and len(splits) > 1:
+        raise DataError(f"{spec}: say which split: {', '.join(map(str, splits))}")
+    if spec.split is not None and spec.split not in splits and spec.splits is None:
+        raise UnknownNameError(f"split of {spec.location}", spec.split, map(str, splits))
+    # With `splits` a part is cut out of a source that has one split only.
+    return splits[spec.split] if spec.split in splits else next(iter(splits.values()))
+
+
 def read_torchvision(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """A classification set of `torchvision.datasets`, from `root` (nothing is fetched unless `download`)."""
+    kind = _torchvision_kind(spec)
+    root = torchvision_root(spec, beside)
+    part = _torchvision_part(kind, spec)
+    accepted = inspect.signature(kind).parameters
+    fetching = {"download": spec.download} if "download" in accepted else {}
+    try:
+        data: Any = kind(str(root), **part, **fetching)
+        labels = _torchvision_labels(data)
+    except Exception as error:  # of any of the formats that torchvision reads
+        raise DataError(
+            f"{spec}: torchvision cannot read it in {root} ({first_line(error)}); "
+            "set download: true to fetch it, or put its files there"
+        ) from error
+    classes = next(
+        (getattr(data, name) for name in ("classes", "categories") if hasattr(data, name)), None
+    )
+    return Table(
+        size=len(labels),
+        columns={"label": labels},
+        images={"image": lambda row: data[row][0]},
+        place=lambda row: f"{spec}, record {row}",
+        class_names={} if classes is None else {"label": [str(name) for name in classes]},
+        split=bool(part),
+    )
+
+
+def _torchvision_kind(spec: DataSpec) -> Any:
+    """The class of a data set. Raises `UnknownNameError` where there is none of this name."""
     import torchvision
 
     kinds: dict[str, Any] = {
@@ -113,39 +152,21 @@ def read_torchvision(spec: DataSpec, beside: str | Path | None = None) -> Table:
     }
     if spec.location not in kinds:
         raise UnknownNameError("torchvision data set", spec.location, kinds)
-    kind = kinds[spec.location]
-    root = torchvision_root(spec, beside)
+    return kinds[spec.location]
+
+
+def _torchvision_part(kind: Any, spec: DataSpec) -> dict[str, Any]:
+    """The keywords by which a data set gives the split that is asked for; {} where it has none of its own."""
     accepted = inspect.signature(kind).parameters
-    options: dict[str, Any] = {}
-    if spec.splits is None and spec.split is not None:
-        if "split" in accepted:
-            options["split"] = spec.split
-        elif "train" in accepted:
-            if spec.split not in ("train", "test"):
-                raise UnknownNameError(f"split of {spec.location}", spec.split, ["train", "test"])
-            options["train"] = spec.split == "train"
-    own_split = bool(options)
-    if "download" in accepted:
-        options["download"] = spec.download
-    try:
-        found: Any = kind(str(root), **options)
-        labels = _torchvision_labels(found)
-    except Exception as error:  # of any of the formats that torchvision reads
-        raise DataError(
-            f"{spec}: torchvision cannot read it in {root} ({first_line(error)}); "
-            "set download: true to fetch it, or put its files there"
-        ) from error
-    classes = next(
-        (getattr(found, n) for n in ("classes", "categories") if hasattr(found, n)), None
-    )
-    return Table(
-        size=len(labels),
-        columns={"label": labels},
-        images={"image": lambda row: found[row][0]},
-        place=lambda row: f"{spec}, record {row}",
-        class_names={} if classes is None else {"label": [str(name) for name in classes]},
-        split=own_split,
-    )
+    if spec.splits is not None or spec.split is None:
+        return {}
+    if "split" in accepted:
+        return {"split": spec.split}
+    if "train" not in accepted:
+        return {}
+    if spec.split not in ("train", "test"):
+        raise UnknownNameError(f"split of {spec.location}", spec.split, ["train", "test"])
+    return {"train": spec.split == "train"}
 
 
 def torchvision_root(spec: DataSpec, beside: str | Path | None = None) -> Path:
@@ -155,14 +176,14 @@ def torchvision_root(spec: DataSpec, beside: str | Path | None = None) -> Path:
     return Path(spec.root) if spec.download else find_one(spec.root, beside)
 
 
-def _torchvision_labels(found: Any) -> list[int]:
+def _torchvision_labels(data: Any) -> list[int]:
     """The labels without decoding pictures, where the data set keeps them under one of the usual names."""
     for name in ("targets", "labels", "_labels", "y"):
-        values = getattr(found, name, None)
-        if values is not None and len(values) == len(found):
+        values = getattr(data, name, None)
+        if values is not None and len(values) == len(data):
             return [int(value) for value in values]
     for name in ("_samples", "samples", "imgs"):
-        values = getattr(found, name, None)
-        if values is not None and len(values) == len(found):
+        values = getattr(data, name, None)
+        if values is not None and len(values) == len(data):
             return [int(sample[1]) for sample in values]
-    return [int(found[row][1]) for row in range(len(found))]
+    return [int(data[row][1]) for row in range(len(data))]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,46 @@ _KEEP_IN_MEMORY = 2 << 30
 
 def read_parquet(spec: DataSpec, beside: str | Path | None = None) -> Table:
     """Parquet files with pictures as encoded bytes (or Hugging Face's {bytes, path}) beside other columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     paths = find_paths(spec.location, beside)
-    files, others = [], []
+    files, columns = _opened(paths)
+    starts = list(itertools.accumulate((file.rows for file in files), initial=0))
+
+    def locate(row: int) -> tuple[_ParquetPictures, int]:
+        index = bisect.bisect_right(starts, row) - 1
+        return files[index], row - starts[index]
+
+    def picture(column: str, row: int) -> Any:
+        file, local = locate(row)
+        return file.get(column, local)
+
+    def place(row: int) -> str:
+        file, local = locate(row)
+        return f"{file.path}, row {local}"
+
+    names = dict.fromkeys(name for file in files for name in file.columns)
+    return Table(
+        size=starts[-1],
+        columns=columns,
+        images={name: partial(picture, name) for name in names},
+        place=place,
+        base=paths[0].parent,
+    )
+
+
+def _opened(paths: Sequence[Path]) -> tuple[list[_ParquetPictures], dict[str, list[Any]]]:
+    """The files with their pictures unread, and the other columns of all of them."""
+    import pyarrow as pa
+
+    files: list[_ParquetPictures] = []
+    others: list[Any] = []
     path = paths[0]
     try:
         for path in paths:
-            # Checksums are there only where the writer made them; without, a flipped bit may pass.
-            file = pq.ParquetFile(plain_file(path), page_checksum_verification=True)
-            _check_columns(file, path)
-            pictures = [f.name for f in file.schema_arrow if _holds_bytes(f.type)]
-            others.append(file.read([f.name for f in file.schema_arrow if f.name not in pictures]))
-            files.append(_ParquetPictures(path, file, pictures))
+            file, other = _read_file(path)
+            files.append(file)
+            others.append(other)
         table = pa.concat_tables(others, promote_options="default")
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        return files, {name: table.column(name).to_pylist() for name in table.column_names}
     except CordaError:
         raise
     except Exception as error:  # a reader that meets damage may raise anything
@@ -43,32 +68,18 @@ def read_parquet(spec: DataSpec, beside: str | Path | None = None) -> Table:
         raise DataError(
             f"{path}: not a readable parquet file ({type(error).__name__}: {first_line(error)})"
         ) from error
-    starts = list(itertools.accumulate((file.rows for file in files), initial=0))
 
-    def locate(row: int) -> tuple[_ParquetPictures, int]:
-        index = bisect.bisect_right(starts, row) - 1
-        return files[index], row - starts[index]
 
-    def picture(column: str) -> Callable[[int], Any]:
-        def get(row: int) -> Any:
-            file, local = locate(row)
-            return file.get(column, local)
+def _read_file(path: Path) -> tuple[_ParquetPictures, Any]:
+    """One file with its pictures unread, and a table of its other columns."""
+    import pyarrow.parquet as pq
 
-        return get
-
-    def place(row: int) -> str:
-        file, local = locate(row)
-        return f"{file.path}, row {local}"
-
-    return Table(
-        size=starts[-1],
-        columns=columns,
-        images={
-            name: picture(name) for name in dict.fromkeys(c for file in files for c in file.columns)
-        },
-        place=place,
-        base=paths[0].parent,
-    )
+    # Checksums are there only where the writer made them; without, a flipped bit may pass.
+    file = pq.ParquetFile(plain_file(path), page_checksum_verification=True)
+    _check_columns(file, path)
+    pictures = [f.name for f in file.schema_arrow if _holds_bytes(f.type)]
+    others = [f.name for f in file.schema_arrow if f.name not in pictures]
+    return _ParquetPictures(path, file, pictures), file.read(others)
 
 
 def _unreadable(tables: Sequence[Any], paths: Sequence[Path]) -> Path | None:

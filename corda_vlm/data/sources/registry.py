@@ -63,7 +63,7 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "parquet": SourceKind(_here("parquet", "read_parquet"), check_files),
     "folder": SourceKind(_here("folders", "read_folder"), check_files, takes=()),
-    "webdataset": SourceKind(_here("folders", "read_webdataset"), check_files),
+    "webdataset": SourceKind(_here("webdataset", "read_webdataset"), check_files),
     "hf": SourceKind(_here("libraries", "read_hf"), _here("libraries", "check_hf")),
     "torchvision": SourceKind(
         _here("libraries", "read_torchvision"),

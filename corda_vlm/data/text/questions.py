@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
@@ -25,7 +26,62 @@ _REFERENCES = ("answers", "answer_list", "references")
 _CHOICES = ("choices", "options")
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Where the parts of a question are: columns, or sentences over the columns; None for what there is none of.
+
+    Attributes:
+        question: what is asked.
+        target: the answer to learn.
+        references: the column of all right answers.
+        aliases: the column of other spellings of the answer.
+        choices: the column of all choices, or the columns of one each.
+        classes: the names that the numbers of `target` stand for.
+    """
+
+    question: str
+    target: str | None
+    references: str | None
+    aliases: str | None
+    choices: str | list[str] | None
+    classes: Sequence[str] | None
+
+    @property
+    def lettered(self) -> bool:
+        """Does the question write the choices, so that its answer is a letter?"""
+        return "{choices}" in self.question
+
+
 def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
+    """Questions with their answers, or with the choices of which one is right.
+
+    Raises:
+        UnknownNameError: a column that was asked for does not exist.
+        DataError: there is no question column, or no choices where the question is to write them.
+    """
+    asked = _asked(table, spec)
+
+    def make(row: int) -> dict[str, Any]:
+        values = {name: column[row] for name, column in table.columns.items()}
+        given = _given(asked, values)
+        choice = _choice_of(asked, values, given)
+        if choice and asked.lettered:
+            values["choices"] = _written(choice["choices"])
+            choice["choices"] = _letters(choice["choices"])
+        if choice:
+            answers = [choice["choices"][choice["choice"]]]
+        else:
+            answers = _answers(asked, values, given)
+        if (asked.target or asked.references) and (not answers or not answers[0].strip()):
+            raise Fault("has an empty answer")
+        return choice | question_and_answers(_question(asked, values), answers, count(row), spec)
+
+    names = ["messages", "question", "answers"] + (["choices", "choice"] if asked.choices else [])
+    return each(table, make, names)
+
+
+def _asked(table: Table, spec: DataSpec) -> _Asked:
+    """Where the parts of a table's questions are."""
     names = list(table.columns)
     question = asked_column(spec.question, _QUESTION, names, spec, "question")
     if question is None:
@@ -35,66 +91,70 @@ def qa(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
         )
     if spec.question == "auto":
         _must_ask_all(table, spec, question)
-    target = references = choices = None
+    usual = spec.answer == "auto"
+    target = None
     if spec.answer is not None:
-        asked = "auto" if spec.answer == "auto" else spec.answer
-        target = asked_column(asked, _TARGET, names, spec, "answer")
-        if spec.answer == "auto":
-            references = next((name for name in _REFERENCES if name in names), None)
-        choices = _choice_columns(spec, names)
-    lettered = "{choices}" in question
-    if lettered and choices is None:
+        target = asked_column(spec.answer, _TARGET, names, spec, "answer")
+    asked = _Asked(
+        question,
+        target,
+        references=next((name for name in _REFERENCES if usual and name in names), None),
+        aliases="aliases" if usual and "aliases" in names else None,
+        choices=None if spec.answer is None else _choice_columns(spec, names),
+        classes=table.class_names.get(str(target)),
+    )
+    if asked.lettered and asked.choices is None:
         why = (
             "needs an answer to tell the right one by; leave answer: null out"
             if spec.answer is None
             else "needs their column; name it with choices:"
         )
         raise DataError(f"{spec}: its question is to write the choices, which {why}")
-    aliases = "aliases" if spec.answer == "auto" and "aliases" in names else None
+    return asked
 
-    classes = table.class_names.get(str(target))
 
-    def make(row: int) -> dict[str, Any]:
-        values = {name: column[row] for name, column in table.columns.items()}
-        made: dict[str, Any] = {}
-        given = None if target is None else filled(target, values)
-        if classes is not None and isinstance(given, int):
-            if not 0 <= given < len(classes):
-                raise Fault(f"its {target} is {given}, and there are {len(classes)} classes")
-            given = classes[given]
-        if choices is not None and (stored := _stored_choices(choices, values)) is not None:
-            made["choices"], made["choice"] = _choice(stored, given)
-            if lettered:
-                letters = _letters(made["choices"])
-                lines = zip(letters, made["choices"], strict=True)
-                values["choices"] = "\n".join(f"{letter}. {choice}" for letter, choice in lines)
-                made["choices"] = letters
-            answers = [made["choices"][made["choice"]]]
-        elif lettered:
-            raise Fault("has no choices")
-        else:
-            answers = answers_of(given)
-            known = [] if references is None else answers_of(values[references])
-            if (
-                known
-            ):  # what is to be learned comes first; it is one of the references, not one more
-                first = answers[:1]
-                if first and first[0] in known:
-                    known.remove(first[0])
-                answers = first + known
-            more = [] if aliases is None else answers_of(values[aliases])
-            answers += [alias for alias in dict.fromkeys(more) if alias not in answers]
-        if (target or references) and (not answers or not answers[0].strip()):
-            raise Fault("has an empty answer")
-        asked = filled(question, values)
-        if is_nan(asked) or asked is None:
-            asked = ""
-        if not isinstance(asked, str):
-            raise not_text("question", asked)
-        return made | question_and_answers(asked, answers, count(row), spec)
+def _given(asked: _Asked, values: Mapping[str, Any]) -> Any:
+    """The answer of a row as it is stored, but for the name of its class in place of the class's number."""
+    given = None if asked.target is None else filled(asked.target, values)
+    if asked.classes is None or not isinstance(given, int):
+        return given
+    if not 0 <= given < len(asked.classes):
+        raise Fault(f"its {asked.target} is {given}, and there are {len(asked.classes)} classes")
+    return asked.classes[given]
 
-    names = ["messages", "question", "answers"] + (["choices", "choice"] if choices else [])
-    return each(table, make, names)
+
+def _choice_of(asked: _Asked, values: Mapping[str, Any], given: Any) -> dict[str, Any]:
+    """The choices of a row and the index of the right one; {} where it has none."""
+    stored = None if asked.choices is None else _stored_choices(asked.choices, values)
+    if stored is not None:
+        choices, right = _choice(stored, given)
+        return {"choices": choices, "choice": right}
+    if asked.lettered:
+        raise Fault("has no choices")
+    return {}
+
+
+def _answers(asked: _Asked, values: Mapping[str, Any], given: Any) -> list[str]:
+    """All right answers of a row; the one to learn is the first, and is one of the references, not one more."""
+    answers = answers_of(given)
+    known = [] if asked.references is None else answers_of(values[asked.references])
+    if known:
+        first = answers[:1]
+        if first and first[0] in known:
+            known.remove(first[0])
+        answers = first + known
+    more = [] if asked.aliases is None else answers_of(values[asked.aliases])
+    return answers + [alias for alias in dict.fromkeys(more) if alias not in answers]
+
+
+def _question(asked: _Asked, values: Mapping[str, Any]) -> str:
+    """What a row asks; an empty text where nothing is stored."""
+    question = filled(asked.question, values)
+    if question is None or is_nan(question):
+        return ""
+    if not isinstance(question, str):
+        raise not_text("question", question)
+    return question
 
 
 def question_and_answers(
@@ -141,8 +201,8 @@ def _must_ask_all(table: Table, spec: DataSpec, question: str) -> None:
 def _choice_columns(spec: DataSpec, names: Sequence[str]) -> str | list[str] | None:
     """The column of all choices, or those of one each."""
     if spec.choices == "auto":
-        found = next((name for name in _CHOICES if name in names), None)
-        return found if spec.answer == "auto" else None
+        usual = next((name for name in _CHOICES if name in names), None)
+        return usual if spec.answer == "auto" else None
     for name in [spec.choices] if isinstance(spec.choices, str) else spec.choices:
         if name not in names:
             raise UnknownNameError(f"column of choices of {spec}", name, names)
@@ -153,14 +213,20 @@ def _stored_choices(columns: str | list[str], values: Mapping[str, Any]) -> Any:
     if isinstance(columns, str):
         return values[columns]
     # The columns' names are what answers go by, whichever of the columns are empty.
-    found = {column: values[column] for column in columns if not is_nothing(values[column])}
-    return {"text": list(found.values()), "label": list(found)}
+    filled_in = {column: values[column] for column in columns if not is_nothing(values[column])}
+    return {"text": list(filled_in.values()), "label": list(filled_in)}
 
 
 def _letters(choices: Sequence[str]) -> list[str]:
     if len(choices) > 26:
         raise Fault(f"has {len(choices)} choices, more than there are letters")
     return list(ascii_uppercase[: len(choices)])
+
+
+def _written(choices: Sequence[str]) -> str:
+    """Choices as a question writes them, "A. …" on lines of their own."""
+    lines = zip(_letters(choices), choices, strict=True)
+    return "\n".join(f"{letter}. {choice}" for letter, choice in lines)
 
 
 def answers_of(stored: Any) -> list[str]:
@@ -220,19 +286,24 @@ def expanded(table: Table, spec: DataSpec) -> Table:
     parents: list[int] = []
     items: list[Mapping[str, Any]] = []
     faults: dict[int, str] = {}
-    places: list[int] = []
+    numbers: list[int] = []
     for row, stored in enumerate(table.columns[column]):
-        found = unpacked(stored)
-        good = isinstance(found, (list, tuple)) and all(isinstance(i, Mapping) for i in found)
-        if not good or not found:
+        questions = _question_list(stored)
+        if not questions:
             faults[len(parents)] = f"its {column} holds no list of questions"
-            found = [{}]
-        for number, item in enumerate(found):
+        for number, item in enumerate(questions or [{}]):
             parents.append(row)
             items.append(item)
-            places.append(number)
+            numbers.append(number)
     own = dict.fromkeys(name for item in items for name in item)
     rest = {name: values for name, values in table.columns.items() if name != column}
     columns = {name: [values[row] for row in parents] for name, values in rest.items()}
     columns |= {name: [item.get(name) for item in items] for name in own}
-    return made_of(table, parents, columns, faults, lambda row: f"question {places[row]}")
+    return made_of(table, parents, columns, faults, lambda row: f"question {numbers[row]}")
+
+
+def _question_list(stored: Any) -> Sequence[Mapping[str, Any]]:
+    """The questions of one row, perhaps written as JSON; none where it is no list of mappings."""
+    listed = unpacked(stored)
+    good = isinstance(listed, (list, tuple)) and all(isinstance(i, Mapping) for i in listed)
+    return listed if good else ()

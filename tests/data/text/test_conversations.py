@@ -268,7 +268,7 @@ def test_a_sequence_that_is_too_long(tiny_llm, questions, caplog):
     assert "line 1" in caplog.text
     gone = questions(("x " * 200, "yes"))
     with pytest.raises(DataError, match="all its labels are masked"):
-        ConversationBatches(gone, tiny_llm.processor, chat=cut.options, labelled=True).sample(0)
+        ConversationBatches(gone, tiny_llm.processor, chat=cut.options, must_learn=True).sample(0)
 
 
 def test_an_image_is_never_cut(tiny_llava, shapes):
@@ -305,4 +305,4 @@ def test_a_question_without_an_answer_calibrates_but_is_not_learnt(tiny_llm, que
     sample = ConversationBatches(data, tiny_llm.processor, chat=chat).sample(0)
     assert bool((sample["labels"] == -100).all())
     with pytest.raises(DataError, match="line 1: holds no token to learn"):
-        ConversationBatches(data, tiny_llm.processor, chat=chat, labelled=True).sample(0)
+        ConversationBatches(data, tiny_llm.processor, chat=chat, must_learn=True).sample(0)

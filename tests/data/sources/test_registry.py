@@ -69,6 +69,6 @@ def test_what_it_says_before_a_model_is_loaded_and_what_it_takes_is_declared_wit
 
 
 def test_the_page_of_ones_own_data_names_every_kind_and_format():
-    page = Path(__file__, "../../../docs/pages/how-to/data.md").resolve().read_text("utf-8")
+    page = Path(__file__, "../../../../docs/pages/how-to/data.md").resolve().read_text("utf-8")
     assert [kind for kind in SOURCES if f"`{kind}:" not in page] == []
     assert [name for name in FORMATS if f"`{name}`" not in page] == []
