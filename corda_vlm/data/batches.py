@@ -59,7 +59,7 @@ def make_batches(
     cache_mb: float = 512.0,
     workers: int = 0,
     chat: ChatOptions | None = None,
-    labelled: bool = False,
+    must_learn: bool = False,
 ) -> BatchLoader:
     """Batches {"pixel_values": (B, 3, H, W), "input_ids": (B, L), "attention_mask": (B, L), "labels": (B,)}.
 
@@ -71,7 +71,7 @@ def make_batches(
         shuffle: take the records in a random order, the same for the same seed.
         limit: only the first so many records of that order.
         towers, cache_mb, workers: as of `ImageTextBatches`.
-        chat, labelled: as of `ConversationBatches`, for models that generate text.
+        chat, must_learn: as of `ConversationBatches`, for models that generate text.
 
     Raises:
         DataError: the data lacks what a tower needs, or `batch_size` or `limit` is below 1.
@@ -89,7 +89,7 @@ def make_batches(
         cache_mb=cache_mb,
         workers=workers,
         chat=chat,
-        labelled=labelled,
+        must_learn=must_learn,
     )
     chosen_by = f"shuffle={seed if shuffle else None} limit={limit}"
     if builder.options is not None:

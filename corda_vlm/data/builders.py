@@ -54,12 +54,12 @@ def batch_builder(
     cache_mb: float = 512.0,
     workers: int = 0,
     chat: ChatOptions | None = None,
-    labelled: bool = False,
+    must_learn: bool = False,
 ) -> BatchBuilder:
     """What builds the batches that this kind of model takes; `ImageTextBatches` and `ConversationBatches` say what the options mean."""
     if isinstance(processor, LanguageProcessor):
         return ConversationBatches(
-            data, processor, chat=chat, labelled=labelled, cache_mb=cache_mb, workers=workers
+            data, processor, chat=chat, must_learn=must_learn, cache_mb=cache_mb, workers=workers
         )
     return ImageTextBatches(data, processor, towers=towers, cache_mb=cache_mb, workers=workers)
 

@@ -59,10 +59,10 @@ class ImageTextBatches:
             chosen = [
                 index for index, image in zip(chosen, pixels, strict=True) if image is not None
             ]
-            found = [image for image in pixels if image is not None]
-            if not found:
+            images = [image for image in pixels if image is not None]
+            if not images:
                 return {}
-            batch["pixel_values"] = self._stacked(found, chosen)  # (B, 3, H, W)
+            batch["pixel_values"] = self._stacked(images, chosen)  # (B, 3, H, W)
         if "text" in self.towers:
             batch |= self._text(chosen)
         if self.data.labels is not None:
@@ -85,12 +85,12 @@ class ImageTextBatches:
         texts = self.data.texts
         assert texts is not None, "checked when the towers were chosen"
         if len(texts) > 50_000:  # tokenized as they come, rather than all at the start
-            found = self.processor.text([texts[index] for index in indices])
+            encoded = self.processor.text([texts[index] for index in indices])
         else:
             where = torch.tensor(indices)
             every = self._shared("tokens", lambda: self.processor.text(texts))
-            found = {name: tokens[where] for name, tokens in every.items()}
-        return {name: found[name] for name in ("input_ids", "attention_mask") if name in found}
+            encoded = {name: tokens[where] for name, tokens in every.items()}
+        return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
 
     def _shared(self, what: str, make: Any) -> Any:
         key = (what, self.processor)

@@ -88,12 +88,12 @@ def _listed(value: Sequence[Name] | str | None, beside: str | Path | None) -> li
     if path.suffix != ".json":
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
-        found = json.loads(text)
+        names = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON list of names ({error})") from error
-    if not isinstance(found, list) or not all(_is_name(item) for item in found):
+    if not isinstance(names, list) or not all(_is_name(item) for item in names):
         raise DataError(f"{path}: not a JSON list of names")
-    return [str(item) for item in found]
+    return [str(item) for item in names]
 
 
 def _is_name(item: object) -> bool:

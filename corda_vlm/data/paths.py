@@ -71,8 +71,8 @@ def _matches(pattern: str, beside: str | Path | None) -> list[Path]:
             return [resolve(pattern, beside)]
         bases = [Path(), *([Path(beside).parent] if beside is not None else []), asset(".")]
         for base in bases:
-            if found := list((base / Path(*parts[:wild])).glob(str(Path(*parts[wild:])))):
-                return found
+            if paths := list((base / Path(*parts[:wild])).glob(str(Path(*parts[wild:])))):
+                return paths
     except CordaError as error:
         raise DataError(f"no such data: {error}") from error
     except (OSError, ValueError, NotImplementedError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What can be told to be wrong before PyTorch is imported, a model loaded, or a file of a run touched.
+"""What can be said to be wrong before PyTorch is imported, a model loaded, or a file of a run touched.
 
 Each check raises a `CordaError`; what they let pass may still turn out wrong where it is used, and says so there.
 """

@@ -123,7 +123,7 @@ def train(
         "cache_mb": options.cache_mb,
         "workers": options.workers,
         "chat": options,
-        "labelled": True,
+        "must_learn": True,
     }
     builder = batch_builder(data, processor, **inputs)
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()

@@ -103,7 +103,7 @@ def _load_hf(spec: DataSpec, folder: Path | None) -> Any:
         ) from error
 
 
-def _part_of(splits: Mapping[str, Any], spec: DataSpec) -> Any:
+def _part_of(splits: Mapping[Any, Any], spec: DataSpec) -> Any:
     """The split that a spec asks for, or the only one there is."""
     if spec.split is None and len(splits) > 1:
         raise DataError(f"{spec}: say which split: {', '.join(map(str, splits))}")

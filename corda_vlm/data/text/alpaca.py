@@ -74,9 +74,9 @@ def _before(stored: Any) -> list[Message]:
     """The messages of a history."""
     if is_empty(stored):
         return []
-    found = unpacked(stored)
+    history = unpacked(stored)
     said: list[Message] = []
-    for pair in found if isinstance(found, (list, tuple)) else [()]:
+    for pair in history if isinstance(history, (list, tuple)) else [()]:
         asked, answer = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else ("", "")
         if not all(isinstance(text, str) and text.strip() for text in (asked, answer)):
             raise Fault("its history is no list of [question, answer]")
@@ -118,9 +118,9 @@ def _unparted(completion: str) -> str:
 
 def _turns(stored: Any) -> Any:
     """A list of messages, also one that is written as JSON, or what else is stored."""
-    found = unpacked(stored)
-    listed = isinstance(found, (list, tuple)) and all(isinstance(turn, Mapping) for turn in found)
-    return found if listed and found else stored
+    turns = unpacked(stored)
+    listed = isinstance(turns, (list, tuple)) and all(isinstance(turn, Mapping) for turn in turns)
+    return turns if listed and turns else stored
 
 
 def _as_messages(

@@ -117,15 +117,15 @@ class Chat:
         )
 
     def _of_the_model(self) -> str:
-        found = getattr(self.processor.templater, "chat_template", None)
-        if isinstance(found, Mapping):  # several by name, e.g. one for tools
-            found = found.get("default")
-        if not isinstance(found, str) or not found:
+        template = getattr(self.processor.templater, "chat_template", None)
+        if isinstance(template, Mapping):  # several by name, e.g. one for tools
+            template = template.get("default")
+        if not isinstance(template, str) or not template:
             raise CordaError(
                 "unknown chat template: this model's tokenizer brings none; name one as the chat template: "
                 f"{', '.join(TEMPLATES)}, or a .jinja file"
             )
-        return found
+        return template
 
     @cached_property
     def _opens_answers(self) -> bool:

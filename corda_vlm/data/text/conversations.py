@@ -49,7 +49,7 @@ class ConversationBatches:
     kept in `data.cache` as far as `cache_mb` allows, each image once however many questions are about it.
 
     Args:
-        labelled: refuse records of which nothing is to be learned; without, they are there with every label -100.
+        must_learn: refuse records of which nothing is to be learned; without, they are there with every label -100.
         workers: threads that prepare records.
 
     Raises:
@@ -66,7 +66,7 @@ class ConversationBatches:
         processor: Processor,
         *,
         chat: ChatOptions | None = None,
-        labelled: bool = False,
+        must_learn: bool = False,
         cache_mb: float = 512.0,
         workers: int = 0,
     ) -> None:
@@ -88,10 +88,10 @@ class ConversationBatches:
         self.chat = Chat(processor, self.options.chat_template)
         if data.texts is None:  # documents need no template
             self.chat.check()
-        self.labelled = labelled
+        self.must_learn = must_learn
         self._most = cache_mb * 2**20
         self._pool = ThreadPoolExecutor(workers) if workers > 0 else None
-        key = ("samples", processor, self.options, labelled)
+        key = ("samples", processor, self.options, must_learn)
         self._kept: _Kept = data.cache.setdefault(key, _Kept())
 
     @property
@@ -129,7 +129,7 @@ class ConversationBatches:
         if made is None:
             return None
         # The space after a label at position 0 is nowhere: what is learned is predicted from a token before it.
-        if self.labelled and not bool((made["labels"][1:] != IGNORED).any()):
+        if self.must_learn and not bool((made["labels"][1:] != IGNORED).any()):
             return self.data.reject(index, "holds no token to learn: all its labels are masked")
         tokens = {name: value for name, value in made.items() if name in ALONG_TOKENS}
         self._kept.keep(self._kept.tokens, index, tokens, self._most)

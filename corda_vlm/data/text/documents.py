@@ -37,8 +37,8 @@ def documents(table: Table, spec: DataSpec) -> Table:
             places.append(number)
     rest = {name: values for name, values in table.columns.items() if name != column}
     columns = {name: [values[row] for row in parents] for name, values in rest.items()}
-    told = (lambda row: "") if spec.chunk is None else (lambda row: f"piece {places[row]}")
-    made = made_of(table, parents, {**columns, column: texts, "text": texts}, faults, told)
+    part = (lambda row: "") if spec.chunk is None else (lambda row: f"piece {places[row]}")
+    made = made_of(table, parents, {**columns, column: texts, "text": texts}, faults, part)
     return replace(made, images={})
 
 

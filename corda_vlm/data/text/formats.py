@@ -104,7 +104,7 @@ def _inline_pictures(table: Table, spec: DataSpec) -> list[list[Any]]:
     """Pictures that messages name themselves."""
     names = FORMATS[str(spec.format)].columns
     columns = [table.columns.get(name, [None] * table.size) for name in names]
-    found = []
+    pictures = []
     for row in range(table.size):
         own = []
         lists = [unpacked(column[row]) for column in columns]
@@ -114,8 +114,8 @@ def _inline_pictures(table: Table, spec: DataSpec) -> list[list[Any]]:
                 if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
                     value = _named(part)
                     own += [] if value is None else [value]
-        found.append(own)
-    return found
+        pictures.append(own)
+    return pictures
 
 
 def _named(part: Mapping[str, Any]) -> Any:

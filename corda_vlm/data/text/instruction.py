@@ -51,12 +51,12 @@ class InstructionData(Records):
         kept: dict[int, list[Image.Image]] = self.cache.setdefault("pictures", {})
         key = self.picture_key(index)
         if key not in kept:
-            found = [to_rgb(stored, self._table.base) for stored in self._stored(index)]
-            size = sum(image.width * image.height for image in found)
+            images = [to_rgb(stored, self._table.base) for stored in self._stored(index)]
+            size = sum(image.width * image.height for image in images)
             if self.cache.get("pixels", 0) + size > _KEEP_PIXELS:
-                return found
+                return images
             self.cache["pixels"] = self.cache.get("pixels", 0) + size
-            kept[key] = found
+            kept[key] = images
         return kept[key]
 
     def image(self, index: int) -> Image.Image | None:

@@ -67,10 +67,10 @@ def _conversations(
 
 def messages_of(stored: Any, spec: DataSpec, *, split: bool) -> list[Message]:
     """The messages of a list of turns, or of such a list written as JSON."""
-    found = unpacked(stored)
-    if not isinstance(found, (list, tuple)) or not found:
+    turns = unpacked(stored)
+    if not isinstance(turns, (list, tuple)) or not turns:
         raise Fault("holds no message")
-    return [_message(turn, spec, split=split) for turn in found]
+    return [_message(turn, spec, split=split) for turn in turns]
 
 
 def needed(table: Table, spec: DataSpec, column: str) -> Sequence[Any]:

@@ -53,16 +53,16 @@ def render(source: str, messages: Sequence[Mapping[str, Any]], **variables: Any)
     said = renderer.ask(source, given)
     if "text" in said:
         return said["text"]
-    kind, told = said["error"], said["told"]
+    kind, detail = said["error"], said["detail"]
     if kind == "refused":
-        raise DataError(f"the chat template does not take it ({told})")
+        raise DataError(f"the chat template does not take it ({detail})")
     why = {
-        "syntax": f"is no Jinja ({told})",
+        "syntax": f"is no Jinja ({detail})",
         "time": f"ran for more than {SECONDS:g} s",
         "memory": f"filled the memory that a template may have, {MEMORY >> 20:,} MiB",
         "deep": "is nested or calls itself without an end",
-        "long": f"wrote more than {told} characters",
-    }.get(kind, f"{kind} (exit code {told})")
+        "long": f"wrote more than {detail} characters",
+    }.get(kind, f"{kind} (exit code {detail})")
     raise CordaError(f"the chat template {why}; {_REMEDY}")
 
 
@@ -90,7 +90,7 @@ class _Renderer:
             if said is None:
                 code = self.stop()
                 timed = code == -getattr(signal, "SIGPROF", 0)
-                return {"error": "time" if timed else "ended its process", "told": f"{code}"}
+                return {"error": "time" if timed else "ended its process", "detail": f"{code}"}
             self.known.add(name)
             return said
 

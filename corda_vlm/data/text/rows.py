@@ -48,15 +48,19 @@ def made_of(
     parents: list[int],
     columns: dict[str, list[Any]],
     faults: dict[int, str],
-    told: Callable[[int], str],
+    part: Callable[[int], str],
 ) -> Table:
-    """A table whose row i is made of row `parents[i]` of `table`."""
+    """A table whose row i is made of row `parents[i]` of `table`.
+
+    Args:
+        part: row -> which part of its parent it is, for people; "" for all of it.
+    """
 
     def image(get: Callable[[int], Any]) -> Callable[[int], Any]:
         return lambda row: get(parents[row])
 
     def place(row: int) -> str:
-        return ", ".join(part for part in (table.place(parents[row]), told(row)) if part)
+        return ", ".join(filter(None, (table.place(parents[row]), part(row))))
 
     return replace(
         table,

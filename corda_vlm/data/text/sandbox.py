@@ -61,12 +61,12 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 def rendered(template: Template, variables: dict[str, Any], most: int) -> dict[str, Any]:
-    """{"text": ...}, or {"error": what kind, "told": the message} for a template that gives none."""
+    """{"text": ...}, or {"error": what kind, "detail": the message} for a template that gives none."""
     pieces, size = [], 0
     for piece in template.generate(**variables):
         size += len(piece)
         if size > most:
-            return {"error": "long", "told": f"{most:,}"}
+            return {"error": "long", "detail": f"{most:,}"}
         pieces.append(piece)
     return {"text": "".join(pieces)}
 
@@ -78,13 +78,13 @@ def answer(request: dict[str, Any], known: dict[str, Template]) -> dict[str, Any
             known[request["name"]] = environment().from_string(request["source"])
         return rendered(known[request["name"]], request["variables"], request["most"])
     except TemplateSyntaxError as error:
-        return {"error": "syntax", "told": f"{error.message}, line {error.lineno}"}
+        return {"error": "syntax", "detail": f"{error.message}, line {error.lineno}"}
     except MemoryError:
-        return {"error": "memory", "told": ""}
+        return {"error": "memory", "detail": ""}
     except RecursionError:
-        return {"error": "deep", "told": ""}
+        return {"error": "deep", "detail": ""}
     except Exception as error:  # of the template's own making
-        return {"error": "refused", "told": f"{error}"[:1000] or type(error).__name__}
+        return {"error": "refused", "detail": f"{error}"[:1000] or type(error).__name__}
 
 
 def main(seconds: float, memory: int) -> None:

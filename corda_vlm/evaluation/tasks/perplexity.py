@@ -67,7 +67,7 @@ class Perplexity(PerplexityOptions, Evaluator):
             self.data,
             replace(generator.processor, context=None),
             chat=ChatOptions(chat_template=self.chat_template),
-            labelled=True,
+            must_learn=True,
             cache_mb=0,
         )
         totals: list[float] = []
