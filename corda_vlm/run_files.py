@@ -15,6 +15,9 @@ BASE_EXAMPLES = "-base-examples.jsonl"
 COVARIANCES = "covariance*.safetensors*"
 """A pattern: with the folders of blocks."""
 
+TEACHER = "teacher-*.safetensors"
+"""A pattern: what the model gave on the knowledge before training, one file for each way to look at it."""
+
 REPORT, PAGE, PICTURES = "report.md", "report.html", "pictures.json"
 
 TRADEOFF, TRAINING, PLANS, FORECAST = "tradeoff.png", "training.png", "plans.png", "forecast.png"
@@ -29,7 +32,7 @@ STUDY = "study.json"
 """In the folder of a study, beside its experiments' folders."""
 
 PATTERNS = (
-    CONFIG, MADE_FROM, DESCRIPTION, SCORES, SCORES.removesuffix(".jsonl") + BASE_EXAMPLES, DIVERGED, COVARIANCES,
+    CONFIG, MADE_FROM, DESCRIPTION, SCORES, SCORES.removesuffix(".jsonl") + BASE_EXAMPLES, DIVERGED, COVARIANCES, TEACHER,
     REPORT, PAGE, PICTURES, TRADEOFF, TRAINING, PLANS, FORECAST,
 )  # fmt: skip
 """What a run writes into its folder, its variants' folders aside."""

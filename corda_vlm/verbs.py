@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from corda_vlm.adapter.options import AttachOptions
-from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance.options import CalibrationOptions
+from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment import checks
 from corda_vlm.extras import require
 from corda_vlm.families.options import LoadOptions, SiteOptions
-from corda_vlm.options import Count, as_keywords
+from corda_vlm.options import Count, as_keywords, narrowed
 from corda_vlm.plan.options import PlanOptions
 from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.terms.options import TermOptions
 
 if TYPE_CHECKING:
     from corda_vlm.families import Loaded
@@ -170,10 +171,12 @@ def train(
     classes: list[str] | None = None,
     templates: list[str] | None = None,
     covariance: str | None = None,
+    knowledge: Data | None = None,
+    knowledge_samples: Count = CalibrationOptions.samples,
     *,
     options: TrainOptions,
     attach: AttachOptions,
-    anchor: AnchorOptions,
+    terms: TermOptions,
     load: LoadOptions,
 ) -> None:
     """Attach a plan and train it on data; resumes when interrupted.
@@ -193,15 +196,21 @@ def train(
             file; the default is "a photo of a {}.".
         covariance: The file that `calibrate` wrote of the knowledge; without an anchor the forecast of forgetting is
             logged only.
+        knowledge: Records of the knowledge, for the terms of the loss that look at such, e.g. distill: data as for
+            `calibrate`.
+        knowledge_samples: At most so many of them, drawn at random: the same as `calibrate --samples` draws.
     """
-    if anchor.anchor and covariance is None:
+    if terms.anchor and covariance is None:
         raise CordaError(
             "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"
         )
+    terms.check_data(knowledge is not None, "give --knowledge, a data spec as for calibrate")
     checks.check_source(model)
     checks.check_data(data)
     named, asked = _listed_or_file(classes), _listed_or_file(templates)
     checks.check_class_names(named, asked, None)
+    if knowledge is not None:
+        checks.check_data(knowledge)
     checks.check_file(plan, "plan", "make it by corda-vlm plan")
     checks.check_file(covariance, "covariance", "make it by corda-vlm calibrate")
     checks.check_output(output, folder=True)
@@ -209,6 +218,7 @@ def train(
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.experiment import steps
     from corda_vlm.plan import AdapterPlan
+    from corda_vlm.train.terms.make import KnowledgeData
 
     records, loaded = steps.load_data(data), _loaded(model, load)
     names, prompts = steps.training_prompts(records, named, asked)
@@ -223,7 +233,15 @@ def train(
         classes=names,
         templates=prompts,
         knowledge=store,
-        anchor=anchor,
+        terms=terms,
+        knowledge_data=None
+        if knowledge is None
+        else KnowledgeData(
+            steps.load_data(knowledge),
+            knowledge_samples,
+            chat=narrowed(options, ChatOptions),
+            cache=Path(output),
+        ),
     )
     print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.3f}")
     finished = result.resumed_from == result.steps

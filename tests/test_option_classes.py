@@ -29,6 +29,7 @@ from corda_vlm.plan.options import (
     PlanOptions,
 )
 from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.terms.options import TermOptions
 
 STAGES = {
     LoadOptions: LoadKeywords,
@@ -42,7 +43,7 @@ STAGES = {
 }
 """Classes that a function takes as keywords, and what types those keywords."""
 
-TAKEN_WHOLE = (ChatOptions, CalibrationOptions, TrainOptions, AnchorOptions)
+TAKEN_WHOLE = (ChatOptions, CalibrationOptions, TrainOptions, AnchorOptions, TermOptions)
 """Classes that Python code makes itself."""
 
 CLASSES = (*STAGES, *TAKEN_WHOLE)
@@ -58,6 +59,7 @@ IN_YAML = {
     AttachOptions: (Variant,),
     MethodOptions: (Variant,),
     AnchorOptions: (Variant,),
+    TermOptions: (Variant,),
     TrainOptions: (TrainOptions,),  # `training` is read as one
     EvalOptions: (Evaluation,),
 }

@@ -59,6 +59,10 @@ def _check_method(experiment: Experiment, name: str) -> None:
         raise CordaError(
             f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
         )
+    if (terms := variant.needs_data) and not method.changes_layers:
+        raise CordaError(
+            f"variant {name!r} changes no layer, so that {terms[0]} has nothing to hold; leave it out"
+        )
 
 
 def _check_calibration(experiment: Experiment, name: str) -> None:
@@ -76,12 +80,14 @@ def _check_calibration(experiment: Experiment, name: str) -> None:
 
 
 def _needs_calibration(experiment: Experiment, name: str) -> str | None:
-    """Why a variant needs covariances; None if it needs none."""
+    """Why a variant needs the knowledge; None if it needs none."""
     method = METHODS[experiment.method_of(name)]
     if method.needs_store:
         return f"is {method.name}, which takes its directions from data"
     if experiment.variants[name].anchor:
         return "has an anchor to that knowledge"
+    if terms := experiment.variants[name].needs_data:
+        return f"has {terms[0]}, which looks at records of that knowledge"
     return "is to log a forecast of forgetting" if experiment.forecast else None
 
 

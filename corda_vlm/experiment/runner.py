@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.adapter.full_modules import check_full_modules
-from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.data import Records, batch_builder
 from corda_vlm.errors import CordaError, DataError, NotFiniteError
@@ -48,6 +47,8 @@ from corda_vlm.progress import note
 from corda_vlm.report import summary_table, write_report
 from corda_vlm.run_files import MADE_FROM, PLAN, SCORES, TRADEOFF
 from corda_vlm.sites import find_sites, model_fingerprint, site_shape
+from corda_vlm.train.terms.make import KnowledgeData
+from corda_vlm.train.terms.options import TermOptions
 from corda_vlm.train.trained import Trained
 
 KNOWLEDGE, TASK = "knowledge", "task"
@@ -120,6 +121,20 @@ class ExperimentRunner:
         """The records that stand for the knowledge to keep."""
         assert self.experiment.calibration is not None  # checked by Experiment
         return self._load(self.experiment.calibration.data)
+
+    @cached_property
+    def knowledge_data(self) -> KnowledgeData | None:
+        """The records of the knowledge for the terms that look at such: those that covariances are collected of."""
+        if self.experiment.calibration is None:
+            return None
+        options = self.experiment.calibration_options(KNOWLEDGE)
+        return KnowledgeData(
+            self.knowledge,
+            samples=options.samples,
+            seed=options.seed,
+            chat=self.experiment.chat_of(KNOWLEDGE),
+            cache=self.folder,
+        )
 
     @cached_property
     def prompts(self) -> tuple[Sequence[str] | None, Sequence[str] | None]:
@@ -363,7 +378,8 @@ class ExperimentRunner:
             classes=classes,
             templates=templates,
             knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training) else None,
-            anchor=narrowed(self.experiment.variants[training.variant], AnchorOptions),
+            terms=narrowed(self.experiment.variants[training.variant], TermOptions),
+            knowledge_data=self.knowledge_data,
             extra_loss=prepared.penalty,
         )
         facts = {

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.data.spec import parse_spec
 from corda_vlm.data.text.chat_options import ChatOptions
@@ -33,6 +32,7 @@ from corda_vlm.options import (
     renamed,
 )
 from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.terms.options import TermOptions
 
 Scales = Annotated[list[float], Items(distinct=True)]
 Rates = Annotated[list[Positive], Items(distinct=True)]
@@ -92,10 +92,11 @@ class Evaluation(EvalOptions):
 
 
 @dataclass(frozen=True)
-class Variant(MethodOptions, AnchorOptions):
+class Variant(MethodOptions, TermOptions):
     """One curve of the trade-off: a method with its options, over its learning rates.
 
-    What is left out of `rank`, `towers` and `targets` is the experiment's. The seeds are the experiment's. Anchor and forecast see
+    What is left out of `rank`, `towers` and `targets` is the experiment's. The seeds are the experiment's. Terms that look at
+    records of the knowledge take those of `calibration` that covariances are collected of. Anchor and forecast see
     `modules_to_save` where they are sites or hold sites (LLaVA's projector), and not an output layer.
 
     Attributes:

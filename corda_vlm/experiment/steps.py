@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from corda_vlm.anchor import anchor_penalty
-from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
@@ -33,7 +32,9 @@ from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import Site, find_sites, lies_in
 from corda_vlm.train import TrainOptions, TrainResult, train
-from corda_vlm.train.penalty import Penalty
+from corda_vlm.train.terms.make import KnowledgeData, make_terms
+from corda_vlm.train.terms.options import TermOptions
+from corda_vlm.train.terms.term import Penalty
 from corda_vlm.train.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,8 @@ def train_anchored(
     classes: Sequence[str] | None,
     templates: Sequence[str] | None,
     knowledge: CovarianceStore | None,
-    anchor: AnchorOptions,
+    terms: TermOptions,
+    knowledge_data: KnowledgeData | None = None,
     extra_loss: Penalty | None = None,
 ) -> tuple[TrainResult, float | None]:
     """Train a model that is prepared, and say how much it changed its outputs on the knowledge.
@@ -196,7 +198,8 @@ def train_anchored(
     Args:
         model, data, processor, options, output_dir, classes, templates: as in `corda_vlm.train.train`.
         knowledge: covariances of the knowledge to keep; None trains without an anchor and forecasts nothing.
-        anchor: its weight in the loss; with 0 it is the forecast of forgetting alone.
+        terms: what else the loss holds; with an anchor of 0 that is the forecast of forgetting alone.
+        knowledge_data: records of the knowledge, for the terms that look at such.
         extra_loss: the method's own term of the loss, `Prepared.penalty`.
 
     Returns:
@@ -204,9 +207,10 @@ def train_anchored(
 
     Raises:
         NotFiniteError: the training diverged, or its forecast is NaN or Inf.
-        CordaError: what `train` and `anchor_penalty` raise.
+        CordaError: what `train`, `anchor_penalty` and `make_terms` raise.
     """
     penalty = None if knowledge is None else anchor_penalty(model, knowledge)
+    others = make_terms(terms, model, processor, knowledge_data, options)
     result = train(
         model,
         data,
@@ -216,9 +220,10 @@ def train_anchored(
         classes=classes,
         templates=templates,
         anchor=penalty,
-        anchor_weight=anchor.anchor,
-        anchor_every=anchor.anchor_every,
+        anchor_weight=terms.anchor,
+        anchor_every=terms.anchor_every,
         extra_loss=extra_loss,
+        terms=others,
     )
     if penalty is None:
         return result, None

@@ -8,8 +8,8 @@ from typing import Any
 
 from corda_vlm.jsonl import is_number, read_jsonl, wrong_field
 
-PENALTIES = ("anchor", "extra_loss")
-"""Terms that look at the weights, by their names in the logs and in the history."""
+PENALTIES = ("anchor", "extra_loss", "distill", "replay")
+"""Terms of the loss by their names in the logs and in the history; who trains by own code may have others."""
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

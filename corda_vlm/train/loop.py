@@ -41,8 +41,8 @@ from corda_vlm.train.history import read_history
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import RESUME_SAFE_OPTIONS, TrainOptions, TrainResult
-from corda_vlm.train.penalty import Penalty
 from corda_vlm.train.steps import StepBatches
+from corda_vlm.train.terms.term import Penalty, Term, check_names
 from corda_vlm.train.trainer import make_trainer
 from corda_vlm.train.watch import Watch
 from corda_vlm.train.weights import (
@@ -77,6 +77,7 @@ def train(
     anchor_every: int = 1,
     extra_loss: Penalty | None = None,
     extra_weight: float = 1.0,
+    terms: Sequence[Term] = (),
     show_progress: bool = True,
 ) -> TrainResult:
     """Train what requires a gradient in `model`, in place, and write the result into `output_dir`.
@@ -102,6 +103,7 @@ def train(
         anchor_every: only at every so many steps, with so many times the weight, see `PenaltyMixin.penalize`.
         extra_loss: another term of the loss that looks at the weights; in the history, unweighted.
         extra_weight: its weight.
+        terms: further terms of the loss, built before this call; in the history by their names, unweighted.
         show_progress: a progress bar with loss, rate and throughput.
 
     Raises:
@@ -127,8 +129,15 @@ def train(
     }
     builder = batch_builder(data, processor, **inputs)
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
-    plan = _plan(model, data, options, classes, templates, extra_weight if extra_loss else None)
-    plan["anchor"] = _anchored(anchor, anchor_weight, anchor_every)
+    every = [
+        *_anchored(anchor, anchor_weight, anchor_every),
+        *([] if extra_loss is None else [Term("extra_loss", extra_loss, extra_weight)]),
+        *terms,
+    ]
+    check_names(every)
+    plan = _plan(model, data, options, classes, templates)
+    # a term that is only logged decides about no weight
+    plan["terms"] = _as_json({term.name: term.plan for term in every if term.weight > 0})
     plan["base"] = base_fingerprint(model)
     _begin(output, plan, model)
     if (output / DONE).is_file():
@@ -149,10 +158,8 @@ def train(
         callbacks,
         show_progress,
     )
-    if anchor is not None:
-        trainer.anchor_to(anchor, anchor_weight, every=anchor_every)
-    if extra_loss is not None:
-        trainer.penalize("extra_loss", extra_loss, extra_weight)
+    for term in every:
+        trainer.add_term(term)
     checkpoint = last_checkpoint(output)
     with as_it_was(model), less_memory, watch.interrupts:
         try:
@@ -235,7 +242,6 @@ def _plan(
     options: TrainOptions,
     classes: Sequence[str] | None,
     templates: Sequence[Template] | None,
-    extra_weight: float | None,
 ) -> dict[str, Any]:
     """What a training is, as JSON: two trainings with equal plans end in equal weights."""
     plan = {
@@ -245,10 +251,9 @@ def _plan(
         "templates": None
         if templates is None
         else [t if isinstance(t, str) else t("{}") for t in templates],
-        "extra_weight": extra_weight,
         "model": signature(model),
     }
-    return json.loads(json.dumps(plan))
+    return _as_json(plan)
 
 
 def _kept(options: TrainOptions) -> dict[str, Any]:
@@ -256,7 +261,12 @@ def _kept(options: TrainOptions) -> dict[str, Any]:
     kept = {
         name: value for name, value in asdict(options).items() if name not in RESUME_SAFE_OPTIONS
     }
-    return json.loads(json.dumps(kept))
+    return _as_json(kept)
+
+
+def _as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(content))
 
 
 def _bf16(options: TrainOptions, output: Path, model: nn.Module) -> bool:
@@ -271,17 +281,16 @@ def _bf16(options: TrainOptions, output: Path, model: nn.Module) -> bool:
     return takes_bf16(options.bf16, weight.device, former=former, weights=weight.dtype)
 
 
-def _anchored(anchor: Anchor | None, weight: float, every: int) -> dict[str, Any] | None:
-    """What decides about the weights; an anchor that is only logged does not."""
-    if anchor is None or weight == 0:
-        return None
-    return {
-        "weight": weight,
-        "every": every,
+def _anchored(anchor: Anchor | None, weight: float, every: int) -> list[Term]:
+    """The anchor as a term, if there is one."""
+    if anchor is None:
+        return []
+    identity = {
         "data": anchor.data_fingerprint,
         "energy": anchor.energy,
         "sites": len(anchor.sites),
     }
+    return [Term("anchor", anchor, weight, every, identity)]
 
 
 def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
@@ -297,7 +306,8 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
     saved = read_json(path, "training plan")
     if isinstance(saved, dict):
         # trainings begun before these were noted
-        saved = {"anchor": None, "base": plan["base"], **saved}
+        saved = {"base": plan["base"], "terms": _former_terms(saved), **saved}
+        saved = {key: value for key, value in saved.items() if key not in _FORMER}
     if not isinstance(saved, dict) or set(saved) != set(plan):
         raise CordaError(
             f"{path} is not a training plan of this version; delete {output} or choose another"
@@ -313,6 +323,19 @@ def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
         ) from error
 
 
+_FORMER = ("anchor", "extra_weight")
+
+
+def _former_terms(saved: dict[str, Any]) -> dict[str, Any]:
+    """The terms of a training that was begun when its plan named two of them only."""
+    terms = {}
+    if anchor := saved.get("anchor"):
+        terms["anchor"] = {"every": 1, **anchor}
+    if weight := saved.get("extra_weight"):
+        terms["extra_loss"] = {"weight": weight, "every": 1}
+    return terms
+
+
 def _compare(saved: dict[str, Any], plan: dict[str, Any], model: nn.Module, output: Path) -> None:
     """Raise `CordaError` unless the training that was begun in `output` is this one."""
     # an option that there was not yet when the training began had what is its default now
@@ -323,17 +346,14 @@ def _compare(saved: dict[str, Any], plan: dict[str, Any], model: nn.Module, outp
         for name, value in plan["options"].items()
         if options[name] != value
     ]
-    changed += [
-        name
-        for name in ("data", "classes", "templates", "extra_weight")
-        if saved[name] != plan[name]
-    ]
-    before, now = ({"every": 1, **a} if (a := p["anchor"]) else {} for p in (saved, plan))
-    changed += [
-        f"the anchor's {name}: {before.get(name)} there, {now.get(name)} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
+    changed += [name for name in ("data", "classes", "templates") if saved[name] != plan[name]]
+    for term in sorted({*saved["terms"], *plan["terms"]}):
+        before, now = (p["terms"].get(term, {}) for p in (saved, plan))
+        changed += [
+            f"the {term}'s {name}: {before.get(name)} there, {now.get(name)} now"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        ]
     if changed:
         raise CordaError(
             f"{output} holds another training ({'; '.join(changed)}); delete it to begin anew, "

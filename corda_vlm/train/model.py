@@ -13,7 +13,7 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.base import unwrap
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
-from corda_vlm.train.penalty import check_weight
+from corda_vlm.train.terms.term import check_weight
 
 
 def check_trainable(model: nn.Module, objective: Objective, options: TrainOptions) -> None:

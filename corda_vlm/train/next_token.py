@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from corda_vlm.data import Records, no_labels
@@ -29,24 +30,36 @@ class NextTokenObjective:
     towers: tuple[str, ...] = ("language",)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        labels = batch["labels"][:, 1:]  # position i predicts token i + 1
-        learnt = labels != IGNORED  # (B, L - 1)
-        if not bool(learnt.any()):
-            raise DataError("a batch holds no token to learn: all its labels are masked")
-        # Only where something is learned: of long prompts the whole (B, L, V) may not fit.
-        places = learnt.any(0).nonzero()[:, 0]  # (P,)
-        inputs = no_labels(dict(batch))
-        # As a list: accelerate moves a tensor to the first GPU, and the hidden states are on the last.
-        if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            logits = model(**inputs, use_cache=False, logits_to_keep=places.tolist()).logits
-        else:
-            logits = model(**inputs, use_cache=False).logits[:, places]
-        picked, target = logits[learnt[:, places]], labels[learnt]  # (n, V), (n,)
+        picked, learnt = answer_logits(model, batch)
+        target = batch["labels"][:, 1:][learnt]  # (n,)
         with torch.autocast(picked.device.type, enabled=False):
             loss = F.cross_entropy(picked.float(), target, label_smoothing=self.label_smoothing)
         right = torch.ones_like(learnt)
         right[learnt] = picked.detach().argmax(-1) == target
         return loss, right.all(1)
+
+
+def answer_logits(
+    model: nn.Module, batch: Batch
+) -> tuple[Float[Tensor, "n v"], Bool[Tensor, "b l"]]:
+    """The logits that predict the labeled tokens of a batch, record after record, and where these are among the tokens
+    from the second on.
+
+    Raises:
+        DataError: no token is labeled.
+    """
+    learnt = batch["labels"][:, 1:] != IGNORED  # position i predicts token i + 1
+    if not bool(learnt.any()):
+        raise DataError("a batch holds no token to learn: all its labels are masked")
+    # Only where something is learned: of long prompts the whole (B, L, V) may not fit.
+    places = learnt.any(0).nonzero()[:, 0]  # (P,)
+    inputs = no_labels(dict(batch))
+    # As a list: accelerate moves a tensor to the first GPU, and the hidden states are on the last.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, use_cache=False, logits_to_keep=places.tolist()).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, places]
+    return logits[learnt[:, places]], learnt
 
 
 def make_next_token(options: TrainOptions, family: Family, data: Records) -> NextTokenObjective:

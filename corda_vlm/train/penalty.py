@@ -1,10 +1,13 @@
-"""Terms of the loss that look at the weights and at no batch, for any Trainer of transformers or TRL."""
+"""Terms of the loss beside that of the task's batches, for any Trainer of transformers or TRL."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,23 +18,22 @@ from corda_vlm.covariance import CovarianceStore
 from corda_vlm.distributed import alike_everywhere, made_everywhere
 from corda_vlm.errors import CordaError, NotFiniteError
 from corda_vlm.sites import Site
-
-Penalty = Callable[[], Tensor]
-"""() -> scalar, differentiable."""
+from corda_vlm.train.terms.distill import distillation
+from corda_vlm.train.terms.knowledge import Batches, Knowledge
+from corda_vlm.train.terms.options import DistillLoss, TermOptions
+from corda_vlm.train.terms.term import DataPenalty, Penalty, Term, check_weight
 
 
 @dataclass
-class _Term:
-    """One penalty, and its unweighted values since they were last logged."""
+class _Noted:
+    """One term, and its unweighted values since they were last logged."""
 
-    penalty: Penalty
-    weight: float
-    every: int
+    term: Term
     seen: list[Tensor] = field(default_factory=list)
 
 
 class PenaltyMixin:
-    """Adds penalties to what a `transformers.Trainer` minimizes, once for each optimizer step.
+    """Adds terms to what a `transformers.Trainer` minimizes, once for each optimizer step.
 
         class Mine(PenaltyMixin, Trainer): pass
 
@@ -54,53 +56,90 @@ class PenaltyMixin:
             CordaError: a weight that is negative or not finite, `every` below 1, or a training that cuts weights into
                 pieces (FSDP, DeepSpeed).
         """
-        check_weight(weight, name)
-        _refuse_pieces(self, name)
-        if every < 1:
-            raise CordaError(f"{name!r}: every is {every}; it counts steps, from 1 on")
-        self._terms()[name] = _Term(penalty, weight, every)
+        self.add_term(Term(name, penalty, weight, every))
+
+    def add_term(self, term: Term) -> None:
+        """From now on, add a term to the loss; otherwise as `penalize`.
+
+        The batch that a term of records looks at is a function of the step: a training that is gone on with is the same.
+        """
+        _refuse_pieces(self, term.name)
+        if isinstance(term.penalty, DataPenalty):
+            alike_everywhere(
+                f"the records of {term.name!r}",
+                [float(zlib.crc32(json.dumps(term.plan, sort_keys=True).encode()))],
+                "Each would hold to another knowledge. Give every process the same records, in the same order",
+            )
+        self._noted()[term.name] = _Noted(term)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             trains = getattr(self.optimizer, "train", None)  # type: ignore[attr-defined]
             if callable(trains):  # schedule-free optimizers keep other weights for evaluations
                 trains()
-            for name, term in self._terms().items():
+            for noted in self._noted().values():
+                term = noted.term
                 if term.weight > 0 and self.state.global_step % term.every == 0:  # type: ignore[attr-defined]
-                    self._minimize(name, term)
+                    self._minimize(noted)
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = {**logs, **{name: _mean(term) for name, term in self._terms().items()}}
+            logs = {**logs, **{name: self._mean(noted) for name, noted in self._noted().items()}}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def _minimize(self, name: str, term: _Term) -> None:
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """In which a term of records runs the model: with the precision of the training."""
+        return self.compute_loss_context_manager()  # type: ignore[attr-defined]
+
+    def _minimize(self, noted: _Noted) -> None:
+        term = noted.term
         weight = term.every * term.weight
         # not `backward()` of its own: in float16 the accelerator scales gradients
         through = self.accelerator.backward  # type: ignore[attr-defined]
         if isinstance(term.penalty, Anchor):
             value = term.penalty.backward(weight, through)
         else:
-            value = term.penalty()
+            value = self._value(term)
             through(weight * value)
         if not torch.isfinite(value):
             raise NotFiniteError(
-                f"{name!r} is {float(value.detach())} at step {self.state.global_step + 1}: the weights have grown "  # type: ignore[attr-defined]
+                f"{term.name!r} is {float(value.detach())} at step {self.state.global_step + 1}: the weights have grown "  # type: ignore[attr-defined]
                 "beyond all measure; lower the learning rate"
             )
-        term.seen.append(value.detach().float())
+        noted.seen.append(value.detach().float())
+
+    def _value(self, term: Term) -> Tensor:
+        step = int(self.state.global_step)  # type: ignore[attr-defined]
+        if not isinstance(term.penalty, DataPenalty):
+            return term.value(step)
+        with self.forward_context():
+            return term.value(step)
+
+    def _mean(self, noted: _Noted) -> float:
+        """The mean since this was last asked; of a term that is only logged, the value now."""
+        if noted.seen:
+            value = float(torch.stack(noted.seen).mean())
+            noted.seen.clear()
+            return value
+        with torch.no_grad():
+            return float(self._value(noted.term))
 
     def penalties_seen(self) -> dict[str, list[float]]:
         """The unweighted values since they were last logged, for a checkpoint."""
-        return {name: [float(v) for v in term.seen] for name, term in self._terms().items()}
+        return {name: [float(v) for v in noted.seen] for name, noted in self._noted().items()}
 
     def see_penalties(self, values: Mapping[str, list[Tensor]]) -> None:
         """Take up the values that `penalties_seen` gave before a training was interrupted."""
-        for name, term in self._terms().items():
-            term.seen = list(values.get(name, ()))
+        for name, noted in self._noted().items():
+            noted.seen = list(values.get(name, ()))
 
-    def _terms(self) -> dict[str, _Term]:
+    @property
+    def terms(self) -> list[Term]:
+        """Those that were added."""
+        return [noted.term for noted in self._noted().values()]
+
+    def _noted(self) -> dict[str, _Noted]:
         # made on demand, as a mixin that has no say in how its Trainer is constructed
         return self.__dict__.setdefault("_penalties", {})
 
@@ -112,7 +151,8 @@ class AnchorMixin(PenaltyMixin):
     trainer = Trainer(model=..., ...)
     trainer.anchor_to(store, weight=30)
 
-    Logs get "anchor": the mean relative change of the layers' outputs on the knowledge.
+    Logs get "anchor": the mean relative change of the layers' outputs on the knowledge. Where the records of the
+    knowledge are at hand while it trains, `trainer.distill_from(batches, weight=30)` keeps more.
     """
 
     def anchor_to(
@@ -154,6 +194,40 @@ class AnchorMixin(PenaltyMixin):
         self.penalize("anchor", anchor, weight, every=every)
         return anchor
 
+    def distill_from(
+        self,
+        batches: Batches | Knowledge,
+        weight: float,
+        *,
+        every: int = TermOptions.distill_every,
+        loss: DistillLoss = TermOptions.distill_loss,
+        batch_size: int | None = None,
+        seed: int = 0,
+        cache: str | Path | None = None,
+    ) -> DataPenalty:
+        """From now on, add `weight` times the distance from what the model gave before training; to be called before
+        `train()`.
+
+        Logs get "distill", not weighted.
+
+        Args:
+            batches: of the knowledge to keep, as for `collect_covariance`; of models that generate text with labels.
+            weight: 0 only logs it.
+            every: as in `penalize`.
+            loss, batch_size, seed, cache: as in `corda_vlm.train.terms.distillation`, which also says what is raised.
+        """
+        check_weight(weight, "distill")
+        distill = distillation(
+            self.model,  # type: ignore[attr-defined]
+            batches,
+            loss=loss,
+            batch_size=batch_size,
+            seed=seed,
+            cache=cache,
+        )
+        self.add_term(Term("distill", distill, weight, every))
+        return distill
+
 
 def _refuse_pieces(trainer: Any, name: str) -> None:
     """Raise `CordaError` where no process has the whole weights that a penalty looks at."""
@@ -177,21 +251,3 @@ def _refuse_pieces(trainer: Any, name: str) -> None:
 
 
 _WRAPPERS = ("FullyShardedDataParallel", "XlaFullyShardedDataParallel", "DeepSpeedEngine")
-
-
-def check_weight(weight: float, name: str) -> None:
-    """Raise `CordaError` unless `weight` is a number from zero on."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise CordaError(
-            f"the weight of {name!r} is {weight}; it must be a number from 0 (only logged) on"
-        )
-
-
-def _mean(term: _Term) -> float:
-    """The mean since this was last asked; of a penalty that is only logged, the value now."""
-    if term.seen:
-        value = float(torch.stack(term.seen).mean())
-        term.seen.clear()
-        return value
-    with torch.no_grad():
-        return float(term.penalty())

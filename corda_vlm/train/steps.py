@@ -16,6 +16,24 @@ from corda_vlm.data import BatchBuilder
 from corda_vlm.errors import DataError
 
 
+class StepOrder:
+    """The records of each step: every one once, then all again in another order; an epoch's last step may have fewer."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.per_epoch = math.ceil(count / batch_size)
+        self._kept: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def indices(self, step: int) -> np.ndarray:
+        """The records of step `step`, a function of it and of the seed alone."""
+        epoch, place = divmod(step, self.per_epoch)
+        kept, order = self._kept  # read once: the thread that works ahead may be in the next epoch
+        if kept != epoch:
+            order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(self.count)
+            self._kept = (epoch, order)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
 class StepBatches(Dataset[dict[str, Tensor]]):
     """Item n is the batch of step n.
 
@@ -34,8 +52,8 @@ class StepBatches(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.builder, self.batch_size, self.steps = builder, batch_size, steps
         self.seed, self.augment = seed, augment
-        self.per_epoch = math.ceil(len(builder.data) / batch_size)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._order = StepOrder(len(builder.data), batch_size, seed)
+        self.per_epoch = self._order.per_epoch
         self._ahead = ThreadPoolExecutor(1) if builder.workers > 0 else None
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
 
@@ -54,14 +72,7 @@ class StepBatches(Dataset[dict[str, Tensor]]):
 
     def indices(self, step: int) -> np.ndarray:
         """The records of step `step`."""
-        epoch, place = divmod(step, self.per_epoch)
-        kept, order = self._order  # read once: the thread that works ahead may be in the next epoch
-        if kept != epoch:
-            order = np.random.RandomState([self.seed % 2**32, epoch]).permutation(
-                len(self.builder.data)
-            )
-            self._order = (epoch, order)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self._order.indices(step)
 
     def _make(self, step: int) -> dict[str, Tensor]:
         batch = self.builder.batch(self.indices(step))

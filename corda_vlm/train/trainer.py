@@ -209,7 +209,12 @@ def _told(checkpoint: str | None) -> Iterator[None]:
 
 
 class CordaTrainer(AnchorMixin, _BatchLoss):
-    """`_BatchLoss` with terms that look at the weights."""
+    """`_BatchLoss` with further terms."""
+
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        with attention(self.math_backend), self.autocast():
+            yield
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

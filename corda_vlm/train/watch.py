@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.jsonl import append_jsonl, is_number, write_jsonl
 from corda_vlm.progress import Meter, showing
-from corda_vlm.train.history import PENALTIES, read_history
+from corda_vlm.train.history import read_history
 from corda_vlm.train.options import TrainOptions
 
 SAVE_SECONDS = 120.0
@@ -120,7 +120,7 @@ class Watch(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm") if is_number(logs.get("grad_norm")) else None,
             "samples_per_second": round(self.samples_per_second, 2),
-            **{name: logs[name] for name in PENALTIES if name in logs},
+            **{term.name: logs[term.name] for term in trainer.terms if term.name in logs},
         }
         trainer.loss_seen.clear()
         self._note(entry)

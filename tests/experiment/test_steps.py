@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from corda_vlm.__main__ import main
-from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.errors import DataError, ForeignFileError, NotFiniteError, UnknownNameError
@@ -20,6 +19,7 @@ from corda_vlm.experiment.load import parse_experiment
 from corda_vlm.families import load_model
 from corda_vlm.plan import plan_adapter
 from corda_vlm.train import TrainOptions
+from corda_vlm.train.terms.options import TermOptions
 from corda_vlm.train.trained import Trained
 
 NOTO = {
@@ -175,7 +175,7 @@ def trained_by(loaded, output):
         classes=None,
         templates=["{}"],
         knowledge=store,
-        anchor=AnchorOptions(),
+        terms=TermOptions(),
     )
     return model, result, forecast
 
@@ -188,13 +188,11 @@ def test_a_forecast_that_is_no_number_is_a_divergence(tmp_path, monkeypatch):
     def forecast(value):
         anchor = lambda *_: lambda: torch.tensor(value)  # noqa: E731
         monkeypatch.setattr(steps, "anchor_penalty", anchor)
-        return steps.train_anchored(None, None, None, **given, knowledge=1, anchor=AnchorOptions())[
-            1
-        ]
+        return steps.train_anchored(None, None, None, **given, knowledge=1, terms=TermOptions())[1]
 
     assert forecast(0.5) == 0.5
     assert (
-        steps.train_anchored(None, None, None, **given, knowledge=None, anchor=AnchorOptions())[1]
+        steps.train_anchored(None, None, None, **given, knowledge=None, terms=TermOptions())[1]
         is None
     )
     with pytest.raises(NotFiniteError, match="forecast of forgetting is nan"):

@@ -153,7 +153,7 @@ def test_a_resumed_training_is_the_same(method, tiny_open_clip, digits, processo
 
 def test_another_weight_is_another_training(tiny_open_clip, digits, processor, tmp_path):
     trained_with(3.0, copy.deepcopy(tiny_open_clip), digits, processor, tmp_path)
-    assert json.loads((tmp_path / "train.json").read_text())["anchor"]["weight"] == 3.0
+    assert json.loads((tmp_path / "train.json").read_text())["terms"]["anchor"]["weight"] == 3.0
     with pytest.raises(CordaError, match=r"the anchor's weight: 3\.0 there, 30\.0 now"):
         trained_with(30.0, copy.deepcopy(tiny_open_clip), digits, processor, tmp_path)
     with pytest.raises(CordaError, match=r"the anchor's weight: 3\.0 there, None now"):
@@ -307,6 +307,20 @@ def test_every_third_step_with_three_times_the_weight(tiny_clip_hf, tmp_path):
     assert torch.allclose(moved, torch.full_like(moved, -6 * 2.0 * 0.01), atol=1e-5)
     with pytest.raises(CordaError, match="every is 0"):
         trainer.penalize("sum", penalty, every=0)
+
+
+def test_any_trainer_distills(tiny_clip_hf, tmp_path):
+    """From the model that it had, on batches of the knowledge."""
+    drift = {}
+    for weight in (0.0, 100.0):
+        model = prepare_method("lora", copy.deepcopy(tiny_clip_hf), rank=2, towers="vision")
+        trainer = trainer_of(model, tmp_path / str(weight), steps=6, rate=0.3)
+        distill = trainer.distill_from([batch(8), batch(4)], weight=weight, every=1)
+        trainer.train()
+        logged = [entry["distill"] for entry in trainer.state.log_history if "loss" in entry]
+        assert logged[0] == pytest.approx(0, abs=1e-6)
+        drift[weight] = float(distill(0))
+    assert drift[100.0] < 0.5 * drift[0.0]
 
 
 def test_a_penalty_that_is_not_finite(tiny_clip_hf, tmp_path):
