@@ -23,8 +23,6 @@ from corda_vlm.adapter.base import absolute, base_fingerprint
 from corda_vlm.adapter.factors import Factors, adapted_layers, changes, plain, recompress
 from corda_vlm.adapter.folder import (
     REPORT,
-    STATE,
-    is_transformers,
     located,
     new_folder,
     save_converted,
@@ -34,8 +32,6 @@ from corda_vlm.adapter.paired import PairedLinear, trained
 from corda_vlm.adapter.plain_lora import LoraBase, save_lora
 from corda_vlm.adapter.twin import less_pair, original, twin_of, with_change
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families import any_family
-from corda_vlm.families.generic import GENERIC
 from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.families.loading import convert
 from corda_vlm.files import write_json
@@ -161,13 +157,7 @@ def _merged(
     model: PeftModel, name: str, folder: Path, final: Path, rank: int | None, source: Any
 ) -> dict[str, Any]:
     merged = twin_of(model, with_change, name)
-    save_model(merged, folder, source)
-    loader = "open_clip.create_model('local-dir:HERE')"
-    if is_transformers(merged):
-        loader = f"transformers.{type(merged).__name__}.from_pretrained(HERE)"
-    elif any_family(merged) is GENERIC:
-        loader = f"model.load_state_dict(safetensors.torch.load_file('HERE/{STATE}'))"
-    return {"load": loader}
+    return {"load": save_model(merged, folder, source)}
 
 
 EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {

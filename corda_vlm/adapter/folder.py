@@ -13,10 +13,8 @@ from torch import nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
-from corda_vlm.families.generic import GENERIC
 from corda_vlm.families.loading import convert
 from corda_vlm.families.loading.hub import without_bars
-from corda_vlm.families.loading.open_clip_config import open_clip_config
 from corda_vlm.files import (
     asset,
     atomic_folder,
@@ -25,7 +23,6 @@ from corda_vlm.files import (
     read_json,
     replaced_folder,
     shown,
-    write_json,
 )
 from corda_vlm.locks import locked
 from corda_vlm.tensors import add_checksums_in, save_tensors
@@ -150,21 +147,25 @@ def is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "save_pretrained") and hasattr(model, "config")
 
 
-def save_model(model: nn.Module, folder: Path, source: str | Path | None) -> None:
-    """Write a bare, packed model as its own library loads it, with the processor's files that lie in `source`."""
+def save_model(model: nn.Module, folder: Path, source: str | Path | None) -> str:
+    """Write a bare, packed model as its own library loads it, with the processor's files that lie in `source`.
+
+    Returns:
+        how a program loads it, the folder being HERE.
+    """
     folder.mkdir(exist_ok=True)
     if is_transformers(model):
         with without_bars():
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         add_checksums_in(folder)
         _copy_beside(source or getattr(model, "name_or_path", None), folder)
-        return
-    if any_family(model) is GENERIC:
+        return f"transformers.{type(model).__name__}.from_pretrained(HERE)"
+    if (save := any_family(model).save) is None:
         save_tensors(folder / STATE, model.state_dict())
-        return
-    write_json(folder / "open_clip_config.json", open_clip_config(model, source))
-    save_tensors(folder / "open_clip_model.safetensors", model.state_dict())
+        return f"model.load_state_dict(safetensors.torch.load_file('HERE/{STATE}'))"
+    load = save(model, folder, source)
     _copy_beside(source, folder)
+    return load
 
 
 def located(source: str | Path | None) -> str | Path | None:

@@ -37,7 +37,7 @@ class Source:
                 "a list of it"
             )
         self._batches = batches
-        self.named: Callable[[Any], Any] = lambda batch: (
+        self.as_mapping: Callable[[Any], Any] = lambda batch: (
             batch
         )  # as a mapping of the model's arguments
         self._iterator: Iterator[Any] | None = None
@@ -60,7 +60,7 @@ class Source:
 
     def after(self, done: int) -> Iterator[Any]:
         """The batches after the first `done`."""
-        return map(self.named, islice(self._iterator or iter(self._batches), done, None))
+        return map(self.as_mapping, islice(self._iterator or iter(self._batches), done, None))
 
 
 def no_batches() -> CalibrationError:

@@ -33,7 +33,6 @@ from corda_vlm.distributed import (
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, any_family, token_masks
 from corda_vlm.families.base import evaluating
-from corda_vlm.families.generic import GENERIC, named
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.files import check_path
 from corda_vlm.interrupts import Interrupts
@@ -162,8 +161,8 @@ def _job(
         sites = find_sites(model, **as_keywords(asked, SiteOptions))
     family = any_family(model) if forward is None or masks is None else None
     source = made_everywhere("the calibration batches", lambda: Source(batches))
-    if family is GENERIC:
-        source.named = partial(named, model)
+    if family is not None:
+        source.as_mapping = partial(family.as_mapping, model)
     if asked.tokens != "all":
         source.fingerprint += f"-{asked.tokens}"
     job = Calibration(

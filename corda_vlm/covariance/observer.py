@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from corda_vlm.covariance.sharing import Sharing
 from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks, TokenSelector
 from corda_vlm.errors import CalibrationError, UnknownNameError
+from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.names import quoted
 from corda_vlm.sites import Site, get_linear, model_fingerprint
@@ -63,6 +64,7 @@ def observe(
             precision=precision,
             device=device,
             scratch=scratch,
+            loose_towers=any_family(model).loose_towers,
         )
         stack.enter_context(unpacked(model))
         stack.callback(observer.detach)
@@ -88,6 +90,7 @@ class Observer:
         precision: str = "float32",
         device: torch.device | str | None = None,
         scratch: Path | None = None,
+        loose_towers: Collection[str] = (),
     ) -> None:
         if precision not in PRECISIONS:
             raise UnknownNameError("precision", precision, PRECISIONS)
@@ -114,7 +117,7 @@ class Observer:
         self._sharing: dict[str, Sharing] = {}
         # of the batch in flight
         self._running = False
-        self._selector = TokenSelector()
+        self._selector = TokenSelector(loose_towers)
         self._calls: Counter[str] = Counter()  # stream -> calls so far
         self._ahead: dict[str, int] = {}  # stream -> calls that are counted already
         self._rows: Counter[str] = Counter()  # stream -> rows it had

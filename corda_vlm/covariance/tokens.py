@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from corda_vlm.errors import CalibrationError
-from corda_vlm.families.generic import TOWER as GENERIC_TOWER
 
 Masks = Mapping[str, Tensor]
 """Tower -> (B, L), True (or 1) on tokens that count; a tower without an entry has no padding."""
@@ -20,9 +19,13 @@ class TokenSelector:
     Inputs are (B, L, d), (B, L, h, d), (B, H, W, d) with H·W = L, flattened (B·L, d), or pooled: (B, d) or
     (B, 1, d), where a row counts unless the whole sample is padding. (L, B, d) is taken as such where the mask
     tells it from (B, L, d), and remembered for the batches in which it does not (as many rows as tokens).
+
+    Args:
+        loose: towers whose mask is that of some layers alone; of other inputs every row counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loose: Collection[str] = ()) -> None:
+        self._loose = loose
         self._masks: dict[str, Tensor | None] = {}
         self._sequence_first: set[str] = set()
         self._taken_as_batch_first: set[str] = set()
@@ -59,7 +62,7 @@ class TokenSelector:
                 layout = "sequence"
             else:
                 self._taken_as_batch_first.add(stream)
-        if layout is None and tower == GENERIC_TOWER:  # other tokens than those of the mask
+        if layout is None and tower in self._loose:
             return x.reshape(-1, x.shape[-1])
         if layout is None:
             raise CalibrationError(

@@ -128,6 +128,10 @@ class Family:
         towers: model -> the towers it has; each must have a site, or be left out by name. Empty: those that have sites.
         refuses: model -> why its layers cannot be adapted although the class matches, or None.
         model_types: the `model_type`s of the configurations on a hub that the family's `load` takes.
+        as_mapping: (model, a batch as users have it) -> the mapping that `forward` and `masks` take.
+        loose_towers: towers whose mask is that of some layers alone; of inputs that it does not fit every row counts.
+        save: (bare model, folder, source) -> how a program loads it again. For models that transformers does not save;
+            None: the weights alone are written.
     """
 
     name: str
@@ -144,6 +148,9 @@ class Family:
     towers: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     refuses: Callable[[nn.Module], str | None] = lambda model: None
     model_types: tuple[str, ...] = ()
+    as_mapping: Callable[[nn.Module, Any], Any] = lambda model, batch: batch
+    loose_towers: tuple[str, ...] = ()
+    save: Callable[[nn.Module, Path, str | Path | None], str] | None = None
 
     def need_contrastive(self, model: nn.Module) -> Contrastive:
         """What compares images with texts.

@@ -31,8 +31,10 @@ from corda_vlm.families.base import (
     unwrap,
 )
 from corda_vlm.families.loading.hub import PICKLED
+from corda_vlm.families.loading.open_clip_config import open_clip_config
 from corda_vlm.families.loading.trust import check_config
-from corda_vlm.files import read_json
+from corda_vlm.files import read_json, write_json
+from corda_vlm.tensors import save_tensors
 
 # ------------------------------------------------------------------ rules
 
@@ -284,6 +286,13 @@ def _check_folder(folder: Path) -> None:
         raise CordaError(f"{folder} holds no weights; expected open_clip_model.safetensors")
 
 
+def save(model: nn.Module, folder: Path, source: str | Path | None) -> str:
+    """Write a model as `open_clip.create_model` loads it; `source` as of `open_clip_config`."""
+    write_json(folder / "open_clip_config.json", open_clip_config(model, source))
+    save_tensors(folder / "open_clip_model.safetensors", model.state_dict())
+    return "open_clip.create_model('local-dir:HERE')"
+
+
 CLIP_OPEN = Family(
     name="clip_open",
     matches=lambda model: bool(class_of(model, "open_clip") & {"CLIP", "CustomTextCLIP", "CoCa"}),
@@ -296,4 +305,5 @@ CLIP_OPEN = Family(
     classes=("CLIP", "CustomTextCLIP"),
     towers=lambda model: ("vision", "text"),
     refuses=refuses,
+    save=save,
 )

@@ -22,7 +22,7 @@ from corda_vlm.families.base import Batch, Family, Rule, unwrap
 TOWER = "model"
 
 
-def named(model: nn.Module, batch: object) -> object:
+def as_mapping(model: nn.Module, batch: object) -> object:
     """A batch as a mapping: a tensor is the first argument of the model's forward, a tuple or list those that it needs.
 
     The rest of a tuple is left out, as the labels that a data set gives beside its images. An argument that the forward
@@ -79,4 +79,6 @@ GENERIC = Family(
     ),
     forward=forward,
     masks=_masks,
+    as_mapping=as_mapping,
+    loose_towers=(TOWER,),  # layers may see other tokens than those of the mask
 )
