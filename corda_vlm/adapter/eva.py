@@ -33,7 +33,7 @@ def attach_eva(
     model: nn.Module,
     store: CovarianceStore,
     *,
-    rank: int = 16,
+    rank: int,
     rho: float | None = None,
     towers: Sequence[str] | str | None = None,
     roles: Sequence[str] | str | None = None,

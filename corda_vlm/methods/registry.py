@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.plan import AdapterPlan
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_method(
@@ -44,7 +47,15 @@ def prepare_method(
     """
     given = {**options, "store": store, "task_store": task_store, "show_progress": show_progress}
     request = options_from(MethodRequest, given, "prepare_method")
-    return get_method(name).prepare(model, request).model
+    prepared = get_method(name).prepare(model, request)
+    if prepared.penalty is not None:
+        logger.warning(
+            "method %r has a term of the loss of its own, which a model alone does not carry: take "
+            "get_method(%r).prepare(model, MethodRequest(...)) and give its penalty to train as extra_loss",
+            name,
+            name,
+        )
+    return prepared.model
 
 
 def restore_method(name: str, model: nn.Module) -> nn.Module:

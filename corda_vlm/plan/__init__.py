@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
-    from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis
+    from corda_vlm.plan.bases import MODES, PLAN_METHODS, PlanMethod
     from corda_vlm.plan.make import check_made_from, check_rank, plan_adapter
     from corda_vlm.plan.options import PlanOptions, Route
     from corda_vlm.plan.plan import AdapterPlan, SitePlan
@@ -21,7 +21,7 @@ _HOMES = {
     "MODES": "bases",
     "PLAN_METHODS": "bases",
     "AdapterPlan": "plan",
-    "Basis": "bases",
+    "PlanMethod": "bases",
     "Route": "options",
     "PlanOptions": "options",
     "SitePlan": "plan",

@@ -20,8 +20,10 @@ SIDES: dict[str, Side | None] = {"output": "output", "input": "input", "auto": N
 
 
 @dataclass(frozen=True)
-class Basis:
-    """`B A = Q Qᵀ W` with Q from the eigenvectors of `W C^2p Wᵀ`, or `W P Pᵀ` with P from those of C.
+class PlanMethod:
+    """How a method of `plan_adapter` chooses directions.
+
+    `B A = Q Qᵀ W` with Q from the eigenvectors of `W C^2p Wᵀ`, or `W P Pᵀ` with P from those of C.
 
     Attributes:
         power: p, of the covariance in `W C^p`.
@@ -57,11 +59,13 @@ class Basis:
         return SIDES[wanted] or ("input" if inp > out else "output")
 
 
-PLAN_METHODS: dict[str, Basis] = {
-    "corda": Basis(1.0, None, "output", "CorDA, arXiv 2406.05223", free_side=True),
-    "lora-null": Basis(1.0, "smallest", "input", "LoRA-Null, arXiv 2503.02659"),
-    "sc-lora": Basis(0.5, "largest", "output", "SC-LoRA, arXiv 2505.23724", directions="contrast"),
-    "pissa": Basis(0.0, "largest", "output", "PiSSA, arXiv 2404.02948"),
-    "milora": Basis(0.0, "smallest", "output", "MiLoRA, arXiv 2406.09044"),
-    "olora": Basis(0.0, "largest", "output", "OLoRA, arXiv 2406.01775", directions="qr"),
+PLAN_METHODS: dict[str, PlanMethod] = {
+    "corda": PlanMethod(1.0, None, "output", "CorDA, arXiv 2406.05223", free_side=True),
+    "lora-null": PlanMethod(1.0, "smallest", "input", "LoRA-Null, arXiv 2503.02659"),
+    "sc-lora": PlanMethod(
+        0.5, "largest", "output", "SC-LoRA, arXiv 2505.23724", directions="contrast"
+    ),
+    "pissa": PlanMethod(0.0, "largest", "output", "PiSSA, arXiv 2404.02948"),
+    "milora": PlanMethod(0.0, "smallest", "output", "MiLoRA, arXiv 2406.09044"),
+    "olora": PlanMethod(0.0, "largest", "output", "OLoRA, arXiv 2406.01775", directions="qr"),
 }

@@ -23,7 +23,7 @@ from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.options import as_keywords, options_from
-from corda_vlm.plan.bases import MODES, PLAN_METHODS, Basis, Components
+from corda_vlm.plan.bases import MODES, PLAN_METHODS, Components, PlanMethod
 from corda_vlm.plan.choose import (
     ChosenCovariances,
     choose_covariances,
@@ -105,7 +105,7 @@ class _Choices:
         beta: the weight of the knowledge against the new task, for a basis that weighs them.
     """
 
-    basis: Basis
+    basis: PlanMethod
     components: Components
     covariances: ChosenCovariances
     tasks: ChosenCovariances
@@ -210,7 +210,7 @@ def _decomposed(
 
 def _check_stores(
     asked: PlanOptions,
-    basis: Basis,
+    basis: PlanMethod,
     store: CovarianceStore | None,
     task_store: CovarianceStore | None,
 ) -> None:

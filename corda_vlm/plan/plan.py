@@ -37,7 +37,7 @@ class SitePlan:
         rank: of the adapter.
         round: which calibration round's covariance; None: all rounds pooled, or no data.
         components: "smallest" or "largest".
-        side, power: of the basis, see `Basis`.
+        side, power: of the basis, see `PlanMethod`.
         spectrum: the `rank` singular values of `W C'^p` that were chosen, descending; on the input side the eigenvalues
             of `C'^p`, for "sc-lora" those of its difference, which may be negative.
         predicted_damage: the share of knowledge energy put at risk, `‖B A C'‖² / ‖W C'‖²` (Frobenius), 0 to 1;

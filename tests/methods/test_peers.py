@@ -344,9 +344,9 @@ class TestEva:
     def test_refusals(self, tiny_clip_hf, tiny_siglip):
         store = store_of(tiny_clip_hf)
         with pytest.raises(CordaError, match="rho"):
-            attach_eva(tiny_clip_hf, store, rho=0.5)
+            attach_eva(tiny_clip_hf, store, rank=4, rho=0.5)
         with pytest.raises(ForeignFileError, match=store.model_fingerprint):
-            attach_eva(tiny_siglip, store)
+            attach_eva(tiny_siglip, store, rank=4)
         with pytest.raises(CordaError, match="rank 1000"):
             attach_eva(tiny_clip_hf, store, rank=1000)
         text = collect_covariance(
@@ -356,7 +356,7 @@ class TestEva:
             show_progress=False,
         )
         with pytest.raises(UnknownNameError, match="vision_model"):
-            attach_eva(tiny_clip_hf, text)
+            attach_eva(tiny_clip_hf, text, rank=4)
 
 
 class TestMica:

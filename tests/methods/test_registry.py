@@ -49,11 +49,12 @@ EXPERIMENT = {
 }
 
 
-def test_it_is_prepared_as_the_others_and_brings_its_term(tiny_open_clip):
+def test_it_is_prepared_as_the_others_and_brings_its_term(tiny_open_clip, caplog):
     with pytest.raises(UnknownNameError, match="unknown method 'bitfit'"):
         prepare_method("bitfit", tiny_open_clip)
     assert register_method(BITFIT) is BITFIT
     assert prepare_method("bitfit", tiny_open_clip) is tiny_open_clip
+    assert "a term of the loss of its own" in caplog.text  # which the model alone does not carry
     prepared = METHODS["bitfit"].prepare(tiny_open_clip, MethodRequest())
     assert 0 < prepared.trainable < prepared.total
     assert prepared.penalty is not None
