@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from corda_vlm.adapter import adapt, attach_adapter, export_adapter, load_adapter, restore
     from corda_vlm.anchor import anchor_penalty
-    from corda_vlm.covariance import Covariance, CovarianceStore, collect_covariance
+    from corda_vlm.covariance import (
+        Covariance,
+        CovarianceStore,
+        GradientStore,
+        collect_covariance,
+        collect_gradient,
+    )
     from corda_vlm.data import register_source
     from corda_vlm.errors import CordaError
     from corda_vlm.evaluation import (
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
     from corda_vlm.methods import METHODS, prepare_method, register_method
     from corda_vlm.plan import AdapterPlan, plan_adapter
     from corda_vlm.sites import Site, find_sites
-    from corda_vlm.train import AnchorMixin
+    from corda_vlm.train import AnchorMixin, task_gradient
 
 __version__ = "0.1.0"
 
@@ -46,6 +52,7 @@ _HOME = {
     "CordaError": "errors",
     "Covariance": "covariance",
     "CovarianceStore": "covariance",
+    "GradientStore": "covariance",
     "Loaded": "families",
     "Score": "evaluation",
     "Site": "sites",
@@ -55,6 +62,7 @@ _HOME = {
     "asset": "files",
     "attach_adapter": "adapter",
     "collect_covariance": "covariance",
+    "collect_gradient": "covariance",
     "evaluate": "evaluation",
     "export_adapter": "adapter",
     "find_sites": "sites",
@@ -69,6 +77,7 @@ _HOME = {
     "register_source": "data",
     "register_task": "evaluation",
     "restore": "adapter",
+    "task_gradient": "train",
 }
 
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -15,6 +15,9 @@ BASE_EXAMPLES = "-base-examples.jsonl"
 COVARIANCES = "covariance*.safetensors*"
 """A pattern: with the folders of blocks."""
 
+GRADIENTS = "gradient-*.safetensors"
+"""A pattern: of the new task's loss, for methods that start from it."""
+
 TEACHER = "teacher-*.safetensors"
 """A pattern: what the model gave on the knowledge before training, one file for each way to look at it."""
 
@@ -33,6 +36,7 @@ STUDY = "study.json"
 
 PATTERNS = (
     CONFIG, MADE_FROM, DESCRIPTION, SCORES, SCORES.removesuffix(".jsonl") + BASE_EXAMPLES, DIVERGED, COVARIANCES, TEACHER,
+    GRADIENTS,
     REPORT, PAGE, PICTURES, TRADEOFF, TRAINING, PLANS, FORECAST,
 )  # fmt: skip
 """What a run writes into its folder, its variants' folders aside."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,63 @@ def load_tensors(path: str | Path, what: str, remedy: str) -> dict[str, Tensor]:
         return tensors
 
     return _opened(path, what, remedy, read)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read and checked against its checksum when it is asked for.
+
+    The file is held open, so that what was opened is what is read, also when another one takes its place on the disk.
+
+    Args:
+        path, what, remedy: as of `load_tensors`.
+
+    Attributes:
+        metadata: the header's other entries.
+
+    Raises:
+        ForeignFileError: no such file, truncated or damaged; when a tensor is asked for also if that is damaged, or has
+            NaN or Inf.
+    """
+
+    def __init__(self, path: str | Path, what: str, remedy: str) -> None:
+        self._path, self._what, self._remedy = path, what, remedy
+        self._names = list(read_header(path, what, remedy)[0])
+        self._file: Any = safe_open(str(path), "pt")
+        self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+        self._noted: dict[str, str] = self._checked_header()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor = self._file.get_tensor(name)
+        crc = f"{zlib.crc32(as_bytes(tensor), _begun(name, tensor)):08x}"
+        if self._noted.get(name, crc) != crc or not_finite([(name, tensor)]):
+            raise ForeignFileError(
+                f"{shown(self._path)} is damaged: {shown(name)} is not what was written. This {self._what} is of no use; "
+                f"{self._remedy}"
+            )
+        return tensor
+
+    def _checked_header(self) -> dict[str, str]:
+        """Name -> checksum, once the header's other entries are what was written."""
+        if CHECKSUMS not in self.metadata:
+            return {}
+        noted = json.loads(self.metadata[CHECKSUMS])
+        if noted.get("") != _header_checksum(self.metadata) or {*noted} != {"", *self._names}:
+            raise ForeignFileError(
+                f"{shown(self._path)} is damaged: its header is not what was written (checksum). This {self._what} is of no "
+                f"use; {self._remedy}"
+            )
+        return noted
 
 
 def check_tensors(path: str | Path, what: str, remedy: str) -> None:

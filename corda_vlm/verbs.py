@@ -1,4 +1,4 @@
-"""The verbs of the command line: run, sites, calibrate, plan, train, evaluate, export, report.
+"""The verbs of the command line: run, sites, calibrate, gradient, plan, train, evaluate, export, report.
 
 Each is a thin function over the classes of options: it refuses what can be told to be wrong before PyTorch is imported, calls
 the library, and says what there is now. Each reads the file that the verb before it wrote, and refuses one made from
@@ -21,7 +21,7 @@ from corda_vlm.extras import require
 from corda_vlm.families.options import LoadOptions, SiteOptions
 from corda_vlm.options import Count, as_keywords, narrowed
 from corda_vlm.plan.options import PlanOptions
-from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.options import TaskGradientOptions, TrainOptions
 from corda_vlm.train.terms.options import TermOptions
 
 if TYPE_CHECKING:
@@ -106,10 +106,57 @@ def calibrate(
     _next(done, "plan", model, "--covariance", output, "--output", "plan.json")
 
 
+def gradient(
+    model: str,
+    data: Data,
+    output: str = "gradient.safetensors",
+    classes: list[str] | None = None,
+    templates: list[str] | None = None,
+    *,
+    options: TaskGradientOptions,
+    load: LoadOptions,
+) -> None:
+    """Take the gradient of a new task's loss at the model as it is, for methods that start from it; resumes when interrupted.
+
+    Example:
+        corda-vlm gradient emoji-clip sklearn:digits --towers vision
+
+    Args:
+        model: A built-in name, a folder, or an id on a hub.
+        data: What the model is to learn, as for the verb `train`.
+        output: The file to write, and to go on from.
+        classes: Names for the prompts, in label order; the default is the data's own.
+        templates: Prompts with {} for the name; the default is "a photo of a {}.".
+    """
+    checks.check_source(model)
+    checks.check_data(data)
+    checks.check_output(output)
+    from corda_vlm.experiment import steps
+    from corda_vlm.train import task_gradient
+
+    records, loaded = steps.load_data(data), _loaded(model, load)
+    before = _modified(output)
+    collected = task_gradient(
+        loaded.model,
+        records,
+        loaded.processor,
+        options=options,
+        classes=classes,
+        templates=templates,
+        path=output,
+    )
+    print(collected.summary())
+    done = f"{output} was complete before" if before == _modified(output) else f"wrote {output}"
+    _next(
+        done, "plan", model, "--method", "corda-natural", "--covariance", "covariance.safetensors", "--gradient", output
+    )  # fmt: skip
+
+
 def plan(
     model: str,
     covariance: str | None = None,
     task_covariance: str | None = None,
+    gradient: str | None = None,
     output: str = "plan.json",
     picture: str | None = None,
     dry_run: bool = False,
@@ -126,6 +173,7 @@ def plan(
         model: A built-in name, a folder, or an id on a hub.
         covariance: The file that `calibrate` wrote.
         task_covariance: Of sc-lora: the file that `calibrate` wrote of the new task.
+        gradient: Of corda-natural, lora-ga and keep-lora: the file that the verb `gradient` wrote of the new task.
         output: The plan, a JSON file; its factors go beside it.
         picture: Draw ranks and compactness over blocks and roles into this file.
         dry_run: Print the plan and write nothing but the picture.
@@ -133,12 +181,13 @@ def plan(
     checks.check_source(model)
     for path in (covariance, task_covariance):
         checks.check_file(path, "covariance", "make it by corda-vlm calibrate")
+    checks.check_file(gradient, "gradient", "make it by corda-vlm gradient")
     checks.check_output(picture)
     if picture is not None:
         require("matplotlib", "report", "--picture")
     if not dry_run:
         checks.check_output(output)
-    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.covariance import CovarianceStore, GradientStore
     from corda_vlm.experiment import steps
     from corda_vlm.plan import AdapterPlan, plan_adapter
 
@@ -148,9 +197,11 @@ def plan(
         for path in (covariance, task_covariance)
     )
 
+    of_task = None if gradient is None else GradientStore.load(gradient, model=loaded.model)
+
     def make() -> AdapterPlan:
         chosen = as_keywords(options, PlanOptions)
-        return plan_adapter(loaded.model, store, task_store=task_store, **chosen)
+        return plan_adapter(loaded.model, store, task_store=task_store, gradient=of_task, **chosen)
 
     planned = make() if dry_run else steps.write_plan(output, make)
     print(planned.table())
@@ -393,6 +444,7 @@ def _name_of(adapter: Path) -> str:
 
 
 VERBS = {
-    verb.__name__: verb for verb in (run, sites, calibrate, plan, train, evaluate, export, report)
+    verb.__name__: verb
+    for verb in (run, sites, calibrate, gradient, plan, train, evaluate, export, report)
 }
 VERBS["init"] = plan  # what it was called

@@ -28,6 +28,7 @@ def test_the_verbs_are_those_of_the_design():
         "run",
         "sites",
         "calibrate",
+        "gradient",
         "plan",
         "train",
         "evaluate",

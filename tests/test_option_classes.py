@@ -28,7 +28,11 @@ from corda_vlm.plan.options import (
     PlanKeywords,
     PlanOptions,
 )
-from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.options import (
+    GradientOptions,
+    LossOptions,
+    TrainOptions,
+)
 from corda_vlm.train.terms.options import TermOptions
 
 STAGES = {
@@ -43,7 +47,15 @@ STAGES = {
 }
 """Classes that a function takes as keywords, and what types those keywords."""
 
-TAKEN_WHOLE = (ChatOptions, CalibrationOptions, TrainOptions, AnchorOptions, TermOptions)
+TAKEN_WHOLE = (
+    ChatOptions,
+    CalibrationOptions,
+    LossOptions,
+    GradientOptions,
+    TrainOptions,
+    AnchorOptions,
+    TermOptions,
+)
 """Classes that Python code makes itself."""
 
 CLASSES = (*STAGES, *TAKEN_WHOLE)
@@ -60,6 +72,8 @@ IN_YAML = {
     MethodOptions: (Variant,),
     AnchorOptions: (Variant,),
     TermOptions: (Variant,),
+    LossOptions: (TrainOptions,),
+    GradientOptions: (GradientOptions,),  # so is `gradient`
     TrainOptions: (TrainOptions,),  # `training` is read as one
     EvalOptions: (Evaluation,),
 }

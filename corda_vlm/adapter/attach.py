@@ -13,8 +13,10 @@ What a model shows while an adapter is attached, by base mode (see `corda_vlm.ad
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from typing_extensions import Unpack
 
@@ -23,12 +25,15 @@ from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.adapter.options import AttachKeywords, AttachOptions
 from corda_vlm.adapter.paired import (
     PairedConfig,
-    paired_layers,
+    PairedLinear,
+    base_of,
+    keep_a_frozen,
     refuse_second_residual,
     trained,
 )
 from corda_vlm.adapter.targets import check_wrapped, lora_targets
 from corda_vlm.adapter.wrap import base_modes, wrapping
+from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError
 from corda_vlm.options import options_from
 from corda_vlm.plan import AdapterPlan
@@ -77,24 +82,34 @@ def attach_adapter(
     if asked.freeze_a:
         _warn_blind_basis(plan)
     ranks = {s.site.name: s.rank for s in plan.sites}
-    config = PairedConfig(
-        **lora_targets(ranks),
-        # the pair is copied in below
-        init_lora_weights=False,
-        modules_to_save=check_full_modules(model, asked.modules_to_save, ranks) or None,
-        base=asked.base,
-        freeze_a=asked.freeze_a,
-        origin={name: getattr(plan, name) for name in _ORIGIN},
-    )
+    config = _config(model, plan, asked, ranks)
     with wrapping(model):
         peft_model = _with_adapter(model, config, adapter_name)
         config.base_model_name_or_path = absolute(config.base_model_name_or_path)
         check_wrapped(peft_model, ranks, adapter_name)
-        _set_pairs(peft_model, plan, adapter_name)
+        for name in ranks:
+            layer = base_of(peft_model).get_submodule(name)
+            _fill(layer, adapter_name, plan.factors[name], asked.freeze_a)
     return peft_model
 
 
-def _with_adapter(model: nn.Module, config: PairedConfig, adapter_name: str) -> PeftModel:
+def _config(
+    model: nn.Module, plan: AdapterPlan, asked: AttachOptions, ranks: Mapping[str, int]
+) -> LoraConfig:
+    """PEFT's own LoRA where every B starts at zero, so that every tool knows what it loads; else that of our pair."""
+    given = {
+        **lora_targets(ranks),
+        "init_lora_weights": False,  # the factors are copied in
+        "modules_to_save": check_full_modules(model, asked.modules_to_save, ranks) or None,
+    }
+    # beside an adapter of ours PEFT wants another of its kind
+    if plan.starts_at_zero and not isinstance(model, PeftModel):
+        return LoraConfig(**given)
+    origin = {name: getattr(plan, name) for name in _ORIGIN}
+    return PairedConfig(**given, base=asked.base, freeze_a=asked.freeze_a, origin=origin)
+
+
+def _with_adapter(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
     """The bare model wrapped by PEFT, or the `PeftModel` with one adapter more."""
     if not isinstance(model, PeftModel):
         peft_model = get_peft_model(model, config, adapter_name)
@@ -109,17 +124,17 @@ def _with_adapter(model: nn.Module, config: PairedConfig, adapter_name: str) -> 
     return model
 
 
-def _set_pairs(peft_model: PeftModel, plan: AdapterPlan, adapter_name: str) -> None:
-    """Copy the plan's pair into each planned layer, as the frozen one and as where training starts."""
-    planned = {s.site.name for s in plan.sites}
-    for name, layer in paired_layers(peft_model).items():
-        if name not in planned:
-            continue
-        layer.set_pair(adapter_name, plan.factors[name].B, plan.factors[name].A)
-        for trainable, frozen in zip(
-            trained(layer, adapter_name), layer.pair(adapter_name), strict=True
-        ):
-            trainable.data.copy_(frozen)
+def _fill(layer: nn.Module, adapter_name: str, factor: Decomposition, freeze_a: bool) -> None:
+    """Copy a planned pair into a wrapped layer, as where training starts, and into one of ours as the frozen pair too."""
+    assert isinstance(layer, LoraLayer)  # see `check_wrapped`
+    start = factor.B, factor.A
+    if isinstance(layer, PairedLinear):
+        layer.set_pair(adapter_name, *start)
+        start = layer.pair(adapter_name)
+    elif freeze_a:
+        keep_a_frozen(layer, adapter_name)
+    for trainable, value in zip(trained(layer, adapter_name), start, strict=True):
+        trainable.data.copy_(value)
 
 
 def _warn_blind_basis(plan: AdapterPlan) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from corda_vlm.adapter.attach import attach_adapter
 from corda_vlm.adapter.options import AttachKeywords, AttachOptions
-from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
 from corda_vlm.covariance.options import CollectKeywords, CollectOptions
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import UnknownNameError
@@ -36,6 +36,7 @@ def adapt(
     path: str | Path | None = None,
     device: torch.device | str | None = None,
     task_store: CovarianceStore | None = None,
+    gradient: GradientStore | None = None,
     adapter_name: str = "default",
     show_progress: bool = True,
     **options: Unpack[AdaptKeywords],
@@ -46,7 +47,7 @@ def adapt(
         model: bare.
         batches: what the knowledge to keep ("kpm") or the new task ("ipm") looks like: a few hundred samples.
         forward, masks, path, device: as of `collect_covariance`.
-        task_store: as of `plan_adapter`.
+        task_store, gradient: as of `plan_adapter`.
         adapter_name: as of `attach_adapter`.
         options: of `CollectOptions`, `PlanOptions` and `AttachOptions`.
 
@@ -67,6 +68,6 @@ def adapt(
         model, batches, forward=forward, masks=masks, path=path, device=device, show_progress=show_progress, **collecting
     )  # fmt: skip
     plan = plan_adapter(
-        model, store, task_store=task_store, show_progress=show_progress, **planning
-    )
+        model, store, task_store=task_store, gradient=gradient, show_progress=show_progress, **planning
+    )  # fmt: skip
     return attach_adapter(model, plan, adapter_name=adapter_name, **attaching)

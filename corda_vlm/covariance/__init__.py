@@ -8,6 +8,7 @@ from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
     from corda_vlm.covariance.collect import collect_covariance
+    from corda_vlm.covariance.gradient import GradientStore, collect_gradient
     from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
     from corda_vlm.covariance.observer import Observer, observe
     from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
@@ -18,11 +19,13 @@ _HOMES = {
     "CollectOptions": "options",
     "Covariance": "store",
     "CovarianceStore": "store",
+    "GradientStore": "gradient",
     "Observer": "observer",
     "PRECISIONS": "moments",
     "Progress": "store",
     "SecondMoment": "moments",
     "collect_covariance": "collect",
+    "collect_gradient": "gradient",
     "observe": "observer",
 }
 

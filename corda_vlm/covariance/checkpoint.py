@@ -83,7 +83,7 @@ def _hash(batch: object, total: int | None) -> str:
     return digest.hexdigest()
 
 
-def _on(device: torch.device, batch: Batch) -> Batch:
+def on_device(device: torch.device, batch: Batch) -> Batch:
     if all(value.device == device for value in batch.values() if isinstance(value, Tensor)):
         return batch
     return {
@@ -131,7 +131,7 @@ class Calibration:
                     f"batch {number} (from 0) is a {type(batch).__name__}, not a mapping of the model's arguments such as "
                     "{'pixel_values': ..., 'input_ids': ...}"
                 )
-            yield _on(device, batch)
+            yield on_device(device, batch)
 
     @contextmanager
     def observing(

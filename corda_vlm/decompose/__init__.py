@@ -16,6 +16,7 @@ so the adapter is `W` seen through r directions of its output, and only the left
     power 1    CorDA: IPM (largest), KPM (smallest)    `W C'^2 W^T`
     side="input"  LoRA-Null, KORE (smallest)           `B A = W P P^T`, P eigenvectors of `C'`; at
                   power 0 P are the right singular vectors of `W`, and the sides agree
+    gradient, C'^-1/2  the natural-gradient start        `A = U_r^T G C'^-1`, `B = 0`: see `gradient.py`
     two covariances    SC-LoRA (largest)               `W [(1-b) C_task - b C_keep] W^T`
 
 The smallest components are what KPM trains, and they are easily lost: `G G^T` squares the condition
@@ -28,6 +29,11 @@ from __future__ import annotations
 from corda_vlm.decompose.contrast import check_beta, decompose_contrast
 from corda_vlm.decompose.decomposition import Decomposition, check_damping_and_norm, decompose
 from corda_vlm.decompose.energy import damp, knowledge_energy, relative_damage
+from corda_vlm.decompose.gradient import (
+    decompose_gradient,
+    decompose_keep_lora,
+    decompose_lora_ga,
+)
 
 __all__ = [
     "Decomposition",
@@ -36,6 +42,9 @@ __all__ = [
     "damp",
     "decompose",
     "decompose_contrast",
+    "decompose_gradient",
+    "decompose_keep_lora",
+    "decompose_lora_ga",
     "knowledge_energy",
     "relative_damage",
 ]

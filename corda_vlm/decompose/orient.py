@@ -6,18 +6,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_ROUNDING = torch.finfo(torch.float32).eps  # of the activations that C was summed from
 _PANEL = 2048  # columns converted to another dtype at a time
 
 
 class Root:
-    """K with `K K^T = (C' / v)^(2 power)`: `C' / v`, its Cholesky factor, or the identity.
+    """K with `K K^T = (C' / v)^(2 power)`: `C' / v`, its Cholesky factor or the inverse of that transposed, or the identity.
 
     `W K` has the left singular vectors of `W C'^power`, whichever K. The unit v, the mean diagonal of `C'`,
     keeps every power within float32.
 
     Attributes:
         c: C as it was given, in float32 or float64; None stands for the identity.
-        power: 0, 0.5 or 1; 0 where c is None.
+        power: -0.5, 0, 0.5 or 1; 0 where c is None.
         unit: v.
         scale: `v^power`: what `C'^power` has more than `K`.
         norm: `‖K‖_F` (at power 1 without the damping); None for the identity, whose size is not known here.
@@ -47,7 +48,8 @@ class Root:
         norm = float(torch.linalg.norm(self.c)) / self.unit
         self.norm = norm if power == 1 else len(c) ** 0.5
         # Rounding each entry to the dtype it came in perturbs the eigenvalues by about this much.
-        self.resolution = (torch.finfo(covariance.dtype).eps * norm / len(c) ** 0.5) ** power
+        rounding = torch.finfo(covariance.dtype).eps * norm / len(c) ** 0.5
+        self.resolution = rounding**power if power > 0 else 0.0
 
     def damped(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "inp inp"]:
         """`C' / v`."""
@@ -70,10 +72,30 @@ class Root:
         if self.power == 1:
             return _product(x, self.c).div_(self.unit).add_(x, alpha=self._damping)
         factor = self.factor()
+        if self.power < 0:
+            if factor is None:
+                values, vectors = self._floored()
+                return _product(x, vectors / values.sqrt())
+            # in float64: the small directions of C' are what counts here
+            return torch.linalg.solve_triangular(factor, x.mT.to(factor), upper=False).mT.to(x)
         if factor is None:  # any square root will do
             values, vectors = torch.linalg.eigh(self.damped())
             factor = vectors * values.clamp_min(0).sqrt()
         return _product(x, factor)
+
+    def inverse(self, y: Float[Tensor, "inp k"]) -> Float[Tensor, "inp k"]:
+        """`(C' / v)^-1 y`, float64; where C' is singular its eigenvalues are held above rounding."""
+        factor = self.factor()
+        if factor is None:
+            values, vectors = self._floored()
+            return vectors @ ((vectors.mT @ y.to(vectors)) / values[:, None])
+        y = torch.linalg.solve_triangular(factor, y.to(factor), upper=False)
+        return torch.linalg.solve_triangular(factor.mT, y, upper=True)
+
+    def _floored(self) -> tuple[Float[Tensor, " inp"], Float[Tensor, "inp inp"]]:
+        """Eigenvalues of `C' / v`, none below one rounding of the largest, and eigenvectors."""
+        values, vectors = torch.linalg.eigh(self.damped())
+        return values.clamp_min(_ROUNDING * float(values[-1])), vectors
 
     def solve(self, y: Float[Tensor, "inp k"]) -> Float[Tensor, "inp k"]:
         """`(K K^T)^-1 y`, in the dtype of y, for a `C'` that is not singular."""

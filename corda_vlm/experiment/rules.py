@@ -114,6 +114,8 @@ def _check_trainings(experiment: Experiment, name: str) -> None:
     options = [experiment.train_options(name, rate, 0) for rate in variant.learning_rates]
     (loss,) = {one.loss_for(kind) for one in options}
     _check_loss(name, loss, kind)
+    if METHODS[experiment.method_of(name)].gradient:
+        experiment.gradient_options(name)  # raises
     if loss == "linear" and experiment.scales_of(name):
         raise CordaError(
             f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "

@@ -7,6 +7,7 @@ base scores → covariance.safetensors → <variant>/plan.json → <variant>/<ra
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.adapter.full_modules import check_full_modules
-from corda_vlm.covariance import CovarianceStore
+from corda_vlm.covariance import CovarianceStore, GradientStore
 from corda_vlm.data import Records, batch_builder
 from corda_vlm.errors import CordaError, DataError, NotFiniteError
 from corda_vlm.evaluation import Cache, done, load_suite, read_rows, task_data
@@ -45,8 +46,9 @@ from corda_vlm.plan import AdapterPlan, check_rank
 from corda_vlm.plugins import named_in_command, run_plugins
 from corda_vlm.progress import note
 from corda_vlm.report import summary_table, write_report
-from corda_vlm.run_files import MADE_FROM, PLAN, SCORES, TRADEOFF
+from corda_vlm.run_files import GRADIENTS, MADE_FROM, PLAN, SCORES, TRADEOFF
 from corda_vlm.sites import find_sites, model_fingerprint, site_shape
+from corda_vlm.train import task_gradient
 from corda_vlm.train.terms.make import KnowledgeData
 from corda_vlm.train.terms.options import TermOptions
 from corda_vlm.train.trained import Trained
@@ -102,6 +104,7 @@ class ExperimentRunner:
         self.loaded = load_model(experiment.model, **as_keywords(load, LoadOptions))
         self.cache = Cache()
         self.stores: dict[str, CovarianceStore] = {}
+        self.gradients: dict[str, GradientStore] = {}
         self.plans: dict[str, AdapterPlan] = {}
         self.precisions: dict[str, bool] = {}
 
@@ -296,6 +299,24 @@ class ExperimentRunner:
             modules=self._anchored_modules() if of == KNOWLEDGE else (),
         )
 
+    def gradient(self, variant: str) -> GradientStore:
+        """The gradient of the new task's loss, as a variant trains it; from disk if it is there."""
+        options = self.experiment.gradient_options(variant)
+        digest = hashlib.sha256(repr(options).encode()).hexdigest()[:8]
+        if digest not in self.gradients:
+            note("gradient of the task's loss")
+            classes, templates = self.prompts
+            self.gradients[digest] = task_gradient(
+                self.loaded.model,
+                self.task_data,
+                self.loaded.processor,
+                options=options,
+                classes=classes,
+                templates=templates,
+                path=self.folder / GRADIENTS.replace("*", digest),
+            )
+        return self.gradients[digest]
+
     def _anchored_modules(self) -> list[str]:
         """The modules that a variant trains whole, and whose outputs an anchor or a forecast looks at."""
         return [
@@ -313,6 +334,7 @@ class ExperimentRunner:
             # methods that know one of the two take it as `store`, whichever it is
             store=self.store(method.covariances[0]) if method.covariances else None,
             task_store=self.store(TASK) if len(method.covariances) > 1 else None,
+            gradient=self.gradient(name) if method.gradient else None,
         )
         if (make := method.plan) is None:
             return request
@@ -322,7 +344,7 @@ class ExperimentRunner:
                 lambda: make(self.loaded.model, request),
                 model=self.loaded.model,
                 store=request.store,
-                task_store=request.task_store,
+                task=request.gradient if request.task_store is None else request.task_store,
             )
         return replace(request, plan=self.plans[name])
 

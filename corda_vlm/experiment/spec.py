@@ -13,7 +13,14 @@ from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import UnknownNameError
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment.rules import check_variants
-from corda_vlm.families.options import TOWERS, LoadOptions, Names, chosen_names, listed_names
+from corda_vlm.families.options import (
+    TOWERS,
+    LoadOptions,
+    Names,
+    SiteOptions,
+    chosen_names,
+    listed_names,
+)
 from corda_vlm.methods import METHODS, MethodRequest
 from corda_vlm.methods.options import MethodOptions
 from corda_vlm.names import check_name
@@ -31,7 +38,12 @@ from corda_vlm.options import (
     read_options,
     renamed,
 )
-from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.options import (
+    GradientOptions,
+    LossOptions,
+    TaskGradientOptions,
+    TrainOptions,
+)
 from corda_vlm.train.terms.options import TermOptions
 
 Scales = Annotated[list[float], Items(distinct=True)]
@@ -155,6 +167,7 @@ class Experiment(LoadOptions):
         rank: of the adapters.
         seeds: each learning rate is trained with each of them.
         training: options of `TrainOptions`, learning rate and seed aside.
+        gradient: from how much of the new task the gradient of its loss is taken, for methods that start from it.
         evaluation: how models are measured, and at which strengths.
         forecast: log what the anchor would be during every training, also where it has no weight: the change of the
             layers' outputs on the calibration data, which foretells what is forgotten.
@@ -178,6 +191,7 @@ class Experiment(LoadOptions):
     rank: Count = MethodOptions.rank
     seeds: Annotated[list[Seed], Items(least=1, distinct=True)] = field(default_factory=lambda: [0])
     training: dict[str, Any] = field(default_factory=dict)
+    gradient: GradientOptions = field(default_factory=GradientOptions)
     evaluation: Evaluation = field(default_factory=Evaluation)
     forecast: bool = False
     chat_template: Text = ChatOptions.chat_template
@@ -228,6 +242,15 @@ class Experiment(LoadOptions):
                 own[name] = getattr(self, name)
         own |= as_keywords(self.chat_of(data), ChatOptions)
         return CalibrationOptions(**{**own, "rounds": own["rounds"] if data == "knowledge" else 1})
+
+    def gradient_options(self, variant: str) -> TaskGradientOptions:
+        """The gradient of which loss, on how much of the new task, a variant's method starts from."""
+        training = self.train_options(variant, self.variants[variant].learning_rates[0], 0)
+        return TaskGradientOptions(
+            **as_keywords(training, LossOptions),
+            **as_keywords(self.gradient, GradientOptions),
+            **as_keywords(self.request(variant), SiteOptions),
+        )
 
     @property
     def eval_options(self) -> EvalOptions:

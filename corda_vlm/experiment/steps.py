@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from corda_vlm.anchor import anchor_penalty
-from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
 from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
 from corda_vlm.data.text.chat_options import ChatOptions
@@ -127,13 +127,14 @@ def load_or_write_plan(
     *,
     model: nn.Module,
     store: CovarianceStore | None,
-    task_store: CovarianceStore | None,
+    task: CovarianceStore | GradientStore | None,
 ) -> AdapterPlan:
     """The plan in a file, or where there is none yet the one that is made and written there.
 
     Args:
         model: the bare model that it is for.
-        store, task_store: the covariances that it would be made of; None for those that it does not take.
+        store: the covariances that it would be made of, if it takes any.
+        task: the covariances, or the gradient, of the new task that it would be made of besides, if it takes any.
 
     Raises:
         ForeignFileError: the plan was made for another model or of other covariances.
@@ -141,10 +142,10 @@ def load_or_write_plan(
     if not path.is_file():
         return write_plan(path, make)
     plan = AdapterPlan.load(path, model=model)
-    made_from = ((store, plan.data_fingerprint), (task_store, plan.task_fingerprint))
+    made_from = ((store, plan.data_fingerprint), (task, plan.task_fingerprint))
     if any(given is not None and given.data_fingerprint != made for given, made in made_from):
         raise ForeignFileError(
-            f"{path} was made from other covariances than these; delete it, or run with --fresh"
+            f"{path} was made from other covariances, or another gradient, than these; delete it, or run with --fresh"
         )
     return plan
 

@@ -14,7 +14,7 @@ from corda_vlm.plan.options import DecompositionOptions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.covariance import CovarianceStore, GradientStore
     from corda_vlm.plan import AdapterPlan
 
 
@@ -25,12 +25,14 @@ class MethodRequest(MethodOptions):
     Attributes:
         store: covariances, of what comes first in `Method.covariances`.
         task_store: those of the task, for a method that has both in `Method.covariances`.
+        gradient: of the new task's loss, for a method that has `Method.gradient`.
         plan: the plan that `Method.plan` made for an equal request, so that it is not made again.
         show_progress: show how far the plan is.
     """
 
     store: CovarianceStore | None = None
     task_store: CovarianceStore | None = None
+    gradient: GradientStore | None = None
     plan: AdapterPlan | None = None
     show_progress: bool = True
 
@@ -78,6 +80,7 @@ class Method:
         plan: (bare model, request) -> the plan that `attach` would make; None for a method without plans.
         takes: options of the request that not every method has; any other than these is refused. A plan refuses
             besides what its own method does not take.
+        gradient: whether it starts from the gradient of the new task's loss, the request's `gradient`.
         loss: the one that it trains with, whatever loss is asked for, as nothing else of it can be trained; None for any.
         changes_layers: whether training changes what the model's layers give, so that an anchor has something to hold.
         penalty: (the model to train, request) -> a term that is added to the loss: a function without arguments that looks
@@ -92,6 +95,7 @@ class Method:
     detach: Callable[[nn.Module], nn.Module]
     plan: Callable[[nn.Module, MethodRequest], AdapterPlan] | None = None
     takes: tuple[str, ...] = ()
+    gradient: bool = False
     loss: str | None = None
     changes_layers: bool = True
     penalty: Callable[[nn.Module, MethodRequest], Callable[[], Tensor]] | None = None
@@ -117,6 +121,11 @@ class Method:
                     f"method {self.name!r} takes its directions from data: pass {argument}=, from collect_covariance "
                     f"of the {of}"
                 )
+        if self.gradient and request.gradient is None:
+            raise CordaError(
+                f"method {self.name!r} starts from the gradient of the new task's loss: pass gradient=, from task_gradient or "
+                "collect_gradient"
+            )
         self.check_options(request)
         ready = self.attach(model, request)
         trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)

@@ -20,7 +20,7 @@ from corda_vlm.registries import register
 if TYPE_CHECKING:
     from torch import nn
 
-    from corda_vlm.covariance import CovarianceStore
+    from corda_vlm.covariance import CovarianceStore, GradientStore
     from corda_vlm.plan import AdapterPlan
 
 logger = logging.getLogger(__name__)
@@ -32,20 +32,27 @@ def prepare_method(
     *,
     store: CovarianceStore | None = None,
     task_store: CovarianceStore | None = None,
+    gradient: GradientStore | None = None,
     show_progress: bool = True,
     **options: Unpack[MethodKeywords],
 ) -> nn.Module:
     """The model ready to train by method `name`, `requires_grad` set.
 
     Args:
-        store, task_store, show_progress: as in `MethodRequest`.
+        store, task_store, gradient, show_progress: as in `MethodRequest`.
         options: of `MethodOptions`.
 
     Raises:
         UnknownNameError: unknown method, or an option that there is not.
         CordaError: as `Method.prepare`.
     """
-    given = {**options, "store": store, "task_store": task_store, "show_progress": show_progress}
+    given = {
+        **options,
+        "store": store,
+        "task_store": task_store,
+        "gradient": gradient,
+        "show_progress": show_progress,
+    }
     request = options_from(MethodRequest, given, "prepare_method")
     prepared = get_method(name).prepare(model, request)
     if prepared.penalty is not None:
@@ -95,6 +102,7 @@ def _planned(
     method: str,
     mode: Mode = "kpm",
     freeze_a: bool = False,
+    gradient: bool = False,
 ) -> Method:
     """A method whose adapter is attached from a plan."""
 
@@ -107,6 +115,7 @@ def _planned(
             method=method,
             mode=mode,
             task_store=request.task_store if len(covariances) == 2 else None,
+            gradient=request.gradient if gradient else None,
             show_progress=request.show_progress,
             **as_keywords(request, DecompositionOptions),
         )
@@ -119,7 +128,9 @@ def _planned(
         return attach_adapter(model, request.plan or make(model, request), **options)
 
     takes = (*OF_ADAPTERS, *OF_PLANS, "modules_to_save")
-    return Method(name, description, source, covariances, attach, _restore, make, takes)
+    return Method(
+        name, description, source, covariances, attach, _restore, make, takes, gradient=gradient
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -217,6 +228,14 @@ METHODS: dict[str, Method] = {
             "ipm",
         ),
         _planned(
+            "corda-natural",
+            "adapts what lowers the new task's loss most for what it changes of the knowledge's outputs",
+            "a natural-gradient step of low rank, the knowledge's covariance as its metric; see docs",
+            ("knowledge",),
+            "corda-natural",
+            gradient=True,
+        ),
+        _planned(
             "lora-null",
             "adapts W within the null space of the knowledge's activations",
             "LoRA-Null, arXiv 2503.02659",
@@ -237,6 +256,23 @@ METHODS: dict[str, Method] = {
             "SC-LoRA, arXiv 2505.23724",
             ("knowledge", "task"),
             "sc-lora",
+        ),
+        _planned(
+            "lora-ga",
+            "adapts the largest components of the gradient of the new task's loss",
+            "LoRA-GA, arXiv 2407.05000",
+            (),
+            "lora-ga",
+            gradient=True,
+        ),
+        _planned(
+            "keep-lora",
+            "A the gradient's directions off what weight and knowledge use most, and frozen",
+            "KeepLoRA, arXiv 2601.19659",
+            ("knowledge",),
+            "keep-lora",
+            freeze_a=True,
+            gradient=True,
         ),
     )
 }

@@ -7,7 +7,7 @@ from typing import Literal
 
 Components = Literal["smallest", "largest"]
 Side = Literal["output", "input"]
-Directions = Literal["spectrum", "contrast", "qr"]
+Directions = Literal["spectrum", "contrast", "qr", "gradient", "gradient-pair", "gradient-rest"]
 
 MODES: dict[str, Components] = {
     "kpm": "smallest",  # knowledge-preserved: adapt what the knowledge uses least
@@ -32,7 +32,9 @@ class PlanMethod:
         source: the paper.
         free_side: whether `side=` of `plan_adapter` may move it to the other side.
         directions: what they come from: the "spectrum" of `W C^p`, or of the "contrast" of the knowledge's
-            covariances and the new task's, which `beta=` weighs against each other; or "qr", the first columns of `W = Q R`.
+            covariances and the new task's, which `beta=` weighs against each other; "qr", the first columns of `W = Q R`; or
+            the gradient of the new task's loss: "gradient" in `G C^p`, "gradient-pair" on both sides of G, as LoRA-GA takes
+            them, and "gradient-rest" in what of G lies off the weight's and the knowledge's principal directions.
     """
 
     power: float
@@ -46,6 +48,11 @@ class PlanMethod:
     def contrast(self) -> bool:
         """Does it take the covariances of the new task too?"""
         return self.directions == "contrast"
+
+    @property
+    def of_gradient(self) -> bool:
+        """Does it take the gradient of the new task's loss?"""
+        return self.directions.startswith("gradient")
 
     @property
     def needs_store(self) -> bool:
@@ -67,5 +74,18 @@ PLAN_METHODS: dict[str, PlanMethod] = {
     ),
     "pissa": PlanMethod(0.0, "largest", "output", "PiSSA, arXiv 2404.02948"),
     "milora": PlanMethod(0.0, "smallest", "output", "MiLoRA, arXiv 2406.09044"),
+    "corda-natural": PlanMethod(
+        -0.5,
+        "largest",
+        "input",
+        "natural gradient in the metric of the knowledge",
+        directions="gradient",
+    ),
+    "lora-ga": PlanMethod(
+        0.0, "largest", "input", "LoRA-GA, arXiv 2407.05000", directions="gradient-pair"
+    ),
+    "keep-lora": PlanMethod(
+        0.5, "largest", "input", "KeepLoRA, arXiv 2601.19659", directions="gradient-rest"
+    ),
     "olora": PlanMethod(0.0, "largest", "output", "OLoRA, arXiv 2406.01775", directions="qr"),
 }

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from corda_vlm.covariance import CovarianceStore
+from corda_vlm.covariance import CovarianceStore, GradientStore
 from corda_vlm.decompose import (
     Decomposition,
     damp,
     decompose,
     decompose_contrast,
+    decompose_gradient,
+    decompose_keep_lora,
+    decompose_lora_ga,
     knowledge_energy,
 )
 from corda_vlm.errors import CordaError, ForeignFileError
@@ -41,6 +45,7 @@ def plan_adapter(
     store: CovarianceStore | None,
     *,
     task_store: CovarianceStore | None = None,
+    gradient: GradientStore | None = None,
     show_progress: bool = True,
     **options: Unpack[PlanKeywords],
 ) -> AdapterPlan:
@@ -51,6 +56,7 @@ def plan_adapter(
         store: covariances of the knowledge to keep, or of the new task for mode "ipm". May be None for
             "pissa", "milora" and "olora"; if given, it predicts their damage.
         task_store: covariances of the new task beside those of the knowledge; for "sc-lora" only.
+        gradient: of the new task's loss, from `collect_gradient`; for "corda-natural", "lora-ga" and "keep-lora".
         options: of `PlanOptions`.
 
     Raises:
@@ -63,19 +69,21 @@ def plan_adapter(
     """
     asked = options_from(PlanOptions, options, "plan_adapter")
     basis = PLAN_METHODS[asked.method]
-    _check_stores(asked, basis, store, task_store)
+    _check_stores(asked, basis, store, task_store, gradient)
     fingerprint = model_fingerprint(model)
-    for given, of in ((store, "covariances"), (task_store, "task's covariances")):
+    made_from = ((store, "covariances"), (task_store, "task's covariances"), (gradient, "gradient"))
+    for given, of in made_from:
         if given is not None:
             check_made_from(fingerprint, given, of)
     with showing(show_progress), unpacked(model):
         sites = find_sites(model, **as_keywords(asked, SiteOptions))
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
-        chosen = _choose(weights, asked, store, task_store)
+        chosen = _choose(weights, asked, store, task_store, gradient)
         planned = [
             _plan_site(site, weights[site.name], asked, chosen)
             for site in track(sites, "plan", unit="site")
         ]
+    of_task = gradient if task_store is None else task_store
     return AdapterPlan(
         method=asked.method,
         mode=asked.mode if basis.components is None else None,
@@ -86,7 +94,7 @@ def plan_adapter(
         beta=chosen.beta,
         model_fingerprint=fingerprint,
         data_fingerprint=store.data_fingerprint if store is not None else None,
-        task_fingerprint=task_store.data_fingerprint if task_store is not None else None,
+        task_fingerprint=of_task.data_fingerprint if of_task is not None else None,
         family=any_family(model).name,
         sites=tuple(plan for plan, _ in planned),
         factors={plan.site.name: factor for plan, factor in planned},
@@ -99,6 +107,7 @@ class _Choices:
 
     Attributes:
         covariances, tasks: of the knowledge (or of what the mode takes), and of the new task beside it.
+        gradient: of the new task's loss, for a basis that takes it.
         ranks: site name -> rank.
         budget: parameters that the ranks share; None where all have the same rank.
         route: of `decompose`.
@@ -109,6 +118,7 @@ class _Choices:
     components: Components
     covariances: ChosenCovariances
     tasks: ChosenCovariances
+    gradient: GradientStore | None
     ranks: Mapping[str, int]
     budget: int | None
     route: Route
@@ -120,6 +130,7 @@ def _choose(
     asked: PlanOptions,
     store: CovarianceStore | None,
     task_store: CovarianceStore | None,
+    gradient: GradientStore | None,
 ) -> _Choices:
     basis = PLAN_METHODS[asked.method]
     components = basis.components or MODES[asked.mode]
@@ -142,6 +153,7 @@ def _choose(
         components,
         covariances,
         tasks=choose_covariances(weights, task_store, asked.damping, False),
+        gradient=gradient,
         ranks=ranks,
         budget=budget,
         # the ranks were chosen by whole spectra
@@ -190,6 +202,9 @@ def _decomposed(
     norms = {"damping": asked.damping, "a_norm": asked.a_norm}
     if basis.directions == "qr":
         return _olora(weight, rank, asked.a_norm)
+    if chosen.gradient is not None:
+        gradient = chosen.gradient[site.name].to(weight.device)
+        return _from_gradient(site, weight, gradient, covariance, asked, chosen)
     if chosen.beta is not None:
         task = _there(chosen.tasks[site.name])
         return decompose_contrast(
@@ -208,11 +223,39 @@ def _decomposed(
     )
 
 
+def _from_gradient(
+    site: Site,
+    weight: Float[Tensor, "out inp"],
+    gradient: Float[Tensor, "out inp"],
+    covariance: Float[Tensor, "inp inp"] | None,
+    asked: PlanOptions,
+    chosen: _Choices,
+) -> Decomposition:
+    """The start that the gradient of the new task's loss gives."""
+    how: dict[str, Any] = {
+        "rank": chosen.ranks[site.name],
+        "a_norm": asked.a_norm,
+        "route": chosen.route,
+        "seed": asked.seed,
+    }
+    try:
+        match chosen.basis.directions:
+            case "gradient-pair":
+                return decompose_lora_ga(gradient, **how)
+            case "gradient-rest":
+                return decompose_keep_lora(gradient, weight, _there(covariance), **how)
+            case _:
+                return decompose_gradient(gradient, covariance, damping=asked.damping, **how)
+    except CordaError as error:
+        raise CordaError(f"site {site.name!r}: {error}") from error
+
+
 def _check_stores(
     asked: PlanOptions,
     basis: PlanMethod,
     store: CovarianceStore | None,
     task_store: CovarianceStore | None,
+    gradient: GradientStore | None,
 ) -> None:
     """Raise a `CordaError` for covariances that the method needs and is not given, or is given and does not take."""
     method = asked.method
@@ -226,6 +269,13 @@ def _check_stores(
             f"method {method!r} weighs the new task against the knowledge: pass the covariances of the new task as "
             "task_store=, beside those of the knowledge in store"
         )
+    if basis.of_gradient != (gradient is not None):
+        raise CordaError(
+            f"method {method!r} looks at the gradient of the new task's loss: pass gradient=, from collect_gradient"
+            if basis.of_gradient
+            else f"method {method!r} takes no gradient; leave gradient= out, or take one of "
+            f"{', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.of_gradient))}"
+        )
     if not basis.contrast and task_store is not None:
         raise CordaError(
             f"method {method!r} takes one store of covariances; leave task_store= out"
@@ -233,7 +283,7 @@ def _check_stores(
         )
 
 
-def check_made_from(fingerprint: str, store: CovarianceStore, of: str) -> None:
+def check_made_from(fingerprint: str, store: CovarianceStore | GradientStore, of: str) -> None:
     """Raise a `ForeignFileError` unless the store was collected from the model with this fingerprint."""
     if store.model_fingerprint != fingerprint:
         raise ForeignFileError(
@@ -264,8 +314,8 @@ def _damage(
     damping: float,
     power: float,
 ) -> float | None:
-    """`‖B A C'‖² / ‖W C'‖²`."""
-    if covariance is None:
+    """`‖B A C'‖² / ‖W C'‖²`; None without data, and where B starts at zero, so that nothing is adapted yet."""
+    if covariance is None or not factor.B.any():
         return None
     if power == 1:  # the decomposition has both
         return factor.energy_share

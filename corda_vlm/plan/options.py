@@ -80,7 +80,8 @@ class PlanOptions(DecompositionOptions):
     """What `plan_adapter` and the verb `plan` may be asked for.
 
     Attributes:
-        method: How the directions are found: corda, pissa, milora, olora, sc-lora or lora-null.
+        method: How the directions are found: corda, pissa, milora, olora, sc-lora or lora-null; corda-natural, lora-ga or
+            keep-lora by the gradient of the new task's loss.
         mode: Of "corda": kpm adapts what the calibration data uses least, to keep it; ipm what it uses most, to learn it.
     """
 
@@ -108,7 +109,7 @@ def check_plan(method: str, options: DecompositionOptions) -> None:
             f"{', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.contrast))}"
         )
     dynamic = options.dynamic_rank or options.dynamic_covariance
-    if dynamic and (basis.contrast or not basis.needs_store):
+    if dynamic and (basis.contrast or basis.of_gradient or not basis.needs_store):
         raise CordaError(
             f"dynamic_rank and dynamic_covariance weigh covariances one by one, which method {method!r} does not use so; "
             "take method='corda' or leave them off"

@@ -113,6 +113,11 @@ class AdapterPlan:
         """Trainable parameters: `Σ (out + inp) · rank`."""
         return sum(sum(s.shape) * s.rank for s in self.sites)
 
+    @property
+    def starts_at_zero(self) -> bool:
+        """Does every B start at zero, as in a plain LoRA? The model's own weights then need no correction."""
+        return all(not factor.B.any() for factor in self.factors.values())
+
     def table(self) -> str:
         """A readable table, one row a site; columns that would say nothing are left out."""
         return table_of(self)

@@ -7,23 +7,34 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
+    from corda_vlm.train.gradient import task_gradient
     from corda_vlm.train.heads import DEFAULT_TEMPLATES, Head, Template, prompt_logits
     from corda_vlm.train.loop import TrainingInterrupted, train
     from corda_vlm.train.losses import contrastive_loss
-    from corda_vlm.train.options import TrainOptions, TrainResult
+    from corda_vlm.train.options import (
+        GradientOptions,
+        LossOptions,
+        TaskGradientOptions,
+        TrainOptions,
+        TrainResult,
+    )
     from corda_vlm.train.penalty import AnchorMixin, PenaltyMixin
 
 _HOMES = {
     "DEFAULT_TEMPLATES": "heads",
     "AnchorMixin": "penalty",
+    "GradientOptions": "options",
     "Head": "heads",
+    "LossOptions": "options",
     "PenaltyMixin": "penalty",
+    "TaskGradientOptions": "options",
     "Template": "heads",
     "TrainOptions": "options",
     "TrainResult": "options",
     "TrainingInterrupted": "loop",
     "contrastive_loss": "losses",
     "prompt_logits": "heads",
+    "task_gradient": "gradient",
     "train": "loop",
 }
 

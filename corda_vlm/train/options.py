@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
+from corda_vlm.families.options import SiteOptions
 from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Share, check_options
 from corda_vlm.precision import Bf16
 
@@ -22,13 +23,67 @@ Workers = Annotated[int, Range(at_least=0, at_most=256)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ChatOptions):
-    """One training.
+class LossOptions(ChatOptions):
+    """What of a batch is minimized.
 
     Attributes:
         loss: "prompt": cross-entropy of scaled cosines to class prompts; "linear": a new linear classifier on
             the image features; "contrastive": CLIP's symmetric loss over image-text pairs; "next_token": the
             answers of conversations, for models that generate text; "auto": next_token for data with a format, else prompt.
+        label_smoothing: Of the cross-entropy, from 0 to below 1.
+        mask_duplicates: With "contrastive": a text that occurs twice in a batch is not its own negative.
+    """
+
+    loss: Loss = "auto"
+    label_smoothing: Share = 0.0
+    mask_duplicates: bool = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def loss_for(self, format: str | None) -> Loss:
+        """The loss that is meant for data of this format; never "auto"."""
+        if self.loss != "auto":
+            return self.loss
+        return "prompt" if format is None else "next_token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientOptions:
+    """From how much of the new task the gradient of its loss is taken, for methods that start from it.
+
+    Attributes:
+        batches: At most so many batches.
+        batch_size: Records a batch.
+        seed: Of the draw of the records.
+    """
+
+    batches: Count = 8
+    batch_size: Count = 64
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskGradientOptions(GradientOptions, LossOptions, SiteOptions):
+    """The gradient of which loss, on how many records, with respect to which weight matrices."""
+
+    def __post_init__(self) -> None:
+        SiteOptions.__post_init__(self)
+        if self.loss == "linear":
+            raise CordaError(
+                "a linear classifier starts at zero, where its loss has no gradient to give to the model; take the gradient of "
+                "the prompt loss"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(LossOptions):
+    """One training.
+
+    Attributes:
         steps: Optimizer steps. Give this or `epochs`; without either it is three epochs.
         epochs: Passes over the data.
         batch_size: Records a step; the last batch of an epoch may be smaller.
@@ -42,9 +97,7 @@ class TrainOptions(ChatOptions):
             adapter's factors to zero, not to where they started: the default is none.
         betas: AdamW's.
         max_grad_norm: Gradients are scaled down to this norm, the head's apart; 0 leaves them.
-        label_smoothing: Of the cross-entropy, from 0 to below 1.
         train_head: With "prompt": the class vectors start at the prompts and are trained.
-        mask_duplicates: With "contrastive": a text that occurs twice in a batch is not its own negative.
         augment: "none" or "light" (small rotations, shifts and zooms of the preprocessed batch).
         bf16: Run the model under bfloat16 autocast; losses and weights stay in float32. "auto": where the device
             multiplies bfloat16 faster than float32, see `corda_vlm.precision`; a training that is gone on with keeps
@@ -63,7 +116,6 @@ class TrainOptions(ChatOptions):
         workers: Threads that decode and preprocess images that are not kept.
     """
 
-    loss: Loss = "auto"
     steps: Count | None = None
     epochs: Positive | None = None
     batch_size: Count = 64
@@ -75,9 +127,7 @@ class TrainOptions(ChatOptions):
     weight_decay: NotNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
     max_grad_norm: NotNegative = 1.0
-    label_smoothing: Share = 0.0
     train_head: bool = False
-    mask_duplicates: bool = True
     augment: Augment = "none"
     bf16: Bf16 = "auto"
     attention: Attention = "auto"
@@ -107,12 +157,6 @@ class TrainOptions(ChatOptions):
         open_ended = self.steps is None and self.epochs is None
         epochs = _EPOCHS if open_ended else self.epochs
         return replace(self, loss=self.loss_for(format), epochs=epochs)
-
-    def loss_for(self, format: str | None) -> Loss:
-        """The loss that is meant for data of this format; never "auto"."""
-        if self.loss != "auto":
-            return self.loss
-        return "prompt" if format is None else "next_token"
 
 
 _EPOCHS = 3.0

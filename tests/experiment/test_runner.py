@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from corda_vlm.covariance import GradientStore
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation import read_rows
 from corda_vlm.experiment import run
@@ -137,6 +138,31 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
         run(config(rank=5), output=folder)
     with pytest.raises(UnknownNameError, match="variant 'dora'"):
         run(config(), output=folder, only=["dora"])
+
+
+def test_methods_that_start_from_the_gradient_of_the_task(config, tmp_path, capsys):
+    natural = {"method": "corda-natural", "learning_rates": [1e-3]}
+    changes = {
+        "variants": {"natural": natural, "damped": {**natural, "damping": 1e-2}},
+        "training": {"steps": 2, "batch_size": 16},
+        "gradient": {"batches": 2, "batch_size": 16},
+    }
+    folder = run(config(**changes), output=tmp_path / "out")
+    (gradient,) = folder.glob("gradient-*.safetensors")  # of one loss there is one
+    plan = json.loads((folder / "natural" / "plan.json").read_text())
+    assert plan["task_fingerprint"] == GradientStore.load(gradient).data_fingerprint
+    assert GradientStore.load(gradient).batches == 2
+    adapter = folder / "natural" / "0.001-0" / "weights" / "adapter_config.json"
+    assert json.loads(adapter.read_text())["peft_type"] == "LORA"
+    capsys.readouterr()
+    run(config(**changes), output=folder)
+    assert "2 of 2 trainings are finished already" in capsys.readouterr().out
+    smoothed = {**changes, "training": {**changes["training"], "label_smoothing": 0.1}}
+    with pytest.raises(CordaError, match="another experiment"):
+        run(config(**smoothed), output=folder)
+    head = {"variants": {"natural": {**natural, "training": {"loss": "linear"}, "scales": []}}}
+    with pytest.raises(CordaError, match="linear classifier starts at zero"):
+        run(config(**head), output=tmp_path / "linear")
 
 
 def test_a_folder_from_before_an_option_existed_is_gone_on_with(config, tmp_path):

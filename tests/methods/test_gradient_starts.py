@@ -1,0 +1,211 @@
+"""Methods that start from the gradient of the new task's loss: what is attached, what plain PEFT makes of it, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from corda_vlm.adapter import load_adapter
+from corda_vlm.adapter.paired import PairedConfig, base_of, paired_layers, trained
+from corda_vlm.covariance import (
+    CovarianceStore,
+    GradientStore,
+    collect_covariance,
+    collect_gradient,
+)
+from corda_vlm.decompose import decompose_gradient
+from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.families import detect_family
+from corda_vlm.families.layers.attention import unpack
+from corda_vlm.methods import prepare_method, restore_method
+from corda_vlm.plan import AdapterPlan, plan_adapter
+from corda_vlm.sites import find_sites
+
+METHODS = ("corda-natural", "lora-ga", "keep-lora")
+
+
+def make_batch(size: int = 40, seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(size, 3, 32, 32, generator=generator)}
+
+
+def image_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    features = (
+        detect_family(model).need_contrastive(model).encode_image(model, batch["pixel_values"])
+    )
+    generator = torch.Generator().manual_seed(3)
+    return (features @ torch.randn(features.shape[1], 4, generator=generator)).logsumexp(1).mean()
+
+
+def made_from(model: nn.Module) -> dict[str, CovarianceStore | GradientStore]:
+    store = collect_covariance(model, [make_batch()], towers="vision", show_progress=False)
+    task = collect_gradient(
+        model, [make_batch(seed=2)], image_loss, towers="vision", show_progress=False
+    )
+    return {"store": store, "gradient": task}
+
+
+def prepared(name: str, model: nn.Module, given: dict, **options) -> PeftModel:
+    needed = {k: v for k, v in given.items() if name != "lora-ga" or k != "store"}
+    found = prepare_method(
+        name, model, **needed, towers="vision", **{"rank": 4, "show_progress": False, **options}
+    )
+    assert isinstance(found, PeftModel)
+    return found
+
+
+def outputs(model: nn.Module) -> Tensor:
+    bare = base_of(model)
+    with torch.no_grad():
+        encode = detect_family(bare).need_contrastive(bare).encode_image
+        return encode(bare.eval(), make_batch(4, seed=5)["pixel_values"])
+
+
+def disturb(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("kind", ["tiny_clip_hf", "tiny_open_clip"])
+@pytest.mark.parametrize("name", METHODS)
+def test_it_starts_where_the_base_is_and_comes_off_again(name, kind, request):
+    model = request.getfixturevalue(kind)
+    before, given = outputs(model), made_from(model)
+    peft_model = prepared(name, model, given)
+    # unpacked attention rounds otherwise than packed
+    exact = {"atol": 0, "rtol": 0} if kind == "tiny_clip_hf" else {"atol": 2e-6, "rtol": 1e-4}
+    torch.testing.assert_close(outputs(peft_model), before, **exact)
+    disturb(peft_model)
+    assert not torch.allclose(outputs(peft_model), before)
+    restored = restore_method(name, peft_model)
+    torch.testing.assert_close(outputs(restored), before, atol=0, rtol=0)
+
+
+def test_the_natural_start_is_the_decomposition_of_gradient_and_covariance(tiny_clip_hf):
+    given = made_from(tiny_clip_hf)
+    plan = plan_adapter(
+        tiny_clip_hf, **given, method="corda-natural", rank=4, damping=1e-2, towers="vision", show_progress=False
+    )  # fmt: skip
+    assert [s.site.name for s in plan.sites] == [
+        s.name for s in find_sites(tiny_clip_hf, towers="vision")
+    ]
+    for site in plan.sites:
+        name = site.site.name
+        wanted = decompose_gradient(
+            given["gradient"][name], given["store"][name].matrix, rank=4, damping=1e-2
+        )
+        torch.testing.assert_close(plan.factors[name].A, wanted.A, atol=1e-4, rtol=1e-4)
+        assert not plan.factors[name].B.any()
+        assert site.predicted_damage is None
+    assert plan.starts_at_zero
+    assert plan.task_fingerprint == given["gradient"].data_fingerprint
+
+
+def test_a_plan_file_keeps_it(tiny_clip_hf, tmp_path):
+    given = made_from(tiny_clip_hf)
+    plan = plan_adapter(
+        tiny_clip_hf, **given, method="corda-natural", rank=4, towers="vision", show_progress=False
+    )
+    again = AdapterPlan.load(plan.save(tmp_path / "plan.json"), model=tiny_clip_hf)
+    assert again == plan
+    assert again.starts_at_zero
+    assert "corda-natural: 13 sites" in str(again)
+
+
+@pytest.mark.parametrize("name", ["corda-natural", "keep-lora"])
+def test_what_is_trained_is_a_lora_that_plain_peft_loads_on_the_original(
+    name, tiny_clip_hf, tmp_path
+):
+    """Nothing needs a residual, and nothing this package: `PeftModel.from_pretrained` is enough."""
+    import copy
+
+    original = copy.deepcopy(tiny_clip_hf)
+    peft_model = prepared(name, tiny_clip_hf, made_from(tiny_clip_hf))
+    config = peft_model.peft_config["default"]
+    assert type(config) is LoraConfig
+    assert not paired_layers(peft_model)
+    disturb(peft_model)
+    peft_model.save_pretrained(str(tmp_path))
+    wanted = outputs(peft_model)
+    plain = PeftModel.from_pretrained(copy.deepcopy(original), str(tmp_path))
+    torch.testing.assert_close(outputs(plain), wanted)
+    torch.testing.assert_close(outputs(load_adapter(original, tmp_path)), wanted)
+
+
+def test_keep_lora_trains_b_alone(tiny_clip_hf):
+    peft_model = prepared("keep-lora", tiny_clip_hf, made_from(tiny_clip_hf))
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            B, A = trained(layer, "default")
+            assert B.requires_grad
+            assert not A.requires_grad
+            torch.testing.assert_close(A.norm(dim=1), torch.ones(4))
+
+
+def test_lora_ga_has_a_pair_of_its_own(tiny_clip_hf):
+    peft_model = prepared("lora-ga", tiny_clip_hf, made_from(tiny_clip_hf))
+    assert type(peft_model.peft_config["default"]) is PairedConfig
+    assert paired_layers(peft_model)
+
+
+def test_a_further_adapter_beside_one_of_ours(tiny_clip_hf):
+    """PEFT takes one kind of adapter a model; beside a pair of ours the natural start is one too."""
+    from corda_vlm.adapter import attach_adapter
+
+    given = made_from(tiny_clip_hf)
+    plans = [
+        plan_adapter(tiny_clip_hf, **more, rank=4, towers="vision", show_progress=False)
+        for more in ({"store": given["store"]}, {**given, "method": "corda-natural"})
+    ]
+    before = outputs(tiny_clip_hf)
+    peft_model = attach_adapter(tiny_clip_hf, plans[0])
+    attach_adapter(peft_model, plans[1], adapter_name="second")
+    peft_model.set_adapter("second")
+    torch.testing.assert_close(outputs(peft_model), before, atol=0, rtol=0)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_no_gradient(self, name, tiny_clip_hf):
+        store = made_from(tiny_clip_hf)["store"]
+        with pytest.raises(CordaError, match="starts from the gradient"):
+            prepare_method(name, tiny_clip_hf, store=store, towers="vision", rank=4)
+        with pytest.raises(CordaError, match="pass gradient="):
+            plan_adapter(tiny_clip_hf, store, method=name, rank=4, towers="vision")
+
+    def test_a_gradient_where_none_is_taken(self, tiny_clip_hf):
+        given = made_from(tiny_clip_hf)
+        with pytest.raises(CordaError, match=r"takes no gradient.*corda-natural"):
+            plan_adapter(tiny_clip_hf, **given, method="corda", rank=4, towers="vision")
+
+    def test_of_another_model(self, tiny_clip_hf):
+        given = made_from(tiny_clip_hf)
+        given["gradient"].model_fingerprint = "other"
+        with pytest.raises(ForeignFileError, match="gradient were collected from the model other"):
+            plan_adapter(tiny_clip_hf, **given, method="corda-natural", rank=4, towers="vision")
+
+    def test_a_site_without_a_gradient(self, tiny_clip_hf):
+        given = made_from(tiny_clip_hf)
+        store = collect_covariance(
+            tiny_clip_hf,
+            [{**make_batch(), "input_ids": torch.full((40, 8), 5)}],
+            show_progress=False,
+        )
+        with pytest.raises(CordaError, match="gradient has nothing of site 'text_"):
+            plan_adapter(tiny_clip_hf, store, gradient=given["gradient"], method="corda-natural", rank=4)  # fmt: skip
+
+    def test_dynamic_ranks(self, tiny_clip_hf):
+        with pytest.raises(CordaError, match="does not use so"):
+            plan_adapter(tiny_clip_hf, **made_from(tiny_clip_hf), method="corda-natural", dynamic_rank=True)  # fmt: skip
+
+    def test_a_packed_model_was_unpacked_by_somebody_else(self, tiny_open_clip):
+        """The same sites, whether attention was packed when they were collected or not."""
+        given = made_from(tiny_open_clip)
+        unpack(tiny_open_clip)
+        prepared("corda-natural", tiny_open_clip, given)
