@@ -125,24 +125,29 @@ def gradient(
         model: A built-in name, a folder, or an id on a hub.
         data: What the model is to learn, as for the verb `train`.
         output: The file to write, and to go on from.
-        classes: Names for the prompts, in label order; the default is the data's own.
-        templates: Prompts with {} for the name; the default is "a photo of a {}.".
+        classes: Names for the prompts, in label order, or one name alone: of a list in eval/class_names, or of such a file;
+            the default is the data's own.
+        templates: Prompts with {} for the name, or one name alone without it: of a list in eval/templates, or of such a
+            file; the default is "a photo of a {}.".
     """
     checks.check_source(model)
     checks.check_data(data)
+    named, asked = _listed_or_file(classes), _listed_or_file(templates)
+    checks.check_class_names(named, asked, None)
     checks.check_output(output)
     from corda_vlm.experiment import steps
     from corda_vlm.train import task_gradient
 
     records, loaded = steps.load_data(data), _loaded(model, load)
+    names, prompts = steps.training_prompts(records, named, asked)
     before = _modified(output)
     collected = task_gradient(
         loaded.model,
         records,
         loaded.processor,
         options=options,
-        classes=classes,
-        templates=templates,
+        classes=names,
+        templates=prompts,
         path=output,
     )
     print(collected.summary())

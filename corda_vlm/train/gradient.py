@@ -63,7 +63,7 @@ def task_gradient(
         limit=options.batches * options.batch_size,
         towers=made().towers,
         chat=narrowed(options, ChatOptions),
-        labelled=True,
+        must_learn=True,
     )
     names = None if templates is None else [t if isinstance(t, str) else t("{}") for t in templates]
     about = json.dumps([as_keywords(asked, LossOptions), classes and list(classes), names])
