@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from corda_vlm import ranks
-from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
 from corda_vlm.decompose import damp, knowledge_energy
 from corda_vlm.errors import CordaError, ForeignFileError, NoSitesError, UnknownNameError
 from corda_vlm.families.layers.attention import unpacked
@@ -46,8 +46,15 @@ def plan_of(model: torch.nn.Module, store: CovarianceStore | None, **options) ->
     return plan_adapter(model, store, **{"rank": 4, "show_progress": False, **options})
 
 
-def task_of(method: str, store: CovarianceStore) -> dict:
-    """The further store that a method takes; here the same data."""
+def task_of(method: str, model: torch.nn.Module, store: CovarianceStore) -> dict:
+    """What a method takes of the new task; here the same data, or a gradient of noise."""
+    if PLAN_METHODS[method].of_gradient:
+        generator = torch.Generator().manual_seed(0)
+        noise = {
+            name: torch.randn(weight_of(model, name).shape, generator=generator) for name in store
+        }
+        origin = {"model_fingerprint": store.model_fingerprint, "data_fingerprint": "noise"}
+        return {"gradient": GradientStore(noise, **origin, batches=1)}
     return {"task_store": store} if PLAN_METHODS[method].contrast else {}
 
 
@@ -131,7 +138,7 @@ def test_a_norm_sets_every_row_of_a_and_not_the_product(clip):
     model, store = clip
     plain = plan_of(model, store)
     for method in PLAN_METHODS:
-        plan = plan_of(model, store, a_norm=10.0, method=method, **task_of(method, store))
+        plan = plan_of(model, store, a_norm=10.0, method=method, **task_of(method, model, store))
         for name, factor in plan.factors.items():
             norms = factor.A.norm(dim=1)
             assert torch.allclose(norms, torch.full_like(norms, 10.0), rtol=1e-4), name
