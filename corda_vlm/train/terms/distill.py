@@ -35,7 +35,7 @@ def distillation(
     Args:
         model: as it is trained, of any method.
         batches: of the knowledge to keep, as for `collect_covariance`; of models that generate text with labels on the
-            answers (`make_batches(..., labelled=True)`).
+            answers (`make_batches(..., must_learn=True)`).
         loss: see `TermOptions.distill_loss`.
         batch_size, seed: see `as_knowledge`.
         cache: a folder for the outputs from before, which trainings of one model on one knowledge share.

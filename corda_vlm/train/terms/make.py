@@ -45,7 +45,7 @@ class KnowledgeData:
             seed=self.seed,
             limit=self.samples,
             chat=self.chat,
-            labelled=True,
+            must_learn=True,
         )
 
 

@@ -38,7 +38,7 @@ class TokenDistillation(DataPenalty):
         if "labels" not in batch:
             raise DataError(
                 "the batches of the knowledge have no labels, which say where the answers are: make them by "
-                "make_batches(..., labelled=True)"
+                "make_batches(..., must_learn=True)"
             )
         self._probe = rows, batch
         identity = {

@@ -127,7 +127,7 @@ def test_ready_batches_are_knowledge_too(tiny_open_clip, held_out, processor):
 def test_token_distillation_is_the_divergence(tiny_llm, questions):
     """Where all tokens are kept; and where few are, it is no more than that."""
     model = prepare_method("lora", tiny_llm.model, rank=2)
-    batches = make_batches(questions, tiny_llm.processor, batch_size=4, chat=PLAIN, labelled=True)
+    batches = make_batches(questions, tiny_llm.processor, batch_size=4, chat=PLAIN, must_learn=True)
     before = copy.deepcopy(model)
     distill = distillation(model, batches)
     assert float(distill(0).detach()) == pytest.approx(0, abs=1e-6)
@@ -211,7 +211,7 @@ def test_tokens_are_kept_in_a_file(tiny_llm, questions, tmp_path):
     def made(seed):
         model = prepare_method("lora", copy.deepcopy(tiny_llm.model), rank=2)
         batches = make_batches(
-            questions, tiny_llm.processor, batch_size=4, chat=PLAIN, labelled=True
+            questions, tiny_llm.processor, batch_size=4, chat=PLAIN, must_learn=True
         )
         distill = distillation(model, batches, cache=tmp_path, seed=seed)
         moved(model)
