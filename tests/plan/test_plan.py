@@ -227,11 +227,13 @@ class TestDynamic:
         model, store = clip
         plan = plan_of(model, store, mode=mode, dynamic_rank=True)
         spectra = {
-            s.site.name: ranks.spectrum(weight_of(model, s.site.name), store[s.site.name].matrix)
+            s.site.name: ranks.spectrum(
+                weight_of(model, s.site.name), store[s.site.name].matrix, damping=1e-4
+            )
             for s in plan.sites
         }
         pi = {
-            s.site.name: ranks.compactness(store[s.site.name].matrix, s.shape[0])
+            s.site.name: ranks.compactness(store[s.site.name].matrix, s.shape[0], damping=1e-4)
             for s in plan.sites
         }
         shapes = {s.site.name: s.shape for s in plan.sites}
@@ -292,13 +294,13 @@ class TestDynamic:
             name = site.site.name
             candidates = [c.matrix for c in store.rounds(name)]
             weight = weight_of(model, name)
-            selection = ranks.select_covariance(candidates, {name: weight})[name]
+            selection = ranks.select_covariance(candidates, {name: weight}, damping=1e-4)[name]
             assert site.scores is not None
             assert site.round is not None
             assert site.scores == pytest.approx(selection.scores, rel=1e-5)
             assert site.round == min(range(3), key=site.scores.__getitem__)
             assert site.compactness == pytest.approx(
-                ranks.compactness(candidates[site.round], site.shape[0]), rel=1e-5
+                ranks.compactness(candidates[site.round], site.shape[0], damping=1e-4), rel=1e-5
             )
             covariance = damp(candidates[site.round], plan.damping)
             whole = (weight.double() @ covariance).norm() ** 2
@@ -322,7 +324,7 @@ class TestDynamic:
         plan = plan_of(model, store)
         assert len(seen) == len(set(store.site_streams.values()))
         for site in plan.sites:
-            expected = compactness(store[site.site.name].matrix, site.shape[0])
+            expected = compactness(store[site.site.name].matrix, site.shape[0], damping=1e-4)
             assert site.compactness == pytest.approx(expected, rel=1e-5)
         assert all(s.compactness is None for s in plan_of(model, None, method="milora").sites)
         monkeypatch.setattr(choose, "WIDEST", 40)
