@@ -55,7 +55,14 @@ def test_a_language_model_from_sites_to_export(tiny_llm, saved, tmp_path, monkey
     rows = (tmp_path / "scores.jsonl").read_text()
     main(["evaluate", model, "suite.yaml", "--adapter=adapter", "--output=scores.jsonl"])
     assert (tmp_path / "scores.jsonl").read_text() == rows
-    assert "added 0 scores to scores.jsonl, which has the same already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "even: measured before, see scores.jsonl" in said
+    assert "added 0 scores to scores.jsonl, which has the same already" in said
+    main(
+        ["evaluate", model, "suite.yaml", "--adapter=adapter", "--output=scores.jsonl", "--limit=3"]
+    )
+    assert "even: measured before" not in capsys.readouterr().out, "other examples"
+    (tmp_path / "scores.jsonl").write_text(rows)
     main(["export", model, "adapter/weights", "merged"])
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     before = transformers.AutoModelForCausalLM.from_pretrained(model)

@@ -294,13 +294,14 @@ def test_a_calibration_goes_on_in_its_precision(machine, tiny_llm, tmp_path, blo
 
 
 def test_evaluation_asks_the_same(machine, tiny_open_clip):
-    from corda_vlm.evaluation import measure as measuring
+    from corda_vlm.evaluation.measure import encoder_of
+    from corda_vlm.evaluation.options import EvalOptions
     from corda_vlm.families.base import Processor
 
     processor = Processor(lambda picture: torch.zeros(3, 32, 32), lambda texts: {}, (32, 32))
 
     def encoder(bf16) -> bool:
-        made = measuring._encoder(tiny_open_clip, processor, "auto", bf16)
+        made = encoder_of(tiny_open_clip, EvalOptions(bf16=bf16), processor=processor)
         return made.bf16
 
     machine(SLOW)

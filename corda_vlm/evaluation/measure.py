@@ -21,13 +21,15 @@ from corda_vlm.evaluation.suite import Suite, Task, load_suite
 from corda_vlm.evaluation.tasks.base import Setting
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
 from corda_vlm.options import options_from
-from corda_vlm.precision import Bf16, takes_bf16
+from corda_vlm.precision import takes_bf16
 from corda_vlm.progress import Meter, showing
 
 if TYPE_CHECKING:
     from corda_vlm.families.base import Loaded, Processor
 
 logger = logging.getLogger(__name__)
+
+DEFAULTS = EvalOptions()
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,7 @@ def evaluate(
     show_progress: bool = False,
     **options: Unpack[EvalKeywords],
 ) -> list[Score]:
-    """Measure a model on a suite; arguments and errors as of `measure`."""
-    results = measure(
-        model, suite, processor=processor, family=family, cache=cache, head=head, show_progress=show_progress, **options
-    )  # fmt: skip
-    return [score for result in results for score in result.scores]
-
-
-def measure(
-    model: nn.Module | Loaded,
-    suite: str | Path | Mapping[str, Any] | Suite,
-    *,
-    processor: Processor | None = None,
-    family: str = "auto",
-    cache: Cache | None = None,
-    head: Callable[[Tensor], Tensor] | None = None,
-    show_progress: bool = False,
-    **options: Unpack[EvalKeywords],
-) -> Iterator[TaskResult]:
-    """Measure a model on a suite, task by task, so that each can be written down before the next begins.
+    """Measure a model on a suite.
 
     Args:
         model: any model of a known family, bare or with an adapter, or what `load_model` returned.
@@ -85,49 +69,83 @@ def measure(
         processor: what `load_model` returned beside the model; needed unless `model` is its whole answer.
         family: of a bare model; "auto" detects it.
         cache: shared between the evaluations of a study, so that images are decoded once.
+        head, show_progress: as of `measure`.
+        options: of `EvalOptions`.
+
+    Raises:
+        CordaError: a bare model without its processor.
+        DataError, NotFiniteError, UnknownNameError: as of `measure`.
+    """
+    if isinstance(root := options.get("data_root"), Path):
+        options["data_root"] = str(root)
+    asked = options_from(EvalOptions, options, "evaluate")
+    encoder = encoder_of(model, asked, processor=processor, family=family, cache=cache)
+    results = measure(encoder, suite, asked, head=head, show_progress=show_progress)
+    return [score for result in results for score in result.scores]
+
+
+def encoder_of(
+    model: nn.Module | Loaded,
+    options: EvalOptions = DEFAULTS,
+    *,
+    processor: Processor | None = None,
+    family: str = "auto",
+    cache: Cache | None = None,
+) -> Encoder:
+    """What measures a model; arguments and errors as of `evaluate`."""
+    from corda_vlm.families import family_of
+    from corda_vlm.families.base import Loaded
+
+    if isinstance(model, Loaded):
+        net, of, processor = model.model, model.family, processor or model.processor
+    elif processor is not None:
+        net, of = model, family_of(family, model)
+    else:
+        raise CordaError(
+            f"evaluate needs the processor that belongs to this {type(model).__name__}; load_model returns it "
+            "beside the model: loaded = load_model(...), then evaluate(loaded, suite) or, once the model has "
+            "an adapter, evaluate(model, suite, processor=loaded.processor)"
+        )
+    weight = next(net.parameters())
+    return Encoder(
+        net,
+        of,
+        processor,
+        batch_size=options.batch_size,
+        bf16=takes_bf16(options.bf16, weight.device, weights=weight.dtype),
+        workers=options.workers,
+        cache=cache or Cache(),
+    )
+
+
+def measure(
+    encoder: Encoder,
+    suite: str | Path | Mapping[str, Any] | Suite,
+    options: EvalOptions = DEFAULTS,
+    *,
+    head: Callable[[Tensor], Tensor] | None = None,
+    show_progress: bool = False,
+) -> Iterator[TaskResult]:
+    """Measure a model on a suite, task by task, so that each can be written down before the next begins.
+
+    Args:
+        encoder: the model, as `encoder_of` gives it.
+        suite: a name of eval/suites, a path, a mapping or a `Suite`.
         head: a classifier trained on the new task, image embeddings -> logits; in place of the prompts it judges the
             zero-shot tasks that do not measure retention.
         show_progress: how far each task is.
-        options: of `EvalOptions`.
 
     Raises:
         UnknownNameError: no such suite or task.
         DataError: data that cannot be read as described, or all of it missing.
         NotFiniteError: the model's outputs are NaN or Inf, so there is no score; names the task and how many.
     """
-    if isinstance(root := options.get("data_root"), Path):
-        options["data_root"] = str(root)
-    asked = options_from(EvalOptions, options, "evaluate")
     suite = load_suite(suite)
-    by_name = {task.name: task for task in suite.tasks}
-    for name in asked.tasks or ():
-        if name not in by_name:
-            raise UnknownNameError(f"task of suite {suite.name}", name, by_name)
-    encoder = _encoder(
-        model,
-        processor,
-        family,
-        batch_size=asked.batch_size,
-        bf16=asked.bf16,
-        workers=asked.workers,
-        cache=cache or Cache(),
-    )
-    chosen = [by_name[name] for name in asked.tasks] if asked.tasks is not None else suite.tasks
-    root = asked.data_root if asked.data_root is not None else str(suite.data_root)
-    measured = 0
-    for task in chosen:
-        started = time.perf_counter()
-        try:
-            data = task_data(task, root, encoder.cache, asked.limit)
-        except DataError as error:
-            if asked.missing == "error":
-                raise DataError(f"task {task.name} of suite {suite.name}: {error}") from error
-            logger.warning("task %s is left out: %s", task.name, error)
-            continue
-        setting = Setting(
-            f"task {task.name} of suite {suite.name}",
-            lambda spec, beside: _load(spec, beside, root, encoder.cache),
-        )
+    started = time.perf_counter()
+    for task, data in tasks_with_data(suite, options, encoder.cache, limit=options.limit):
+        what = _name_of(task, suite)
+        root, cache = _root(suite, options), encoder.cache
+        setting = Setting(what, lambda spec, beside, r=root, c=cache: _load(spec, beside, r, c))
         evaluator = TASK_KINDS[task.kind].load().build(task, data, setting)
         if head is not None and task.role != "retention":
             evaluator = evaluator.with_head(head)
@@ -135,15 +153,52 @@ def measure(
             with showing(show_progress), Meter(task.name, evaluator.examples, unit="example"):
                 outcomes = tuple(evaluator.outcomes(encoder))
         except NotFiniteError as error:
-            raise NotFiniteError(f"task {task.name} of suite {suite.name}: {error}") from error
-        scores = tuple(o.score(task.name, task.role, resamples=asked.resamples) for o in outcomes)
+            raise NotFiniteError(f"{what}: {error}") from error
+        scores = tuple(o.score(task.name, task.role, resamples=options.resamples) for o in outcomes)
         if data.left_out:
             logger.warning("task %s: %s", task.name, data.left_out)
-        measured += 1
-        seconds = time.perf_counter() - started
-        yield TaskResult(task, scores, outcomes, seconds)
-    if chosen and not measured:
+        yield TaskResult(task, scores, outcomes, time.perf_counter() - started)
+        started = time.perf_counter()
+
+
+def tasks_with_data(
+    suite: Suite, options: EvalOptions, cache: Cache, *, limit: int | None = None
+) -> Iterator[tuple[Task, Any]]:
+    """The tasks of a suite that are to be measured, each with its records; of those without, as the options say.
+
+    Args:
+        limit: at most so many records of each.
+
+    Raises:
+        UnknownNameError: no such task.
+        DataError: records that cannot be read as the task describes them, or those of all tasks.
+    """
+    by_name = {task.name: task for task in suite.tasks}
+    for name in options.tasks or ():
+        if name not in by_name:
+            raise UnknownNameError(f"task of suite {suite.name}", name, by_name)
+    root, read = _root(suite, options), 0
+    chosen = list(by_name if options.tasks is None else options.tasks)
+    for name in chosen:
+        try:
+            data = task_data(by_name[name], root, cache, limit)
+        except DataError as error:
+            if options.missing == "error":
+                raise DataError(f"{_name_of(by_name[name], suite)}: {error}") from error
+            logger.warning("task %s is left out: %s", name, error)
+            continue
+        read += 1
+        yield by_name[name], data
+    if chosen and not read:
         raise DataError(f"no task of suite {suite.name} has its data under {root!r}; set data_root")
+
+
+def _root(suite: Suite, options: EvalOptions) -> str:
+    return suite.data_root if options.data_root is None else options.data_root
+
+
+def _name_of(task: Task, suite: Suite) -> str:
+    return f"task {task.name} of suite {suite.name}"
 
 
 def task_data(task: Task, data_root: str, cache: Cache, limit: int | None = None) -> Any:
@@ -153,26 +208,6 @@ def task_data(task: Task, data_root: str, cache: Cache, limit: int | None = None
         DataError: they cannot be read as the task describes them.
     """
     return _load(task.data, task.source, data_root, cache, _least(limit, task.limit))
-
-
-def _encoder(
-    model: Any, processor: Processor | None, family: str, bf16: Bf16, **options: Any
-) -> Encoder:
-    from corda_vlm.families import family_of
-    from corda_vlm.families.base import Loaded
-
-    net = model.model if isinstance(model, Loaded) else model
-    weight = next(net.parameters())
-    options["bf16"] = takes_bf16(bf16, weight.device, weights=weight.dtype)
-    if isinstance(model, Loaded):
-        return Encoder(model.model, model.family, processor or model.processor, **options)
-    if processor is None:
-        raise CordaError(
-            f"evaluate needs the processor that belongs to this {type(model).__name__}; load_model returns it "
-            "beside the model: loaded = load_model(...), then evaluate(loaded, suite) or, once the model has "
-            "an adapter, evaluate(model, suite, processor=loaded.processor)"
-        )
-    return Encoder(model, family_of(family, model), processor, **options)
 
 
 def _load(

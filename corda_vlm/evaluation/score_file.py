@@ -6,7 +6,7 @@ for both cancels. So the base model's examples are kept, and the rows of a train
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from corda_vlm.run_files import BASE_EXAMPLES
 
 if TYPE_CHECKING:
     from corda_vlm.evaluation.measure import TaskResult
+    from corda_vlm.evaluation.suite import Suite
 
 
 def add_result(path: str | Path, result: TaskResult, **labels: Any) -> list[dict[str, Any]]:
@@ -43,7 +44,8 @@ def add_result(path: str | Path, result: TaskResult, **labels: Any) -> list[dict
 
 
 def _add(path: Path, result: TaskResult, labels: dict[str, Any]) -> list[dict[str, Any]]:
-    task, before = result.task.name, read_rows(path, missing_ok=True)
+    task = result.task.name
+    before = [_without_source(row) for row in read_rows(path, missing_ok=True)]
     known = _read_examples(path)
     if labels.get("method") == BASE:
         # First, so that a kill in between leaves no base model without its examples: it is then measured again.
@@ -60,10 +62,15 @@ def _add(path: Path, result: TaskResult, labels: dict[str, Any]) -> list[dict[st
         row = score_row(score, **labels)
         if (gain := gains.get(score.metric)) is not None:
             row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-        if row not in before:
+        if _without_source(row) not in before:
             rows.append(row)
     append_rows(path, rows)
     return rows
+
+
+def _without_source(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows that tell the same score are equal, whether they tell what it was made from or, as those of old, do not."""
+    return {name: value for name, value in row.items() if name != "made_from"}
 
 
 def check_scores(path: str | Path) -> None:
@@ -224,6 +231,13 @@ def rows_of(
 def done(rows: Sequence[Mapping[str, Any]], **model: Any) -> set[tuple[str, str]]:
     """The (task, metric) pairs already measured of one model, so that a run resumes; `model` as in `rows_of`."""
     return {(row["task"], row["metric"]) for row in rows_of(rows, **model)}
+
+
+def tasks_left(
+    suite: Suite, rows: Sequence[Mapping[str, Any]], among: Collection[str], **model: Any
+) -> list[str]:
+    """Names of the tasks, of those in `among`, that lack scores of one model at one strength; `model` as in `rows_of`."""
+    return [name for name in suite.remaining(done(rows, **model)) if name in among]
 
 
 def gain_of(row: Mapping[str, Any]) -> Interval | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from corda_vlm.errors import CordaError, UnknownNameError, brief
 from corda_vlm.evaluation.scores import TASK_ROLES
 from corda_vlm.evaluation.shipped import find_shipped
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
-from corda_vlm.files import shown
+from corda_vlm.files import shown, text_digest
 from corda_vlm.options import Count, Text, fitted, hints_of, read_options
 from corda_vlm.yaml_file import read_yaml
 
@@ -45,6 +46,21 @@ class Task:
     limit: Count | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     source: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of what it measures, wherever it is written."""
+        content = {**asdict(self), "source": None}
+        if (
+            not self.options
+        ):  # tasks had none when folders that may still be gone on with were begun
+            del content["options"]
+        elif (
+            kind := TASK_KINDS[self.kind].options
+        ) is not None:  # those folders have the former names
+            former = {name: was for was, name in getattr(kind, "FORMER", {}).items()}
+            content["options"] = {former.get(name, name): v for name, v in self.options.items()}
+        return text_digest(json.dumps(content, sort_keys=True, default=str))
 
 
 @dataclass(frozen=True)

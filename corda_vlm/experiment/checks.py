@@ -63,7 +63,7 @@ def check_experiment(experiment: Experiment, config: Path) -> None:
     if experiment.calibration is not None:
         check_data(experiment.calibration.data, config, root)
     check_class_names(experiment.task.classes, experiment.task.templates, config)
-    check_measured(suite, experiment.eval_options)
+    check_evaluation(suite, experiment.eval_options)
 
 
 def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> None:
@@ -80,7 +80,7 @@ def check_suite(suite: Suite, root: str, tasks: Iterable[str] | None = None) -> 
                 check_data(other, task.source, root)
 
 
-def check_measured(suite: str | Path | Suite, options: EvalOptions) -> Suite:
+def check_evaluation(suite: str | Path | Suite, options: EvalOptions) -> Suite:
     """A suite is there with the chosen tasks, and their data, unless what is missing is to be left out. Returns it."""
     measured = load_suite(suite)
     check_chosen(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.evaluation.suite import Suite, Task
-from corda_vlm.evaluation.tasks.registry import TASK_KINDS
+from corda_vlm.evaluation.suite import Suite
 from corda_vlm.experiment.load import load_former
 from corda_vlm.experiment.spec import Experiment, Training
 from corda_vlm.files import read_json, write_json
@@ -54,18 +51,6 @@ def check_sources(folder: Path, sources: Mapping[str, str]) -> None:
             f"{folder} holds results of {', '.join(changed)} as it was before; it has changed since. Give "
             "another folder with --output, or --fresh to delete them and begin anew"
         )
-
-
-def task_digest(task: Task) -> str:
-    """Of what a task measures, wherever it is written."""
-    content = {**asdict(task), "source": None}
-    if not task.options:  # tasks had none when folders that may still be gone on with were begun
-        del content["options"]
-    elif (kind := TASK_KINDS[task.kind].options) is not None:  # those folders have the former names
-        former = {name: was for was, name in getattr(kind, "FORMER", {}).items()}
-        content["options"] = {former.get(name, name): v for name, v in task.options.items()}
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------ precision

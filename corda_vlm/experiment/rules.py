@@ -5,6 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from corda_vlm.adapter.options import check_scale
 from corda_vlm.data.spec import parse_spec
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.scores import BASE
@@ -92,12 +93,11 @@ def _needs_calibration(experiment: Experiment, name: str) -> str | None:
 
 
 def _check_scales(experiment: Experiment, name: str) -> None:
-    for scale in experiment.scales_of(name):
-        if not 0 < scale < 1:
-            raise CordaError(
-                f"variant {name!r}: scales hold {scale}; give strengths between 0 (the base model) and 1 (as "
-                "trained), both of which are measured anyway"
-            )
+    try:
+        for scale in experiment.scales_of(name):
+            check_scale(scale)
+    except CordaError as error:
+        raise CordaError(f"variant {name!r}: {error}") from None
 
 
 def _check_trainings(experiment: Experiment, name: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,10 +18,11 @@ from typing import Any
 from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.covariance import CovarianceStore, GradientStore
 from corda_vlm.data import Records, batch_builder
-from corda_vlm.errors import CordaError, DataError, NotFiniteError
-from corda_vlm.evaluation import Cache, done, load_suite, read_rows, task_data
+from corda_vlm.errors import CordaError, NotFiniteError
+from corda_vlm.evaluation import Cache, load_suite, read_rows
 from corda_vlm.evaluation.diverged import note_diverged, read_diverged
-from corda_vlm.evaluation.score_file import rows_of
+from corda_vlm.evaluation.measure import tasks_with_data
+from corda_vlm.evaluation.score_file import rows_of, tasks_left
 from corda_vlm.evaluation.scores import BASE, value_text
 from corda_vlm.experiment import steps
 from corda_vlm.experiment.folder import check_claim, claim
@@ -33,7 +33,6 @@ from corda_vlm.experiment.origin import (
     machine_of,
     options_of,
     settle_precisions,
-    task_digest,
 )
 from corda_vlm.experiment.spec import Run, Training
 from corda_vlm.families import load_model
@@ -86,9 +85,6 @@ def run_experiment(run: Run, *, device: str | None = None) -> Path:
     print(f"report   {page}\npicture  {run.folder / TRADEOFF}")
     print(f"scores   {run.folder / SCORES}\n{(time.perf_counter() - started) / 60:.1f} minutes")
     return run.folder
-
-
-logger = logging.getLogger(__name__)
 
 
 class ExperimentRunner:
@@ -163,20 +159,8 @@ class ExperimentRunner:
     @cached_property
     def tasks(self) -> dict[str, tuple[str, str]]:
         """The tasks that are measured, with the digest of each and the fingerprint of its data."""
-        options = self.experiment.eval_options
-        root, tasks = options.data_root or str(self.suite.data_root), {}
-        for task in self.suite.tasks:
-            if options.tasks is not None and task.name not in options.tasks:
-                continue
-            try:
-                data = task_data(task, root, self.cache)
-            except DataError as error:
-                if options.missing == "error":
-                    raise
-                logger.warning("task %s is left out: %s", task.name, error)
-                continue
-            tasks[task.name] = (task_digest(task), data.fingerprint)
-        return tasks
+        measured = tasks_with_data(self.suite, self.experiment.eval_options, self.cache)
+        return {task.name: (task.digest, data.fingerprint) for task, data in measured}
 
     def _load(self, spec: Any) -> Records:
         return steps.load_data(spec, data_root=self.data_root, beside=self.run.config)
@@ -277,8 +261,7 @@ class ExperimentRunner:
 
     def _tasks_left(self, rows: Rows, identity: Mapping[str, Any], scale: float) -> list[str]:
         """Names of the suite's tasks that there are no scores of yet, of one model at one strength."""
-        left = self.suite.remaining(done(rows, **identity, scale=scale))
-        return [name for name in left if name in self.tasks]
+        return tasks_left(self.suite, rows, self.tasks, **identity, scale=scale)
 
     # -------------------------------------------------------------- covariances and plans
 
@@ -382,7 +365,7 @@ class ExperimentRunner:
         )
 
     def _scales(self, training: Training) -> tuple[float, ...]:
-        return (1.0, *self.experiment.scales_of(training.variant))
+        return tuple(dict.fromkeys((1.0, *self.experiment.scales_of(training.variant))))
 
     def _train(self, training: Training) -> str:
         """Train and measure; returns what it gave, in a line."""

@@ -97,7 +97,7 @@ class Evaluation(EvalOptions):
 
     Attributes:
         scales: Strengths besides 1 at which every trained model is measured, without training it again
-            (WiSE-FT): 0 is the model before training.
+            (WiSE-FT): from 0, the model before training, to 2, as far again as the training went.
     """
 
     scales: Scales = field(default_factory=list)

@@ -6,15 +6,18 @@ Each takes what it needs, and knows neither an experiment nor how a run's folder
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from corda_vlm.adapter.folder import weights_folder
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
 from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
@@ -23,14 +26,20 @@ from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import Cache, Suite, add_result
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_class_names
-from corda_vlm.evaluation.measure import TaskResult, measure
+from corda_vlm.evaluation.measure import (
+    TaskResult,
+    encoder_of,
+    measure,
+    tasks_with_data,
+)
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families import Loaded, Processor
 from corda_vlm.families.options import SiteOptions
+from corda_vlm.files import entries, file_digest, text_digest
 from corda_vlm.locks import locked
 from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
-from corda_vlm.sites import Site, find_sites, lies_in
+from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import TrainOptions, TrainResult, train
 from corda_vlm.train.terms.make import KnowledgeData, make_terms
 from corda_vlm.train.terms.options import TermOptions
@@ -248,6 +257,7 @@ def measure_into(
     about: Mapping[str, Any],
     processor: Processor,
     cache: Cache,
+    made_from: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[TaskResult, list[dict[str, Any]]]]:
     """Measure a model at one strength, task by task, and add what was measured to a file of scores.
 
@@ -256,7 +266,8 @@ def measure_into(
         trained: the model; `Trained(model)` for one before training.
         scale: strength of what was trained.
         about: which model it is, as in `score_row`: run, method, and what else its rows tell.
-        processor, cache: as in `measure`.
+        processor, cache: as in `evaluate`.
+        made_from: task -> what its scores are made from, which their rows then tell.
 
     Yields:
         each task's result, with the rows of scores that were added, none where the file had them already.
@@ -265,14 +276,32 @@ def measure_into(
         CordaError: what `measure` and `add_result` raise.
     """
     with trained.at_scale(scale) as head:
-        for result in measure(
-            trained.model,
-            suite,
-            processor=processor,
-            head=head,
-            cache=cache,
-            show_progress=True,
-            **as_keywords(options, EvalOptions),
-        ):
-            added = [] if scores is None else add_result(scores, result, scale=scale, **about)
-            yield result, added
+        encoder = encoder_of(trained.model, options, processor=processor, cache=cache)
+        for result in measure(encoder, suite, options, head=head, show_progress=True):
+            facts = {**about, "scale": scale}
+            if result.task.name in made_from:
+                facts["made_from"] = made_from[result.task.name]
+            yield result, [] if scores is None else add_result(scores, result, **facts)
+
+
+def measured_from(
+    loaded: Loaded, adapter: str | Path | None, suite: Suite, options: EvalOptions, cache: Cache
+) -> dict[str, str]:
+    """For each task that is to be measured what its scores are made from, so that the same is not measured twice.
+
+    Args:
+        loaded: the model before training.
+        adapter: the training's folder; None for the model itself.
+
+    Raises:
+        UnknownNameError, DataError: as `tasks_with_data`.
+    """
+    files = [] if adapter is None else sorted(entries(weights_folder(adapter)))
+    weights = [file_digest(file) for file in files if file.suffix in (".json", ".safetensors")]
+    dtype = next(loaded.model.parameters()).dtype
+    model = [model_fingerprint(loaded.model, loaded.family), str(dtype), *weights]
+    how = [options.limit, options.bf16, options.resamples]
+    return {
+        task.name: text_digest(json.dumps([model, how, task.digest, data.fingerprint]))
+        for task, data in tasks_with_data(suite, options, cache, limit=options.limit)
+    }

@@ -5,7 +5,15 @@ from __future__ import annotations
 from corda_vlm.files.folder import HOLDER, LOCK, clear, entries, is_ours_for_now
 from corda_vlm.files.json_file import as_json, read_json, write_json
 from corda_vlm.files.paths import asset, check_path, home_path, resolve, shown
-from corda_vlm.files.read import pieces, plain_file, read_bytes, read_text, unreadable
+from corda_vlm.files.read import (
+    file_digest,
+    pieces,
+    plain_file,
+    read_bytes,
+    read_text,
+    text_digest,
+    unreadable,
+)
 from corda_vlm.files.write import (
     atomic_folder,
     atomic_write,
@@ -27,6 +35,7 @@ __all__ = [
     "check_path",
     "clear",
     "entries",
+    "file_digest",
     "home_path",
     "is_ours_for_now",
     "pieces",
@@ -39,6 +48,7 @@ __all__ = [
     "resolve",
     "shown",
     "sweep",
+    "text_digest",
     "unreadable",
     "write_json",
     "write_text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,19 @@ def unreadable(path: str | Path, cause: BaseException, error: type[CordaError]) 
     """The error that says why a path cannot be read."""
     reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
     return error(f"{shown(path)}: cannot be read ({reason})")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of what a file holds, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for piece in pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """The first 16 hexadecimal digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def pieces(path: Path) -> Iterator[bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.files import check_path, pieces, read_json, shown, write_text
+from corda_vlm.files import check_path, file_digest, read_json, shown, write_text
 from corda_vlm.options import (
     fitted,
     read_options,
@@ -48,7 +47,7 @@ def write_plan(plan: AdapterPlan, path: str | Path) -> Path:
         if factor.spectrum is not None:
             packed[f"{name}.spectrum"] = factor.spectrum
     save_tensors(tensors, {k: v.float() for k, v in packed.items()}, {"format": FORMAT})
-    digest = _sha256(tensors)
+    digest = file_digest(tensors)
     described = {
         "format": FORMAT,
         "version": VERSION,
@@ -129,19 +128,12 @@ def _is_plan(tensors: Path) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
 def _read_tensors(tensors: Path, digest: str, path: Path) -> dict[str, Tensor]:
     if not tensors.is_file():
         raise ForeignFileError(
             f"the plan {path} has lost its factors: no file {tensors}. Make it again."
         )
-    if _sha256(tensors) != digest:
+    if file_digest(tensors) != digest:
         raise ForeignFileError(
             f"{tensors} does not hold the factors of the plan {path} (its hash differs): corrupt, truncated, or from "
             "another plan. Make the plan again."

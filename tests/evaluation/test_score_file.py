@@ -15,7 +15,8 @@ from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
 from corda_vlm.evaluation import add_result, read_rows
 from corda_vlm.evaluation.bootstrap import paired_difference
 from corda_vlm.evaluation.diverged import note_diverged, read_diverged
-from corda_vlm.evaluation.measure import measure
+from corda_vlm.evaluation.measure import encoder_of, measure
+from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.evaluation.score_file import examples_path, gain_of
 from corda_vlm.evaluation.scores import Outcome, paired_gain
 from corda_vlm.families import detect_family
@@ -52,8 +53,8 @@ def test_a_trained_models_rows_say_how_far_it_is_above_the_base(
     loaded: Loaded, colour_folder: Path, tmp_path: Path
 ) -> None:
     path, suite = tmp_path / "scores.jsonl", suite_of(colour_folder)
-    base = list(measure(loaded, suite))
-    other = list(measure(changed(loaded, 1.0), suite))
+    base = list(measure(encoder_of(loaded), suite))
+    other = list(measure(encoder_of(changed(loaded, 1.0)), suite))
     for result in base:
         assert len(add_result(path, result, run="r", method="base")) == 2
     for result in other:
@@ -79,10 +80,13 @@ def test_no_gain_without_the_base_or_on_other_examples(
     loaded: Loaded, colour_folder: Path, tmp_path: Path
 ) -> None:
     suite = suite_of(colour_folder)
-    result = next(measure(loaded, suite))
+    result = next(measure(encoder_of(loaded), suite))
     assert gain_of(add_result(tmp_path / "alone.jsonl", result, run="r", method="lora")[0]) is None
     add_result(
-        tmp_path / "few.jsonl", next(measure(loaded, suite, limit=5)), run="r", method="base"
+        tmp_path / "few.jsonl",
+        next(measure(encoder_of(loaded), suite, EvalOptions(limit=5))),
+        run="r",
+        method="base",
     )
     assert gain_of(add_result(tmp_path / "few.jsonl", result, run="r", method="lora")[0]) is None
     examples_path(tmp_path / "few.jsonl").write_text('{"task": 1}\n')
@@ -115,7 +119,7 @@ def test_a_model_that_diverged_adds_no_row(
     with pytest.raises(
         NotFiniteError, match=r"task colours of suite test: .*12 of 12 images.*float32"
     ):
-        for result in measure(broken, suite_of(colour_folder)):
+        for result in measure(encoder_of(broken), suite_of(colour_folder)):
             add_result(tmp_path / "scores.jsonl", result, run="r", method="lora")
     assert not (tmp_path / "scores.jsonl").exists()
 

@@ -11,7 +11,8 @@ import yaml
 
 from corda_vlm.errors import CordaError, DataError, UnknownNameError
 from corda_vlm.evaluation import Cache, Suite, evaluate, load_suite
-from corda_vlm.evaluation.measure import measure
+from corda_vlm.evaluation.measure import encoder_of, measure
+from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Loaded
 
@@ -53,7 +54,7 @@ def test_tasks_come_one_by_one_and_a_run_resumes(loaded: Loaded, colour_folder: 
     content = suite_of(colour_folder)
     content["tasks"].append({**content["tasks"][0], "name": "again", "limit": 5, "metrics": "top1"})
     suite = load_suite(content)
-    results = measure(loaded, suite)
+    results = measure(encoder_of(loaded), suite)
     first = next(results)
     assert first.task.name == "colours"
     assert len(first.outcomes[0].values) == 12
@@ -64,7 +65,7 @@ def test_tasks_come_one_by_one_and_a_run_resumes(loaded: Loaded, colour_folder: 
     )
     known = {(s.task, s.metric) for s in first.scores}
     assert suite.remaining(known) == ["again"]
-    rest = list(measure(loaded, suite, tasks=suite.remaining(known)))
+    rest = list(measure(encoder_of(loaded), suite, EvalOptions(tasks=suite.remaining(known))))
     assert [r.task.name for r in rest] == ["again"]
     assert rest[0].scores[0].n == 5
     assert evaluate(loaded, suite, limit=3)[0].n == 3

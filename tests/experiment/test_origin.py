@@ -19,7 +19,6 @@ from corda_vlm.experiment.origin import (
     cpu_name,
     describe,
     machine_of,
-    task_digest,
 )
 from corda_vlm.run_files import DESCRIPTION, MADE_FROM
 
@@ -64,15 +63,15 @@ def test_a_file_that_is_no_list_of_sources_is_refused(tmp_path):
 
 def test_a_tasks_digest_is_of_what_it_measures_wherever_it_is_written(suite, tmp_path):
     (task,) = suite.tasks
-    digest = task_digest(task)
-    assert task_digest(replace(task, source=tmp_path / "suite.yaml")) == digest
+    digest = task.digest
+    assert replace(task, source=tmp_path / "suite.yaml").digest == digest
     for other in (
         replace(task, limit=5),
         replace(task, templates=["a {}"]),
         replace(task, data="sklearn:digits2"),
         replace(task, options={"max_new_tokens": 3}),
     ):
-        assert task_digest(other) != digest
+        assert other.digest != digest
 
 
 @pytest.mark.parametrize("name", ["template", "chat_template"])
@@ -81,11 +80,11 @@ def test_a_task_has_the_digest_that_folders_have_by_whichever_name_it_has_its_te
     sums = {"name": "sums", "role": "gain", "kind": "qa", "limit": 5, "options": {name: "plain", "max_new_tokens": 2},
             "data": {"source": "jsonl:sums.jsonl", "format": "qa"}}  # fmt: skip
     (task,) = load_suite({"name": "s", "version": 1, "tasks": [sums]}).tasks
-    assert task_digest(task) == "c640870d0f73a996"
+    assert task.digest == "c640870d0f73a996"
 
 
 def test_the_digests_of_what_ships_and_of_tasks_without_options_are_those_of_before():
-    shipped = {task.name: task_digest(task) for task in load_suite("smollm2").tasks}
+    shipped = {task.name: task.digest for task in load_suite("smollm2").tasks}
     assert shipped == {
         "gsm8k": "c16191d5abeda833", "nq-open": "83b91439a00c1cda", "triviaqa": "50590aa3b05a99f9",
     }  # fmt: skip
@@ -93,7 +92,7 @@ def test_the_digests_of_what_ships_and_of_tasks_without_options_are_those_of_bef
     digits = {"name": "digits", "role": "retention", "kind": "zero_shot", "data": "sklearn:digits", "classes": ["a", 1],
               "templates": ["a {}"]}  # fmt: skip
     tasks = load_suite({"name": "s", "version": 1, "tasks": [plain, digits]}).tasks
-    assert [task_digest(task) for task in tasks] == ["2fe00b8dca612fee", "172eb461c8153daf"]
+    assert [task.digest for task in tasks] == ["2fe00b8dca612fee", "172eb461c8153daf"]
 
 
 def test_a_description_says_the_command_the_data_and_the_precisions(suite, tmp_path):

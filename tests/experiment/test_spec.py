@@ -123,8 +123,8 @@ def test_trainings_go_seed_by_seed():
         ),
         ({"dtype": "bf16"}, UnknownNameError, "dtype 'bf16'.*float32"),
         ({"training__learning_rate": 1}, UnknownNameError, "option in the training"),
-        ({"evaluation": {"scales": [1.5]}}, CordaError, r"scales hold 1\.5"),
-        ({"variants__lora__scales": [0.0]}, CordaError, r"'lora': scales hold 0\.0"),
+        ({"evaluation": {"scales": [2.5]}}, CordaError, r"scale 2\.5 is not between 0"),
+        ({"variants__lora__scales": [-0.1]}, CordaError, r"'lora': scale -0\.1 is not between 0"),
         (
             {"variants__corda-kpm__dynamic_covariance": True},
             CordaError,

@@ -14,7 +14,7 @@ from corda_vlm.adapter import at_scale
 from corda_vlm.adapter.base import base_fingerprint, save_base
 from corda_vlm.adapter.options import check_scales
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.evaluation.measure import measure
+from corda_vlm.evaluation.measure import encoder_of, measure
 from corda_vlm.methods import prepare_method
 from corda_vlm.train import Head
 from corda_vlm.train.trained import Trained, load_trained
@@ -138,11 +138,11 @@ def test_measured_at_a_scale(tiny_clip_hf, tiny_processor, colour_folder) -> Non
         "tasks": [{"name": "colours", "kind": "zero_shot", "role": "gain", "data": f"folder:{colour_folder}",
                    "classes": ["red", "green", "blue"], "templates": ["{}"], "metrics": ["top1"]}],
     }  # fmt: skip
-    base = [s.value for r in measure(tiny_clip_hf, suite, processor=tiny_processor) for s in r.scores]  # fmt: skip
+    base = [s.value for r in measure(encoder_of(tiny_clip_hf, processor=tiny_processor), suite) for s in r.scores]  # fmt: skip
     model = prepare_method("full", copy.deepcopy(tiny_clip_hf))
     learn(model)
     with Trained(model, base=tiny_clip_hf).at_scale(0.0) as head:
-        results = measure(model, suite, processor=tiny_processor, head=head)
+        results = measure(encoder_of(model, processor=tiny_processor), suite, head=head)
         assert [s.value for r in results for s in r.scores] == base
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from corda_vlm.evaluation.models.base import MeasuredModel
 from corda_vlm.evaluation.models.finite import FiniteCheck
-from corda_vlm.families.base import Family, Processor, evaluating
+from corda_vlm.families.base import Family, Processor
 from corda_vlm.progress import advance
 
 _ClassifierKey = tuple[tuple[str, ...], tuple[str, ...]]
@@ -36,26 +36,16 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Encodes for one evaluation.
+class Encoder(MeasuredModel):
+    """Encodes images and texts for one evaluation.
 
     Attributes:
-        batch_size: images, or texts, at a time.
-        bf16: run the model under bfloat16 autocast; similarities are computed in float32 all the same.
-        workers: threads that decode images.
+        cache: what the evaluations of a study have in common.
     """
 
-    model: nn.Module
     family: Family
     processor: Processor
-    batch_size: int = 64
-    bf16: bool = False
-    workers: int = 0
-    cache: Cache = field(default_factory=Cache, repr=False)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    cache: Cache = field(default_factory=Cache, repr=False, kw_only=True)
 
     def images(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> Float[Tensor, "n d"]:
         """Unit vectors of batches of pixels, taken one by one so that a large data set never lies in memory.
@@ -66,8 +56,8 @@ class Encoder:
         encode = self.family.need_contrastive(self.model).encode_image
         embeddings, check = [], FiniteCheck("images")
         for pixels in batches:
-            with self._running():
-                vectors = encode(self.model, self._cast(pixels.to(self.device)))
+            with self.running():
+                vectors = encode(self.model, self.cast(pixels.to(self.device)))
             check(vectors)
             embeddings.append(F.normalize(vectors.float(), dim=-1).cpu())
             advance(len(pixels))
@@ -112,24 +102,10 @@ class Encoder:
 
     def _text_batch(self, tokens: _Tokens) -> Float[Tensor, "n d"]:
         encode = self.family.need_contrastive(self.model).encode_text
-        with self._running():
+        with self.running():
             vectors = encode(self.model, tokens.to(self.device).batch)
         FiniteCheck("texts")(vectors)
         return F.normalize(vectors.float(), dim=-1)
-
-    def _cast(self, pixels: Tensor) -> Tensor:
-        """A model kept in half precision wants its images so; token ids have no such precision."""
-        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        return pixels if weight is None or self.bf16 else pixels.to(weight.dtype)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        with (
-            evaluating(self.model),
-            torch.no_grad(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
-        ):
-            yield
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from corda_vlm.data import ChatOptions, ConversationBatches, no_labels
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.finite import FiniteCheck
-from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
+from corda_vlm.evaluation.models.text_model import TextGenerator, check_any_measured
 from corda_vlm.families.base import unwrap
 from corda_vlm.families.generative.language import Sample
 
@@ -92,7 +92,7 @@ def answered(
         for index, text in zip(prompts, said, strict=True):
             count += 1
             yield data[index], text
-    check_measured(range(count), data.spec)
+    check_any_measured(range(count), data.spec)
 
 
 def references(record: Mapping[str, Any], place: str) -> list[str]:

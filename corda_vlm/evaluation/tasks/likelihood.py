@@ -13,7 +13,7 @@ from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import references
 from corda_vlm.evaluation.models.likelihoods import scored_answers
-from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
+from corda_vlm.evaluation.models.text_model import TextGenerator, check_any_measured
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.options import LIKELIHOOD_METRICS as METRICS
@@ -55,7 +55,7 @@ class AnswerLikelihood(LikelihoodOptions, Evaluator):
         for _, _, scored in scored_answers(generator, self.data, self._answers, chat=chat):
             total.append(max(one.total for one in scored))
             each.append(max(one.total / one.tokens for one in scored))
-        check_measured(total, self.data.spec)
+        check_any_measured(total, self.data.spec)
         for metric in self.metrics:
             values = np.asarray(total if metric == "log_likelihood" else each)
             yield Outcome(metric, values, exp=metric == "token_probability")

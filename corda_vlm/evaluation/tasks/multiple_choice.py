@@ -13,7 +13,7 @@ from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.likelihoods import scored_answers
-from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
+from corda_vlm.evaluation.models.text_model import TextGenerator, check_any_measured
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.options import CHOICE_METRICS as METRICS
@@ -59,7 +59,7 @@ class MultipleChoice(ChoiceOptions, Evaluator):
             right["acc"].append(float(total.argmax() == record["choice"]))
             right["acc_norm"].append(float((total / size).argmax() == record["choice"]))
             chance.append(1 / len(choices))
-        check_measured(chance, self.data.spec)
+        check_any_measured(chance, self.data.spec)
         for metric in self.metrics:
             yield Outcome(metric, np.asarray(right[metric]), chance=float(np.mean(chance)))
 

@@ -12,7 +12,7 @@ from corda_vlm.data import ChatOptions, ConversationBatches
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.likelihoods import likelihoods
-from corda_vlm.evaluation.models.text_model import TextGenerator, check_measured
+from corda_vlm.evaluation.models.text_model import TextGenerator, check_any_measured
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known
 from corda_vlm.evaluation.tasks.options import PERPLEXITY_METRICS as METRICS
@@ -80,7 +80,7 @@ class Perplexity(PerplexityOptions, Evaluator):
                 own = [next(scored) for _ in pieces]
                 totals.append(sum(one.total for one in own))
                 tokens.append(sum(one.tokens for one in own))
-        check_measured(totals, self.data.spec)
+        check_any_measured(totals, self.data.spec)
         each, weights = np.asarray(totals) / np.asarray(tokens), np.asarray(tokens, dtype=float)
         for metric in self.metrics:
             sign = -1.0 if metric == "perplexity" else 1.0
