@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from corda_vlm.families.base import Processor
+from corda_vlm.data import load_records
+from corda_vlm.families import detect_family
+from corda_vlm.families.base import Loaded, Processor
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -68,3 +71,36 @@ def colour_parquet(tmp_path: Path) -> Path:
             rows.append({"image": buffer.getvalue(), "captions": captions, "colour": colour})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "colours.parquet")
     return tmp_path / "colours.parquet"
+
+
+@pytest.fixture
+def records(tmp_path):
+    def make(rows: list[dict[str, Any]], **options: Any) -> Any:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return load_records({"source": f"jsonl:{path}", "format": "qa", **options})
+
+    return make
+
+
+@pytest.fixture
+def document(tmp_path):
+    def make(*texts: str) -> Any:
+        path = tmp_path / "texts.jsonl"
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        return load_records({"source": f"jsonl:{path}", "format": "text"})
+
+    return make
+
+
+@pytest.fixture
+def loaded(tiny_clip_hf, tiny_processor) -> Loaded:
+    return Loaded(tiny_clip_hf, tiny_processor, detect_family(tiny_clip_hf), "tiny")
+
+
+def suite_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    task = {
+        "name": "colours", "role": "retention", "kind": "zero_shot", "data": f"folder:{folder}",
+        "classes": ["red", "green", "blue"], "templates": ["a {} picture"], "metrics": ["top1", "mean_per_class"],
+    }  # fmt: skip
+    return {"name": "test", "version": 1, "tasks": [{**task, **changes}]}

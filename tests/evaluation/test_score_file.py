@@ -1,28 +1,32 @@
-"""Rows are added with what the base model did on the same examples; a model that diverged adds none."""
+"""The file of scores: rows come back, what is damaged is named, and a trained model's tell how far it is above the base."""
 
 from __future__ import annotations
 
 import copy
-import math
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
-from corda_vlm.evaluation import add_result, read_rows
+from corda_vlm.evaluation import add_result
 from corda_vlm.evaluation.bootstrap import paired_difference
-from corda_vlm.evaluation.diverged import note_diverged, read_diverged
 from corda_vlm.evaluation.measure import encoder_of, measure
 from corda_vlm.evaluation.options import EvalOptions
-from corda_vlm.evaluation.score_file import examples_path, gain_of
-from corda_vlm.evaluation.scores import Outcome, paired_gain
-from corda_vlm.families import detect_family
+from corda_vlm.evaluation.score_file import (
+    append_rows,
+    done,
+    examples_path,
+    gain_of,
+    read_rows,
+    score_row,
+)
+from corda_vlm.evaluation.scores import Score
 from corda_vlm.families.base import Loaded
 from corda_vlm.report.analysis.results import Results
-from corda_vlm.report.tables import trained_table
 
 
 def suite_of(folder: Path) -> dict[str, Any]:
@@ -35,11 +39,6 @@ def suite_of(folder: Path) -> dict[str, Any]:
         "version": 1,
         "tasks": [task, {**task, "name": "again", "role": "retention"}],
     }
-
-
-@pytest.fixture
-def loaded(tiny_clip_hf, tiny_processor) -> Loaded:
-    return Loaded(tiny_clip_hf, tiny_processor, detect_family(tiny_clip_hf), "tiny")
 
 
 def changed(loaded: Loaded, by: float) -> Loaded:
@@ -94,24 +93,6 @@ def test_no_gain_without_the_base_or_on_other_examples(
         add_result(tmp_path / "few.jsonl", result, run="r", method="full")
 
 
-def test_paired_gains_by_hand() -> None:
-    base = Outcome("top1", np.array([1.0, 0, 0, 0]))
-    gain = paired_gain(Outcome("top1", np.array([1.0, 1, 0, 1])), base)
-    assert gain is not None
-    assert gain.value == 0.5
-    logs = np.log([0.5, 0.25])
-    gain = paired_gain(
-        Outcome("token_probability", logs + 0.1, exp=True),
-        Outcome("token_probability", logs, exp=True),
-    )
-    level = math.exp(logs.mean())
-    assert gain is not None
-    assert (gain.value, gain.low, gain.high) == pytest.approx((level * (math.exp(0.1) - 1),) * 3)
-    grouped = Outcome("top1", base.values, groups=np.array([0, 0, 1, 1]))
-    assert paired_gain(grouped, base) is None
-    assert paired_gain(base, Outcome("top1", np.array([1.0]))) is None
-
-
 def test_a_model_that_diverged_adds_no_row(
     loaded: Loaded, colour_folder: Path, tmp_path: Path
 ) -> None:
@@ -124,31 +105,100 @@ def test_a_model_that_diverged_adds_no_row(
     assert not (tmp_path / "scores.jsonl").exists()
 
 
-def test_trainings_that_diverged_are_listed_and_count_for_nothing(
-    invented: Any, tmp_path: Path
-) -> None:
-    run = invented.write_run(tmp_path / "run", invented.study(invented.DEMO))
-    rows = invented.rows_of(
-        "lora", {"new": 0.99}, rate=1.0, seed=0
-    )  # measured on one task, then NaN
-    rows += invented.rows_of("full", invented.at(0.95, 0.9), rate=1.0, seed=1)
-    with (run / "scores.jsonl").open("a") as file:
-        import json
+def row(task: str = "digits", metric: str = "top1", value: float = 0.5, **model: object) -> dict:
+    return score_row(
+        Score(task, metric, value, 0.4, 0.6, 100, "gain"), run="demo", method="lora",
+        **{"learning_rate": 1e-3, "seed": 0, **model},  # type: ignore[arg-type]
+    )  # fmt: skip
 
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    assert read_diverged(run) == {}
-    note_diverged(run, method="lora", learning_rate=1.0, seed=0, reason="the loss is nan")
-    note_diverged(run, method="full", learning_rate=1.0, seed=0, reason="the loss is nan")
-    note_diverged(run, method="dora", learning_rate=2.0, seed=0, reason="the loss is nan")
-    results = Results.read(run)
-    assert results.best_setting("lora").learning_rate == 4e-3  # type: ignore[union-attr]
-    assert results.best_setting("full").learning_rate == 1e-3, "one of its seeds diverged"  # type: ignore[union-attr]
-    table = trained_table(results)
-    told = {(row[0], row[1]): row for row in table.rows}
-    assert told["lora", "1"][2:] == ["–", "–", "–", "diverged"]
-    assert told["full", "1"][-1] == "diverged in 1 of 2 seeds"
-    assert told["dora", "2"][-1] == "diverged"
-    assert "became NaN or Inf, which is no score" in table.caption
-    (run / "diverged.jsonl").write_text('{"method": 3}\n')
-    with pytest.raises(CordaError, match="line 1, is not a diverged training: its method is 3"):
-        Results.read(run)
+
+def test_rows_come_back_and_say_what_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "scores.jsonl"
+    append_rows(path, [row(), row(metric="top5")])
+    append_rows(path, [row(seed=1), row(scale=0.5), row("old", seconds=1.5)])
+    rows = read_rows(path)
+    assert rows[0] == row()
+    assert {"run", "method", "learning_rate", "seed", "scale", "steps", "task", "metric", "value", "low",
+            "high", "n", "role", "seconds"} <= set(rows[0])  # fmt: skip
+    lora = {"method": "lora", "learning_rate": 1e-3}
+    assert done(rows, **lora, seed=0) == {("digits", "top1"), ("digits", "top5"), ("old", "top1")}
+    assert done(rows, **lora, seed=1) == {("digits", "top1")}
+    assert done(rows, **lora, seed=0, scale=0.5) == {("digits", "top1")}
+    assert done(rows, method="full", learning_rate=1e-3, seed=0) == set()
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+def test_a_torn_last_line_is_reported_and_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int
+) -> None:
+    path = tmp_path / "scores.jsonl"
+    append_rows(path, [row(value=0.1), row(value=0.2)])
+    path.write_bytes(path.read_bytes()[: -1 - cut])
+    with caplog.at_level(logging.WARNING):
+        assert [r["value"] for r in read_rows(path)] == [0.1]
+    assert "cut short" in caplog.text
+    append_rows(path, [row(value=0.3)])
+    assert [r["value"] for r in read_rows(path)] == [0.1, 0.3]
+
+
+def test_only_a_newline_lost_loses_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    append_rows(path, [row(value=0.1)])
+    path.write_bytes(path.read_bytes()[:-1])
+    assert len(read_rows(path)) == 1
+    append_rows(path, [row(value=0.2)])
+    assert [r["value"] for r in read_rows(path)] == [0.1, 0.2]
+
+
+def test_a_foreign_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps(row()) + "\nnonsense\n" + json.dumps(row()) + "\n")
+    with pytest.raises(ForeignFileError, match="line 2"):
+        read_rows(path)
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(ForeignFileError, match="no method, metric, task, value"):
+        read_rows(path)
+    with pytest.raises(ForeignFileError, match="no scores at"):
+        read_rows(tmp_path / "absent.jsonl")
+    assert read_rows(tmp_path / "absent.jsonl", missing_ok=True) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", 3), ("method", ""), ("method", None), ("task", ["digits"]), ("metric", {"top1": 1}), ("value", "0.5"),
+        ("value", True), ("value", None), ("value", 10**400), ("learning_rate", "fast"), ("seed", 0.5), ("seed", [0]),
+        ("scale", "half"), ("low", "0"), ("high", []), ("n", "many"), ("chance", {}), ("forecast", "none"), ("role", "gian"),
+        ("role", ["gain"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_named_with_its_line(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(json.dumps(row()) + "\n" + json.dumps({**row(), field: value}) + "\n")
+    with pytest.raises(
+        ForeignFileError, match=rf"scores\.jsonl, line 2, is not a score: its {field} is "
+    ):
+        read_rows(path)
+
+
+def test_nan_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    append_rows(path, [row()])
+    with pytest.raises(CordaError, match="cannot be written as JSON"):
+        append_rows(path, [row(), row(value=float("nan"))])
+    assert len(read_rows(path)) == 1
+
+
+def test_a_full_disk_leaves_the_rows_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    path = tmp_path / "scores.jsonl"
+    append_rows(path, [row(value=0.1)])
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[:10]))
+    with pytest.raises(CordaError, match="free some space"):
+        append_rows(path, [row(value=0.2)])
+    monkeypatch.undo()
+    assert [r["value"] for r in read_rows(path)] == [0.1]

@@ -11,7 +11,7 @@ from corda_vlm.errors import UnknownNameError
 from corda_vlm.evaluation import TASK_KINDS, TaskKind, evaluate, load_suite
 from corda_vlm.evaluation.tasks.base import shares
 from corda_vlm.evaluation.tasks.qa import judged
-from tests.evaluation.test_task_kinds import Brightness
+from tests.evaluation.tasks.test_base import Brightness
 
 pytestmark = pytest.mark.usefixtures("own_registrations")
 
