@@ -71,7 +71,7 @@ class Items:
 Text = Annotated[str, Items(least=1)]
 """Not empty."""
 Count = Annotated[int, Range(at_least=1)]
-Whole = Annotated[int, Range(at_least=0)]
+CountOrZero = Annotated[int, Range(at_least=0)]
 Seed = Annotated[int, Range(at_least=0, below=2**32)]
 """What every generator of random numbers takes."""
 Positive = Annotated[float, Range(above=0)]

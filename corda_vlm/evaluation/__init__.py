@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from corda_vlm.evaluation.score_file import add_result, append_rows, done, read_rows, score_row
     from corda_vlm.evaluation.scores import Outcome, Score, value_text
     from corda_vlm.evaluation.suite import Suite, Task, load_suite
-    from corda_vlm.evaluation.tasks.base import Evaluator, Setting
+    from corda_vlm.evaluation.tasks.base import Evaluator, Setting, TaskContext
     from corda_vlm.evaluation.tasks.registry import (
         TASK_KINDS,
         Metric,
@@ -37,6 +37,7 @@ _HOMES = {
     "Suite": "suite",
     "TASK_KINDS": "tasks.registry",
     "Task": "suite",
+    "TaskContext": "tasks.base",
     "TaskKind": "tasks.registry",
     "TaskResult": "measure",
     "add_result": "score_file",

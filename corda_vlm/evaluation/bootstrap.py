@@ -7,6 +7,7 @@ same examples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -44,18 +45,7 @@ def bootstrap(
     Raises:
         DataError: no examples, or one whose value is not a finite number.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.size == 0:
-        raise DataError(
-            "there is not one example to measure; check the data's split, filter and limit"
-        )
-    if not np.isfinite(values).all():
-        raise DataError(
-            f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite"
-        )
-    heavy = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
-    if not (np.isfinite(heavy) & (heavy > 0)).all():
-        raise DataError("the weights of a mean must be finite and above 0")
+    values, heavy = _checked(values, weights)
     members = np.zeros(values.size, dtype=np.int64) if groups is None else np.asarray(groups)
     _, members = np.unique(members, return_inverse=True)
     n_groups = int(members.max()) + 1
@@ -87,6 +77,23 @@ def bootstrap(
     low, high = np.percentile(np.concatenate(drawn), [tail, 100.0 - tail])
     value = float(mean_of(counts[None].astype(np.float64))[0])
     return Interval(value, float(low), float(high))
+
+
+def _checked(values: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Values and their weights, 1 where none are given; raises as `bootstrap`."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size == 0:
+        raise DataError(
+            "there is not one example to measure; check the data's split, filter and limit"
+        )
+    if not np.isfinite(values).all():
+        raise DataError(
+            f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite"
+        )
+    heavy = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not (np.isfinite(heavy) & (heavy > 0)).all():
+        raise DataError("the weights of a mean must be finite and above 0")
+    return values, heavy
 
 
 def paired_difference(

@@ -137,6 +137,12 @@ def match_class_names(
                 f"({quoted(names, 6)}); name each class of the data, in the order of its labels"
             )
         return ClassNames(names)
+    remap = _indices(keys, own, what)
+    return ClassNames(names, None if remap == list(range(len(names))) else tuple(remap))
+
+
+def _indices(keys: Sequence[str], own: Sequence[str], what: str) -> list[int]:
+    """For each of the data's own names the index of its key: the same, or the only one that is the same in `_plain`."""
     exact = {key: index for index, key in enumerate(keys)}
     loose: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
@@ -152,10 +158,10 @@ def match_class_names(
             absent.append(name)
     if absent:
         raise DataError(
-            f"{what}: {len(absent)} of the data's {len(own)} classes have no name among the {len(names)} "
+            f"{what}: {len(absent)} of the data's {len(own)} classes have no name among the {len(keys)} "
             f"given: {quoted(absent, 6)}; add them, or use the data that the names belong to"
         )
-    return ClassNames(names, None if remap == list(range(len(names))) else tuple(remap))
+    return remap
 
 
 def _plain(name: str) -> str:

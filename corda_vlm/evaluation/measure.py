@@ -18,7 +18,7 @@ from corda_vlm.evaluation.models.encoder import Cache, Encoder
 from corda_vlm.evaluation.options import EvalKeywords, EvalOptions
 from corda_vlm.evaluation.scores import Outcome, Score, value_text
 from corda_vlm.evaluation.suite import Suite, Task, load_suite
-from corda_vlm.evaluation.tasks.base import Setting
+from corda_vlm.evaluation.tasks.base import TaskContext
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
 from corda_vlm.options import options_from
 from corda_vlm.precision import takes_bf16
@@ -145,8 +145,8 @@ def measure(
     for task, data in tasks_with_data(suite, options, encoder.cache, limit=options.limit):
         what = _name_of(task, suite)
         root, cache = _root(suite, options), encoder.cache
-        setting = Setting(what, lambda spec, beside, r=root, c=cache: _load(spec, beside, r, c))
-        evaluator = TASK_KINDS[task.kind].load().build(task, data, setting)
+        context = TaskContext(what, lambda spec, beside, r=root, c=cache: _load(spec, beside, r, c))
+        evaluator = TASK_KINDS[task.kind].load().build(task, data, context)
         if head is not None and task.role != "retention":
             evaluator = evaluator.with_head(head)
         try:

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from corda_vlm.evaluation.bootstrap import RESAMPLES
 from corda_vlm.families.options import Names
-from corda_vlm.options import Count, Whole, check_options
+from corda_vlm.options import Count, CountOrZero, check_options
 from corda_vlm.precision import Bf16
 
 Missing = Literal["error", "skip"]
@@ -40,7 +40,7 @@ class EvalOptions:
     batch_size: Count = 64
     bf16: Bf16 = "auto"
     resamples: Count = RESAMPLES
-    workers: Whole = 0
+    workers: CountOrZero = 0
 
     def __post_init__(self) -> None:
         check_options(self)

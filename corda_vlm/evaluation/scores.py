@@ -14,7 +14,7 @@ BASE = "base"
 """What rows of scores call the model before training, in place of a method."""
 
 TASK_ROLES = {
-    "gain": "the task that is being learnt",
+    "gain": "the task that is being learned",
     "retention": "knowledge from before that should stay",
     "selection": "a validation split on which the learning rate is chosen; in no table",
 }

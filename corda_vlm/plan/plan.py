@@ -16,11 +16,11 @@ from corda_vlm.families import any_family
 from corda_vlm.locks import locks
 from corda_vlm.options import (
     Count,
+    CountOrZero,
     Items,
     NotNegative,
     Positive,
     Text,
-    Whole,
 )
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.plan.file import read_plan, write_plan
@@ -54,13 +54,13 @@ class SitePlan:
     site: Site
     shape: tuple[Count, Count]
     rank: Count
-    round: Whole | None
+    round: CountOrZero | None
     components: Components
     side: Side
     power: float
     spectrum: tuple[float, ...]
     predicted_damage: NotNegative | None
-    floored: Whole
+    floored: CountOrZero
     chosen_energy: NotNegative
     total_energy: NotNegative
     route: Literal["exact", "fast"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from corda_vlm.errors import ForeignFileError
+from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.files import read_json, write_text
+from corda_vlm.options import fitted
 from corda_vlm.report.analysis.findings import leading_finding
 from corda_vlm.report.analysis.results import Results
 from corda_vlm.report.markup import link, markdown
@@ -46,12 +49,13 @@ def write_overview(folder: str | Path) -> Path:
 def _listed(path: Path) -> tuple[str, dict[str, str]]:
     """The title of a study, and its experiments: name -> title."""
     study = read_json(path, "list of a study's experiments")
-    experiments = study.get("experiments") if isinstance(study, dict) else None
-    if not isinstance(experiments, dict) or not isinstance(study.get("title"), str):
-        raise ForeignFileError(
-            f"{path} must hold a mapping with title and experiments; run the study again"
-        )
-    for name, title in experiments.items():
-        if not isinstance(title, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise ForeignFileError(f"{path}: {name!r} is no name of an experiment with its title")
-    return study["title"], experiments
+    try:
+        study = fitted(study, Mapping[str, Any], "a study", str(path))
+        title = fitted(study.get("title"), str, "title", str(path))
+        experiments = fitted(study.get("experiments"), Mapping[str, str], "experiments", str(path))
+    except CordaError as error:
+        raise ForeignFileError(f"{error}; run the study again") from None
+    for name in experiments:
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise ForeignFileError(f"{path}: {name!r} is no name of an experiment")
+    return title, dict(experiments)

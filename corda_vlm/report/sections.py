@@ -17,7 +17,7 @@ from corda_vlm.report.analysis.findings import (
     scaled_dominances,
     state,
 )
-from corda_vlm.report.analysis.learnt import reference_learnt
+from corda_vlm.report.analysis.learned import reference_learned
 from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.document import Picture, Report, Section, Table
 from corda_vlm.report.markup import bold, code
@@ -44,7 +44,7 @@ class Sections:
 
     def __init__(self, results: Results, run_dir: Path, pictures: Sequence[Picture]) -> None:
         self.results, self.run_dir, self.more = results, run_dir, pictures
-        self.comparisons = compare(results) if reference_learnt(results) else []
+        self.comparisons = compare(results) if reference_learned(results) else []
         self.dominances = scaled_dominances(results)
         self.findings = findings(results, self.dominances) or [state(results)]
         self.many = len(results.trained) > FEW
@@ -65,12 +65,12 @@ class Sections:
     def _kept(self) -> list[Section]:
         results, drawn = self.results, []
         if tradeoff(results, self.run_dir / TRADEOFF):
-            found = " ".join(self.findings)
+            sentences = " ".join(self.findings)
             drawn.append(
                 Picture(
                     self.run_dir / TRADEOFF,
                     "Accuracy on the new task, left to right, against knowledge kept, bottom to top, "
-                    f"for {listed(list(results.trained))}. {found}",
+                    f"for {listed(list(results.trained))}. {sentences}",
                     "Up and to the right is better. Compare the curves at one task accuracy, never single points.",
                 )
             )
@@ -78,9 +78,9 @@ class Sections:
             return []
         if not self.comparisons:  # why, the report's first words say
             return [Section("What was learnt and what was kept", pictures=drawn)]
-        told = _how_compared(results, self.comparisons)
+        how = _how_compared(results, self.comparisons)
         tables = [equal_table(self._leading())]
-        return [Section("What was kept at equal task accuracy", [told], drawn, tables)]
+        return [Section("What was kept at equal task accuracy", [how], drawn, tables)]
 
     def _leading(self) -> list[Comparison]:
         """All comparisons, or of many methods only those of their curves over learning rates and scales."""
@@ -92,12 +92,12 @@ class Sections:
         ]
 
     def _against(self) -> list[Section]:
-        found = self.dominances
-        if not found:
+        dominances = self.dominances
+        if not dominances:
             return []
         heading = f"Against {REFERENCE} scaled after training"
-        table = dominance_table(found, len(self.results.seeds))
-        return [Section(heading, [_dominance_text(found)], tables=[table])]
+        table = dominance_table(dominances, len(self.results.seeds))
+        return [Section(heading, [_dominance_text(dominances)], tables=[table])]
 
     def _chosen(self) -> list[Section]:
         # without selection tasks a single model could only be chosen by what it is then judged by
@@ -108,23 +108,23 @@ class Sections:
         return [Section("One model of each method, chosen on validation data", tables=[table])]
 
     def _convergence(self) -> list[Section]:
-        found = convergence(self.results, read_histories(self.run_dir))
-        if len(found) < 2:
+        methods = convergence(self.results, read_histories(self.run_dir))
+        if len(methods) < 2:
             return []
-        table = convergence_table(found)
+        table = convergence_table(methods)
         return [Section(f"Steps to {REFERENCE}'s final loss", tables=[table], folded=self.many)]
 
     def _forecast(self) -> list[Section]:
         path = self.run_dir / FORECAST
-        found = forecast_picture(self.results, path)
-        if found is None:
+        forecasts = forecast_picture(self.results, path)
+        if forecasts is None:
             return []
-        told = f"{found.correlation:.2f}".replace("-", "−")
+        correlation_text = f"{forecasts.correlation:.2f}".replace("-", "−")
         picture = Picture(
             path,
             "The forecast of forgetting, left to right on a logarithmic axis, against the knowledge kept, for "
-            f"{len(found.kept)} trained models; rank correlation {told}.",
-            f"Each mark is a trained model. Spearman's rank correlation over all {len(found.kept)}: {bold(told)} (−1: "
+            f"{len(forecasts.kept)} trained models; rank correlation {correlation_text}.",
+            f"Each mark is a trained model. Spearman's rank correlation over all {len(forecasts.kept)}: {bold(correlation_text)} (−1: "
             "the forecast, made on the calibration data alone, puts all models in the order in which they forgot).",
         )
         return [Section("What the forecast of forgetting foretold", pictures=[picture])]

@@ -34,14 +34,14 @@ def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -
     for curve in sorted(dict.fromkeys(c.curve for c in comparisons), key=lambda c: _place(by, c)):
         row = [curve]
         for share in shares:
-            found = by[(curve, share)]
-            told = _interval(found.kept, percent) if found.kept else "not reached"
-            if found.kept and found.reached < 1.0:
-                told += f", in {found.reached:.0%} of resamples"
+            comparison = by[(curve, share)]
+            kept = _interval(comparison.kept, percent) if comparison.kept else "not reached"
+            if comparison.kept and comparison.reached < 1.0:
+                kept += f", in {comparison.reached:.0%} of resamples"
                 partly = True
-            row.append(told)
+            row.append(kept)
             if share is not None:
-                row.append(_interval(found.ratio, lambda v: f"{v:.2f}"))
+                row.append(_interval(comparison.ratio, lambda v: f"{v:.2f}"))
         rows.append(row)
     best = next(c.task for c in comparisons if c.share == 1.0)
     about = caption or (
@@ -187,13 +187,13 @@ def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
             )
             continue
         setting = choice.setting
-        told = "" if setting.learning_rate is None else f"{setting.learning_rate:g}"
-        told += "" if setting.scale == 1.0 else f" × {setting.scale:g}"
+        shown = "" if setting.learning_rate is None else f"{setting.learning_rate:g}"
+        shown += "" if setting.scale == 1.0 else f" × {setting.scale:g}"
         intervals = [choice.task, choice.share, choice.kept, *choice.raw.values()]
         rows.append(
             [
                 choice.curve.removesuffix(", scaled"),
-                told or ABSENT,
+                shown or ABSENT,
                 *(_interval(i, percent) for i in intervals),
             ]
         )
@@ -240,21 +240,23 @@ def convergence_table(convergences: Sequence[Convergence]) -> Table:
     for of in convergences:
         reached = [n for n in of.steps if n is not None]
         median = of.median()
-        told = ABSENT
+        range_text = ABSENT
         if reached:
-            told = (
+            range_text = (
                 f"{min(reached):,} to {max(reached):,}"
                 if len(set(reached)) > 1
                 else f"{reached[0]:,}"
             )
         if len(reached) < len(of.steps):
-            told = f"{told} in {len(reached)} of {len(of.steps)} seeds" if reached else "never"
+            range_text = (
+                f"{range_text} in {len(reached)} of {len(of.steps)} seeds" if reached else "never"
+            )
         rows.append(
             [
                 of.method,
                 ABSENT if of.setting.learning_rate is None else f"{of.setting.learning_rate:g}",
                 f"{median[0]:,.0f}" if median else "not reached",
-                told,
+                range_text,
                 f"{median[1]:.2f}" if median else ABSENT,
             ]
         )
@@ -283,11 +285,11 @@ def _spread(
     if not values:
         return ABSENT
     as_text = as_text or percent
-    told = as_text(float(np.mean(values)))
+    mean = as_text(float(np.mean(values)))
     if brief or len(values) == 1:
-        return told
+        return mean
     low, high = (as_text(value).removesuffix("%") for value in (min(values), max(values)))
-    return f"{told} ({low} to {high})"
+    return f"{mean} ({low} to {high})"
 
 
 def _interval(interval: Interval | None, as_text: Callable[[float], str]) -> str:

@@ -28,7 +28,7 @@ def over_all(shares: Iterable[float | None]) -> str:
 
 def over_all_told(shares: Iterable[float | None]) -> str:
     """`over_all` as another sentence of a caption."""
-    return f" {told}" if (told := over_all(shares)) else ""
+    return f" {sentence}" if (sentence := over_all(shares)) else ""
 
 
 def shown_of(intervals: Iterable[Interval | None]) -> list[float]:

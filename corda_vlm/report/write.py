@@ -13,7 +13,7 @@ from corda_vlm.errors import ForeignFileError
 from corda_vlm.files import read_json, write_text
 from corda_vlm.report.analysis.compare import compare
 from corda_vlm.report.analysis.findings import findings, state
-from corda_vlm.report.analysis.learnt import reference_learnt
+from corda_vlm.report.analysis.learned import reference_learned
 from corda_vlm.report.analysis.results import Results
 from corda_vlm.report.document import Picture, markdown, page
 from corda_vlm.report.markup import terminal
@@ -52,7 +52,7 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
 def summary_table(run_dir: str | Path) -> str:
     """The table a person wants to see at the end of a run, for a terminal."""
     results = _results(Path(run_dir))
-    comparisons = compare(results) if reference_learnt(results) else []
+    comparisons = compare(results) if reference_learned(results) else []
     tables = [trained_table(results, brief=True)] if results.trained or results.diverged else []
     if comparisons:
         # of many methods the long table is in the report

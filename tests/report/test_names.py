@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import warnings
@@ -173,41 +172,3 @@ def test_the_overview_of_a_study(invented: Any, tmp_path: Path) -> None:
         assert not set(target) & set(' <>[]()|*`"')
     for name in names:
         assert f"\n## {unescaped(markup.markdown(titles[name]))}\n" in unescaped(source)
-
-
-class TestMarkup:
-    @pytest.mark.parametrize("name", NASTY)
-    def test_markdown_is_read_back_as_the_text(self, name: str) -> None:
-        for text in (name, markup.bold(name)):
-            written = markup.markdown(text)
-            bare = written if text == name else written[2:-2]
-            assert unescaped(bare) == markup.terminal(text)
-            assert not re.search(r"(?<!\\)(?:\\\\)*[`*_\[\]<|~$#]", bare), (
-                "nothing is left to Markdown"
-            )
-        assert "\n" not in written
-
-    @pytest.mark.parametrize("name", NASTY)
-    def test_html_is_read_back_as_the_text(self, name: str) -> None:
-        assert html.unescape(markup.page(name)) == markup.terminal(name)
-        assert markup.page(markup.bold(name)).startswith("<strong>")
-        assert not re.search(r"[<>\"']", markup.page(name))
-
-    def test_code_keeps_what_is_typed(self) -> None:
-        assert markup.markdown(markup.code("run $x_1$ <a>")) == "`run $x_1$ <a>`"
-        assert markup.markdown(markup.code("a `b` | c")) == "``a `b` | c``"
-        assert markup.markdown(markup.code("`b` | c"), cell=True) == "`` `b` \\| c ``"
-        assert markup.page(markup.code("<a>")) == "<code>&lt;a&gt;</code>"
-
-    def test_our_marks_in_a_name_are_no_marks(self) -> None:
-        stolen = markup.bold("x")
-        assert markup.bold(stolen).count("x") == 1
-        assert markup.markdown(markup.bold(stolen)) == "**�x�**"
-        assert markup.page("\ufdd0 never ended") == "� never ended"
-
-    def test_what_starts_a_paragraph(self) -> None:
-        assert markup.markdown("1. one") == "1\\. one"
-        assert markup.markdown("- one") == "\\- one"
-        assert markup.markdown("> one") == "\\> one"
-        assert markup.markdown("76.0% (75.5 to 76.5)") == "76.0% (75.5 to 76.5)"
-        assert markup.markdown("+1.0 (0.5 to 1.5)") == "+1.0 (0.5 to 1.5)"

@@ -50,7 +50,7 @@ def generate(
         top_k=50, top_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ids) or None,
     )  # fmt: skip
-    found: dict[int, str] = {}
+    by_index: dict[int, str] = {}
     check = FiniteCheck("prompts")
     for chosen, batch in generator.batches(prompts, "left"):
         given = batch["input_ids"].shape[1]
@@ -65,8 +65,8 @@ def generate(
             check(sound.sums)
         for index, tokens in zip(chosen, ids_out[:, given:].cpu().tolist(), strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            found[index] = before_any(text, stop).strip()
-    return [found[index] for index in range(len(prompts))]
+            by_index[index] = before_any(text, stop).strip()
+    return [by_index[index] for index in range(len(prompts))]
 
 
 def answered(
@@ -101,8 +101,8 @@ def references(record: Mapping[str, Any], place: str) -> list[str]:
     Raises:
         DataError: it has none.
     """
-    if found := record.get("answers"):
-        return list(found)
+    if answers := record.get("answers"):
+        return list(answers)
     messages = record.get("messages") or []
     if messages and messages[-1]["role"] == "assistant":
         return [str(messages[-1]["content"])]

@@ -41,15 +41,15 @@ def likelihoods(generator: TextGenerator, samples: Sequence[Sample]) -> list[Lik
     check = FiniteCheck("texts")
     for chosen, batch in generator.batches(samples, "right"):
         labels = batch["labels"][:, 1:]  # position i predicts token i + 1
-        learnt = labels != IGNORED
-        if not bool(learnt.any(1).all()):
+        labeled = labels != IGNORED
+        if not bool(labeled.any(1).all()):
             raise CordaError("a sample has no labelled token whose likelihood could be told")
         with generator.running():
             logits = unwrap(generator.model)(**no_labels(batch), use_cache=False).logits[:, :-1]
         # Only where it is asked for: the whole (B, L, V) in float32 may not fit.
-        picked = logits[learnt].float().log_softmax(-1)  # (n, V)
-        each = picked.gather(1, labels[learnt][:, None])[:, 0]  # (n,)
-        row = torch.nonzero(learnt)[:, 0].cpu()
+        picked = logits[labeled].float().log_softmax(-1)  # (n, V)
+        each = picked.gather(1, labels[labeled][:, None])[:, 0]  # (n,)
+        row = torch.nonzero(labeled)[:, 0].cpu()
         total = torch.zeros(len(chosen), dtype=torch.float64).index_add_(
             0, row, each.double().cpu()
         )

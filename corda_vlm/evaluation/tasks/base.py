@@ -21,7 +21,7 @@ from corda_vlm.options import renamed
 
 
 @dataclass(frozen=True)
-class Setting:
+class TaskContext:
     """Where a task is measured.
 
     Attributes:
@@ -31,6 +31,10 @@ class Setting:
 
     what: str
     load: Callable[[str | Mapping[str, Any], Path | None], Any]
+
+
+Setting = TaskContext
+"""What it was called; a setting is a learning rate and a scale."""
 
 
 class Evaluator(ABC):
@@ -43,13 +47,13 @@ class Evaluator(ABC):
     data: Any
 
     @classmethod
-    def build(cls, task: Task, data: Any, setting: Setting) -> Evaluator:
+    def build(cls, task: Task, data: Any, context: TaskContext) -> Evaluator:
         """What measures `task` on `data`; a class whose fields are its data, metrics and options needs no other."""
         fields: Any = cls
         try:
             return fields(data, task.metrics, **renamed(cls, task.options))
         except (CordaError, TypeError) as error:
-            raise CordaError(f"{setting.what}: {error}") from error
+            raise CordaError(f"{context.what}: {error}") from error
 
     @property
     def examples(self) -> int | None:

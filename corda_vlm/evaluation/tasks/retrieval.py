@@ -18,7 +18,7 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task
-from corda_vlm.evaluation.tasks.base import Evaluator, Setting, known
+from corda_vlm.evaluation.tasks.base import Evaluator, TaskContext, known
 from corda_vlm.evaluation.tasks.options import RETRIEVAL_METRICS as METRICS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Retrieval(Evaluator):
         known(self.metrics, METRICS, "retrieval")
 
     @classmethod
-    def build(cls, task: Task, data: Records, setting: Setting) -> Retrieval:
+    def build(cls, task: Task, data: Records, context: TaskContext) -> Retrieval:
         """What measures `task`; a column named as its text holds the captions."""
         column = task.data.get("text") if isinstance(task.data, Mapping) else None
         named = isinstance(column, str) and column != "auto" and "{" not in column
@@ -90,8 +90,8 @@ class Retrieval(Evaluator):
     def _captions(self, record: Mapping[str, Any]) -> list[str]:
         columns = ("captions", "caption") if self.captions is None else (self.captions,)
         for column in columns:
-            if isinstance(found := record.get(column), (list, tuple)):
-                return [str(caption) for caption in found]
+            if isinstance(captions := record.get(column), (list, tuple)):
+                return [str(caption) for caption in captions]
         text = record.get("text")
         return [text] if isinstance(text, str) else [str(caption) for caption in text or ()]
 
@@ -114,7 +114,7 @@ def recalled(
     Raises:
         NotFiniteError: a similarity is NaN or Inf, as of a model that diverged.
     """
-    found, check = [], FiniteCheck("queries")
+    hits, check = [], FiniteCheck("queries")
     for at in range(
         0, len(queries), chunk
     ):  # a similarity matrix of COCO would take half a gigabyte
@@ -122,8 +122,8 @@ def recalled(
         check(similarity)
         nearest = similarity.topk(min(k, len(candidates)), dim=1).indices  # (B, k)
         own = candidate_ids[nearest] == query_ids[at : at + chunk, None]
-        found.append(own.any(1))
-    return torch.cat(found)
+        hits.append(own.any(1))
+    return torch.cat(hits)
 
 
 def _chance(own: int, candidates: int, k: int) -> float:

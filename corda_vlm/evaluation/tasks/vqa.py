@@ -72,9 +72,9 @@ y'all'll yall'll y'allll
 y'all'd've yall'd've y'alld've y'all'dve
 you'd've youd've you'dve
 """
-_CONTRACTIONS = {spelt.replace("'", ""): spelt for spelt in _SINGLE.split()} | {
-    lacking: spelt
-    for spelt, *variants in (line.split() for line in _DOUBLE.strip().splitlines())
+_CONTRACTIONS = {spelled.replace("'", ""): spelled for spelled in _SINGLE.split()} | {
+    lacking: spelled
+    for spelled, *variants in (line.split() for line in _DOUBLE.strip().splitlines())
     for lacking in variants
 }
 

@@ -23,7 +23,7 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task, check_keys
-from corda_vlm.evaluation.tasks.base import Evaluator, Setting, known, registered, shares
+from corda_vlm.evaluation.tasks.base import Evaluator, TaskContext, known, registered, shares
 from corda_vlm.evaluation.tasks.options import ZERO_SHOT_METRICS as METRICS
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ class ZeroShot(Evaluator):
         known(self.metrics, [*METRICS, *own], "zero-shot")
 
     @classmethod
-    def build(cls, task: Task, data: Records, setting: Setting) -> ZeroShot:
+    def build(cls, task: Task, data: Records, context: TaskContext) -> ZeroShot:
         """What measures `task`, with the class names and templates that it names."""
         assert task.templates is not None, "a suite refuses a zero-shot task without templates"
-        classes = class_names_of(task, data, setting)
+        classes = class_names_of(task, data, context)
         templates = load_templates(task.templates, task.source)
         return cls(data, classes.names, templates, task.metrics, classes.remap)
 
@@ -73,31 +73,7 @@ class ZeroShot(Evaluator):
             DataError: no examples, or a label that no class name answers to.
             NotFiniteError: the model's output is NaN or Inf.
         """
-        from corda_vlm.data import make_batches
-
-        if self.data.labels is None:
-            raise DataError(
-                f"{self.data.spec}: has no labels to classify by; name its label column"
-            )
-        labels: list[Tensor] = []
-
-        def pixels() -> Iterator[Tensor]:
-            for batch in make_batches(
-                self.data, encoder.processor, batch_size=encoder.batch_size, towers="vision",
-                workers=encoder.workers,
-            ):  # fmt: skip
-                labels.append(batch["labels"])
-                yield batch["pixel_values"]
-
-        vectors = encoder.images(pixels())  # (n, d)
-        truth = torch.cat(labels)  # (n,)
-        if self.remap is not None and self.head is None:
-            truth = torch.tensor(self.remap)[truth]
-        if int(truth.max()) >= len(self.class_names):
-            raise DataError(
-                f"{self.data.spec}: has a label {int(truth.max())}, but there are {len(self.class_names)} class "
-                "names; name every class of the data"
-            )
+        vectors, truth = self._encoded(encoder)  # (n, d), (n,)
         classify = self.head or self._prompts(encoder)
         own = registered(self.metrics, "zero_shot")
         judges = [_ranks_of, *(metric.judge for metric in own.values())]
@@ -118,6 +94,35 @@ class ZeroShot(Evaluator):
             k = min(5, classes) if metric == "top5" else 1
             groups = truth.numpy() if metric == "mean_per_class" else None
             yield Outcome(metric, (rank < k).astype(np.float64), groups, chance=k / classes)
+
+    def _encoded(self, encoder: Encoder) -> tuple[Tensor, Tensor]:
+        """The unit vectors (n, d) of the images, and the index (n,) of each one's class."""
+        from corda_vlm.data import make_batches
+
+        if self.data.labels is None:
+            raise DataError(
+                f"{self.data.spec}: has no labels to classify by; name its label column"
+            )
+        labels: list[Tensor] = []
+
+        def pixels() -> Iterator[Tensor]:
+            for batch in make_batches(
+                self.data, encoder.processor, batch_size=encoder.batch_size, towers="vision",
+                workers=encoder.workers,
+            ):  # fmt: skip
+                labels.append(batch["labels"])
+                yield batch["pixel_values"]
+
+        vectors = encoder.images(pixels())
+        truth = torch.cat(labels)
+        if self.remap is not None and self.head is None:
+            truth = torch.tensor(self.remap)[truth]
+        if int(truth.max()) >= len(self.class_names):
+            raise DataError(
+                f"{self.data.spec}: has a label {int(truth.max())}, but there are {len(self.class_names)} class "
+                "names; name every class of the data"
+            )
+        return vectors, truth
 
     def _prompts(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
         weights = encoder.classifier(self.class_names, self.templates)  # (d, classes)
@@ -158,14 +163,14 @@ def _ranks_of(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> Int[Te
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
-def class_names_of(task: Task, data: Any, setting: Setting) -> ClassNames:
+def class_names_of(task: Task, data: Any, context: TaskContext) -> ClassNames:
     """The class names of a task as its prompts say them, and which of them each label of the data is.
 
     Raises:
         DataError: the records that should name them do not, or they are not those of the data.
         CordaError: they are described wrongly, or there is none.
     """
-    what = setting.what
+    what = context.what
     classes: Any = task.classes
     options = dict(classes) if isinstance(classes, Mapping) else {}
     if options:
@@ -176,7 +181,7 @@ def class_names_of(task: Task, data: Any, setting: Setting) -> ClassNames:
     count = options.get("count")
     if "from" in options:
         named_by = options["from"]
-        other = data if named_by == "data" else setting.load(named_by, task.source)
+        other = data if named_by == "data" else context.load(named_by, task.source)
         if not other.class_names:
             raise DataError(
                 f"{what}: classes are to come from {named_by!r}, which names no classes"

@@ -57,30 +57,18 @@ def choose(
 
     choices = []
     for label, (method, scaled) in results.curves().items():
-        enough = {
-            s: value
-            for s, value in results.judged(method).items()
-            if value >= target and (scaled or s.scale == 1.0)
-        }
-        if not enough:
+        chosen, by_forecast = _setting(results, method, scaled, target)
+        if chosen is None:
             choices.append(Choice(label, None))
             continue
-        forecasts = {s: results.forecast(method, s) for s in enough}
-        by_forecast = None not in forecasts.values()
-        order = forecasts if by_forecast else enough
-        chosen = min(enough, key=lambda s: order[s] or 0.0)
 
         def at(draw: Draw, m: str = method, s: Setting = chosen) -> Point:
             return draw.points[m][s]
 
-        raw = {}
-        for task in results.known:
-            shares = {
-                seed: Point(0.0, scores[task] / results.base[task])
-                for seed, scores in results.trained[method][chosen].items()
-                if task in scores
-            }
-            raw[task] = interval(lambda d, by=shares: mean_point(drawn_of(by, d.seeds)).kept)
+        raw = {
+            task: interval(lambda d, by=shares: mean_point(drawn_of(by, d.seeds)).kept)
+            for task, shares in _shares(results, method, chosen).items()
+        }
         choices.append(
             Choice(
                 label, chosen, by_forecast,
@@ -91,3 +79,33 @@ def choose(
             )
         )  # fmt: skip
     return choices
+
+
+def _setting(
+    results: Results, method: str, scaled: bool, target: float
+) -> tuple[Setting | None, bool]:
+    """The setting of a method that stands for it, None where none learns `target`; and whether the forecast decided."""
+    enough = {
+        s: value
+        for s, value in results.judged(method).items()
+        if value >= target and (scaled or s.scale == 1.0)
+    }
+    if not enough:
+        return None, False
+    forecasts = {s: results.forecast(method, s) for s in enough}
+    by_forecast = None not in forecasts.values()
+    order = forecasts if by_forecast else enough
+    return min(enough, key=lambda s: order[s] or 0.0), by_forecast
+
+
+def _shares(results: Results, method: str, setting: Setting) -> dict[str, dict[int | None, Point]]:
+    """Retention task -> seed -> what is kept of the base model's score, chance not subtracted."""
+    seeds = results.trained[method][setting]
+    return {
+        task: {
+            seed: Point(0.0, scores[task] / results.base[task])
+            for seed, scores in seeds.items()
+            if task in scores
+        }
+        for task in results.known
+    }

@@ -96,7 +96,7 @@ def compare(
             return float(draw.curves[label].at(np.array([share * stop]))[0])
         return mean_height(heights(draw.curves[label], start, stop)) if stop > start else np.nan
 
-    found = []
+    comparisons = []
     for share in (*shares, None):
         of_reference = seeds.over(lambda d, s=share: measure(d, reference, s))
         of_reference[~(of_reference > 0)] = np.nan
@@ -104,8 +104,8 @@ def compare(
             values = seeds.over(lambda d, c=label, s=share: measure(d, c, s))
             kept, reached = seeds.interval(values)
             ratio, _ = seeds.interval(values / of_reference)
-            found.append(Comparison(label, share, aim * (share or 1.0), kept, ratio, reached))
-    return found
+            comparisons.append(Comparison(label, share, aim * (share or 1.0), kept, ratio, reached))
+    return comparisons
 
 
 def dominates(
@@ -168,12 +168,12 @@ def against(
         below = heights(draw.curves[reference_curve], begin, end(draw))
         return heights(draw.curves[label], begin, end(draw)) - below
 
-    found = []
+    dominances = []
     for label in others:
         mean = seeds.over(lambda d, c=label: mean_height(difference(d, c)))
         least = seeds.over(lambda d, c=label: float(difference(d, c).min()))
         overall = difference(seeds.means, label)
-        found.append(
+        dominances.append(
             Dominance(
                 label, reference_curve, begin, last,
                 mean=seeds.certain(mean),
@@ -182,4 +182,4 @@ def against(
                 above=float((overall > 0).mean()),
             )
         )  # fmt: skip
-    return found
+    return dominances

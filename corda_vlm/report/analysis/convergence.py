@@ -45,7 +45,7 @@ class History:
 def read_histories(run_dir: Path) -> dict[str, list[History]]:
     """Method -> its trainings, from `run_dir/<method>/<learning rate>-<seed>/history.jsonl`. One that cannot be read is
     left out with a warning."""
-    found: dict[str, list[History]] = {}
+    histories: dict[str, list[History]] = {}
     for file in sorted(run_dir.glob(f"*/*/{HISTORY}")):
         rate, _, seed = file.parent.name.rpartition("-")
         try:
@@ -58,8 +58,8 @@ def read_histories(run_dir: Path) -> dict[str, list[History]]:
         except ValueError as error:
             logger.warning("%s is left out of the training curves: %s", file, error)
             continue
-        found.setdefault(history.method, []).append(history)
-    return found
+        histories.setdefault(history.method, []).append(history)
+    return histories
 
 
 def running_mean(history: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -50,13 +50,13 @@ class Curve:
         """The most that is kept at task accuracies of at least `tasks`; NaN where the curve does not reach."""
         wanted = np.asarray(tasks, dtype=float)[:, None]
         task, kept = self._ends.T
-        found = np.where(task >= wanted, kept, -np.inf).max(1, initial=-np.inf)
+        most = np.where(task >= wanted, kept, -np.inf).max(1, initial=-np.inf)
         left, from_, right, to = self._lines.T
         with np.errstate(invalid="ignore", over="ignore"):  # of lines that `inside` leaves out
             between = from_ + (wanted - left) / (right - left) * (to - from_)
         inside = (left < wanted) & (wanted < right)
-        found = np.maximum(found, np.where(inside, between, -np.inf).max(1, initial=-np.inf))
-        return np.where(np.isfinite(found), found, np.nan)
+        most = np.maximum(most, np.where(inside, between, -np.inf).max(1, initial=-np.inf))
+        return np.where(np.isfinite(most), most, np.nan)
 
 
 def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tuple[Point, Point]]:
@@ -64,7 +64,7 @@ def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tup
     for setting, point in points.items():
         lines.setdefault(("scale", setting.scale), []).append((setting.learning_rate or 0.0, point))
         lines.setdefault(("rate", setting.learning_rate), []).append((setting.scale, point))
-    found = []
+    pairs = []
     for (kind, _), line in lines.items():
         # a learning rate that was not scaled (yet) has no line to the base model
         if (
@@ -75,8 +75,8 @@ def _neighbours(points: Mapping[Setting, Point], base: Point | None) -> list[tup
         ):
             line.append((0.0, base))
         ordered = [point for _, point in sorted(line, key=lambda entry: entry[0])]
-        found += itertools.pairwise(ordered)
-    return found
+        pairs += itertools.pairwise(ordered)
+    return pairs
 
 
 def heights(curve: Curve, start: float, stop: float) -> Float[np.ndarray, " 101"]:

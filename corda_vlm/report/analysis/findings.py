@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from corda_vlm.errors import CordaError
 from corda_vlm.names import listed
 from corda_vlm.report.analysis.compare import Dominance, against
-from corda_vlm.report.analysis.learnt import Learnt, all_learnt, learnt, reference_learnt
+from corda_vlm.report.analysis.learned import Learned, all_learned, learned, reference_learned
 from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.analysis.standing import Standing, standing
 from corda_vlm.report.markup import bold, code, markdown
@@ -25,21 +25,21 @@ MOST = 5
 def findings(results: Results, dominances: Sequence[Dominance] | None = None) -> list[str]:
     """A sentence on the best method that is not the reference, at the reference's best accuracy and, if it is another
     one there, just below; and one against the scaled reference. None where the reference has not learned the task."""
-    if not reference_learnt(results):
+    if not reference_learned(results):
         return []
-    told, former, shares = [], None, []
+    sentences, former, shares = [], None, []
     for share in (1.0, 0.95):
-        found = standing(results, share)
-        if found is None or found.best == former:
+        place = standing(results, share)
+        if place is None or place.best == former:
             continue
-        former = found.best
-        told.append(_at_equal_accuracy(results, found))
-        shares += [found.kept[REFERENCE], found.kept[found.best]]
-    if told and (sentence := over_all(shares)):
-        told.append(sentence)
+        former = place.best
+        sentences.append(_at_equal_accuracy(results, place))
+        shares += [place.kept[REFERENCE], place.kept[place.best]]
+    if sentences and (sentence := over_all(shares)):
+        sentences.append(sentence)
     along = scaled_dominances(results) if dominances is None else dominances
     along = [d for d in along if results.curves()[d.curve][0] != REFERENCE]
-    return [*told, _along_the_frontier(results, along)] if told and along else told
+    return [*sentences, _along_the_frontier(results, along)] if sentences and along else sentences
 
 
 def leading_finding(results: Results) -> str:
@@ -50,7 +50,7 @@ def leading_finding(results: Results) -> str:
 def scaled_dominances(results: Results) -> list[Dominance]:
     """Each method, scaled where it was, against the reference scaled; none where nothing was scaled or learned."""
     curves = results.curves()
-    if SCALED_REFERENCE not in curves or not reference_learnt(results):
+    if SCALED_REFERENCE not in curves or not reference_learned(results):
         return []
     labels = [
         label
@@ -60,10 +60,10 @@ def scaled_dominances(results: Results) -> list[Dominance]:
         and (scaled or f"{method}, scaled" not in curves or method == REFERENCE)
     ]
     try:
-        found = against(results, SCALED_REFERENCE, labels)
+        dominances = against(results, SCALED_REFERENCE, labels)
     except CordaError:  # the reference has not learned enough for a range
         return []
-    return sorted(found, key=lambda d: -d.mean.value)
+    return sorted(dominances, key=lambda d: -d.mean.value)
 
 
 def state(results: Results) -> str:
@@ -79,8 +79,8 @@ def state(results: Results) -> str:
             f"The base model does no better than chance on {listed(results.retention)}, so there is no knowledge "
             "to keep and nothing to compare."
         )
-    if learnt(results, REFERENCE) is not None:
-        return _not_learnt(results)
+    if learned(results, REFERENCE) is not None:
+        return _not_learned(results)
     lost = [key for key in results.diverged if key[0] == REFERENCE]
     if lost:
         return (
@@ -93,9 +93,9 @@ def state(results: Results) -> str:
 # ------------------------------------------------------------------ sentences
 
 
-def _not_learnt(results: Results) -> str:
-    every = all_learnt(results)
-    best, reference = every[0], learnt(results, REFERENCE)
+def _not_learned(results: Results) -> str:
+    every = all_learned(results)
+    best, reference = every[0], learned(results, REFERENCE)
     assert reference is not None
     learners = [one for one in every if one.verdict == "yes"]
     unclear = next((one for one in every if one.verdict == "unknown"), None)
@@ -120,14 +120,14 @@ def _not_learnt(results: Results) -> str:
     )
 
 
-def _against_base(one: Learnt) -> str:
+def _against_base(one: Learned) -> str:
     return (
         f"{one.method} reaches {percent(one.task)} against {percent(one.base)} before "
         f"({setting_text(one.setting)}{_gain(one)})"
     )
 
 
-def _gain(one: Learnt) -> str:
+def _gain(one: Learned) -> str:
     if one.gain is None:
         return ""
     low, high = signed(one.gain.low), signed(one.gain.high)
@@ -194,7 +194,7 @@ def _along_the_frontier(results: Results, along: Sequence[Dominance]) -> str:
 
 
 def _diverged(keys: Iterable[tuple[str, float | None, int | None]]) -> str:
-    told = [
+    names = [
         f"{name}{'' if rate is None else f' at learning rate {rate:g}'}" for name, rate, _ in keys
     ]
-    return listed(dict.fromkeys(told), MOST)
+    return listed(dict.fromkeys(names), MOST)

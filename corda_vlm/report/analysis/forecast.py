@@ -33,7 +33,7 @@ class Forecasts:
 
 def forecasts_of(results: Results) -> Forecasts:
     """The models with a forecast. Scaled ones are left out: their forecast follows from the unscaled one's."""
-    found = [
+    rows = [
         (method, results.forecasts[key], point.kept)
         for method in results.trained
         for setting, by_seed in results.points(method).items()
@@ -41,7 +41,7 @@ def forecasts_of(results: Results) -> Forecasts:
         if setting.scale == 1.0
         and (key := (method, setting.learning_rate, seed)) in results.forecasts
     ]
-    methods, forecasts, kept = zip(*found, strict=True) if found else ((), (), ())
+    methods, forecasts, kept = zip(*rows, strict=True) if rows else ((), (), ())
     return Forecasts(methods, np.array(forecasts, dtype=float), np.array(kept, dtype=float))
 
 

@@ -17,7 +17,7 @@ learning rate and scale are chosen there, never on the gain or retention tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,39 +102,33 @@ class Results:
         diverged = dict(diverged or {})
         for row in rows:
             task, metric = row["task"], row["metric"]
-            if primary.setdefault(task, metric) == metric:
-                names = roles.setdefault(row.get("role") or "retention", [])
-                if task not in names:
-                    names.append(task)
-                chance[task] = float(row.get("chance") or 0.0)
             if row["method"] == BASE:
                 base_rows[(task, metric)] = row
-            if primary[task] != metric:
+            if primary.setdefault(task, metric) != metric:
                 continue
+            names = roles.setdefault(row.get("role") or "retention", [])
+            if task not in names:
+                names.append(task)
+            chance[task] = float(row.get("chance") or 0.0)
             if row["method"] == BASE:
                 base[task] = float(row["value"])
             else:
                 key = (row["method"], row.get("learning_rate"), row.get("seed"))
                 if key in diverged:
                     continue
-                scale = row.get("scale")
-                setting = Setting(row.get("learning_rate"), 1.0 if scale is None else float(scale))
+                setting = _setting_of(row)
                 seeds = trained.setdefault(row["method"], {}).setdefault(setting, {})
                 seeds.setdefault(row.get("seed"), {})[task] = float(row["value"])
                 place = (row["method"], setting, row.get("seed"), task)
-                for told, its in ((gains, gain_of(row)), (intervals, interval_of(row))):
-                    told.pop(place, None)
-                    if its is not None:
-                        told[place] = its
+                for kind, interval in ((gains, gain_of(row)), (intervals, interval_of(row))):
+                    kind.pop(place, None)
+                    if interval is not None:
+                        kind[place] = interval
                 # of the trained model itself: what a scale makes of it follows (`forecast`)
                 if row.get("forecast") is not None and setting.scale == 1.0:
                     forecasts[key] = float(row["forecast"])
-        absent = [task for task in primary if task not in base]
-        if trained and absent:
-            raise DataError(
-                f"the base model has no score for {', '.join(absent)}, so what was kept cannot be said; "
-                'evaluate it with method "base" first'
-            )
+        if trained:
+            _check_base(primary, base)
         return cls(
             tuple(roles["gain"]), tuple(roles["retention"]), tuple(roles["selection"]),
             primary, chance, base, trained, tuple(base_rows.values()), forecasts, diverged, gains,
@@ -170,9 +164,9 @@ class Results:
 
     @cached_property
     def _points(self) -> dict[str, dict[Setting, dict[int | None, Point]]]:
-        found: dict[str, dict[Setting, dict[int | None, Point]]] = {}
+        placed_by_method: dict[str, dict[Setting, dict[int | None, Point]]] = {}
         for method, settings in self.trained.items():
-            found[method] = {}
+            placed_by_method[method] = {}
             for setting in sorted(settings, key=lambda s: (s.scale, s.learning_rate or 0.0)):
                 if self.lost_seeds(method, setting.learning_rate):
                     continue
@@ -182,8 +176,8 @@ class Results:
                     if (point := self.point(scores))
                 }
                 if placed:
-                    found[method][setting] = placed
-        return found
+                    placed_by_method[method][setting] = placed
+        return placed_by_method
 
     def lost_seeds(self, method: str, learning_rate: float | None) -> list[int | None]:
         """The seeds of a setting that diverged."""
@@ -215,14 +209,14 @@ class Results:
     def judged(self, method: str) -> dict[Setting, float]:
         """Setting -> how well it learns, by which settings are chosen: the mean over the selection tasks, or over the
         gain tasks themselves where there are none."""
-        tasks, found = self.selection or self.gain, {}
+        tasks, means = self.selection or self.gain, {}
         for setting, seeds in self.trained.get(method, {}).items():
             values = [
                 np.mean([s[t] for t in tasks]) for s in seeds.values() if s.keys() >= {*tasks}
             ]
             if values and setting in self.points(method):
-                found[setting] = float(np.mean(values))
-        return found
+                means[setting] = float(np.mean(values))
+        return means
 
     def best_setting(self, method: str) -> Setting | None:
         """The unscaled setting that learns the task best: on the selection tasks where there are any."""
@@ -232,9 +226,23 @@ class Results:
     def curves(self) -> dict[str, tuple[str, bool]]:
         """Label -> (method, scaled): one curve a method over its learning rates, and where the models
         were also scaled after training (WiSE-FT) a second one over learning rates and scales."""
-        found = {}
+        curves = {}
         for method in self.trained:
-            found[method] = (method, False)
+            curves[method] = (method, False)
             if any(setting.scale != 1.0 for setting in self.trained[method]):
-                found[f"{method}, scaled"] = (method, True)
-        return found
+                curves[f"{method}, scaled"] = (method, True)
+        return curves
+
+
+def _setting_of(row: Mapping[str, Any]) -> Setting:
+    scale = row.get("scale")
+    return Setting(row.get("learning_rate"), 1.0 if scale is None else float(scale))
+
+
+def _check_base(tasks: Iterable[str], base: Mapping[str, float]) -> None:
+    absent = [task for task in tasks if task not in base]
+    if absent:
+        raise DataError(
+            f"the base model has no score for {', '.join(absent)}, so what was kept cannot be said; "
+            'evaluate it with method "base" first'
+        )

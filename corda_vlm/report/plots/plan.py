@@ -42,7 +42,7 @@ class _Measure:
 
     title: str
     of: Callable[[SitePlan], float | None]
-    told: Callable[[float], str]
+    text: Callable[[float], str]
     colors: str
     log: bool
 
@@ -120,10 +120,10 @@ def heatmap_picture(run_dir: str | Path) -> Picture | None:
     path = plan_heatmap(drawn, run_dir / run_files.PLANS)
     if path is None:
         return None
-    told = "; ".join(f"{name}: {_in_words(plan)}" for name, plan in drawn.items())
+    words = "; ".join(f"{name}: {_in_words(plan)}" for name, plan in drawn.items())
     left = ", ".join(name for name in chosen if name not in drawn)
     return Picture(
-        path, f"{PLANS} {told}.", PLANS_CAPTION + (f" Not drawn: {left}." if left else "")
+        path, f"{PLANS} {words}.", PLANS_CAPTION + (f" Not drawn: {left}." if left else "")
     )
 
 
@@ -133,16 +133,16 @@ def _in_words(plan: AdapterPlan) -> str:
         by_role.setdefault(site.site.role, []).append(site.rank)
     means = {role: float(np.mean(ranks)) for role, ranks in by_role.items()}
     most, least = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-    told = plan.spent
+    words = plan.spent
     if means[most] > means[least]:
-        told += (
+        words += (
             f", on average most in {_WORDS[most]} ({means[most]:.1f}) and least in {_WORDS[least]} "
             f"({means[least]:.1f})"
         )
     rounds = [s.round for s in plan.sites if s.scores]
     if rounds:
-        told += f", covariances of {len(set(rounds))} calibration rounds"
-    return told
+        words += f", covariances of {len(set(rounds))} calibration rounds"
+    return words
 
 
 # ------------------------------------------------------------------ the grid of a tower
@@ -216,46 +216,63 @@ def _panels(
     # the lightest and the darkest shades hide their cell's edge, or its text
     shades = colormaps[measure.colors](np.linspace(0.06, 0.9, 256))
     colors = LinearSegmentedColormap.from_list(measure.colors, shades)
-    told = [
-        measure.told(v) for g in grids for s in g.cells.values() if (v := measure.of(s)) is not None
+    numbers = [
+        measure.text(v) for g in grids for s in g.cells.values() if (v := measure.of(s)) is not None
     ]
     # all of them, or none
-    fits = cell >= max(0.2, 0.075 * max(map(len, told), default=0) + 0.05)
+    fits = cell >= max(0.2, 0.075 * max(map(len, numbers), default=0) + 0.05)
     image = None
     for panel, grid in zip(panels, grids, strict=True):
-        values = np.full((len(grid.roles), len(grid.columns)), np.nan)
-        for at, site in grid.cells.items():
-            value = measure.of(site)
-            values[at] = np.nan if value is None else value
+        values = _values(grid, measure)
         panel.set_facecolor("#ededed")
         image = panel.pcolormesh(
             np.ma.masked_invalid(values), cmap=colors, norm=scale, edgecolors="white", linewidth=1
         )
-        for (row, column), value in np.ndenumerate(values):
-            if fits and np.isfinite(value):
-                panel.text(
-                    column + 0.5, row + 0.5, measure.told(value), ha="center", va="center",
-                    fontsize=min(8.5, 25 * cell), color="white" if scale(value) > 0.6 else INK,
-                )  # fmt: skip
-        panel.invert_yaxis()
-        panel.spines[:].set_visible(False)
-        panel.tick_params(length=0, labelcolor=INK, labelsize=8.5)
-        step = max(1, math.ceil(0.22 / cell))  # headings that do not run into one another
-        shown = [i for i, c in enumerate(grid.columns) if not c.isdigit() or int(c) % step == 0]
-        panel.set_xticks([i + 0.5 for i in shown], [grid.columns[i] for i in shown])
-        for label in panel.get_xticklabels():
-            if not label.get_text().isdigit():
-                label.set_rotation(90)
-        panel.set_yticks(
-            np.arange(len(grid.roles)) + 0.5,
-            [_WORDS[role] for role in grid.roles] if grid is grids[0] else [],
-        )
-        panel.set_xlabel(
-            grid.tower if grid.tower == "projector" else f"{grid.tower} blocks",
-            fontsize=8.5,
-            color=FAINT,
-        )
+        if fits:
+            _write_numbers(panel, values, measure, scale, cell)
+        _label(panel, grid, cell, roles=grid is grids[0])
     panels[0].set_title(measure.title, fontsize=10, color=INK, loc="left")
+    _draw_scale(part, panels, image, measure, scale)
+
+
+def _values(grid: _Grid, measure: _Measure) -> np.ndarray:
+    """(roles, columns) the number of each cell, NaN where there is none."""
+    values = np.full((len(grid.roles), len(grid.columns)), np.nan)
+    for at, site in grid.cells.items():
+        value = measure.of(site)
+        values[at] = np.nan if value is None else value
+    return values
+
+
+def _write_numbers(
+    panel: Any, values: np.ndarray, measure: _Measure, scale: Normalize, cell: float
+) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            panel.text(
+                column + 0.5, row + 0.5, measure.text(value), ha="center", va="center",
+                fontsize=min(8.5, 25 * cell), color="white" if scale(value) > 0.6 else INK,
+            )  # fmt: skip
+
+
+def _label(panel: Any, grid: _Grid, cell: float, *, roles: bool) -> None:
+    """Write the headings of the columns, of the rows if `roles`, and the tower's name."""
+    panel.invert_yaxis()
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0, labelcolor=INK, labelsize=8.5)
+    step = max(1, math.ceil(0.22 / cell))  # headings that do not run into one another
+    shown = [i for i, c in enumerate(grid.columns) if not c.isdigit() or int(c) % step == 0]
+    panel.set_xticks([i + 0.5 for i in shown], [grid.columns[i] for i in shown])
+    for label in panel.get_xticklabels():
+        if not label.get_text().isdigit():
+            label.set_rotation(90)
+    names = [_WORDS[role] for role in grid.roles] if roles else []
+    panel.set_yticks(np.arange(len(grid.roles)) + 0.5, names)
+    title = grid.tower if grid.tower == "projector" else f"{grid.tower} blocks"
+    panel.set_xlabel(title, fontsize=8.5, color=FAINT)
+
+
+def _draw_scale(part: Any, panels: Any, image: Any, measure: _Measure, scale: Normalize) -> None:
     bar = part.colorbar(image, ax=list(panels), pad=0.02, aspect=18)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)

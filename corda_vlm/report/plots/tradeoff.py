@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from corda_vlm.names import listed
 from corda_vlm.report.analysis.curve import Curve, Point, Setting, mean_point
-from corda_vlm.report.analysis.learnt import learnt, reference_learnt
+from corda_vlm.report.analysis.learned import learned, reference_learned
 from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.markup import shortened
 from corda_vlm.report.plots.labels import Words
@@ -35,7 +35,7 @@ def tradeoff(results: Results, path: Path) -> bool:
     Returns whether there was anything to draw.
     """
     base = results.base_point
-    points = {method: found for method in results.trained if (found := results.points(method))}
+    points = {method: placed for method in results.trained if (placed := results.points(method))}
     if base is None or not points:
         return False
     if len(points) <= FEW:
@@ -63,7 +63,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     _draw_base(axes, base, base_is_far)
     if not chance_is_far:
         _draw_chance(axes)
-    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
+    best = results.best_setting(REFERENCE) if reference_learned(results) else None
     if best is not None:
         aim = mean_point(points[REFERENCE][best].values()).task
         ink["aim"].append(np.array([[aim, bottom if chance_is_far else 0.0], [aim, 1.0]]))
@@ -80,7 +80,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     title += " (small numbers)" if len(curves) <= 6 else ""
     title += "; faint marks: single seeds" if several else ""
     title += "; dashed: scaled after training" if len(results.curves()) > len(points) else ""
-    title += "" if best is not None else _unlearnt(results)
+    title += "" if best is not None else _unlearned(results)
     axes.set_title(title, fontsize=9.5, color=FAINT, loc="left")
     if not base_is_far:
         ink["base"].append(np.array([[base.task, 1.0]]))
@@ -192,23 +192,16 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
         for method, settings in points.items()
     }
     look = styles(list(points))
-    best = results.best_setting(REFERENCE) if reference_learnt(results) else None
+    best = results.best_setting(REFERENCE) if reference_learned(results) else None
     # the best itself is out of reach for whoever learns a hair less, however much that keeps
     aim = None if best is None else NEAR * means[REFERENCE][best].task
     kept = {method: _kept(means[method], aim, base) for method in points}
-    order = sorted(
-        (method for method in points if method != REFERENCE),
-        key=lambda m: (
-            -1.0 if np.isnan(kept[m]) else kept[m],
-            max(p.task for p in means[m].values()),
-        ),
-        reverse=True,
-    )
+    order = _most_kept_first(means, kept)
     columns = 3 if len(order) <= 9 else 4 if len(order) <= 20 else 5
     lines = -(-len(order) // columns)
     figure = Figure(figsize=(2.75 * columns + 0.5, 2.15 * lines + 1.0), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    found = np.array([(p.task, p.kept) for of in means.values() for p in of.values()])
+    marks = np.array([(p.task, p.kept) for of in means.values() for p in of.values()])
     for panel in panels.flat[len(order) :]:
         panel.set_visible(False)
     for index, (panel, method) in enumerate(zip(panels.flat, order, strict=False)):
@@ -217,14 +210,7 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
         color, marker = look[method]
         _one(panel, means[method], base, color, marker)
         panel.plot(base.task, 1.0, marker="*", markersize=9, color=INK, linestyle="", zorder=4)
-        told = ""
-        if aim is not None:
-            panel.axvline(aim, color="#8c8c8c", linewidth=0.9, linestyle=":", zorder=1)
-            told = "not reached" if np.isnan(kept[method]) else f"{kept[method]:.0%}"
-            panel.set_title(told, fontsize=10.5, loc="right", color=INK, pad=4)
-        room = int((2.3 - 0.08 * len(told)) / 0.08)  # letters of this size beside the number
-        name = shortened(method, room)
-        panel.set_title(name, fontsize=10, loc="left", color=color, fontweight="bold", pad=4)
+        _head(panel, method, color, aim, kept[method])
         frame(panel)
         panel.tick_params(labelsize=8, labelbottom=index + columns >= len(order))
     first = panels[0, 0]
@@ -232,15 +218,41 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
     first.yaxis.set_major_formatter(percent_axis())
     first.margins(x=0.06)
     first.set_ylim(
-        min(-0.05, float(found[:, 1].min()) - 0.02), max(1.08, float(found[:, 1].max()) + 0.03)
+        min(-0.05, float(marks[:, 1].min()) - 0.02), max(1.08, float(marks[:, 1].max()) + 0.03)
     )
     figure.supxlabel(_new_task(results), fontsize=10.5)
     figure.supylabel("knowledge kept (base model 100%, chance 0%)", fontsize=10.5)
     letters = int(12.5 * figure.get_figwidth())  # of this size on a line
-    told = (wrap(line, letters) for line in _told(results, kept, aim).splitlines())
-    text = "\n".join(chain.from_iterable(told))
+    lines_of_text = (wrap(line, letters) for line in _explained(results, kept, aim).splitlines())
+    text = "\n".join(chain.from_iterable(lines_of_text))
     figure.suptitle(text, fontsize=10, color=INK, x=0.01, ha="left")
     return figure
+
+
+def _most_kept_first(
+    means: Mapping[str, Mapping[Setting, Point]], kept: Mapping[str, float]
+) -> list[str]:
+    """The methods but for the reference: the one that keeps most first, of equals the one that learned most."""
+    return sorted(
+        (method for method in means if method != REFERENCE),
+        key=lambda m: (
+            -1.0 if np.isnan(kept[m]) else kept[m],
+            max(p.task for p in means[m].values()),
+        ),
+        reverse=True,
+    )
+
+
+def _head(panel: Any, method: str, color: str, aim: float | None, kept: float) -> None:
+    """Write a method's name above its panel, and what it keeps at the accuracy aimed at."""
+    number = ""
+    if aim is not None:
+        panel.axvline(aim, color="#8c8c8c", linewidth=0.9, linestyle=":", zorder=1)
+        number = "not reached" if np.isnan(kept) else f"{kept:.0%}"
+        panel.set_title(number, fontsize=10.5, loc="right", color=INK, pad=4)
+    room = int((2.3 - 0.08 * len(number)) / 0.08)  # letters of this size beside the number
+    name = shortened(method, room)
+    panel.set_title(name, fontsize=10, loc="left", color=color, fontweight="bold", pad=4)
 
 
 def _kept(means: Mapping[Setting, Point], aim: float | None, base: Point) -> float:
@@ -250,23 +262,23 @@ def _kept(means: Mapping[Setting, Point], aim: float | None, base: Point) -> flo
     return float(Curve(means, base if _is_scaled(means) else None).at(np.array([aim]))[0])
 
 
-def _told(results: Results, kept: Mapping[str, float], aim: float | None) -> str:
+def _explained(results: Results, kept: Mapping[str, float], aim: float | None) -> str:
     scaled = len(results.curves()) > len(results.trained)
     lines = "marks: learning rates" + ("; dashes: scaled after training too" if scaled else "")
     if aim is None:
-        return f"Star: the base model; {lines}{_unlearnt(results)}."
-    told = (
+        return f"Star: the base model; {lines}{_unlearned(results)}."
+    text = (
         f"Number: knowledge kept at {NEAR:g} times {REFERENCE}'s best accuracy (dotted, {aim:.0%}), the most first; "
         f"{REFERENCE}, grey, keeps {kept[REFERENCE]:.0%} there{' when scaled' if scaled else ''}"
         f"{'' if len(results.seeds) > 1 else f' ({ONE_SEED})'}.\nStar: the base model; {lines}."
     )
     over = over_all(kept.values())
-    return f"{told}\n{over}" if over else told
+    return f"{text}\n{over}" if over else text
 
 
-def _unlearnt(results: Results) -> str:
+def _unlearned(results: Results) -> str:
     """Why no accuracy is marked at which to compare."""
-    of = learnt(results, REFERENCE)
+    of = learned(results, REFERENCE)
     if of is None:
         return ""
     how = "did not learn the task" if of.verdict == "no" else "may not have learnt the task"

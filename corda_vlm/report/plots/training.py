@@ -43,11 +43,11 @@ def training_curves(run_dir: Path, path: Path) -> bool:
     if forecast:
         below = panels[1::2]
         for panel, runs in zip(below.flat, histories.values(), strict=False):
-            noted = [(run.learning_rate, found) for run in runs if (found := _anchors(run))]
+            noted = [(run.learning_rate, anchors) for run in runs if (anchors := _anchors(run))]
             _curves(panel, [(rate, steps, values) for rate, (steps, values) in noted])
         _share_scale(below, "change of outputs\non the knowledge", from_zero=False)
-        told = "lower row: forecast of forgetting, the mean relative change of layers' outputs on the knowledge"
-        figure.suptitle(told, x=0.01, ha="left", fontsize=9.5, color=FAINT)
+        title = "lower row: forecast of forgetting, the mean relative change of layers' outputs on the knowledge"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9.5, color=FAINT)
     for column in panels.T:
         shown = [panel for panel in column if panel.get_visible()]
         shown[-1].set_xlabel("step")

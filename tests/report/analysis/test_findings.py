@@ -10,7 +10,7 @@ import pytest
 
 from corda_vlm.report import Results, leading_finding, summary_table, write_report
 from corda_vlm.report.analysis.findings import findings
-from corda_vlm.report.analysis.learnt import learnt
+from corda_vlm.report.analysis.learned import learned
 from corda_vlm.report.plots.tradeoff import tradeoff
 from corda_vlm.report.words import OVER_ALL
 
@@ -76,7 +76,7 @@ def test_a_paired_gain_is_finer_than_two_intervals(invented: Any) -> None:
     for method, kept in (("lora", 0.5), ("kpm", 0.8)):
         for seed in (0, 1):
             rows += invented.rows_of(method, invented.at(0.11, kept), rate=1.0, seed=seed)
-    without = learnt(Results.of(rows), "lora")
+    without = learned(Results.of(rows), "lora")
     assert without is not None
     assert without.verdict == "unknown"
     told = leading_finding(Results.of(rows))
@@ -94,7 +94,7 @@ def test_seeds_count_together(invented: Any) -> None:
         invented.study(invented.DEMO),
         lambda row: (0.1, 0.05, 0.15) if row["seed"] else (-0.1, -0.16, -0.04),
     )
-    found = learnt(Results.of(rows), "lora")
+    found = learned(Results.of(rows), "lora")
     assert found is not None
     assert found.verdict == "no"
     assert found.gain is not None

@@ -14,7 +14,7 @@ from corda_vlm.report.analysis.results import REFERENCE, Results
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Learned:
     """A method at the setting that learns the task best, against the model before training.
 
     Attributes:
@@ -34,7 +34,7 @@ class Learnt:
     verdict: Literal["yes", "no", "unknown"]
 
 
-def learnt(results: Results, method: str) -> Learnt | None:
+def learned(results: Results, method: str) -> Learned | None:
     """What a method has learned at its best; None where none of its trainings is measured to the end.
 
     Seeds share the test examples, so the interval of their mean is at most as wide as their intervals are on average, and
@@ -57,19 +57,19 @@ def learnt(results: Results, method: str) -> Learnt | None:
         verdict = "no"
     else:
         verdict = "yes" if _apart(results, places) else "unknown"
-    return Learnt(method, setting, task, base.task, gain, verdict)
+    return Learned(method, setting, task, base.task, gain, verdict)
 
 
-def reference_learnt(results: Results) -> bool:
+def reference_learned(results: Results) -> bool:
     """Has the method learned the task at whose accuracy all are compared?"""
-    found = learnt(results, REFERENCE)
-    return found is not None and found.verdict == "yes"
+    reference = learned(results, REFERENCE)
+    return reference is not None and reference.verdict == "yes"
 
 
-def all_learnt(results: Results) -> list[Learnt]:
+def all_learned(results: Results) -> list[Learned]:
     """Every method that is measured, the one that learned most first."""
-    found = (learnt(results, method) for method in results.trained)
-    return sorted((one for one in found if one is not None), key=lambda one: -one.task)
+    every = (learned(results, method) for method in results.trained)
+    return sorted((one for one in every if one is not None), key=lambda one: -one.task)
 
 
 def _apart(results: Results, places: Sequence[tuple[str, Setting, int | None, str]]) -> bool:
