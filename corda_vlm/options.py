@@ -357,4 +357,6 @@ def _described(kind: Any) -> str:
 
 
 def _takes_text(kind: Any) -> bool:
+    if get_origin(kind) in (dict, Mapping):
+        return False
     return kind is str or any(_takes_text(one) for one in get_args(kind) if isinstance(one, type))

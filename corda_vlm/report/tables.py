@@ -16,7 +16,7 @@ from corda_vlm.report.analysis.convergence import Convergence
 from corda_vlm.report.analysis.curve import Setting
 from corda_vlm.report.analysis.results import BASE, REFERENCE, Results
 from corda_vlm.report.document import Table
-from corda_vlm.report.words import ABSENT, over_all_told, percent, shown_of, signed
+from corda_vlm.report.words import ABSENT, over_all_sentence, percent, shown_of, signed
 
 
 def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -> Table:
@@ -49,7 +49,7 @@ def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -
         "0.95 of that. Area: the mean of what is kept from five points above the base model's task accuracy to "
         "there; left of its slowest learning rate a method counts as keeping what it keeps with that."
     )
-    about += over_all_told(shown_of(c.kept for c in comparisons))
+    about += over_all_sentence(shown_of(c.kept for c in comparisons))
     if partly:
         about += " Where an accuracy is reached in some resamples of the seeds only, the interval is over those."
     return Table(about, headings, rows)
@@ -86,7 +86,7 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
             continue
         shares += [float(np.mean(placed))] if brief and placed else placed
         rows.append([*row, _spread(placed, brief)])
-    return Table(_about_trained(results) + over_all_told(shares), [*headings, "kept share"], rows)
+    return Table(_about_trained(results) + over_all_sentence(shares), [*headings, "kept share"], rows)
 
 
 def _settings(results: Results, scaled: bool) -> Iterator[tuple[str, Setting]]:
@@ -201,7 +201,7 @@ def chosen_table(results: Results, choices: Sequence[Choice]) -> Table:
         "the one with the smallest forecast of forgetting",
         "the one that just learns enough",
     )
-    over = over_all_told(shown_of(choice.kept for choice in choices))
+    over = over_all_sentence(shown_of(choice.kept for choice in choices))
     by_forecast = [choice.forecast for choice in choices if choice.setting is not None]
     if not any(by_forecast):
         by = least
@@ -229,7 +229,7 @@ def raw_table(results: Results, comparisons: Mapping[str, Sequence[Comparison]])
         rows.append([curve, *(_interval(k, percent) if k else "not reached" for k in kept)])
     return Table(
         f"Accuracy at 0.95 times {REFERENCE}'s best task accuracy as a share of the base model's, chance not subtracted: "
-        f"the most along each task's own frontier.{over_all_told(shown_of(by.values()))}",
+        f"the most along each task's own frontier.{over_all_sentence(shown_of(by.values()))}",
         ["method", *(f"{task} / base" for task in comparisons)], rows,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ def over_all(shares: Iterable[float | None]) -> str:
     return OVER_ALL if any(share is not None and share >= 1.0005 for share in shares) else ""
 
 
-def over_all_told(shares: Iterable[float | None]) -> str:
+def over_all_sentence(shares: Iterable[float | None]) -> str:
     """`over_all` as another sentence of a caption."""
     return f" {sentence}" if (sentence := over_all(shares)) else ""
 

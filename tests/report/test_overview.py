@@ -24,7 +24,8 @@ def test_what_has_run_has_its_finding_its_picture_and_its_report(
     write_report(invented.write_run(tmp_path / "one", invented.study(invented.DEMO)))
     listed(tmp_path, {"title": "Study", "experiments": {"one": "The first", "two": "The second"}})
     text = write_overview(tmp_path).read_text()
-    assert text.startswith("# Study\n\n## The first\n\n**corda-kpm** keeps")
+    assert text.startswith("# Study\n\n## The first\n\nAt the task accuracy")
+    assert "**corda-kpm** keeps 43.0%" in text
     assert "models measured. [Report](one/report.md)." in text
     assert "](one/tradeoff.png)" in text
     assert text.rstrip().endswith("## The second\n\nNot run yet.")
