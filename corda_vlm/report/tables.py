@@ -86,7 +86,9 @@ def trained_table(results: Results, brief: bool = False, scaled: bool = False) -
             continue
         shares += [float(np.mean(placed))] if brief and placed else placed
         rows.append([*row, _spread(placed, brief)])
-    return Table(_about_trained(results) + over_all_sentence(shares), [*headings, "kept share"], rows)
+    return Table(
+        _about_trained(results) + over_all_sentence(shares), [*headings, "kept share"], rows
+    )
 
 
 def _settings(results: Results, scaled: bool) -> Iterator[tuple[str, Setting]]:
