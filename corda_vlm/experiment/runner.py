@@ -195,7 +195,8 @@ class ExperimentRunner:
             check_full_modules(model, variant.modules_to_save, names)
             if method.has_rank and not variant.dynamic_rank:
                 check_rank({name: site_shape(model, name) for name in names}, request.rank)
-            for of in method.covariances:
+            looked_at = [KNOWLEDGE] if self._looks_at_knowledge(name) else []
+            for of in sorted({*method.covariances, *looked_at}):
                 self._check_calibrated(name, names, of)
 
     def _check_calibrated(self, variant: str, sites: Sequence[str], of: str) -> None:
@@ -382,7 +383,7 @@ class ExperimentRunner:
             output_dir=self.folder / training.folder,
             classes=classes,
             templates=templates,
-            knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training) else None,
+            knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training.variant) else None,
             terms=narrowed(self.experiment.variants[training.variant], TermOptions),
             knowledge_data=self.knowledge_data,
             extra_loss=prepared.penalty,
@@ -399,10 +400,10 @@ class ExperimentRunner:
         speed = f"{result.seconds:.0f} s, {result.samples_per_second:.3g} records/s"
         return f"{self._scores_of(training)} ({speed})"
 
-    def _looks_at_knowledge(self, training: Training) -> bool:
+    def _looks_at_knowledge(self, variant: str) -> bool:
         """Is there an anchor, or the same to be logged as a forecast? Where no layer changes, neither."""
-        wanted = self.experiment.variants[training.variant].anchor or self.experiment.forecast
-        return bool(wanted) and METHODS[training.method].changes_layers
+        wanted = self.experiment.variants[variant].anchor or self.experiment.forecast
+        return bool(wanted) and METHODS[self.experiment.method_of(variant)].changes_layers
 
     def _scores_of(self, training: Training) -> str:
         """The first metric of each task at full strength, but of those that choose the learning rate."""

@@ -140,6 +140,23 @@ def test_end_to_end_then_again_then_more(config, tmp_path, capsys):
         run(config(), output=folder, only=["dora"])
 
 
+@pytest.mark.parametrize(
+    "variant", [{"method": "corda-kpm"}, {"method": "lora", "anchor": 10}], ids=["kpm", "anchor"]
+)
+def test_a_variant_on_layers_without_a_covariance_is_refused_before_anything_is_written(
+    variant, config, tmp_path
+):
+    changes = {
+        "variants": {"mine": {**variant, "learning_rates": [1e-3]}},
+        "calibration": {**EXPERIMENT["calibration"], "roles": ["q"]},
+    }
+    with pytest.raises(
+        CordaError, match=r"'mine' adapts .*k_proj, and the covariances of the knowledge"
+    ):
+        run(config(**changes), output=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_methods_that_start_from_the_gradient_of_the_task(config, tmp_path, capsys):
     natural = {"method": "corda-natural", "learning_rates": [1e-3]}
     changes = {
