@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from corda_vlm.files import (
     shown,
 )
 from corda_vlm.locks import locked
+from corda_vlm.options import Count, fitted
 from corda_vlm.tensors import add_checksums_in, save_tensors
 
 REPORT = "corda_export.json"  # marks a folder as ours, so that a later export may replace it
@@ -86,10 +86,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{shown(folder)} holds an adapter of type {shown(repr(kind))}; this loads {' and '.join(map(repr, KINDS))}. "
             "Load others with peft.PeftModel.from_pretrained."
         )
-    if wrong := [name for name, fits in _FIELDS.items() if not fits(config.get(name))]:
-        name = wrong[0]
-        value = repr(config[name]) if name in config else "missing"
-        raise ForeignFileError(f"{shown(path)} is damaged: {name} is {shown(value)}; {AGAIN}")
+    for name, kind in _FIELDS.items():
+        try:
+            fitted(config.get(name), kind, name)
+        except CordaError:
+            value = repr(config[name]) if name in config else "missing"
+            raise ForeignFileError(
+                f"{shown(path)} is damaged: {name} is {shown(value)}; {AGAIN}"
+            ) from None
     if (
         config.get("megatron_config") is not None
     ):  # peft would import the module that megatron_core names
@@ -112,35 +116,18 @@ def check_ranks(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], fold
 KINDS = ("CORDA_VLM", "LORA")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _maps(to: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(map(to, value.values())))
-
-
-def _is_targets(value: object) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(name, str) for name in value)
-    return value is None or isinstance(value, str)
-
-
-_FIELDS: dict[str, Callable[[object], bool]] = {
-    "r": _is_rank,
-    "lora_alpha": _is_number,
-    "target_modules": _is_targets,
-    "rank_pattern": _maps(_is_rank),
-    "alpha_pattern": _maps(_is_number),
-    "modules_to_save": _is_targets,
-    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
-    "origin": lambda value: value is None or isinstance(value, dict),
-    "freeze_a": lambda value: value is None or isinstance(value, bool),
+_FIELDS: dict[str, Any] = {
+    "r": Count,
+    "lora_alpha": float,
+    "target_modules": list[str] | str | None,
+    "rank_pattern": dict[str, Count] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "modules_to_save": list[str] | str | None,
+    "base_model_name_or_path": str | None,
+    "origin": dict[str, Any] | None,
+    "freeze_a": bool | None,
 }
+"""What of an adapter's configuration is read here, and of which type it has to be."""
 
 
 def is_transformers(model: nn.Module) -> bool:
