@@ -19,7 +19,9 @@ from corda_vlm.methods import METHODS, prepare_method
 from corda_vlm.plan import plan_adapter
 
 WITHOUT_DATA = tuple(
-    name for name, method in METHODS.items() if not method.needs_store and name != "linear-probe"
+    name
+    for name, method in METHODS.items()
+    if not (method.needs_store or method.gradient) and name != "linear-probe"
 )
 
 

@@ -105,7 +105,7 @@ def test_a_plan_is_made_once_and_refused_where_the_covariances_are_others(loaded
         made.append(1)
         return plan_adapter(loaded.model, store, rank=2, **SOME)
 
-    path, given = tmp_path / "plan.json", {"model": loaded.model, "task_store": None}
+    path, given = tmp_path / "plan.json", {"model": loaded.model, "task": None}
     first = steps.load_or_write_plan(path, make, store=store, **given)
     again = steps.load_or_write_plan(path, make, store=store, **given)
     assert again.data_fingerprint == first.data_fingerprint == store.data_fingerprint

@@ -12,7 +12,7 @@ from torch import nn
 
 from corda_vlm.adapter import export_adapter, scaled
 from corda_vlm.adapter.paired import paired_layers
-from corda_vlm.covariance import collect_covariance
+from corda_vlm.covariance import collect_covariance, collect_gradient
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
 from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import is_packed
@@ -49,10 +49,22 @@ def store_of(model: nn.Module, seed: int = 1):
     return collect_covariance(model, [make_batch(80, seed)], show_progress=False)
 
 
+def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A loss that both towers have a say in."""
+    parts = detect_family(model).need_contrastive(model)
+    batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
+    images, texts = parts.encode_image(model, batch), parts.encode_text(model, batch)
+    return (images.float() @ texts.float().T).logsumexp(1).mean()
+
+
 def stores_of(name: str, model: nn.Module) -> dict:
-    """The stores that a method needs, of two kinds of data."""
+    """The stores that a method needs, of two kinds of data, and the gradient of a loss."""
     stores = zip(METHODS[name].covariances, ("store", "task_store"), strict=False)
-    return {argument: store_of(model, seed=7 if of == "task" else 1) for of, argument in stores}
+    given = {argument: store_of(model, seed=7 if of == "task" else 1) for of, argument in stores}
+    if METHODS[name].gradient:
+        batch = make_batch(16, 7)
+        given["gradient"] = collect_gradient(model, [batch], loss_of, show_progress=False)
+    return given
 
 
 def prepare(name: str, model: nn.Module, store=None, **options) -> nn.Module:
@@ -63,7 +75,7 @@ def prepare(name: str, model: nn.Module, store=None, **options) -> nn.Module:
 def test_the_choices_are_described_with_their_source():
     assert set(METHODS) == {
         "full", "linear-probe", "lora", "dora", "eva", "mica", "pissa", "milora", "olora", "corda-kpm", "corda-ipm",
-        "lora-null", "lora-null-frozen", "sc-lora",
+        "lora-null", "lora-null-frozen", "sc-lora", "corda-natural", "lora-ga", "keep-lora",
     }  # fmt: skip
     for name, method in METHODS.items():
         assert method.name == name
@@ -73,6 +85,8 @@ def test_the_choices_are_described_with_their_source():
         "eva": ("task",),
         "corda-kpm": ("knowledge",),
         "corda-ipm": ("task",),
+        "corda-natural": ("knowledge",),
+        "keep-lora": ("knowledge",),
         "lora-null": ("knowledge",),
         "lora-null-frozen": ("knowledge",),
         "sc-lora": ("knowledge", "task"),
