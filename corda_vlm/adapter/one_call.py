@@ -13,13 +13,20 @@ from typing_extensions import Unpack
 
 from corda_vlm.adapter.attach import attach_adapter
 from corda_vlm.adapter.options import AttachKeywords, AttachOptions
-from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
+from corda_vlm.covariance import (
+    CovarianceStore,
+    GradientStore,
+    collect_covariance,
+    collect_gradient,
+)
+from corda_vlm.covariance.gradient import Loss
 from corda_vlm.covariance.options import CollectKeywords, CollectOptions
 from corda_vlm.covariance.tokens import Masks
-from corda_vlm.errors import UnknownNameError
+from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import Batch
-from corda_vlm.options import option_names, options_from
-from corda_vlm.plan import plan_adapter
+from corda_vlm.families.options import SiteOptions
+from corda_vlm.options import as_keywords, option_names, options_from
+from corda_vlm.plan import PLAN_METHODS, plan_adapter
 from corda_vlm.plan.options import PlanKeywords, PlanOptions
 
 
@@ -37,6 +44,8 @@ def adapt(
     device: torch.device | str | None = None,
     task_store: CovarianceStore | None = None,
     gradient: GradientStore | None = None,
+    task_batches: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
     adapter_name: str = "default",
     show_progress: bool = True,
     **options: Unpack[AdaptKeywords],
@@ -48,6 +57,8 @@ def adapt(
         batches: what the knowledge to keep ("kpm") or the new task ("ipm") looks like: a few hundred samples.
         forward, masks, path, device: as of `collect_covariance`.
         task_store, gradient: as of `plan_adapter`.
+        task_batches, loss: what the new task looks like, and its loss, in place of `gradient`: as of `collect_gradient`. For
+            the methods that start from it, e.g. "corda-natural".
         adapter_name: as of `attach_adapter`.
         options: of `CollectOptions`, `PlanOptions` and `AttachOptions`.
 
@@ -62,12 +73,35 @@ def adapt(
             raise UnknownNameError("option of adapt", option, set().union(*names))
     given: dict[str, Any] = dict(options)
     collecting, planning, attaching = ({k: v for k, v in given.items() if k in of} for of in names)
-    options_from(PlanOptions, planning, "adapt")  # before a long calibration
+    plans = options_from(PlanOptions, planning, "adapt")  # before a long calibration
     options_from(AttachOptions, attaching, "adapt")
+    _check_task(plans.method, gradient, task_batches)
     store = collect_covariance(
         model, batches, forward=forward, masks=masks, path=path, device=device, show_progress=show_progress, **collecting
     )  # fmt: skip
+    if task_batches is not None:
+        sites = as_keywords(plans, SiteOptions)
+        gradient = collect_gradient(model, task_batches, loss, show_progress=show_progress, **sites)
     plan = plan_adapter(
         model, store, task_store=task_store, gradient=gradient, show_progress=show_progress, **planning
     )  # fmt: skip
     return attach_adapter(model, plan, adapter_name=adapter_name, **attaching)
+
+
+def _check_task(
+    method: str, gradient: GradientStore | None, task_batches: Iterable[Batch] | None
+) -> None:
+    """Raise a `CordaError` unless a method that starts from the new task's gradient, and no other, is given one."""
+    given = (gradient is not None) + (task_batches is not None)
+    if PLAN_METHODS[method].of_gradient:
+        if given != 1:
+            raise CordaError(
+                f"method {method!r} starts from the gradient of the new task's loss: give task_batches= (and loss=), or "
+                "gradient=, one of the two"
+            )
+    elif given:
+        takers = ", ".join(sorted(name for name, m in PLAN_METHODS.items() if m.of_gradient))
+        raise CordaError(
+            f"method {method!r} does not look at the new task's loss; leave task_batches= and gradient= out, or take one of "
+            f"{takers}"
+        )

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from corda_vlm.adapter import load_adapter
+from corda_vlm.adapter import adapt, load_adapter
 from corda_vlm.adapter.paired import PairedConfig, base_of, paired_layers, trained
 from corda_vlm.covariance import (
     CovarianceStore,
@@ -170,7 +170,30 @@ def test_a_further_adapter_beside_one_of_ours(tiny_clip_hf):
     torch.testing.assert_close(outputs(peft_model), before, atol=0, rtol=0)
 
 
+def test_adapt_takes_the_new_task_in_one_call(tiny_clip_hf):
+    options = {"rank": 4, "towers": "vision", "method": "corda-natural", "show_progress": False}
+    batches, task = [make_batch()], [make_batch(seed=2)]
+    first = adapt(tiny_clip_hf, batches, task_batches=task, loss=image_loss, **options)
+    starts = {n: p.detach().clone() for n, p in first.named_parameters() if p.requires_grad}
+    bare = restore_method("corda-natural", first)
+    gradient = collect_gradient(bare, task, image_loss, towers="vision", show_progress=False)
+    second = adapt(bare, batches, gradient=gradient, **options)
+    for name, parameter in second.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, starts[name])
+
+
 class TestRefusals:
+    def test_adapt_is_given_the_task_once_and_where_it_is_looked_at(self, tiny_clip_hf):
+        def never(*_):
+            raise AssertionError("calibrated first")
+
+        given = {"forward": never, "towers": "vision", "rank": 4}
+        with pytest.raises(CordaError, match="one of the two"):
+            adapt(tiny_clip_hf, [make_batch()], method="corda-natural", **given)
+        with pytest.raises(CordaError, match="does not look at the new task's loss"):
+            adapt(tiny_clip_hf, [make_batch()], task_batches=[make_batch()], **given)
+
     @pytest.mark.parametrize("name", METHODS)
     def test_no_gradient(self, name, tiny_clip_hf):
         store = made_from(tiny_clip_hf)["store"]
