@@ -62,6 +62,7 @@ bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@$(BIN)/python eval/benchmarks/init_vs_peft.py --out runs/bench/init_vs_peft
 	@$(BIN)/python eval/benchmarks/base_modes.py --model vit-b32 --out runs/bench/base_modes.json
 	@$(BIN)/python eval/benchmarks/anchor_step.py --out runs/bench/anchor_step.json
+	@$(BIN)/python eval/benchmarks/terms_step.py | tee runs/bench/terms_step.txt
 	@$(BIN)/python eval/benchmarks/blockwise_memory.py $(SMOLLM2) --out runs/bench/blockwise_memory.json
 
 reliability: $(VENV)/.installed-dev

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from corda_vlm.adapter.options import AttachOptions
 from corda_vlm.covariance.options import CalibrationOptions
+from corda_vlm.data.spec import parse_spec
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.options import EvalOptions
@@ -262,6 +263,7 @@ def train(
             "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"
         )
     terms.check_data(knowledge is not None, "give --knowledge, a data spec as for calibrate")
+    terms.check_training(options, options.loss_for(parse_spec(data).format))
     checks.check_source(model)
     checks.check_data(data)
     named, asked = _listed_or_file(classes), _listed_or_file(templates)

@@ -94,12 +94,14 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     assert value[0.0] == base[0]["value"], "at none the one before training"
 
     anchored = ["train", "emoji-clip", digits, "--steps=3", "--batch-size=16", "--output=anchored"]
-    main([*anchored, "--anchor=30", "--covariance=covariance.safetensors"])
+    main([*anchored, "--anchor=30", "--covariance=covariance.safetensors", "--distill=30", "--distill-every=1",
+          "--knowledge", DRAWINGS, "--knowledge-samples=16"])  # fmt: skip
     history = [
         json.loads(line)
         for line in (tmp_path / "anchored" / "history.jsonl").read_text().splitlines()
     ]
     assert history[-1]["anchor"] > 0
+    assert history[-1]["distill"] > 0
 
     main(["export", "emoji-clip", "adapter/weights", "merged"])
     plain = (
@@ -133,6 +135,14 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
         (["evaluate", "emoji-clip", "emoji", "--scales=0.5"], "the model before training as MODEL"),
         (["evaluate", "emoji-clip", "emoji", "--scales=half"], "numbers separated by commas"),
         (["train", "emoji-clip", "sklearn:digits", "--anchor=30"], "give --covariance"),
+        (
+            ["train", "emoji-clip", "sklearn:digits", "--distill=30"],
+            "there are none: give --knowledge",
+        ),
+        (
+            ["train", "emoji-clip", "sklearn:digits", "--start-decay=1", "--weight-decay=0.1"],
+            "choose one of the two",
+        ),
         (["run", "configs/none.yaml"], "no file 'configs/none.yaml'"),
         (["report", "nowhere"], "nowhere"),
         (["run", "configs/demo.yaml", "--set", "[seeds=[0]]"], "is not a list in YAML"),

@@ -60,7 +60,7 @@ def _check_method(experiment: Experiment, name: str) -> None:
         raise CordaError(
             f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
         )
-    if (terms := variant.needs_data) and not method.changes_layers:
+    if (terms := variant.names) and not method.changes_layers:
         raise CordaError(
             f"variant {name!r} changes no layer, so that {terms[0]} has nothing to hold; leave it out"
         )
@@ -116,6 +116,11 @@ def _check_trainings(experiment: Experiment, name: str) -> None:
     _check_loss(name, loss, kind)
     if METHODS[experiment.method_of(name)].gradient:
         experiment.gradient_options(name)  # raises
+    try:
+        for one in options:
+            variant.check_training(one, one.loss_for(kind))
+    except CordaError as error:
+        raise CordaError(f"variant {name!r}: {error}") from None
     if loss == "linear" and experiment.scales_of(name):
         raise CordaError(
             f"variant {name!r} trains a linear head, which has no counterpart in the base model to be scaled "

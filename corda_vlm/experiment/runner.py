@@ -48,7 +48,7 @@ from corda_vlm.report import summary_table, write_report
 from corda_vlm.run_files import GRADIENTS, MADE_FROM, PLAN, SCORES, TRADEOFF
 from corda_vlm.sites import find_sites, model_fingerprint, site_shape
 from corda_vlm.train import task_gradient
-from corda_vlm.train.terms.make import KnowledgeData
+from corda_vlm.train.terms.make import KnowledgeData, check_terms
 from corda_vlm.train.terms.options import TermOptions
 from corda_vlm.train.trained import Trained
 
@@ -196,6 +196,8 @@ class ExperimentRunner:
             if method.has_rank and not variant.dynamic_rank:
                 check_rank({name: site_shape(model, name) for name in names}, request.rank)
             looked_at = [KNOWLEDGE] if self._looks_at_knowledge(name) else []
+            if variant.needs_data:
+                check_terms(variant, self.loaded.family, self.knowledge, f"variant {name!r}: ")
             for of in sorted({*method.covariances, *looked_at}):
                 self._check_calibrated(name, names, of)
 
@@ -370,7 +372,7 @@ class ExperimentRunner:
 
     def _train(self, training: Training) -> str:
         """Train and measure; returns what it gave, in a line."""
-        method = METHODS[training.method]
+        method, variant = METHODS[training.method], self.experiment.variants[training.variant]
         request = replace(self._request(training.variant), seed=training.seed)
         # a copy: adapters and full fine-tuning change the model in place
         prepared = method.prepare(copy.deepcopy(self.loaded.model), request)
@@ -384,8 +386,8 @@ class ExperimentRunner:
             classes=classes,
             templates=templates,
             knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training.variant) else None,
-            terms=narrowed(self.experiment.variants[training.variant], TermOptions),
-            knowledge_data=self.knowledge_data,
+            terms=narrowed(variant, TermOptions),
+            knowledge_data=self.knowledge_data if variant.needs_data else None,
             extra_loss=prepared.penalty,
         )
         facts = {

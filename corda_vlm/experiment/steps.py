@@ -41,7 +41,7 @@ from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import TrainOptions, TrainResult, train
-from corda_vlm.train.terms.make import KnowledgeData, make_terms
+from corda_vlm.train.terms.make import KnowledgeData, TaskData, make_terms
 from corda_vlm.train.terms.options import TermOptions
 from corda_vlm.train.terms.term import Penalty
 from corda_vlm.train.trained import Trained
@@ -220,7 +220,9 @@ def train_anchored(
         CordaError: what `train`, `anchor_penalty` and `make_terms` raise.
     """
     penalty = None if knowledge is None else anchor_penalty(model, knowledge)
-    others = make_terms(terms, model, processor, knowledge_data, options)
+    others = make_terms(
+        terms, model, processor, knowledge_data, TaskData(data, options, classes, templates)
+    )
     result = train(
         model,
         data,

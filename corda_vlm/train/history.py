@@ -8,7 +8,7 @@ from typing import Any
 
 from corda_vlm.jsonl import is_number, read_jsonl, wrong_field
 
-PENALTIES = ("anchor", "extra_loss", "distill", "replay")
+PENALTIES = ("anchor", "extra_loss", "distill", "replay", "kl_new", "ewc", "start_decay")
 """Terms of the loss by their names in the logs and in the history; who trains by own code may have others."""
 
 

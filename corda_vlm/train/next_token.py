@@ -38,6 +38,10 @@ class NextTokenObjective:
         right[learnt] = picked.detach().argmax(-1) == target
         return loss, right.all(1)
 
+    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "n v"]:
+        """Those that predict the labeled tokens."""
+        return answer_logits(model, batch)[0]
+
 
 def answer_logits(
     model: nn.Module, batch: Batch

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.data import Records
@@ -52,6 +53,15 @@ class PromptObjective:
     towers: tuple[str, ...] = ("vision",)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self.logits(model, batch)
+        with torch.autocast(logits.device.type, enabled=False):
+            if self.head is not None:
+                scale = self.contrastive.logit_scale(model).detach().float()
+                self.head.logit_scale.copy_(scale.clamp(max=100.0))
+            return _classified(logits, batch["labels"], self.label_smoothing)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "b classes"]:
+        """Scaled cosines of the images to the classes."""
         images = self.contrastive.encode_image(model, batch["pixel_values"])  # (B, D)
         if self.head is not None:
             classes = self.head.weight
@@ -61,10 +71,7 @@ class PromptObjective:
             classes = self.prompts.features(self.contrastive, model)  # (classes, D)
         with torch.autocast(images.device.type, enabled=False):
             scale = self.contrastive.logit_scale(model).float()
-            logits = prompt_logits(images, classes, capped(scale))
-            if self.head is not None:
-                self.head.logit_scale.copy_(scale.detach().clamp(max=100.0))
-            return _classified(logits, batch["labels"], self.label_smoothing)
+            return prompt_logits(images, classes, capped(scale))
 
 
 @dataclass

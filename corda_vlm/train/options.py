@@ -173,7 +173,7 @@ class TrainResult:
 
     Attributes:
         history: entries as in `history.jsonl`: step, epoch, seconds, loss, learning_rate, grad_norm,
-            samples_per_second, anchor and extra_loss where there are such (without their weights, and no part of
+            samples_per_second, each further term of the loss by its name (without its weight, and no part of
             loss); and eval_loss, eval_accuracy on their own steps.
         steps: optimizer steps done.
         seconds: spent in training, over all its resumptions.

@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.distributed import alike_everywhere, made_everywhere
 from corda_vlm.errors import CordaError, NotFiniteError
 from corda_vlm.sites import Site
+from corda_vlm.train.next_token import NextTokenObjective
+from corda_vlm.train.objectives import Objective
 from corda_vlm.train.terms.distill import distillation
+from corda_vlm.train.terms.kl_new import NewTaskDivergence
 from corda_vlm.train.terms.knowledge import Batches, Knowledge
 from corda_vlm.train.terms.options import DistillLoss, TermOptions
-from corda_vlm.train.terms.term import DataPenalty, Penalty, Term, check_weight
+from corda_vlm.train.terms.start_decay import StartPull
+from corda_vlm.train.terms.term import BatchPenalty, DataPenalty, Penalty, Term, check_weight
 
 
 @dataclass
@@ -70,16 +75,21 @@ class PenaltyMixin:
                 [float(zlib.crc32(json.dumps(term.plan, sort_keys=True).encode()))],
                 "Each would hold to another knowledge. Give every process the same records, in the same order",
             )
+        if isinstance(term.penalty, StartPull) and term.weight > 0:
+            self.add_callback(_Pulling(term.penalty, term.weight))  # type: ignore[attr-defined]
         self._noted()[term.name] = _Noted(term)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if any(isinstance(term.penalty, BatchPenalty) for term in self.terms):
+            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+            self._batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             trains = getattr(self.optimizer, "train", None)  # type: ignore[attr-defined]
             if callable(trains):  # schedule-free optimizers keep other weights for evaluations
                 trains()
             for noted in self._noted().values():
                 term = noted.term
-                if term.weight > 0 and self.state.global_step % term.every == 0:  # type: ignore[attr-defined]
+                if _by_gradient(term) and self.state.global_step % term.every == 0:  # type: ignore[attr-defined]
                     self._minimize(noted)
         return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
@@ -111,10 +121,10 @@ class PenaltyMixin:
 
     def _value(self, term: Term) -> Tensor:
         step = int(self.state.global_step)  # type: ignore[attr-defined]
-        if not isinstance(term.penalty, DataPenalty):
+        if not isinstance(term.penalty, DataPenalty | BatchPenalty):
             return term.value(step)
         with self.forward_context():
-            return term.value(step)
+            return term.value(step, self.__dict__.get("_batch"))
 
     def _mean(self, noted: _Noted) -> float:
         """The mean since this was last asked; of a term that is only logged, the value now."""
@@ -142,6 +152,21 @@ class PenaltyMixin:
     def _noted(self) -> dict[str, _Noted]:
         # made on demand, as a mixin that has no say in how its Trainer is constructed
         return self.__dict__.setdefault("_penalties", {})
+
+
+def _by_gradient(term: Term) -> bool:
+    """Is it minimized, rather than only logged or applied apart from the gradients?"""
+    return term.weight > 0 and not isinstance(term.penalty, StartPull)
+
+
+class _Pulling(TrainerCallback):
+    """Pulls the weights back before each step of the optimizer."""
+
+    def __init__(self, penalty: StartPull, weight: float) -> None:
+        self.penalty, self.weight = penalty, weight
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        self.penalty.pull(optimizer, self.weight)
 
 
 class AnchorMixin(PenaltyMixin):
@@ -227,6 +252,32 @@ class AnchorMixin(PenaltyMixin):
         )
         self.add_term(Term("distill", distill, weight, every))
         return distill
+
+    def stay_near(
+        self,
+        weight: float,
+        *,
+        every: int = TermOptions.kl_new_every,
+        objective: Objective | None = None,
+    ) -> BatchPenalty:
+        """From now on, add `weight` times the KL divergence from what the model answered on this batch before training; to
+        be called before `train()`.
+
+        Logs get "kl_new", not weighted. Of batches that are accumulated it looks at the last.
+
+        Args:
+            weight: 0 only logs it.
+            every: as in `penalize`.
+            objective: what compares classes: of `make_objective`, for models that compare images with texts; None for the
+                next tokens of batches with `labels`.
+
+        Raises:
+            CordaError: an objective without classes that the model had before.
+        """
+        check_weight(weight, "kl_new")
+        near = NewTaskDivergence(self.model, objective or NextTokenObjective())  # type: ignore[attr-defined]
+        self.add_term(Term("kl_new", near, weight, every))
+        return near
 
 
 def _refuse_pieces(trainer: Any, name: str) -> None:

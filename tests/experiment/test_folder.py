@@ -13,7 +13,9 @@ from corda_vlm.experiment import run
 from corda_vlm.experiment.folder import check_claim, claim, plain
 from corda_vlm.experiment.load import load_experiment, load_study
 from corda_vlm.files import asset
+from corda_vlm.options import option_names
 from corda_vlm.run_files import CONFIG, MADE_FROM, MARKER
+from corda_vlm.train.terms.options import TermOptions
 
 
 @pytest.fixture
@@ -231,6 +233,7 @@ def test_the_folder_of_a_former_version_is_gone_on_with(made, demo):
             "towers",
             "targets",
             "anchor_every",
+            *option_names(TermOptions),
         ):
             variant.pop(name, None)
     (made / CONFIG).write_text(yaml.safe_dump(former))

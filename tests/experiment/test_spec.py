@@ -143,6 +143,28 @@ def test_trainings_go_seed_by_seed():
             CordaError,
             "nothing to anchor",
         ),
+        (
+            {"variants__linear-probe": {"learning_rates": [1], "distill": 1}},
+            CordaError,
+            "'linear-probe' changes no layer, so that distill has nothing to hold",
+        ),
+        (
+            {"variants": {"lora": {"learning_rates": [1], "distill": 1}}, "calibration": None},
+            CordaError,
+            "'lora' has distill, which looks at records of that knowledge, and the experiment has no `calibration`",
+        ),
+        ({"variants__lora__distill": -1}, CordaError, "distill is -1"),
+        ({"variants__lora__distill_loss": "l2"}, UnknownNameError, "distill_loss 'l2'"),
+        (
+            {"variants__lora__kl_new": 1, "training__loss": "contrastive"},
+            CordaError,
+            "'lora': kl_new compares probabilities .* the contrastive loss has none",
+        ),
+        (
+            {"variants__lora__start_decay": 1, "training__weight_decay": 0.1},
+            CordaError,
+            "'lora': start_decay .* weight_decay .* choose one",
+        ),
     ],
 )
 def test_a_wrong_experiment_names_what_is_wrong(changes, error, message):

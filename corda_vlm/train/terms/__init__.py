@@ -12,17 +12,26 @@ from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
     from corda_vlm.train.terms.distill import distillation
-    from corda_vlm.train.terms.make import KnowledgeData, make_terms
+    from corda_vlm.train.terms.ewc import consolidation
+    from corda_vlm.train.terms.kl_new import NewTaskDivergence
+    from corda_vlm.train.terms.make import KnowledgeData, TaskData, make_terms
     from corda_vlm.train.terms.options import TermOptions
     from corda_vlm.train.terms.replay import replayed
-    from corda_vlm.train.terms.term import DataPenalty, Penalty, Term
+    from corda_vlm.train.terms.start_decay import StartDecay, StartPull
+    from corda_vlm.train.terms.term import BatchPenalty, DataPenalty, Penalty, Term
 
 _HOMES = {
+    "BatchPenalty": "term",
     "DataPenalty": "term",
     "KnowledgeData": "make",
+    "NewTaskDivergence": "kl_new",
     "Penalty": "term",
+    "StartDecay": "start_decay",
+    "StartPull": "start_decay",
+    "TaskData": "make",
     "Term": "term",
     "TermOptions": "options",
+    "consolidation": "ewc",
     "distillation": "distill",
     "make_terms": "make",
     "replayed": "replay",

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from corda_vlm.errors import CordaError
-from corda_vlm.families import detect_family, unwrap
+from corda_vlm.families import Family, detect_family, unwrap
 from corda_vlm.train.terms.features import FeatureDistillation
 from corda_vlm.train.terms.knowledge import Batches, Knowledge, as_knowledge
 from corda_vlm.train.terms.options import DistillLoss
@@ -47,16 +47,22 @@ def distillation(
     knowledge = as_knowledge(batches, batch_size=batch_size, seed=seed)
     bare = unwrap(model)
     family = detect_family(bare)
+    check_distillation(family, loss)
     folder = None if cache is None else Path(cache)
     if family.generative is not None:
-        if loss not in ("auto", "tokens"):
-            raise CordaError(
-                f"distillation by {loss} compares embeddings, and {type(bare).__name__} generates text: choose the loss tokens"
-            )
         return TokenDistillation(model, knowledge, folder)
-    if loss == "tokens":
-        raise CordaError(
-            f"distillation by tokens is for models that generate text, and {type(bare).__name__} gives embeddings: choose "
-            "cosine or similarity"
-        )
     return FeatureDistillation(model, family.need_contrastive(model), knowledge, loss, folder)
+
+
+def check_distillation(family: Family, loss: DistillLoss) -> None:
+    """Raise `CordaError` for a loss that compares what models of the family do not give."""
+    if family.generative is not None and loss not in ("auto", "tokens"):
+        raise CordaError(
+            f"distillation by {loss} compares embeddings, and models of the family {family.name!r} generate text: choose the "
+            "loss tokens"
+        )
+    if family.generative is None and loss == "tokens":
+        raise CordaError(
+            f"distillation by tokens is for models that generate text, and those of the family {family.name!r} give "
+            "embeddings: choose the loss cosine or similarity"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,12 +10,19 @@ from torch import nn
 
 from corda_vlm.data import BatchLoader, Records, make_batches
 from corda_vlm.data.text.chat_options import ChatOptions
+from corda_vlm.errors import CordaError
+from corda_vlm.families import Family, detect_family, unwrap
 from corda_vlm.families.base import Processor
+from corda_vlm.train.heads import Template
+from corda_vlm.train.objectives import make_objective
 from corda_vlm.train.options import TrainOptions
-from corda_vlm.train.terms.distill import distillation
+from corda_vlm.train.terms.distill import check_distillation, distillation
+from corda_vlm.train.terms.ewc import consolidation
+from corda_vlm.train.terms.kl_new import NewTaskDivergence
 from corda_vlm.train.terms.knowledge import RecordBatches
 from corda_vlm.train.terms.options import TermOptions
-from corda_vlm.train.terms.replay import replayed
+from corda_vlm.train.terms.replay import replay_loss_for, replayed
+from corda_vlm.train.terms.start_decay import StartDecay, StartPull
 from corda_vlm.train.terms.term import Term
 
 
@@ -49,32 +57,89 @@ class KnowledgeData:
         )
 
 
+@dataclass(frozen=True)
+class TaskData:
+    """What the training learns, and how; the fields as of `train`."""
+
+    records: Records
+    options: TrainOptions
+    classes: Sequence[str] | None = None
+    templates: Sequence[Template] | None = None
+
+
 def make_terms(
     options: TermOptions,
     model: nn.Module,
     processor: Processor,
     knowledge: KnowledgeData | None,
-    training: TrainOptions,
+    task: TaskData,
 ) -> list[Term]:
     """The terms of the loss that options ask for, the anchor aside.
 
     Args:
         model: as it is trained, before its first step.
         knowledge: the records of those that look at such.
-        training: whose seed orders them.
+        task: what is trained on; its seed orders the records of the knowledge.
 
     Raises:
         CordaError: a term that cannot be, for this model or without knowledge.
         DataError: the records lack what a term needs.
     """
+    if not options.names:
+        return []
     options.check_data(knowledge is not None, "pass the knowledge's records")
-    terms: list[Term] = []
-    if knowledge is None:
-        return terms
+    training = task.options.complete(task.records.spec.format)
+    options.check_training(training, training.loss)
+    terms = (
+        []
+        if knowledge is None
+        else _of_knowledge(options, model, processor, knowledge, training.seed)
+    )
+    if options.kl_new > 0:
+        family = detect_family(unwrap(model))
+        objective = make_objective(
+            training, model, family, processor, task.records, task.classes, task.templates
+        )
+        near = NewTaskDivergence(model, objective)
+        terms.append(Term("kl_new", near, options.kl_new, options.kl_new_every))
+    if options.start_decay > 0:
+        decay = (StartPull if options.start_decay_kind == "decoupled" else StartDecay)(model)
+        said = {"kind": options.start_decay_kind}
+        terms.append(Term("start_decay", decay, options.start_decay, identity=said))
+    return terms
+
+
+def check_terms(options: TermOptions, family: Family, records: Records, where: str = "") -> None:
+    """Raise what can be told of the knowledge's records before a model is prepared.
+
+    Args:
+        where: begins the message.
+
+    Raises:
+        CordaError: a term that is not for models of this family, or records that lack what a term needs.
+    """
+    try:
+        if options.distill > 0:
+            check_distillation(family, options.distill_loss)
+        if options.replay > 0:
+            replay_loss_for(family, records, options.replay_loss)
+    except CordaError as error:
+        raise CordaError(f"{where}{error}") from None
+
+
+def _of_knowledge(
+    options: TermOptions,
+    model: nn.Module,
+    processor: Processor,
+    knowledge: KnowledgeData,
+    seed: int,
+) -> list[Term]:
+    """Those that look at its records."""
 
     def records(size: int) -> RecordBatches:
-        return RecordBatches(knowledge.batches(processor, size), size, training.seed)
+        return RecordBatches(knowledge.batches(processor, size), size, seed)
 
+    terms = []
     if options.distill > 0:
         distill = distillation(
             model,
@@ -92,4 +157,11 @@ def make_terms(
             templates=options.replay_templates,
         )
         terms.append(Term("replay", again, options.replay, options.replay_every))
+    if options.ewc > 0:
+        ewc = consolidation(model, records(_OF_A_SQUARE), cache=knowledge.cache)
+        terms.append(Term("ewc", ewc, options.ewc, options.ewc_every, ewc.identity))
     return terms
+
+
+_OF_A_SQUARE = 4
+"""Records whose gradients are squared together: one by one is best and slowest."""

@@ -8,8 +8,12 @@ from typing import Literal
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.options import Count, NotNegative, check_options
+from corda_vlm.train.options import Loss, TrainOptions
+
+_TERMS = ("distill", "replay", "kl_new", "ewc", "start_decay")
 
 DistillLoss = Literal["auto", "cosine", "similarity", "tokens"]
+StartDecayKind = Literal["decoupled", "l2"]
 ReplayLoss = Literal["auto", "prompt", "contrastive", "next_token"]
 
 
@@ -33,17 +37,31 @@ class TermOptions(AnchorOptions):
         replay_templates: The prompts of the knowledge's class names, `{}` is the class.
         replay_batch_size: Records of the knowledge a step.
         replay_every: Replay is added at every so many steps only, with so many times the weight.
+        kl_new: Weight of the KL divergence from what the model answered before training, on the new task's own batch: over
+            the classes of its prompts, or over the next tokens.
+        kl_new_every: It is added at every so many steps only, with so many times the weight.
+        ewc: Weight of elastic weight consolidation: the change of each weight, squared, times the diagonal of the Fisher
+            information on records of the knowledge. Of an adapter the weight that it adapts counts.
+        ewc_every: It is added at every so many steps only, with so many times the weight.
+        start_decay: Decay of the trained matrices towards where they started; `weight_decay` of a training pulls to zero.
+        start_decay_kind: "decoupled": apart from the gradients, as AdamW's; "l2": through them.
     """
 
     distill: NotNegative = 0.0
     distill_loss: DistillLoss = "auto"
-    distill_batch_size: Count = 32
-    distill_every: Count = 4
+    distill_batch_size: Count = 16
+    distill_every: Count = 3
     replay: NotNegative = 0.0
     replay_loss: ReplayLoss = "auto"
     replay_templates: tuple[str, ...] = ("{}",)
-    replay_batch_size: Count = 32
-    replay_every: Count = 1
+    replay_batch_size: Count = 16
+    replay_every: Count = 3
+    kl_new: NotNegative = 0.0
+    kl_new_every: Count = 4
+    ewc: NotNegative = 0.0
+    ewc_every: Count = 1
+    start_decay: NotNegative = 0.0
+    start_decay_kind: StartDecayKind = "decoupled"
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -51,7 +69,36 @@ class TermOptions(AnchorOptions):
     @property
     def needs_data(self) -> list[str]:
         """The names of the terms that look at records of the knowledge."""
-        return [name for name in ("distill", "replay") if getattr(self, name) > 0]
+        return [name for name in ("distill", "replay", "ewc") if getattr(self, name) > 0]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the terms that have a weight, the anchor aside."""
+        return [name for name in _TERMS if getattr(self, name) > 0]
+
+    def check_training(self, training: TrainOptions, loss: Loss) -> None:
+        """Raise `CordaError` if a term contradicts what a training does.
+
+        Args:
+            loss: that of the training, where "auto" has been settled.
+        """
+        if self.start_decay > 0 and training.weight_decay > 0:
+            raise CordaError(
+                f"start_decay ({self.start_decay:g}) pulls the weights to where they started, and weight_decay "
+                f"({training.weight_decay:g}) pulls them to zero; choose one of the two"
+            )
+        if self.kl_new <= 0:
+            return
+        if loss not in ("prompt", "next_token"):
+            raise CordaError(
+                f"kl_new compares probabilities of classes or tokens with those before training, and the {loss} loss has none "
+                "that the model had before; choose the prompt or next_token loss, or distill in place of kl_new"
+            )
+        if training.train_head:
+            raise CordaError(
+                "kl_new compares the classes of the prompts with those before training, and train_head trains class vectors "
+                "apart from the prompts; leave one of the two out"
+            )
 
     def check_data(self, has_data: bool, remedy: str) -> None:
         """Raise `CordaError` if a term looks at records of the knowledge, and there are none.

@@ -62,7 +62,7 @@ def replayed(
         CordaError: prompts that cannot be built.
     """
     family, data = detect_family(unwrap(model)), knowledge.data
-    chosen = _loss_for(family, data, loss)
+    chosen = replay_loss_for(family, data, loss)
     size = int(knowledge.identity["batch_size"])
     options = TrainOptions(loss=chosen, steps=1, batch_size=size)
     objective = make_objective(options, model, family, processor, data, classes, templates)
@@ -73,16 +73,31 @@ def replayed(
     return Replay(model, knowledge, objective, said)
 
 
-def _loss_for(family: Family, data: Records, loss: ReplayLoss) -> Loss:
-    if loss != "auto":
-        return loss
-    if family.generative is not None:
-        return "next_token"
-    if data.labels is not None and data.class_names is not None:
-        return "prompt"
-    if data.texts is not None:
-        return "contrastive"
-    raise DataError(
-        f"{data.spec}: replay learns the knowledge's own labels or texts, and its records have neither; name their column "
-        "with label: or text:, or take distill, which needs pictures alone"
-    )
+def replay_loss_for(family: Family, data: Records, loss: ReplayLoss) -> Loss:
+    """The loss that records are replayed by.
+
+    Raises:
+        DataError: the records lack what it needs, or it is not for models of this family.
+    """
+    labeled = data.labels is not None and data.class_names is not None
+    if loss == "auto":
+        if family.generative is not None:
+            return "next_token"
+        if not labeled and data.texts is None:
+            raise DataError(
+                f"{data.spec}: replay learns the knowledge's own labels or texts, and its records have neither; name their "
+                "column with label: or text:, or take distill, which needs pictures alone"
+            )
+        return "prompt" if labeled else "contrastive"
+    if (loss == "next_token") != (family.generative is not None):
+        raise DataError(
+            f"{data.spec}: replay by the {loss} loss is not for models of the family {family.name!r}; leave replay_loss out"
+        )
+    lacks = {"prompt": not labeled, "contrastive": data.texts is None}
+    if lacks.get(loss):
+        missing = "labels" if loss == "prompt" else "texts"
+        raise DataError(
+            f"{data.spec}: replay by the {loss} loss needs {missing}, and the records of the knowledge have none; name their "
+            f"column with {missing.removesuffix('s')}:, or take distill, which needs pictures alone"
+        )
+    return loss

@@ -32,13 +32,21 @@ class DataPenalty(ABC):
         """What decides about its values, as JSON."""
 
 
+class BatchPenalty(ABC):
+    """A term that looks at the task's own batch of a step: of several that are accumulated, at the last."""
+
+    @abstractmethod
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """The penalty on a batch of the task: a scalar, differentiable."""
+
+
 @dataclass(frozen=True)
 class Term:
     """What a training minimizes besides the loss of its task.
 
     Attributes:
         name: its key in logs and in the history, where it is not weighted.
-        penalty: a function without arguments, which looks at the weights, or one of records.
+        penalty: a function without arguments, which looks at the weights; or one of records, or of the task's batch.
         weight: the loss gets so many times the penalty; 0 only logs it, without gradients.
         every: only at every so many steps, with so many times the weight: the sum over steps is the same.
         identity: what else decides about the weights, as JSON, for the plan of a training. That of a `DataPenalty` is its
@@ -49,7 +57,7 @@ class Term:
     """
 
     name: str
-    penalty: Penalty | DataPenalty
+    penalty: Penalty | DataPenalty | BatchPenalty
     weight: float = 1.0
     every: int = 1
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -65,8 +73,11 @@ class Term:
         own = self.penalty.identity if isinstance(self.penalty, DataPenalty) else {}
         return {"weight": self.weight, "every": self.every, **own, **self.identity}
 
-    def value(self, step: int) -> Tensor:
-        """The penalty at a step, not weighted."""
+    def value(self, step: int, batch: Mapping[str, Any] | None = None) -> Tensor:
+        """The penalty at a step, whose last batch is `batch`, not weighted."""
+        if isinstance(self.penalty, BatchPenalty):
+            assert batch is not None  # the trainer has one at every step
+            return self.penalty(batch)
         if isinstance(self.penalty, DataPenalty):
             return self.penalty(step // self.every)
         return self.penalty()

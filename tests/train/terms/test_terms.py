@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TrainerCallback
 
 from corda_vlm.data import load_records, make_batches
-from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families import detect_family
 from corda_vlm.methods import prepare_method
@@ -20,50 +17,18 @@ from corda_vlm.run_files import TEACHER
 from corda_vlm.train import TrainOptions, train
 from corda_vlm.train.history import read_history
 from corda_vlm.train.next_token import NextTokenObjective
-from corda_vlm.train.terms import KnowledgeData, Term, TermOptions, distillation, make_terms
+from corda_vlm.train.terms import (
+    KnowledgeData,
+    TaskData,
+    Term,
+    TermOptions,
+    distillation,
+    make_terms,
+)
 from corda_vlm.train.terms.features import FeatureDistillation
 from corda_vlm.train.terms.knowledge import as_knowledge
 from corda_vlm.train.terms.tokens import TokenDistillation, shares_of
-
-OPTIONS: dict[str, Any] = {
-    "steps": 8,
-    "batch_size": 16,
-    "log_every": 2,
-    "bf16": False,
-    "learning_rate": 1e-2,
-}
-PLAIN = ChatOptions(chat_template="plain")
-
-
-class Stop(TrainerCallback):
-    """Raises in the midst of a training, as a kill would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise RuntimeError("killed")
-
-
-@pytest.fixture
-def questions(tmp_path):
-    path = tmp_path / "qa.jsonl"
-    rows = [{"question": f"is {i} even?", "answer": "no" if i % 2 else "yes"} for i in range(10)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return load_records({"source": f"jsonl:{path}", "format": "qa"})
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def moved(model, by: float = 0.1) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(by * torch.randn_like(parameter))
-
+from tests.train.terms.conftest import OPTIONS, PLAIN, Stop, moved, weights
 
 # ------------------------------------------------------------------ what it is
 
@@ -152,11 +117,11 @@ def test_replay_is_the_knowledges_own_loss(tiny_llm, questions):
     model = prepare_method("lora", tiny_llm.model, rank=2)
     given = KnowledgeData(questions, chat=PLAIN)
     (term,) = make_terms(
-        TermOptions(replay=0.5, replay_batch_size=4),
+        TermOptions(replay=0.5, replay_batch_size=4, replay_every=1),
         model,
         tiny_llm.processor,
         given,
-        TrainOptions(loss="next_token"),
+        TaskData(questions, TrainOptions(loss="next_token")),
     )
     assert (term.name, term.weight, term.every) == ("replay", 0.5, 1)
     _, batch = as_knowledge(given.batches(tiny_llm.processor, 4)).at(2)
@@ -167,7 +132,9 @@ def test_replay_is_the_knowledges_own_loss(tiny_llm, questions):
 def test_replay_of_pictures(loss, kind, tiny_open_clip, held_out, processor):
     model = prepare_method("lora", tiny_open_clip, rank=2)
     asked = TermOptions(replay=1.0, replay_loss=loss, replay_batch_size=8, replay_every=2)
-    (term,) = make_terms(asked, model, processor, KnowledgeData(held_out), TrainOptions())
+    (term,) = make_terms(
+        asked, model, processor, KnowledgeData(held_out), TaskData(held_out, TrainOptions())
+    )
     assert term.plan["loss"] == kind
     first, same, other = term.value(0), term.value(1), term.value(2)
     assert torch.isfinite(first)
@@ -232,7 +199,11 @@ def test_tokens_are_kept_in_a_file(tiny_llm, questions, tmp_path):
 def clip_terms(model, held_out, processor, **asked):
     given = {"distill_batch_size": 8, "replay_batch_size": 8, **asked}
     return make_terms(
-        TermOptions(**given), model, processor, KnowledgeData(held_out), TrainOptions()
+        TermOptions(**given),
+        model,
+        processor,
+        KnowledgeData(held_out),
+        TaskData(held_out, TrainOptions()),
     )
 
 
@@ -299,7 +270,11 @@ def test_a_language_model_is_gone_on_with_to_the_bit(tiny_llm, questions, tmp_pa
             distill=1.0, distill_batch_size=4, distill_every=1, replay=0.5, replay_batch_size=4
         )
         terms = make_terms(
-            asked, model, tiny_llm.processor, KnowledgeData(questions, chat=PLAIN), options
+            asked,
+            model,
+            tiny_llm.processor,
+            KnowledgeData(questions, chat=PLAIN),
+            TaskData(questions, options),
         )
         train(model, questions, tiny_llm.processor, options=options, output_dir=folder, terms=terms,
               callbacks=callbacks, show_progress=False)  # fmt: skip
@@ -323,7 +298,7 @@ def test_the_plan_of_a_training_tells_its_terms(
 
     again(distill=30.0)
     plan = json.loads((tmp_path / "train.json").read_text())["terms"]["distill"]
-    assert (plan["weight"], plan["every"], plan["loss"]) == (30.0, 4, "cosine")
+    assert (plan["weight"], plan["every"], plan["loss"]) == (30.0, 3, "cosine")
     again(distill=30.0)
     for asked, match in (
         ({"distill": 10.0}, r"the distill's weight: 30\.0 there, 10\.0 now"),
@@ -367,18 +342,20 @@ def test_terms_that_cannot_be(tiny_open_clip, tiny_llm, held_out, questions, pro
     with pytest.raises(
         CordaError, match=r"distill looks at records of the knowledge .* there are none"
     ):
-        make_terms(TermOptions(distill=1.0), model, processor, None, TrainOptions())
+        make_terms(
+            TermOptions(distill=1.0), model, processor, None, TaskData(held_out, TrainOptions())
+        )
     with pytest.raises(CordaError, match="tokens is for models that generate text"):
         clip_terms(model, held_out, processor, distill=1.0, distill_loss="tokens")
     spoken = prepare_method("lora", tiny_llm.model, rank=2)
     given = KnowledgeData(questions, chat=PLAIN)
-    with pytest.raises(CordaError, match="generates text: choose the loss tokens"):
+    with pytest.raises(CordaError, match="generate text: choose the loss tokens"):
         make_terms(
             TermOptions(distill=1.0, distill_loss="cosine"),
             spoken,
             tiny_llm.processor,
             given,
-            TrainOptions(),
+            TaskData(questions, TrainOptions()),
         )
     unlabeled = make_batches(questions, tiny_llm.processor, batch_size=4, chat=PLAIN)
     bare = [{n: v for n, v in batch.items() if n != "labels"} for batch in unlabeled]
@@ -398,7 +375,13 @@ def test_replay_without_labels_or_texts(tiny_open_clip, processor):
     data = load_records({"source": "sklearn:digits", "split": "val", "limit": 8, "label": None})
     data.labels = data.class_names = data.texts = None
     with pytest.raises(DataError, match="its records have neither; name their column"):
-        make_terms(TermOptions(replay=1.0), model, processor, KnowledgeData(data), TrainOptions())
+        make_terms(
+            TermOptions(replay=1.0),
+            model,
+            processor,
+            KnowledgeData(data),
+            TaskData(data, TrainOptions()),
+        )
 
 
 def test_two_terms_of_one_name(tiny_open_clip, digits, processor, tmp_path):
