@@ -182,7 +182,7 @@ def takes_bf16(
     if taken != measured.worth_it:
         _say(_goes_on(chosen, measured))
     elif taken or without == "float32":
-        _say(f"{chosen}: {measured}")
+        _say(f"computes in {chosen}: {measured}")
     elif without == "bfloat16" and measured.ratio < 1:
         _warn_of_weights(measured)
     else:

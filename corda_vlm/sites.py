@@ -149,16 +149,25 @@ def lies_in(site: str, modules: Iterable[str]) -> bool:
     return f"{site}.".startswith(tuple(f"{module}." for module in modules))
 
 
-def site_shape(model: nn.Module, name: str) -> tuple[int, int]:
-    """(out, in) of a site's weight, packed or not.
+def site_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Name -> (out, in) of these sites' weights, packed or not; the model is walked once for all of them.
 
     Raises:
         NoSitesError: the model has no such layer.
     """
-    weight = _weights(unwrap(model)).get(name)
-    if weight is None:
-        raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
-    return weight.shape[0], weight.shape[1]
+    weights = _weights(unwrap(model))
+    shapes = {}
+    for name in names:
+        if name not in weights:
+            raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
+        out, inp = weights[name].shape
+        shapes[name] = (out, inp)
+    return shapes
+
+
+def site_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of one site's weight; raises as `site_shapes` does."""
+    return site_shapes(model, [name])[name]
 
 
 def model_fingerprint(model: nn.Module, family: str | Family = "auto") -> str:

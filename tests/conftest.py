@@ -45,6 +45,22 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def _text_sides() -> dict[Any, Any]:
+    return {}
+
+
+@pytest.fixture
+def one_text_side(_text_sides, monkeypatch) -> None:
+    """All evaluations share the text side of a model, as those of one run do: it is encoded again where it has changed."""
+    from corda_vlm.evaluation import Cache
+
+    def share(self: Any) -> None:
+        self.data, self.classifiers = {}, _text_sides
+
+    monkeypatch.setattr(Cache, "__init__", share)
+
+
 @contextmanager
 def unchecked() -> Iterator[None]:
     """The package as users run it: its annotations are not checked, so wrong arguments reach its own checks."""

@@ -43,7 +43,8 @@ def test_they_build_and_a_warning_is_an_error(tmp_path):
     assert "CovarianceStore" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("own_registrations")
+@pytest.mark.unchecked
+@pytest.mark.usefixtures("own_registrations", "one_text_side")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -52,6 +53,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
         exec(compile(block, str(page), "exec"), scope)
 
 
+@pytest.mark.unchecked
+@pytest.mark.usefixtures("one_text_side")
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
 def test_the_commands_of_a_page_work_one_after_another(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,8 @@ from corda_vlm.train import Head
 from corda_vlm.train.trained import load_trained
 from corda_vlm.train.weights import save_weights
 
+pytestmark = pytest.mark.unchecked  # a file holds what the annotations forbid
+
 FUZZ = settings(
     max_examples=60, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -135,7 +137,7 @@ def test_an_adapter(method, tiny_open_clip, tmp_path):
 
     assert works(loads)
 
-    @FUZZ
+    @settings(FUZZ, max_examples=30)
     @given(st.sampled_from(paths(described)), VALUES, HOW)
     def fuzzed(at, new, how):
         path.write_text(json.dumps(changed(described, at, new, how)))
@@ -146,7 +148,7 @@ def test_an_adapter(method, tiny_open_clip, tmp_path):
     fuzzed()
     path.write_text(json.dumps(described))
 
-    @FUZZ
+    @settings(FUZZ, max_examples=30)
     @given(st.sampled_from(paths(note)), VALUES, HOW)
     def noted(at, new, how):
         (tmp_path / "base.json").write_text(json.dumps(changed(note, at, new, how)))

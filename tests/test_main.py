@@ -39,6 +39,7 @@ def test_the_verbs_are_those_of_the_design():
     assert VERBS["init"] is VERBS["plan"], "as it was called before"
 
 
+@pytest.mark.usefixtures("one_text_side")
 def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["sites", "emoji-clip", "--towers", "vision"])

@@ -39,11 +39,13 @@ def test_auto_asks_the_machine_and_says_so_once(machine, caplog):
     machine(SLOW)
     assert not takes_bf16("auto", "cpu")
     assert not takes_bf16("auto", torch.device("cpu"))
-    assert caplog.messages == ["float32: bfloat16 is 30 times slower on this processor"]
+    assert caplog.messages == ["computes in float32: bfloat16 is 30 times slower on this processor"]
     assert fast_dtype("cpu") == torch.float32
     machine(FAST)
     assert takes_bf16("auto", "cpu")
-    assert caplog.messages[1:] == ["bfloat16: bfloat16 is 5 times faster on this processor"]
+    assert caplog.messages[1:] == [
+        "computes in bfloat16: bfloat16 is 5 times faster on this processor"
+    ]
     assert fast_dtype("cpu") == torch.bfloat16
 
 

@@ -26,7 +26,8 @@ COMMANDS = [words for language, block in BLOCKS if language == "sh" for words in
 WRITTEN_BY_DEFAULT = {"calibrate": "covariance.safetensors", "plan": "plan.json"}
 
 
-@pytest.mark.usefixtures("own_registrations")
+@pytest.mark.unchecked
+@pytest.mark.usefixtures("own_registrations", "one_text_side")
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
@@ -39,6 +40,8 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
     assert (tmp_path / "digits-clip" / "open_clip_model.safetensors").is_file()
 
 
+@pytest.mark.unchecked
+@pytest.mark.usefixtures("one_text_side")
 def test_the_verbs_of_the_readme_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     chain = [words[1:] for words in COMMANDS if words[0] == "corda-vlm" and words[1] != "run"]

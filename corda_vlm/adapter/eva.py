@@ -23,7 +23,7 @@ from corda_vlm.covariance.moments import SecondMoment
 from corda_vlm.decompose.basis import fix_signs
 from corda_vlm.errors import CordaError
 from corda_vlm.plan import check_made_from, check_rank
-from corda_vlm.sites import find_sites, model_fingerprint, site_shape
+from corda_vlm.sites import find_sites, model_fingerprint, site_shapes
 
 RHO = 2.0
 """PEFT's default: a site gets at most twice the rank."""
@@ -60,7 +60,7 @@ def attach_eva(
         )
     check_made_from(model_fingerprint(model), store, "covariances")
     names = [site.name for site in find_sites(model, towers=towers, roles=roles, targets=targets)]
-    check_rank({name: site_shape(model, name) for name in names}, rank)
+    check_rank(site_shapes(model, names), rank)
     directions, shares = _principal(store, names, round(rank * rho))
     ranks = share_out(shares, budget=rank * len(names))
     config = LoraConfig(

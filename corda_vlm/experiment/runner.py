@@ -46,7 +46,7 @@ from corda_vlm.plugins import named_in_command, run_plugins
 from corda_vlm.progress import note
 from corda_vlm.report import summary_table, write_report
 from corda_vlm.run_files import GRADIENTS, MADE_FROM, PLAN, SCORES, TRADEOFF
-from corda_vlm.sites import find_sites, model_fingerprint, site_shape
+from corda_vlm.sites import find_sites, model_fingerprint, site_shapes
 from corda_vlm.train import task_gradient
 from corda_vlm.train.terms.make import KnowledgeData, check_terms
 from corda_vlm.train.terms.options import TermOptions
@@ -95,7 +95,8 @@ class ExperimentRunner:
         self.run, self.experiment, self.folder = run, experiment, run.folder
         title = experiment.title or experiment.name
         load = replace(narrowed(experiment, LoadOptions), device=device or experiment.device)
-        note(f"{title}: {experiment.model} on {load.device}, into {run.folder}")
+        place = "" if load.device == "auto" else f" on {load.device}"
+        note(f"{title}: {experiment.model}{place}, into {run.folder}")
         self.suite = load_suite(experiment.suite)
         self.loaded = load_model(experiment.model, **as_keywords(load, LoadOptions))
         self.cache = Cache()
@@ -194,7 +195,7 @@ class ExperimentRunner:
             names = [site.name for site in sites]
             check_full_modules(model, variant.modules_to_save, names)
             if method.has_rank and not variant.dynamic_rank:
-                check_rank({name: site_shape(model, name) for name in names}, request.rank)
+                check_rank(site_shapes(model, names), request.rank)
             looked_at = [KNOWLEDGE] if self._looks_at_knowledge(name) else []
             if variant.needs_data:
                 check_terms(variant, self.loaded.family, self.knowledge, f"variant {name!r}: ")

@@ -18,7 +18,7 @@ from corda_vlm.families.options import SiteOptions
 from corda_vlm.methods.method import MethodRequest
 from corda_vlm.options import as_keywords
 from corda_vlm.plan import check_rank
-from corda_vlm.sites import find_sites, site_shape
+from corda_vlm.sites import find_sites, site_shapes
 
 
 def plain(
@@ -30,8 +30,8 @@ def plain(
 ) -> nn.Module:
     """PEFT's LoRA on every site, with alpha equal to the rank."""
     sites = find_sites(model, **as_keywords(request, SiteOptions))
-    check_rank({site.name: site_shape(model, site.name) for site in sites}, request.rank)
     ranks = {site.name: request.rank for site in sites}
+    check_rank(site_shapes(model, ranks), request.rank)
     config = LoraConfig(
         **lora_targets(ranks),
         use_dora=use_dora,
