@@ -26,7 +26,10 @@ from corda_vlm.train import Head
 from corda_vlm.train.trained import load_trained
 from corda_vlm.train.weights import save_weights
 
-pytestmark = pytest.mark.unchecked  # a file holds what the annotations forbid
+pytestmark = [
+    pytest.mark.unchecked,  # a file holds what the annotations forbid
+    pytest.mark.filterwarnings("ignore:::peft"),  # of entries that we changed
+]
 
 FUZZ = settings(
     max_examples=60, deadline=None, derandomize=True,
