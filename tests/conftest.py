@@ -56,7 +56,7 @@ def one_text_side(_text_sides, monkeypatch) -> None:
     from corda_vlm.evaluation import Cache
 
     def share(self: Any) -> None:
-        self.data, self.classifiers = {}, _text_sides
+        vars(self).update(data={}, classifiers=_text_sides)
 
     monkeypatch.setattr(Cache, "__init__", share)
 
