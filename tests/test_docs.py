@@ -44,6 +44,7 @@ def test_they_build_and_a_warning_is_an_error(tmp_path):
 
 
 @pytest.mark.unchecked
+@pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
 @pytest.mark.usefixtures("own_registrations", "one_text_side")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
@@ -54,6 +55,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatc
 
 
 @pytest.mark.unchecked
+@pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
 @pytest.mark.usefixtures("one_text_side")
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name)
 def test_the_commands_of_a_page_work_one_after_another(page, tmp_path, monkeypatch, capsys):
