@@ -229,6 +229,7 @@ def train(
     classes: list[str] | None = None,
     templates: list[str] | None = None,
     covariance: str | None = None,
+    task_covariance: str | None = None,
     knowledge: Data | None = None,
     knowledge_samples: Count = CalibrationOptions.samples,
     *,
@@ -257,10 +258,16 @@ def train(
         knowledge: Records of the knowledge, for the terms of the loss that look at such, e.g. distill: data as for
             `calibrate`.
         knowledge_samples: At most so many of them, drawn at random: the same as `calibrate --samples` draws.
+        task_covariance: The file that `calibrate` wrote of the new task, for --anchor-metric task.
     """
-    if terms.anchor and covariance is None:
+    if terms.anchors_to("knowledge") and covariance is None:
         raise CordaError(
             "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"
+        )
+    if terms.anchors_to("task") and task_covariance is None:
+        raise CordaError(
+            "--anchor-metric task needs to know the new task's inputs: give --task-covariance, the file that `corda-vlm "
+            "calibrate` wrote of its data"
         )
     terms.check_data(knowledge is not None, "give --knowledge, a data spec as for calibrate")
     terms.check_training(options, options.loss_for(parse_spec(data).format))
@@ -271,7 +278,8 @@ def train(
     if knowledge is not None:
         checks.check_data(knowledge)
     checks.check_file(plan, "plan", "make it by corda-vlm plan")
-    checks.check_file(covariance, "covariance", "make it by corda-vlm calibrate")
+    for path in (covariance, task_covariance):
+        checks.check_file(path, "covariance", "make it by corda-vlm calibrate")
     checks.check_output(output, folder=True)
     from corda_vlm.adapter import attach_adapter
     from corda_vlm.covariance import CovarianceStore
@@ -281,7 +289,10 @@ def train(
 
     records, loaded = steps.load_data(data), _loaded(model, load)
     names, prompts = steps.training_prompts(records, named, asked)
-    store = None if covariance is None else CovarianceStore.load(covariance, model=loaded.model)
+    store, task_store = (
+        None if path is None else CovarianceStore.load(path, model=loaded.model)
+        for path in (covariance, task_covariance)
+    )
     planned = AdapterPlan.load(plan, model=loaded.model)
     result, _ = steps.train_anchored(
         attach_adapter(loaded.model, planned, **as_keywords(attach, AttachOptions)),
@@ -301,6 +312,7 @@ def train(
             chat=narrowed(options, ChatOptions),
             cache=Path(output),
         ),
+        task=task_store,
     )
     print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.3f}")
     finished = result.resumed_from == result.steps

@@ -16,11 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from corda_vlm.adapter.paired import PairedLinear, difference, trained
 from corda_vlm.anchor.metric import Metric, Metrics
+from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.errors import CordaError
 
 
 class _Projected(torch.autograd.Function):
-    """`Q -> Q C Qᵀ` (n, k, k) and `Q C` (n, k, inp) for sites in a row; the first costs its gradient no product with C."""
+    """`Q -> Q C Qᵀ` (n, k, k) and `Q C` (n, k, inp) for sites in a row; the first costs its gradient no product with C.
+
+    With G for C and `Pᵀ` for Q as well.
+    """
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor, runs: Sequence[tuple[Metric, int]]) -> tuple[Tensor, Tensor]:
@@ -59,8 +63,11 @@ class Adapted:
         adapters: those active then; their changes add up.
         start: `B₀` (scaled), `A₀` of PEFT's own adapters where their product is not zero; ours carry theirs.
         metric, stream: of its inputs.
+        outputs: of its outputs; None where all count alike.
+        weight: of its share in the anchor.
         size: `‖W C^½‖_F²` of the layer as it was.
-        rows: DoRA: `v C vᵀ` (out,) and `v vᵀ` (out,) for the rows v of `W + B₀A₀`.
+        rows: DoRA: `v C vᵀ` (out,) and `v vᵀ` (out,) for the rows v of `V = W + B₀A₀`; where its outputs have a metric, in
+            place of the first `G ∘ V C Vᵀ` (out, out).
         gain: DoRA: magnitude over norm of each row as they were (out,).
     """
 
@@ -71,6 +78,8 @@ class Adapted:
     is_dora: bool
     stream: str = ""
     metric: Metric | None = None
+    outputs: Metric | None = None
+    weight: float = 0.0
     size: float = 0.0
     rows: tuple[Tensor, Tensor] | None = None
     gain: Tensor | None = None
@@ -115,20 +124,30 @@ class Adapted:
         B, A = first
         return weight + B.float() @ A.float()
 
-    def measured(self, metrics: Metrics) -> Adapted:
-        """Itself, with what of `W` and C is needed."""
+    def measured(self, metrics: Metrics, outputs: Outputs) -> Adapted:
+        """Itself, with what of `W`, C and G is needed."""
         weight = self.reference()
+        out, inp = weight.shape
         energies = metrics.row_energies(self.name, weight)
-        stream = metrics.store.stream_of(self.name)
-        metric = metrics.of(self.name, weight.device)
-        if not self.is_dora:
-            size = float(energies.sum())
-            return replace(self, stream=stream, metric=metric, size=size)
+        site = replace(
+            self,
+            stream=metrics.stream_of(self.name, inp),
+            metric=metrics.of(self.name, inp, weight.device),
+            outputs=outputs.metric(self.name, out, weight.device),
+            size=float(energies.sum()),
+        )
+        if self.is_dora:
+            site = site._measured_rows(weight, energies)
+        return replace(site, weight=outputs.weight(self.name, site.size, out))
+
+    def _measured_rows(self, weight: Tensor, energies: Float[Tensor, " out"]) -> Adapted:
         norms = weight.square().sum(1)
         gain = self.magnitude().detach().float() / norms.sqrt()
+        rows = energies.float()
+        if self.outputs is not None and self.metric is not None:
+            rows = self.outputs.rest * (self.metric.times(weight) @ weight.T)
         size = float((gain.double().square() * energies).sum())
-        rows = energies.float(), norms
-        return replace(self, stream=stream, metric=metric, size=size, rows=rows, gain=gain)
+        return replace(self, size=size, rows=(rows, norms), gain=gain)
 
     def magnitude(self) -> Float[Tensor, " out"]:
         return self.layer.lora_magnitude_vector[self.adapters[0]].weight  # pyright: ignore[reportReturnType]
@@ -148,9 +167,9 @@ class Adapters:
             for stream, count in zip(streams, counts, strict=True)
             if (metric := metrics[stream]) is not None
         ]
-        self.weights = torch.tensor(
-            [1 / site.size if site.size > 0 else 0.0 for site in self.sites]
-        )
+        # one of each layer's own, as each has its own outputs
+        self.outputs = [(metric, 1) for site in self.sites if (metric := site.outputs) is not None]
+        self.weights = torch.tensor([site.weight for site in self.sites])
 
     def factors(self) -> tuple[Float[Tensor, "n out k"], Float[Tensor, "n k inp"]]:
         """`P Q = ΔW` of every site, scaling included, in float32."""
@@ -178,11 +197,17 @@ class Adapters:
             self.weights = self.weights.to(P.device)
             H, Y = _Projected.apply(Q, self.runs)  # (n, k, k), (n, k, inp)
             is_dora = self.sites[0].is_dora
-            energies = self._dora(P, Q, H, Y) if is_dora else ((P.mT @ P) * H).sum((1, 2))
+            energies = self._dora(P, Q, H, Y) if is_dora else (self._gram(P)[0] * H).sum((1, 2))
         yield energies * self.weights
 
+    def _gram(self, P: Float[Tensor, "n out k"]) -> tuple[Tensor, Float[Tensor, "n k out"]]:
+        """`PᵀG P` (n, k, k) and `PᵀG`."""
+        if self.outputs:
+            return _Projected.apply(P.mT, self.outputs)
+        return P.mT @ P, P.mT
+
     def _dora(self, P: Tensor, Q: Tensor, H: Tensor, Y: Tensor) -> Float[Tensor, " n"]:
-        """`‖(s − s₀) V + s P Q‖²` in the metric of C, where s scales the rows and V is the weight at the start.
+        """`‖(s − s₀) V + s P Q‖²` in the metric of C, and of G, where s scales the rows and V is the weight at the start.
 
         `s` is the magnitude over the norm of the row of `V + P Q`, without a gradient through the norm, as PEFT's
         forward has it (DoRA, section 4.3).
@@ -198,25 +223,29 @@ class Adapters:
                 ),
                 strict=True,
             )
-        )  # (n, out) each
+        )  # (n, out) each; the first (n, out, out) where there is a G
         with torch.no_grad():
             VQ = torch.stack([v @ q.T for v, q in zip(V, Q, strict=True)])  # (n, out, k)
             norm = (norms + ((2 * VQ + P @ (Q @ Q.mT)) * P).sum(2)).clamp_min(0).sqrt()
         gain = torch.stack([site.magnitude() for site in self.sites]).float() / norm
         VY = torch.stack([v @ y.T for v, y in zip(V, Y, strict=True)])  # V C Qᵀ
-        cross, own = (P * VY).sum(2), ((P @ H) * P).sum(2)
         moved = gain - before
-        return (moved.square() * rows + 2 * moved * gain * cross + gain.square() * own).sum(1)
+        gram, through = self._gram(gain[:, :, None] * P)
+        still = ((rows @ moved[:, :, None])[:, :, 0] if self.outputs else rows * moved) * moved
+        cross = (through.mT * VY).sum(2) * moved
+        return (still + 2 * cross).sum(1) + (gram * H).sum((1, 2))
 
     def kept(self) -> list[Tensor]:
-        found: list[Tensor | None] = [t for m, _ in self.runs for t in (m.factor, m.rest)]
+        metrics = [metric for metric, _ in (*self.runs, *self.outputs)]
+        found: list[Tensor | None] = [t for m in metrics for t in (m.factor, m.rest)]
         found += [
             t for site in self.sites for t in (*(site.start or ()), *(site.rows or ()), site.gain)
         ]
         return [tensor for tensor in found if tensor is not None]
 
     def sketch(self) -> list[float]:
-        return [site.size for site in self.sites] + [n for m, _ in self.runs for n in m.sketch()]
+        metrics = [metric for metric, _ in (*self.runs, *self.outputs)]
+        return [site.size for site in self.sites] + [n for m in metrics for n in m.sketch()]
 
 
 def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

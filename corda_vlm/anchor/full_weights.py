@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from corda_vlm.anchor.metric import Metric, Metrics
+from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.attention import is_packed, packed_weights
 from corda_vlm.precision import fast_dtype
@@ -22,36 +23,48 @@ _BLOCK = 2**20
 
 
 class _Energy(torch.autograd.Function):
-    """`‖(W − W₀) C^½‖_F²`: the product that its value needs is half its gradient."""
+    """`‖(W − W₀) C^½‖_F²`, or `tr(G (W − W₀) C (W − W₀)ᵀ)`: the product that its value needs is half its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, before: Tensor, metric: Metric) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, before: Tensor, metric: Metric, outputs: Metric | None
+    ) -> Tensor:
         Y = torch.empty_like(before, dtype=torch.float32)  # (out, inp)
         energy = Y.new_zeros(())
         rows = max(1, _BLOCK // Y.shape[1])
         for now, then, y in zip(weight.split(rows), before.split(rows), Y.split(rows), strict=True):
             change = now.float() - then
             metric.times(change, out=y)
-            energy += torch.dot(change.flatten(), y.flatten())
+            if outputs is None:
+                energy += torch.dot(change.flatten(), y.flatten())
+        if outputs is not None:
+            Y = outputs.times(Y.mT).mT.contiguous()  # G (W − W₀) C
+            energy += torch.dot((weight.float() - before).flatten(), Y.flatten())
         ctx.dtype = weight.dtype
         ctx.save_for_backward(Y)
         return energy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (Y,) = ctx.saved_tensors
         # in place, so that there is one such matrix: a second pass over one graph is an error of autograd's
-        return Y.mul_(2 * grad).to(ctx.dtype), None, None
+        return Y.mul_(2 * grad).to(ctx.dtype), None, None, None
 
 
 class FullWeights:
     """Weights trained in full, each beside what it was: a copy, or the original that PEFT keeps of `modules_to_save`."""
 
-    def __init__(self, model: nn.Module, by_parent: dict[str, list[str]], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        by_parent: dict[str, list[str]],
+        metrics: Metrics,
+        outputs: Outputs,
+    ) -> None:
         self.model, self.by_parent = model, by_parent
         self.names = tuple(name for names in by_parent.values() for name in names)
-        self.before, self.metrics, self.weights = {}, {}, {}
+        self.before, self.metrics, self.outputs, self.weights = {}, {}, {}, {}
         self.copied: set[str] = set()
         for parent, names in by_parent.items():
             first = _weights_below(model, parent, names, as_trained=False)
@@ -61,11 +74,12 @@ class FullWeights:
                     before = before.clone()
                     self.copied.add(name)
                 size = float(metrics.row_energies(name, before).sum())
-                self.weights[name] = 1 / size if size > 0 else 0.0
+                self.weights[name] = outputs.weight(name, size, len(before))
                 self.before[name] = before
                 light = metrics.energy < 1
                 dtype = fast_dtype(before.device) if light else torch.float32
-                self.metrics[name] = metrics.of(name, before.device, dtype)
+                self.metrics[name] = metrics.of(name, before.shape[1], before.device, dtype)
+                self.outputs[name] = outputs.metric(name, len(before), before.device, dtype)
 
     def shares(self) -> Iterator[Float[Tensor, " n"]]:
         for parent, names in self.by_parent.items():
@@ -74,16 +88,22 @@ class FullWeights:
                 if self.before[name].device != weight.device:
                     self.before[name] = self.before[name].to(weight.device)
                 with torch.autocast(weight.device.type, enabled=False):
-                    energy = _Energy.apply(weight, self.before[name], self.metrics[name])
+                    energy = _Energy.apply(
+                        weight, self.before[name], self.metrics[name], self.outputs[name]
+                    )
                     found.append(energy * self.weights[name])
             yield torch.stack(found)
 
     def kept(self) -> list[Tensor]:
-        found = [t for m in self.metrics.values() for t in (m.factor, m.rest)]
+        found = [t for m in self._all_metrics() for t in (m.factor, m.rest)]
         return found + [self.before[name] for name in self.copied]
 
     def sketch(self) -> list[float]:
-        return [*self.weights.values(), *(n for m in self.metrics.values() for n in m.sketch())]
+        return [*self.weights.values(), *(n for m in self._all_metrics() for n in m.sketch())]
+
+    def _all_metrics(self) -> list[Metric]:
+        outputs = [metric for metric in self.outputs.values() if metric is not None]
+        return [*self.metrics.values(), *outputs]
 
 
 def _weights_below(

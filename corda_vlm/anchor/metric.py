@@ -42,12 +42,16 @@ class Metric:
 
 
 class Metrics:
-    """The metric of each stream, made once."""
+    """The metric of each stream, made once: C on the data of a store."""
 
     def __init__(self, store: CovarianceStore, energy: float) -> None:
         self.store, self.energy = store, energy
         self._made: dict[tuple[str, torch.dtype], Metric] = {}
         self._last: tuple[str, Tensor] | None = None
+
+    def stream_of(self, site: str, width: int) -> str:
+        """Sites of one stream have one metric."""
+        return self.store.stream_of(site)
 
     def matrix(self, site: str, device: torch.device) -> Float[Tensor, "inp inp"]:
         """C in float64; the one asked for last is kept, for the next site that reads the same inputs."""
@@ -67,13 +71,35 @@ class Metrics:
         product = weight @ self.matrix(site, weight.device).float()
         return (product * weight).sum(1, dtype=torch.float64)
 
-    def of(self, site: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Metric:
+    def of(
+        self, site: str, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Metric:
+        """The metric of a site's inputs, `width` of them."""
         key = self.store.stream_of(site), dtype
         if key not in self._made:
             matrix = self.matrix(site, device)
             truncated = _truncated(matrix, self.energy, dtype) if self.energy < 1 else None
             self._made[key] = truncated or _dense(matrix, dtype)
         return self._made[key]
+
+
+class IdentityMetrics(Metrics):
+    """All directions alike: what is left is the size of the weights."""
+
+    def __init__(self) -> None:
+        self.energy = 1.0
+
+    def stream_of(self, site: str, width: int) -> str:
+        return f"of width {width}"
+
+    def row_energies(self, site: str, weight: Float[Tensor, "out inp"]) -> Float[Tensor, " out"]:
+        return weight.float().square().sum(1, dtype=torch.float64)
+
+    def of(
+        self, site: str, width: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Metric:
+        ones = torch.ones(width, device=device)
+        return Metric(ones.new_zeros(width, 0, dtype=dtype), ones)
 
 
 def _truncated(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_vlm.covariance.observer import Observer, observe
+from corda_vlm.covariance.output_observer import OutputSide
 from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
@@ -101,6 +102,7 @@ class Calibration:
 
     Attributes:
         store: the one to add to, or None.
+        output_side: what of the output side is collected too.
     """
 
     model: nn.Module
@@ -112,6 +114,7 @@ class Calibration:
     precision: str
     device: torch.device | str | None
     store: CovarianceStore | None
+    output_side: OutputSide | None = None
 
     @property
     def base(self) -> tuple[str, ...]:
@@ -150,12 +153,21 @@ class Calibration:
             device=self.device,
             # One round of several is at work at a time: the others are on the disk.
             scratch=scratch if self.rounds > 1 else None,
+            output_side=self.output_side,
         ) as observer:
             if saved is not None:
                 observer.start_from(saved, resume=True)
             elif self.store is not None:
                 observer.start_from(self.store, resume=False)
             yield observer
+
+    def run(self, observer: Observer, batch: Batch) -> None:
+        """Count one batch."""
+        with observer.step(self.masks(batch)):
+            if observer.outputs is None:
+                self.forward(self.model, batch)
+            else:
+                observer.outputs.run(self.model, batch, observer.batches)
 
     def check_batches(self, count: int) -> None:
         """Raise `CalibrationError` unless so many batches are enough."""
@@ -192,6 +204,8 @@ class Calibration:
             what = f"has rounds={saved.round_count}, now {self.rounds}"
         elif saved.precision != self.precision:
             what = f"has precision={saved.precision!r}, now {self.precision!r}"
+        elif (outputs := self._other_outputs(saved)) is not None:
+            what = outputs
         elif not asked.items() <= saved.site_streams.items():
             missing = sorted(name for name, _ in asked.items() - saved.site_streams.items())
             what = f"lacks the sites {quoted(missing)}"
@@ -201,6 +215,21 @@ class Calibration:
             f"{path} {what}, so this calibration cannot go on from it. Give another path, or delete the file to start "
             "anew"
         )
+
+    def _other_outputs(self, saved: CovarianceStore) -> str | None:
+        """How its output side is not what is asked for; a finished file may have one that is not."""
+        if self.output_side is None:
+            finished = saved.progress is not None and saved.progress.complete
+            return (
+                None
+                if saved.outputs is None or finished
+                else "has an output side, now not asked for"
+            )
+        if saved.outputs is None:
+            return "has no output side, now output_side=True"
+        if saved.outputs.draws != self.output_side.draws:
+            return f"has draws={saved.outputs.draws}, now {self.output_side.draws}"
+        return None
 
 
 # ------------------------------------------------------------------ stopping and going on

@@ -19,8 +19,10 @@ from typing_extensions import Unpack
 
 from corda_vlm.covariance.blockwise import collect_blockwise, discard, folder_of
 from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Source
+from corda_vlm.covariance.model_output import outputs_of
 from corda_vlm.covariance.observer import Observer
 from corda_vlm.covariance.options import CollectKeywords, CollectOptions
+from corda_vlm.covariance.output_observer import OutputSide
 from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.distributed import (
@@ -31,7 +33,7 @@ from corda_vlm.distributed import (
     world_size,
 )
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
-from corda_vlm.families import Batch, any_family, token_masks
+from corda_vlm.families import Batch, Family, any_family, token_masks
 from corda_vlm.families.base import evaluating
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.files import check_path
@@ -88,13 +90,16 @@ def collect_covariance(
             `blockwise` gives the same matrices, on a CPU to the bit: a vision tower and projector come before the blocks, in
             one go. Each finished block is then a checkpoint, in the folder `PATH.blocks` until the last is done, so that
             the disk holds them twice for a moment; without a `path` they are in the folder of the system's temporary
-            files (`TMPDIR`), which had better not be in memory; and `checkpoint_share` has no say.
+            files (`TMPDIR`), which had better not be in memory; and `checkpoint_share` has no say. With `output_side` the
+            store gets `G = E[Σ_t g_t g_tᵀ]` of every site too, `g_t` being the gradients of a random scalar of what the
+            model gives out by the site's outputs, see `corda_vlm.covariance.output_side`: one backward pass for each of
+            the `draws`, without gradients of weights. They are of all rounds together, and in memory.
 
     Returns:
         The store; loaded lazily from `path` if there is one.
 
     Raises:
-        CordaError: blockwise, and the sites are not in blocks of a language model that can run one by one; a distributed
+        CordaError: an output side of a model that has none; blockwise, and the sites are not in blocks of a language model that can run one by one; a distributed
             run whose processes were given different batches, or that cannot compare them.
         CalibrationError: no batches, a batch that is no mapping, NaN or Inf in an input (names site and batch), a
             site that no token reached, padding that cannot be told, more rounds than batches.
@@ -175,12 +180,32 @@ def _job(
         asked.precision,
         device,
         store,
+        _output_side(model, family, sites, source, forward, asked),
     )
     if source.total is not None:
         job.check_batches(source.total)
     if store is not None:
-        _check_base(store, model, job.sites, asked.rounds)
+        _check_base(store, model, job.sites, asked)
     return job
+
+
+def _output_side(
+    model: nn.Module,
+    family: Family | None,
+    sites: Sequence[Site],
+    source: Source,
+    forward: Callable[[nn.Module, Batch], object] | None,
+    asked: CollectOptions,
+) -> OutputSide | None:
+    if not asked.output_side:
+        return None
+    if forward is not None:
+        raise CalibrationError(
+            "with output_side=True the model runs up to what it gives out, so forward= has no say; leave one of them out"
+        )
+    assert family is not None  # as there is no forward=
+    outputs = outputs_of(family, model, sites, asked.tokens)
+    return OutputSide(outputs, asked.draws, source.fingerprint)
 
 
 def _is_complete(
@@ -282,8 +307,7 @@ def _run(
             batch = next(remaining, None)
             if batch is None or interrupts.asked:
                 break
-            with observer.step(job.masks(batch)):
-                job.forward(job.model, batch)
+            job.run(observer, batch)
             speed = observer.tokens / (time.monotonic() - began)
             meter.update(tokens=f"{speed:,.0f}/s")
             checkpoint.after_batch()
@@ -322,7 +346,7 @@ def _is_finished(path: Path | None) -> bool:
 
 
 def _check_base(
-    store: CovarianceStore, model: nn.Module, sites: Sequence[Site], rounds: int
+    store: CovarianceStore, model: nn.Module, sites: Sequence[Site], options: CollectOptions
 ) -> None:
     """Raise unless the sums of this calibration can be added to `store`."""
     if (fingerprint := model_fingerprint(model)) != store.model_fingerprint:
@@ -336,9 +360,14 @@ def _check_base(
         raise CalibrationError(
             f"the store to add to differs in the sites {quoted(names)}; give sites=store.sites"
         )
-    if rounds != store.round_count:
+    if options.rounds != store.round_count:
         raise CalibrationError(
-            f"the store to add to has {store.round_count} rounds, not {rounds}; give rounds={store.round_count}"
+            f"the store to add to has {store.round_count} rounds, not {options.rounds}; give rounds={store.round_count}"
+        )
+    if options.output_side != (store.outputs is not None):
+        has = "no output side" if options.output_side else "an output side"
+        raise CalibrationError(
+            f"the store to add to has {has}; give output_side={not options.output_side}"
         )
 
 

@@ -1,21 +1,23 @@
-"""One round of one stream: in memory (`SecondMoment`), in a file, or empty."""
+"""One second moment of a store: in memory, in a file, or empty; and how it is written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from corda_vlm.covariance.file import CovarianceFile
+from corda_vlm.covariance.file import CovarianceFile, Pieces
 from corda_vlm.covariance.moments import SecondMoment, triangle_sizes
 
 
 @runtime_checkable
 class Entry(Protocol):
-    """One round of one stream: in memory (`SecondMoment`), in a file (`_Stored`), or `Empty`."""
+    """One round of one stream, or of the output side of a site: in memory (`SecondMoment`), in a file (`_Stored`), or `Empty`."""
 
     @property
     def size(self) -> int: ...
@@ -68,12 +70,32 @@ def stored(file: CovarianceFile, prefix: str, size: int, count: int) -> Entry:
     return _Stored(file, prefix, size, count, dtype)
 
 
-def means_of(entry: Entry) -> Iterator[Tensor]:
+def pieces_of(entry: Entry, prefix: str) -> dict[str, Pieces]:
+    """The tensors of an entry in a file, made when they are written; none of an empty one."""
+    if not entry.count:
+        return {}
+    length = sum(triangle_sizes(entry.size))
+    return {
+        f"{prefix}/means": Pieces(torch.float64, (2, entry.size), partial(_means, entry)),
+        f"{prefix}/triangle": Pieces(entry.dtype, (length,), partial(_triangle, entry)),
+    }
+
+
+def _means(entry: Entry) -> Iterator[Tensor]:
     moment = entry.read()
     yield torch.stack([moment.shift.double(), moment.mean])
 
 
-def triangle_of(entry: Entry) -> Iterator[Tensor]:
+def _triangle(entry: Entry) -> Iterator[Tensor]:
     moment = entry.read()
     yield from moment.triangle()
     moment.release()
+
+
+def placed(
+    entry: Entry, dtype: torch.dtype, device: torch.device | str, scratch: Path | None
+) -> SecondMoment:
+    """A sum of one's own to add to, of what an entry has."""
+    moment = entry.read().to(dtype=dtype, device=device, scratch=scratch)
+    moment.release()
+    return moment

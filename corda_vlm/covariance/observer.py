@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from corda_vlm.covariance.entries import Empty, Entry
+from corda_vlm.covariance.entries import Empty, Entry, placed
 from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
+from corda_vlm.covariance.output_observer import OutputObserver, OutputSide
 from corda_vlm.covariance.sharing import Sharing
 from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks, TokenSelector
@@ -23,6 +24,8 @@ from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.names import quoted
 from corda_vlm.sites import Site, get_linear, model_fingerprint
+
+_OUTPUT = "output side of "
 
 
 @contextmanager
@@ -34,6 +37,7 @@ def observe(
     precision: str = "float32",
     device: torch.device | str | None = None,
     scratch: Path | None = None,
+    output_side: OutputSide | None = None,
 ) -> Iterator[Observer]:
     """Hooks on the inputs of `sites` for the length of the block, exceptions included.
 
@@ -51,6 +55,8 @@ def observe(
         precision: "float32", "float64", or "bf16" (reduced-precision products, float32 sums).
         device: of the accumulators; None for that of the activations.
         scratch: a folder for accumulators on the CPU that shall live on disk; their files have no names.
+        output_side: what of the output side is collected too, by `observer.outputs.run` in place of the model; None for
+            nothing.
 
     Raises:
         UnknownNameError: `precision`.
@@ -65,6 +71,7 @@ def observe(
             device=device,
             scratch=scratch,
             loose_towers=any_family(model).loose_towers,
+            output_side=output_side,
         )
         stack.enter_context(unpacked(model))
         stack.callback(observer.detach)
@@ -78,7 +85,7 @@ class Observer:
     Attributes:
         batches: batches counted in full.
         tokens: tokens counted by this observer, the towers added up.
-        consistent: False only while, or after, an accumulator was left half way (out of memory): not to be saved.
+        outputs: what looks at the output side, None where nothing is asked of it.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class Observer:
         device: torch.device | str | None = None,
         scratch: Path | None = None,
         loose_towers: Collection[str] = (),
+        output_side: OutputSide | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise UnknownNameError("precision", precision, PRECISIONS)
@@ -105,7 +113,12 @@ class Observer:
         self._device, self._scratch = device, scratch
         self.model_fingerprint = model_fingerprint
         self.batches, self.tokens = 0, 0
-        self.consistent = True
+        self.outputs = (
+            None
+            if output_side is None
+            else OutputObserver(output_side, self.sites, precision, device)
+        )
+        self._whole = True  # no accumulator was left half way
         self._streams: dict[str, list[Site]] = {}
         for site in self.sites:
             self._streams.setdefault(site.stream, []).append(site)
@@ -121,6 +134,11 @@ class Observer:
         self._calls: Counter[str] = Counter()  # stream -> calls so far
         self._ahead: dict[str, int] = {}  # stream -> calls that are counted already
         self._rows: Counter[str] = Counter()  # stream -> rows it had
+
+    @property
+    def consistent(self) -> bool:
+        """False only while, or after, an accumulator was left half way (out of memory): not to be saved."""
+        return self._whole and (self.outputs is None or self.outputs.consistent)
 
     # ------------------------------------------------------------------ hooks
 
@@ -145,9 +163,13 @@ class Observer:
                     sharing.handles.append(handle)
             if sharing is not None:
                 self._sharing[stream] = sharing
+        if self.outputs is not None:
+            self.outputs.attach(linears)
 
     def detach(self) -> None:
         """Take the hooks off."""
+        if self.outputs is not None:
+            self.outputs.detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -212,12 +234,12 @@ class Observer:
             return  # counted before the exception after which this batch is repeated
         if len(rows):
             self._check_finite(site, rows)
-        self.consistent = False
+        self._whole = False
         moment = self._sum(stream, rows)
         moment.add(rows, self.precision)
         moment.release()  # its next turn is as many batches away as there are rounds
         self._ahead[stream] = self._calls[stream]
-        self.consistent = True
+        self._whole = True
 
     def _sum(self, stream: str, rows: Float[Tensor, "n d"]) -> SecondMoment:
         if stream not in self._placed:  # not before the device of the activations is known
@@ -226,7 +248,7 @@ class Observer:
             device = here if self._device is None else self._device
             dtype = PRECISIONS[self.precision]
             self._sums[stream] = [
-                _placed(entry, dtype, device, self._scratch) for entry in self._sums[stream]
+                placed(entry, dtype, device, self._scratch) for entry in self._sums[stream]
             ] or [
                 SecondMoment(rows.shape[1], dtype, device, self._scratch)
                 for _ in range(self.rounds)
@@ -273,8 +295,14 @@ class Observer:
             model_fingerprint=self.model_fingerprint,
             data_fingerprints=(*base, data),
             precision=self.precision,
-            progress=Progress(data, tuple(base), self.batches, dict(self._ahead), complete),
+            progress=Progress(data, tuple(base), self.batches, self._all_ahead(), complete),
+            outputs=self.outputs and self.outputs.moments(),
         )
+
+    def _all_ahead(self) -> dict[str, int]:
+        """Calls that are counted already, by stream, and gradients by site with a prefix that no stream has."""
+        outputs = {} if self.outputs is None else self.outputs.ahead
+        return self._ahead | {f"{_OUTPUT}{site}": number for site, number in outputs.items()}
 
     def start_from(self, store: CovarianceStore, *, resume: bool) -> None:
         """Go on from the sums of `store`; with `resume` also from its place in the data."""
@@ -285,9 +313,16 @@ class Observer:
         if resume and store.progress is not None:
             self.batches = store.progress.batches
             self._ahead = {s: n for s, n in store.progress.ahead.items() if s in self._streams}
+        if self.outputs is not None:
+            ahead = store.progress.ahead if resume and store.progress is not None else {}
+            prefixed = {f"{_OUTPUT}{site.name}": site.name for site in self.sites}
+            within = {prefixed[key]: n for key, n in ahead.items() if key in prefixed}
+            self.outputs.start_from(store.need_output_side(), within)
 
     def check_reached(self) -> None:
         """Raise `CalibrationError` naming the sites that no token reached, in any round or in one."""
+        if self.outputs is not None:
+            self.outputs.check_reached()
         counts = {stream: [s.count for s in sums] or [0] for stream, sums in self._sums.items()}
         missed = [site for site in self.sites if not any(counts[site.stream])]
         if missed:
@@ -311,14 +346,6 @@ class Observer:
                     f"no token reached {name} in round {numbers.index(0)} of {len(numbers)}; batches are dealt to the "
                     "rounds in turn. Take fewer rounds, more batches, or batches that have inputs for every tower"
                 )
-
-
-def _placed(
-    entry: Entry, dtype: torch.dtype, device: torch.device | str, scratch: Path | None
-) -> SecondMoment:
-    moment = entry.read().to(dtype=dtype, device=device, scratch=scratch)
-    moment.release()
-    return moment
 
 
 def _inside_backward() -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from corda_vlm.data.text.chat_options import ChatOptions
+from corda_vlm.errors import CordaError
 from corda_vlm.families.options import SiteKeywords, SiteOptions, Tokens
 from corda_vlm.options import Count, Range, Seed
 
@@ -26,6 +27,9 @@ class CollectOptions(SiteOptions):
         tokens: Which tokens of a language model's sequence count: all, prompt, response, image or text; padding never does.
         blockwise: Of a language model: run one block after another, with the covariances of one of them in memory.
         checkpoint_share: The share of the time, at most, that goes into writing checkpoints; 1 writes one after every batch.
+        output_side: Collect too what a change of each layer's outputs does to what the model gives out (CLIP's embeddings, a
+            language model's next token), for `anchor_output`: backward passes as well, and more memory and disk.
+        draws: Of the output side: random directions of each output, a backward pass each.
     """
 
     rounds: Count = 1
@@ -33,6 +37,16 @@ class CollectOptions(SiteOptions):
     tokens: Tokens = "all"
     blockwise: bool = False
     checkpoint_share: Annotated[float, Range(above=0, at_most=1)] = 0.1
+    output_side: bool = False
+    draws: Count = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output_side and self.blockwise:
+            raise CordaError(
+                "the output side takes gradients through the whole model, and blockwise runs one block at a time: leave one of "
+                "output_side and blockwise off"
+            )
 
 
 class CollectKeywords(SiteKeywords, total=False):
@@ -43,6 +57,8 @@ class CollectKeywords(SiteKeywords, total=False):
     tokens: Tokens
     blockwise: bool
     checkpoint_share: float
+    output_side: bool
+    draws: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 In the file, `ROUND/STREAM/triangle` is the upper triangle of T (row by row, d(d+1)/2 values), the second moment
 about a shift s, and `ROUND/STREAM/means` holds s and the mean m about it; `C = T + m sᵀ + s mᵀ + s sᵀ` is the
-second moment about zero. Sites, counts, fingerprints and progress are JSON in the header.
+second moment about zero. Sites, counts, fingerprints and progress are JSON in the header. `output/SITE/…` are the same of
+the output side of a site, in files that have it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial, reduce
+from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corda_vlm.covariance.entries import Entry, means_of, stored, triangle_of
+from corda_vlm.covariance.entries import Entry, pieces_of, stored
 from corda_vlm.covariance.file import CovarianceFile, Pieces, write
-from corda_vlm.covariance.moments import SecondMoment, triangle_sizes
-from corda_vlm.errors import CalibrationError, ForeignFileError, UnknownNameError
+from corda_vlm.covariance.moments import SecondMoment
+from corda_vlm.covariance.output_side import OutputMoments
+from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.names import quoted
 from corda_vlm.sites import Site
 from corda_vlm.sites import model_fingerprint as fingerprint_of
@@ -75,6 +76,7 @@ class CovarianceStore:
         data_fingerprints: of the calibration data, one for each collection that was merged in.
         precision: "float32", "float64" or "bf16"; joined by "+" when stores of several were merged.
         progress: of the calibration that made it, None for a merged store.
+        outputs: the output side of the sites, where it was collected.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class CovarianceStore:
         data_fingerprints: Sequence[str],
         precision: str,
         progress: Progress | None = None,
+        outputs: OutputMoments | None = None,
     ) -> None:
         self.sites = tuple(sites)
         self.site_streams = {site.name: site.stream for site in self.sites}
@@ -93,6 +96,7 @@ class CovarianceStore:
         self.data_fingerprints = tuple(data_fingerprints)
         self.precision = precision
         self.progress = progress
+        self.outputs = outputs
         self._entries = {stream: list(rounds) for stream, rounds in entries.items()}
         lengths = {len(rounds) for rounds in self._entries.values()}
         if len(lengths) != 1 or set(self.site_streams.values()) != set(self._entries):
@@ -149,6 +153,26 @@ class CovarianceStore:
         """The rounds of a stream, in memory or in the file; nothing is read."""
         return list(self._entries[stream])
 
+    def output_side(self, site: str) -> Covariance:
+        """`G = E[Σ_t g_t g_tᵀ]` (out, out) of a site, `g_t = ∂⟨v, f⟩/∂y_t`; its count is of outputs f that v was drawn for.
+
+        Raises:
+            CordaError: it was not collected.
+        """
+        self.stream_of(site)  # raises
+        outputs = self.need_output_side()
+        return Covariance(outputs.matrix(site), outputs.counts[site])
+
+    def need_output_side(self) -> OutputMoments:
+        """Raises `CordaError` where it was not collected."""
+        if self.outputs is None:
+            raise CordaError(
+                "these covariances have no output side, which says what a change of a layer's outputs does to the model's: "
+                "collect them with it, collect_covariance(..., output_side=True) or `corda-vlm calibrate --output-side` (in a "
+                "config calibration: {output_side: true})"
+            )
+        return self.outputs
+
     def summary(self) -> str:
         """A small table, a line for each tower and width."""
         groups: dict[tuple[str, int], dict[str, Site | None]] = {}
@@ -177,6 +201,7 @@ class CovarianceStore:
         return (
             f"{table}\n\n{self.round_count} round{'s' * (self.round_count != 1)}, {self.precision}, "
             f"model {self.model_fingerprint}, data {self.data_fingerprint}"
+            + ("" if self.outputs is None else f"\n{self.outputs.summary()}")
         )
 
     def __repr__(self) -> str:
@@ -206,6 +231,7 @@ class CovarianceStore:
             model_fingerprint=self.model_fingerprint,
             data_fingerprints=self.data_fingerprints + other.data_fingerprints,
             precision="+".join(sorted({*self.precision.split("+"), *other.precision.split("+")})),
+            outputs=self.outputs and other.outputs and self.outputs.merged(other.outputs),
         )
 
     # ------------------------------------------------------------------ files
@@ -215,15 +241,8 @@ class CovarianceStore:
         tensors: dict[str, Pieces] = {}
         for stream, entries in self._entries.items():
             for number, entry in enumerate(entries):
-                if entry.count:
-                    prefix, length = f"{number}/{stream}", sum(triangle_sizes(entry.size))
-                    tensors[f"{prefix}/means"] = Pieces(
-                        torch.float64, (2, entry.size), partial(means_of, entry)
-                    )
-                    tensors[f"{prefix}/triangle"] = Pieces(
-                        entry.dtype, (length,), partial(triangle_of, entry)
-                    )
-        about = {
+                tensors |= pieces_of(entry, f"{number}/{stream}")
+        about: dict[str, Any] = {
             "package_version": _package_version(),
             "model_fingerprint": self.model_fingerprint,
             "data_fingerprints": self.data_fingerprints,
@@ -236,6 +255,9 @@ class CovarianceStore:
             },
             "progress": None if self.progress is None else asdict(self.progress),
         }
+        if self.outputs is not None:
+            about["output_side"] = self.outputs.about()
+            tensors |= self.outputs.pieces()
         write(path, about, tensors)
         return Path(path)
 
@@ -282,7 +304,7 @@ class CovarianceStore:
             entries[stream] = [
                 stored(file, f"{n}/{stream}", meta["size"], c) for n, c in enumerate(meta["counts"])
             ]
-        saved = about["progress"]
+        saved, outputs = about["progress"], about.get("output_side")
         return cls(
             [Site(**site) for site in about["sites"]],
             entries,
@@ -290,6 +312,7 @@ class CovarianceStore:
             data_fingerprints=about["data_fingerprints"],
             precision=about["precision"],
             progress=None if saved is None else Progress(**{**saved, "base": tuple(saved["base"])}),
+            outputs=None if outputs is None else OutputMoments.read(file, outputs),
         )
 
 
@@ -324,6 +347,8 @@ def check_same(a: CovarianceStore, b: CovarianceStore) -> None:
         refuse(
             f"they have {a.round_count} and {b.round_count} rounds. Collect both with the same `rounds`"
         )
+    if (a.outputs is None) != (b.outputs is None):
+        refuse("one of them has no output side. Collect both with the same `output_side`")
 
 
 def _package_version() -> str:

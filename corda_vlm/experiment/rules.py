@@ -14,7 +14,7 @@ from corda_vlm.names import check_name
 from corda_vlm.run_files import PATTERNS
 
 if TYPE_CHECKING:
-    from corda_vlm.experiment.spec import Experiment
+    from corda_vlm.experiment.spec import Calibration, Experiment
 
 
 def check_variants(experiment: Experiment) -> None:
@@ -73,10 +73,20 @@ def _check_calibration(experiment: Experiment, name: str) -> None:
             f"variant {name!r} {why}, and the experiment has no `calibration`; say there which data stands "
             "for the knowledge to keep"
         )
+    if variant.anchor and variant.anchor_output != "none" and calibration is not None:
+        _check_output_side(name, variant.anchor_output, calibration)
     if variant.dynamic_covariance and calibration is not None and calibration.rounds < 2:
         raise CordaError(
             f"variant {name!r} chooses among calibration rounds, and there is one; give calibration.rounds, e.g. 4, "
             "or leave dynamic_covariance out"
+        )
+
+
+def _check_output_side(name: str, output_side: str, calibration: Calibration) -> None:
+    if not calibration.output_side:
+        raise CordaError(
+            f"variant {name!r} has an anchor with the output side {output_side}, and the calibration does not collect one; say "
+            "calibration: {output_side: true}, or leave anchor_output out"
         )
 
 
@@ -85,10 +95,12 @@ def _needs_calibration(experiment: Experiment, name: str) -> str | None:
     method = METHODS[experiment.method_of(name)]
     if method.needs_store:
         return f"is {method.name}, which takes its directions from data"
-    if experiment.variants[name].anchor:
+    if experiment.variants[name].anchors_to("knowledge"):
         return "has an anchor to that knowledge"
     if terms := experiment.variants[name].needs_data:
         return f"has {terms[0]}, which looks at records of that knowledge"
+    if experiment.variants[name].anchors_to("task"):
+        return "has an anchor with covariances of the task, which are collected as those of the knowledge are"
     return "is to log a forecast of forgetting" if experiment.forecast else None
 
 

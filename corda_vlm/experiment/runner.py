@@ -197,6 +197,7 @@ class ExperimentRunner:
             if method.has_rank and not variant.dynamic_rank:
                 check_rank(site_shapes(model, names), request.rank)
             looked_at = [KNOWLEDGE] if self._looks_at_knowledge(name) else []
+            looked_at += [TASK] if self._looks_at_task(name) else []
             if variant.needs_data:
                 check_terms(variant, self.loaded.family, self.knowledge, f"variant {name!r}: ")
             for of in sorted({*method.covariances, *looked_at}):
@@ -389,6 +390,7 @@ class ExperimentRunner:
             knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training.variant) else None,
             terms=narrowed(variant, TermOptions),
             knowledge_data=self.knowledge_data if variant.needs_data else None,
+            task=self.store(TASK) if self._looks_at_task(training.variant) else None,
             extra_loss=prepared.penalty,
         )
         facts = {
@@ -405,8 +407,12 @@ class ExperimentRunner:
 
     def _looks_at_knowledge(self, variant: str) -> bool:
         """Is there an anchor, or the same to be logged as a forecast? Where no layer changes, neither."""
-        wanted = self.experiment.variants[variant].anchor or self.experiment.forecast
-        return bool(wanted) and METHODS[self.experiment.method_of(variant)].changes_layers
+        asked = self.experiment.variants[variant]
+        wanted = asked.anchors_to("knowledge") or self.experiment.forecast
+        return wanted and METHODS[self.experiment.method_of(variant)].changes_layers
+
+    def _looks_at_task(self, variant: str) -> bool:
+        return self.experiment.variants[variant].anchors_to("task")
 
     def _scores_of(self, training: Training) -> str:
         """The first metric of each task at full strength, but of those that choose the learning rate."""

@@ -241,7 +241,14 @@ class Experiment(LoadOptions):
             if own[name] is None:
                 own[name] = getattr(self, name)
         own |= as_keywords(self.chat_of(data), ChatOptions)
-        return CalibrationOptions(**{**own, "rounds": own["rounds"] if data == "knowledge" else 1})
+        if data == "task":
+            own |= {"rounds": 1, "output_side": own["output_side"] and self._feels_task()}
+        return CalibrationOptions(**own)
+
+    def _feels_task(self) -> bool:
+        """Whether an anchor takes the output side on the new task."""
+        asked = self.variants.values()
+        return any(one.anchors_to("task") and one.anchor_output != "none" for one in asked)
 
     def gradient_options(self, variant: str) -> TaskGradientOptions:
         """The gradient of which loss, on how much of the new task, a variant's method starts from."""

@@ -43,7 +43,7 @@ from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import TrainOptions, TrainResult, train
 from corda_vlm.train.terms.make import KnowledgeData, TaskData, make_terms
 from corda_vlm.train.terms.options import TermOptions
-from corda_vlm.train.terms.term import Penalty
+from corda_vlm.train.terms.term import Penalty, Term
 from corda_vlm.train.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -201,6 +201,7 @@ def train_anchored(
     knowledge: CovarianceStore | None,
     terms: TermOptions,
     knowledge_data: KnowledgeData | None = None,
+    task: CovarianceStore | None = None,
     extra_loss: Penalty | None = None,
 ) -> tuple[TrainResult, float | None]:
     """Train a model that is prepared, and say how much it changed its outputs on the knowledge.
@@ -210,6 +211,7 @@ def train_anchored(
         knowledge: covariances of the knowledge to keep; None trains without an anchor and forecasts nothing.
         terms: what else the loss holds; with an anchor of 0 that is the forecast of forgetting alone.
         knowledge_data: records of the knowledge, for the terms that look at such.
+        task: covariances of the new task, for an anchor of that metric.
         extra_loss: the method's own term of the loss, `Prepared.penalty`.
 
     Returns:
@@ -219,10 +221,12 @@ def train_anchored(
         NotFiniteError: the training diverged, or its forecast is NaN or Inf.
         CordaError: what `train`, `anchor_penalty` and `make_terms` raise.
     """
-    penalty = None if knowledge is None else anchor_penalty(model, knowledge)
+    forecaster = None if knowledge is None else anchor_penalty(model, knowledge)
     others = make_terms(
         terms, model, processor, knowledge_data, TaskData(data, options, classes, templates)
     )
+    if terms.anchor and not terms.forecasts:
+        others.append(_anchor_term(model, terms, knowledge, task))
     result = train(
         model,
         data,
@@ -231,19 +235,36 @@ def train_anchored(
         output_dir=output_dir,
         classes=classes,
         templates=templates,
-        anchor=penalty,
-        anchor_weight=terms.anchor,
+        anchor=forecaster,
+        anchor_weight=terms.anchor if terms.forecasts else 0.0,
         anchor_every=terms.anchor_every,
         extra_loss=extra_loss,
         terms=others,
     )
-    if penalty is None:
+    if forecaster is None:
         return result, None
     with torch.no_grad():
-        forecast = float(penalty())
+        forecast = float(forecaster())
     if not math.isfinite(forecast):
         raise NotFiniteError(f"the forecast of forgetting is {forecast}")
     return result, forecast
+
+
+def _anchor_term(
+    model: nn.Module,
+    terms: TermOptions,
+    knowledge: CovarianceStore | None,
+    task: CovarianceStore | None,
+) -> Term:
+    """The anchor of another metric than that of the forecast, which stays in the history beside it."""
+    anchor = anchor_penalty(
+        model,
+        knowledge,
+        metric=terms.anchor_metric,
+        output_side=terms.anchor_output,
+        task_store=task,
+    )
+    return Term(anchor.name, anchor, terms.anchor, terms.anchor_every, anchor.identity)
 
 
 # ------------------------------------------------------------------ measuring

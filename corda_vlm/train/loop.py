@@ -285,12 +285,7 @@ def _anchored(anchor: Anchor | None, weight: float, every: int) -> list[Term]:
     """The anchor as a term, if there is one."""
     if anchor is None:
         return []
-    identity = {
-        "data": anchor.data_fingerprint,
-        "energy": anchor.energy,
-        "sites": len(anchor.sites),
-    }
-    return [Term("anchor", anchor, weight, every, identity)]
+    return [Term("anchor", anchor, weight, every, anchor.identity)]
 
 
 def _begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,6 @@ from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.distributed import alike_everywhere, made_everywhere
 from corda_vlm.errors import CordaError, NotFiniteError
-from corda_vlm.sites import Site
 from corda_vlm.train.next_token import NextTokenObjective
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.terms.distill import distillation
@@ -182,21 +181,20 @@ class AnchorMixin(PenaltyMixin):
 
     def anchor_to(
         self,
-        store: CovarianceStore | Anchor,
+        store: CovarianceStore | Anchor | None,
         weight: float,
         *,
         every: int = 1,
-        sites: Iterable[Site | str] | None = None,
-        energy: float | None = None,
+        **options: Any,
     ) -> Anchor:
         """From now on, add `weight` times the anchor; to be called before `train()`.
 
         Args:
             store: covariances of the knowledge, collected from the model before it was adapted; or an anchor that
-                was built already.
+                was built already; None with the metric "identity".
             weight: 0 only logs it, as a forecast of forgetting.
             every: as in `penalize`; worth it for full fine-tuning on a CPU, where the anchor takes a tenth of a step.
-            sites, energy: as in `anchor_penalty`, which also says what is raised.
+            options: `metric`, `output_side` and others of `anchor_penalty`, which also says what is raised.
 
         Raises:
             CordaError: as `penalize`; or processes of a distributed training whose matrices differ, on all of them.
@@ -207,7 +205,7 @@ class AnchorMixin(PenaltyMixin):
         def made() -> Anchor:
             if isinstance(store, Anchor):
                 return store
-            return anchor_penalty(self.model, store, sites=sites, energy=energy)  # type: ignore[attr-defined]
+            return anchor_penalty(self.model, store, **options)  # type: ignore[attr-defined]
 
         anchor = made_everywhere("the anchor", made)
         alike_everywhere(

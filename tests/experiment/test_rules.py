@@ -46,6 +46,12 @@ def test_what_keeps_to_the_rules_is_taken():
         ({"lora": lora(learning_rates=[1e-3, 1.0000001e-3])}, {}, "equal to six digits would sha"),
         ({"corda-kpm": {"learning_rates": [1e-3]}}, {}, "is corda-kpm, which takes its directions"),
         ({"lora": lora(anchor=1)}, {}, "'lora' has an anchor to that knowledge, and the experimen"),
+        ({"lora": lora(anchor=1, anchor_metric="task")}, {}, "has an anchor with covariances of the task"),
+        (
+            {"lora": lora(anchor=1, anchor_output="kfac")},
+            {"calibration": {"data": "sklearn:digits"}},
+            r"'lora' has an anchor with the output side kfac.*calibration: \{output_side: true\}",
+        ),
         ({"lora": lora()}, {"forecast": True}, "'lora' is to log a forecast of forgetting"),
         ({"lora": lora(scales=[1])}, {}, "'lora': scales hold 1"),
         ({"lora": lora()}, {"evaluation": {"scales": [0]}}, "'lora': scales hold 0"),

@@ -17,6 +17,7 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment import steps
 from corda_vlm.experiment.load import parse_experiment
 from corda_vlm.families import load_model
+from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
 from corda_vlm.train import TrainOptions
 from corda_vlm.train.terms.options import TermOptions
@@ -178,6 +179,40 @@ def trained_by(loaded, output):
         terms=TermOptions(),
     )
     return model, result, forecast
+
+
+def test_an_anchor_of_another_metric_is_a_term_beside_the_forecast(loaded, tmp_path):
+    """The forecast stays the relative change of outputs on the knowledge, so that trainings compare."""
+    data, felt = steps.load_data(NOTO), replace(FEW, **SOME, output_side=True)
+    store = steps.calibrate(loaded, data, tmp_path / "c", felt)
+    model = prepare_method("lora", loaded.model, rank=2, **SOME)
+    result, forecast = steps.train_anchored(
+        model,
+        steps.load_data(DIGITS),
+        loaded.processor,
+        options=TrainOptions(steps=2, batch_size=8, learning_rate=1e-3, log_every=1),
+        output_dir=tmp_path / "adapter",
+        classes=None,
+        templates=["{}"],
+        knowledge=store,
+        terms=TermOptions(anchor=30.0, anchor_output="kfac"),
+    )
+    assert {"anchor", "anchor_kfac"} <= result.history[-1].keys()
+    assert forecast == pytest.approx(anchor_of(model, store), rel=1e-3)
+    plan = json.loads((tmp_path / "adapter" / "train.json").read_text())
+    assert plan["terms"].keys() == {"anchor_kfac"}
+    assert plan["terms"]["anchor_kfac"]["output_side"] == "kfac"
+
+
+def anchor_of(model, store):
+    """What `lora` changed, which begins at zero: the mean of `‖ΔW C^½‖² / ‖W C^½‖²`."""
+    shares = []
+    for name in store:
+        layer, C = model.get_base_model().get_submodule(name), store[name].matrix.float()
+        change = layer.get_delta_weight("default").detach()
+        weight = layer.get_base_layer().weight.detach()
+        shares.append(float(((change @ C) * change).sum() / ((weight @ C) * weight).sum()))
+    return sum(shares) / len(shares)
 
 
 @pytest.mark.unchecked  # what stands for model and covariances is neither

@@ -7,7 +7,7 @@ from typing import Literal
 
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.errors import CordaError
-from corda_vlm.options import Count, NotNegative, check_options
+from corda_vlm.options import Count, NotNegative
 from corda_vlm.train.options import Loss, TrainOptions
 
 _TERMS = ("distill", "replay", "kl_new", "ewc", "start_decay")
@@ -64,7 +64,7 @@ class TermOptions(AnchorOptions):
     start_decay_kind: StartDecayKind = "decoupled"
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
 
     @property
     def needs_data(self) -> list[str]:

@@ -1,0 +1,178 @@
+"""Watch what a change of the sites' outputs would do to the model's: hooks on outputs and their gradients.
+
+One backward pass for each draw; gradients are taken of the layers' outputs alone, and each is added to its sum as
+soon as it is there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from corda_vlm.covariance.entries import Empty, Entry, placed
+from corda_vlm.covariance.model_output import Output, Outputs, generator_of
+from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
+from corda_vlm.covariance.output_side import OutputMoments
+from corda_vlm.errors import CalibrationError
+from corda_vlm.families import Batch
+from corda_vlm.sites import Site
+
+
+@dataclass(frozen=True)
+class OutputSide:
+    """What of a calibration is about the output side.
+
+    Attributes:
+        outputs: runs the model, and says what it gives out.
+        draws: of v for each output.
+        data: fingerprint of the batches, which v is drawn by.
+    """
+
+    outputs: Outputs
+    draws: int
+    data: str
+
+
+class OutputObserver:
+    """Sums `g gᵀ` of each site while `run` runs batches; the part of an `Observer` that looks at outputs."""
+
+    def __init__(
+        self,
+        asked: OutputSide,
+        sites: Sequence[Site],
+        precision: str,
+        device: torch.device | str | None,
+    ) -> None:
+        self.asked, self.sites = asked, {site.name: site for site in sites}
+        self.precision, self._device = precision, device
+        self.consistent = True
+        self._widths: dict[str, int] = {}
+        self._sums: dict[str, Entry] = {}
+        self._placed: set[str] = set()
+        self._counts: Counter[str] = Counter()
+        self._handles: list[RemovableHandle] = []
+        # of the batch in flight
+        self._starts: list[Tensor] | None = None
+        self._calls: Counter[str] = Counter()  # site -> gradients so far
+        self.ahead: dict[str, int] = {}  # site -> gradients that are counted already
+
+    def attach(self, linears: Mapping[str, nn.Linear]) -> None:
+        """Put the hooks on; site name -> layer."""
+        for name, linear in linears.items():
+            self._widths[name] = linear.out_features
+            self._handles.append(linear.register_forward_hook(self._hook(name)))
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._starts is None or not torch.is_grad_enabled():
+                return None
+            if not output.requires_grad:  # no parameter does: the gradient ends here
+                start = output.new_zeros((), requires_grad=True)
+                self._starts.append(start)
+                output = output + start
+            output.register_hook(lambda gradient: self._count(name, gradient))
+            return output
+
+        return hook
+
+    def run(self, model: nn.Module, batch: Batch, number: int) -> None:
+        """Run a batch forwards once, and backwards for each draw."""
+        self._calls.clear()
+        counts: Counter[str] = Counter()
+        with _frozen(model), torch.enable_grad():
+            self._starts = []
+            try:
+                outputs = self.asked.outputs(model, batch)
+                for draw in range(self.asked.draws):
+                    self._backward(outputs, number, draw)
+                    for output in outputs:
+                        counts.update(dict.fromkeys(self._fed_by(output), output.count))
+            finally:
+                self._starts = None
+        self._counts.update(counts)
+        self.ahead.clear()
+
+    def _backward(self, outputs: Sequence[Output], number: int, draw: int) -> None:
+        assert self._starts is not None
+        generator = generator_of(self.asked.data, number, draw)
+        value = torch.stack([output.draw(generator).cpu() for output in outputs]).sum()
+        if value.requires_grad and self._starts:
+            last = draw == self.asked.draws - 1
+            torch.autograd.grad(value, self._starts, retain_graph=not last, allow_unused=True)
+
+    def _fed_by(self, output: Output) -> list[str]:
+        towers = output.towers
+        return [name for name, site in self.sites.items() if towers is None or site.tower in towers]
+
+    @torch.no_grad()
+    def _count(self, name: str, gradient: Tensor) -> None:
+        self._calls[name] += 1
+        if self._calls[name] <= self.ahead.get(name, 0):
+            return  # counted before the exception after which this batch is repeated
+        rows = gradient.detach().reshape(-1, gradient.shape[-1])
+        if not bool(torch.isfinite(rows.abs().amax() if rows.numel() else torch.zeros(()))):
+            raise CalibrationError(
+                f"the gradient of what the model gives out by the output of {name!r} is NaN or Inf. None of it was counted; "
+                "run the model in float32 or bfloat16"
+            )
+        self.consistent = False
+        self._sum(name, rows).add(rows, self.precision)
+        self.ahead[name] = self._calls[name]
+        self.consistent = True
+
+    def _sum(self, name: str, rows: Tensor) -> SecondMoment:
+        if name not in self._placed:  # not before the device of the activations is known
+            here = "cpu" if rows.device.type == "mps" else rows.device
+            device = here if self._device is None else self._device
+            entry = self._sums.get(name, Empty(rows.shape[1]))
+            self._sums[name] = placed(entry, PRECISIONS[self.precision], device, None)
+            self._placed.add(name)
+        return self._sums[name].read()
+
+    # ------------------------------------------------------------------ the result
+
+    def moments(self) -> OutputMoments:
+        """What was counted. It shares the accumulators."""
+        entries = {name: self._sums.get(name, Empty(w)) for name, w in self._widths.items()}
+        counts = {name: self._counts[name] for name in self._widths}
+        return OutputMoments(entries, counts, self.asked.draws)
+
+    def start_from(self, moments: OutputMoments, ahead: Mapping[str, int]) -> None:
+        """Go on from these sums, and from this place in a batch."""
+        self._sums = {name: moments.entries[name] for name in self.sites}
+        self._counts = Counter({name: moments.counts[name] for name in self.sites})
+        self.ahead = dict(ahead)
+
+    def check_reached(self) -> None:
+        """Raise `CalibrationError` where no gradient reached any site."""
+        if not any(entry.count for entry in self._sums.values()):
+            raise CalibrationError(
+                "what the model gives out does not depend on any of the sites, so they have no output side; leave "
+                "output_side out"
+            )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
