@@ -74,6 +74,13 @@ class PenaltyMixin:
                 [float(zlib.crc32(json.dumps(term.plan, sort_keys=True).encode()))],
                 "Each would hold to another knowledge. Give every process the same records, in the same order",
             )
+        if isinstance(term.penalty, Anchor):
+            alike_everywhere(
+                "the matrices of the anchor",
+                term.penalty.sketch(),
+                "Each would hold to another knowledge. Calibrate once, in one process (collect_covariance(..., path=...) "
+                "or `corda-vlm calibrate`), and let every process load that file: CovarianceStore.load(path)",
+            )
         if isinstance(term.penalty, StartPull) and term.weight > 0:
             self.add_callback(_Pulling(term.penalty, term.weight))  # type: ignore[attr-defined]
         self._noted()[term.name] = _Noted(term)
@@ -175,8 +182,9 @@ class AnchorMixin(PenaltyMixin):
     trainer = Trainer(model=..., ...)
     trainer.anchor_to(store, weight=30)
 
-    Logs get "anchor": the mean relative change of the layers' outputs on the knowledge. Where the records of the
-    knowledge are at hand while it trains, `trainer.distill_from(batches, weight=30)` keeps more.
+    Logs get "anchor": the mean relative change of the layers' outputs on the knowledge; of another metric e.g.
+    "anchor_kfac". Where the records of the knowledge are at hand while it trains,
+    `trainer.distill_from(batches, weight=30)` keeps more.
     """
 
     def anchor_to(
@@ -208,13 +216,7 @@ class AnchorMixin(PenaltyMixin):
             return anchor_penalty(self.model, store, **options)  # type: ignore[attr-defined]
 
         anchor = made_everywhere("the anchor", made)
-        alike_everywhere(
-            "the matrices of the anchor",
-            anchor.sketch(),
-            "Each would hold to another knowledge. Calibrate once, in one process (collect_covariance(..., path=...) or "
-            "`corda-vlm calibrate`), and let every process load that file: CovarianceStore.load(path)",
-        )
-        self.penalize("anchor", anchor, weight, every=every)
+        self.add_term(Term(anchor.name, anchor, weight, every, anchor.identity))
         return anchor
 
     def distill_from(
