@@ -45,7 +45,9 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch,
 def test_the_verbs_of_the_readme_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     chain = [words[1:] for words in COMMANDS if words[0] == "corda-vlm" and words[1] != "run"]
-    assert {"sites", "calibrate", "plan", "train", "evaluate", "export"} == {w[0] for w in chain}
+    assert {"sites", "calibrate", "gradient", "plan", "train", "evaluate", "export"} == {
+        w[0] for w in chain
+    }
     for words in chain:
         main(words)
     assert "digits: top1" in capsys.readouterr().out
