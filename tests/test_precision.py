@@ -166,16 +166,16 @@ def test_a_training_that_goes_on_elsewhere_keeps_its_precision(
     from corda_vlm.files import read_json, write_json
     from corda_vlm.run_files import BEGUN
     from corda_vlm.train import TrainOptions
-    from corda_vlm.train.loop import _bf16
+    from corda_vlm.train.folder import runs_in_bf16
 
     options = TrainOptions(steps=1)
     machine(FAST)
-    assert _bf16(options, tmp_path, tiny_open_clip)
+    assert runs_in_bf16(options, tmp_path, tiny_open_clip)
     write_json(tmp_path / BEGUN, {"options": {"bf16": True}})
     machine(SLOW)
-    assert _bf16(options, tmp_path, tiny_open_clip)
-    assert not _bf16(options, tmp_path / "another", tiny_open_clip)
-    assert not _bf16(replace(options, bf16=False), tmp_path, tiny_open_clip)
+    assert runs_in_bf16(options, tmp_path, tiny_open_clip)
+    assert not runs_in_bf16(options, tmp_path / "another", tiny_open_clip)
+    assert not runs_in_bf16(replace(options, bf16=False), tmp_path, tiny_open_clip)
     assert read_json(tmp_path / BEGUN) == {"options": {"bf16": True}}
 
 

@@ -53,8 +53,8 @@ def test_what_keeps_to_the_rules_is_taken():
             r"'lora' has an anchor with the output side kfac.*calibration: \{output_side: true\}",
         ),
         ({"lora": lora()}, {"forecast": True}, "'lora' is to log a forecast of forgetting"),
-        ({"lora": lora(scales=[1])}, {}, "'lora': scales hold 1"),
-        ({"lora": lora()}, {"evaluation": {"scales": [0]}}, "'lora': scales hold 0"),
+        ({"lora": lora(scales=[2.5])}, {}, "'lora': scale 2.5 is not between 0"),
+        ({"lora": lora()}, {"evaluation": {"scales": [-1]}}, "'lora': scale -1 is not between 0"),
         ({"a/b": lora()}, {}, "a variant's name cannot be 'a/b'"),
         ({"lora": lora(), "LORA": lora()}, {}, "'lora' and 'LORA' would share a folder"),
         (

@@ -273,7 +273,7 @@ def test_what_cannot_be_trained_whole():
     for name, reason in (
         (
             "multi_modal_projector",
-            "has no module 'multi_modal_projector'; give the whole dotted path",
+            "has no module 'multi_modal_projector'; give the dotted path in full",
         ),
         ("model.multi_modal_projector", "has an adapter in the plan"),
     ):

@@ -314,7 +314,7 @@ def test_any_trainer_distills(tiny_clip_hf, tmp_path):
     drift = {}
     for weight in (0.0, 100.0):
         model = prepare_method("lora", copy.deepcopy(tiny_clip_hf), rank=2, towers="vision")
-        trainer = trainer_of(model, tmp_path / str(weight), steps=6, rate=0.3)
+        trainer = trainer_of(model, tmp_path / str(weight), steps=20, rate=0.02)
         distill = trainer.distill_from([batch(8), batch(4)], weight=weight, every=1)
         trainer.train()
         logged = [entry["distill"] for entry in trainer.state.log_history if "loss" in entry]
