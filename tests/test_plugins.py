@@ -85,7 +85,7 @@ def test_a_config_runs_the_plugin_beside_it_and_says_so(config, capsys, tmp_path
 def test_a_study_runs_it_for_each_of_its_experiments(config):
     study = load_study(config(study=True, plugins=["own.py"]))
     assert study.experiments["small"].plugins == ["own.py"]
-    with pytest.raises(CordaError, match="plugins cannot be 'own.py'; it must be a list"):
+    with pytest.raises(CordaError, match=r"plugins cannot be 'own.py'; it must be a list"):
         load_study(config(study=True, plugins="own.py"))
 
 

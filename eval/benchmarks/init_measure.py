@@ -471,9 +471,9 @@ def judge_layer(
     from corda_vlm.decompose import decompose
 
     asked: dict[str, Any] = {"rank": RANK, "components": COMPONENTS[mode]}
-    ours = decompose(weight, covariance, **asked | OURS | {"damping": damping})
+    ours = decompose(weight, covariance, **{**asked, **OURS, "damping": damping})
     # at the damping we recommend: what the knowledge itself, undamped, has to say about it
-    light = decompose(weight, covariance, **asked | OURS)
+    light = decompose(weight, covariance, **{**asked, **OURS})
     factors = {"peft": peft, "ours": (ours.B, ours.A), "ours at 1e-4": (light.B, light.A)}
     return {
         "name": name,

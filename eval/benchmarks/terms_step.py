@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corda_vlm import load_model, prepare_method
 from corda_vlm.data import load_records, make_batches
@@ -49,7 +50,7 @@ def main() -> None:
     family, processor = detect_family(loaded.model), loaded.processor
     objective = make_objective(options, model, family, processor, task, None, ["the digit {}"])
     batch = next(iter(make_batches(task, processor, batch_size=32)))
-    terms = {
+    terms: dict[str, Callable[[int], Tensor]] = {
         f"distill, {size} records": distillation(
             model, make_batches(known, processor, batch_size=size)
         )

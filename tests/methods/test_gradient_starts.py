@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -11,8 +13,6 @@ from torch import Tensor, nn
 from corda_vlm.adapter import adapt, load_adapter
 from corda_vlm.adapter.paired import PairedConfig, base_of, paired_layers, trained
 from corda_vlm.covariance import (
-    CovarianceStore,
-    GradientStore,
     collect_covariance,
     collect_gradient,
 )
@@ -40,7 +40,7 @@ def image_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (features @ torch.randn(features.shape[1], 4, generator=generator)).logsumexp(1).mean()
 
 
-def made_from(model: nn.Module) -> dict[str, CovarianceStore | GradientStore]:
+def made_from(model: nn.Module) -> dict[str, Any]:
     store = collect_covariance(model, [make_batch()], towers="vision", show_progress=False)
     task = collect_gradient(
         model, [make_batch(seed=2)], image_loss, towers="vision", show_progress=False
