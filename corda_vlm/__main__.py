@@ -16,7 +16,7 @@ from corda_vlm.verbs import VERBS
 
 _ABOUT = (
     "Fine-tune vision-language models without losing what they know. Each verb reads the file that the one before it \
-wrote, and refuses one made from another model or other data; calibrate, train and run go on from where they were \
+wrote, and refuses one made from another model or other data; calibrate, gradient, train and run go on from where they were \
 stopped. Every verb takes --quiet: results, warnings and errors alone, no progress; and --plugin FILE.py, which runs a file of yours first, e.g. to \
 register a method. What takes long tells how far it is every half minute where the standard error is a file, and \
 TQDM_DISABLE=1 turns that off."

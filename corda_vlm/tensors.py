@@ -237,8 +237,15 @@ class LazyTensors(Mapping[str, Tensor]):
         """Name -> checksum, once the header's other entries are what was written."""
         if CHECKSUMS not in self.metadata:
             return {}
-        noted = json.loads(self.metadata[CHECKSUMS])
-        if noted.get("") != _header_checksum(self.metadata) or {*noted} != {"", *self._names}:
+        try:
+            noted = json.loads(self.metadata[CHECKSUMS])
+        except ValueError:
+            noted = None
+        if (
+            not isinstance(noted, dict)
+            or {*noted} != {"", *self._names}
+            or noted[""] != _header_checksum(self.metadata)
+        ):
             raise ForeignFileError(
                 f"{shown(self._path)} is damaged: its header is not what was written (checksum). This {self._what} is of no "
                 f"use; {self._remedy}"

@@ -45,9 +45,11 @@ _ORIGIN = (
     "family",
     "model_fingerprint",
     "data_fingerprint",
+    "task_fingerprint",
     "rank",
     "damping",
     "a_norm",
+    "beta",
 )
 
 
@@ -102,10 +104,12 @@ def _config(
         "init_lora_weights": False,  # the factors are copied in
         "modules_to_save": check_full_modules(model, asked.modules_to_save, ranks) or None,
     }
+    origin = {name: getattr(plan, name) for name in _ORIGIN}
     # beside an adapter of ours PEFT wants another of its kind
     if plan.starts_at_zero and not isinstance(model, PeftModel):
-        return LoraConfig(**given)
-    origin = {name: getattr(plan, name) for name in _ORIGIN}
+        config = LoraConfig(**given)
+        config.origin = origin  # pyright: ignore[reportAttributeAccessIssue] # for who trains it: no field, so no file has it
+        return config
     return PairedConfig(**given, base=asked.base, freeze_a=asked.freeze_a, origin=origin)
 
 

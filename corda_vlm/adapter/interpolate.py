@@ -25,7 +25,7 @@ from corda_vlm.adapter.paired import PairedLinear, base_of
 from corda_vlm.errors import CordaError
 
 # PEFT's starts that leave the base weight as it was. The others write a residual into it, so W is gone.
-_LEAVE_THE_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+LEAVE_THE_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 def at_scale(
@@ -201,7 +201,7 @@ def _check_scalable(model: nn.Module, layers: Sequence[LoraLayer]) -> None:
     for adapter in model.active_adapters:
         config = model.peft_config[adapter]
         start = getattr(config, "init_lora_weights", True)
-        if str(start).lower() not in _LEAVE_THE_BASE:
+        if str(start).lower() not in LEAVE_THE_BASE:
             raise CordaError(
                 f"adapter {adapter!r} started with init_lora_weights={start!r}, for which PEFT changes the base weights: "
                 "scale 0 would not be the original model. Train it with this package's method, which keeps them"

@@ -44,7 +44,7 @@ def adapt(
     device: torch.device | str | None = None,
     task_store: CovarianceStore | None = None,
     gradient: GradientStore | None = None,
-    task_batches: Iterable[Batch] | None = None,
+    task_batches: Iterable[Batch | torch.Tensor | Sequence[Any]] | None = None,
     loss: Loss | None = None,
     adapter_name: str = "default",
     show_progress: bool = True,
@@ -75,7 +75,7 @@ def adapt(
     collecting, planning, attaching = ({k: v for k, v in given.items() if k in of} for of in names)
     plans = options_from(PlanOptions, planning, "adapt")  # before a long calibration
     options_from(AttachOptions, attaching, "adapt")
-    _check_task(plans.method, gradient, task_batches)
+    _check_task(plans.method, gradient, task_batches, loss)
     store = collect_covariance(
         model, batches, forward=forward, masks=masks, path=path, device=device, show_progress=show_progress, **collecting
     )  # fmt: skip
@@ -89,9 +89,16 @@ def adapt(
 
 
 def _check_task(
-    method: str, gradient: GradientStore | None, task_batches: Iterable[Batch] | None
+    method: str,
+    gradient: GradientStore | None,
+    task_batches: Iterable[Batch | torch.Tensor | Sequence[Any]] | None,
+    loss: Loss | None,
 ) -> None:
     """Raise a `CordaError` unless a method that starts from the new task's gradient, and no other, is given one."""
+    if loss is not None and task_batches is None:
+        raise CordaError(
+            "loss= is that of task_batches=, which are not given; give both, or neither"
+        )
     given = (gradient is not None) + (task_batches is not None)
     if PLAN_METHODS[method].of_gradient:
         if given != 1:

@@ -8,7 +8,8 @@ from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
     from corda_vlm.covariance.collect import collect_covariance
-    from corda_vlm.covariance.gradient import GradientStore, collect_gradient
+    from corda_vlm.covariance.gradient import collect_gradient
+    from corda_vlm.covariance.gradient_store import GradientStore
     from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
     from corda_vlm.covariance.observer import Observer, observe
     from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
@@ -19,7 +20,7 @@ _HOMES = {
     "CollectOptions": "options",
     "Covariance": "store",
     "CovarianceStore": "store",
-    "GradientStore": "gradient",
+    "GradientStore": "gradient_store",
     "Observer": "observer",
     "PRECISIONS": "moments",
     "Progress": "store",

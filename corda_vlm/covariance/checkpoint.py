@@ -20,6 +20,7 @@ from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.errors import CalibrationError, ForeignFileError
 from corda_vlm.families import Batch
+from corda_vlm.families.base import device_of, on_device
 from corda_vlm.files import sweep
 from corda_vlm.names import quoted
 from corda_vlm.sites import Site
@@ -59,9 +60,20 @@ class Source:
         self._iterator = chain([first], iterator)
         return _hash(first, self.total)
 
-    def after(self, done: int) -> Iterator[Any]:
-        """The batches after the first `done`."""
-        return map(self.as_mapping, islice(self._iterator or iter(self._batches), done, None))
+    def batches(self, done: int, device: torch.device) -> Iterator[Batch]:
+        """Those after the first `done`, on a device.
+
+        Raises:
+            CalibrationError: a batch that is no mapping.
+        """
+        remaining = islice(self._iterator or iter(self._batches), done, None)
+        for number, batch in enumerate(map(self.as_mapping, remaining), done):
+            if not isinstance(batch, Mapping):
+                raise CalibrationError(
+                    f"batch {number} (from 0) is a {type(batch).__name__}, not a mapping of the model's arguments such as "
+                    "{'pixel_values': ..., 'input_ids': ...}"
+                )
+            yield on_device(batch, device)
 
 
 def no_batches() -> CalibrationError:
@@ -82,15 +94,6 @@ def _hash(batch: object, total: int | None) -> str:
         elif isinstance(value, (str, int, float, list, tuple)):
             digest.update(repr(value).encode())
     return digest.hexdigest()
-
-
-def on_device(device: torch.device, batch: Batch) -> Batch:
-    if all(value.device == device for value in batch.values() if isinstance(value, Tensor)):
-        return batch
-    return {
-        key: value.to(device) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
 
 
 # ------------------------------------------------------------------ what is asked for
@@ -127,14 +130,7 @@ class Calibration:
         Raises:
             CalibrationError: a batch that is no mapping.
         """
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        for number, batch in enumerate(self.source.after(done), done):
-            if not isinstance(batch, Mapping):
-                raise CalibrationError(
-                    f"batch {number} (from 0) is a {type(batch).__name__}, not a mapping of the model's arguments such as "
-                    "{'pixel_values': ..., 'input_ids': ...}"
-                )
-            yield on_device(device, batch)
+        yield from self.source.batches(done, device_of(self.model))
 
     @contextmanager
     def observing(

@@ -51,6 +51,11 @@ class Basis:
     total_energy: float
 
 
+def float64_device(tensor: Tensor) -> torch.device:
+    """Where to compute in float64: the tensor's own device, or the CPU where that has none (mps)."""
+    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
 def worth_iterating(size: int, rank: int) -> bool:
     """Whether the fast route pays: measured on one thread, it does not below some 200 rows."""
     return size >= 256 and 4 * (rank + EXTRA) <= size

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from corda_vlm.decompose.basis import fix_signs
+from corda_vlm.decompose.basis import fix_signs, float64_device
 from corda_vlm.decompose.decomposition import Decomposition, check_covariance, check_weight
 from corda_vlm.decompose.energy import damp
 from corda_vlm.decompose.split import split_projection
@@ -52,7 +52,7 @@ def decompose_contrast(
         check_covariance(name, covariance, weight)
     check_beta(beta)
     out, inp = weight.shape
-    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    device = float64_device(weight)
     w = weight.detach().to(device, torch.float64)
     knowledge = keep.to(device, torch.float64)
     contrast = (1 - beta) * task.to(device, torch.float64) - beta * knowledge  # (inp, inp)

@@ -13,6 +13,7 @@ from torch import Tensor
 from corda_vlm.decompose.basis import (
     Basis,
     Components,
+    float64_device,
     input_exact,
     input_fast,
     output_exact,
@@ -102,15 +103,14 @@ def decompose(
         UnknownNameError: components, side or route.
     """
     _check(weight, covariance, rank, components, power, side, damping, a_norm, route)
-    # float64 needs a device that has it
-    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    device = float64_device(weight)
     w = weight.detach().to(device, torch.float64, copy=True)
     norm = float(torch.linalg.norm(w)) or 1.0
     w.div_(norm)
     root = Root(covariance, power, damping, device)
     # Without C the sides agree: W P P^T = Q Q^T W for the singular vectors of W itself.
     on_input = side == "input" and root.c is not None
-    basis = _basis(w, root, rank, components, route, seed, on_input=on_input)
+    basis = find_basis(w, root, rank, components, route, seed, on_input=on_input)
     if on_input:
         b, a, floored = split_input(w, basis, norm, a_norm)
         chosen = (w @ basis.vectors) * basis.values  # W P Λ^power
@@ -132,7 +132,7 @@ def decompose(
     )
 
 
-def _basis(
+def find_basis(
     w: Float[Tensor, "out inp"],
     root: Root,
     rank: int,
@@ -140,7 +140,7 @@ def _basis(
     route: Route,
     seed: int,
     *,
-    on_input: bool,
+    on_input: bool = False,
 ) -> Basis:
     """The chosen directions, by the fast route where it is asked for or pays, and can."""
     size = w.shape[1] if on_input else min(w.shape)

@@ -19,18 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from corda_vlm.decompose.basis import (
-    Basis,
-    fix_signs,
-    output_exact,
-    output_fast,
-    worth_iterating,
-)
+from corda_vlm.decompose.basis import Basis, fix_signs, float64_device
 from corda_vlm.decompose.decomposition import (
     Decomposition,
     Route,
     check_covariance,
     check_weight,
+    find_basis,
 )
 from corda_vlm.decompose.orient import Root
 from corda_vlm.errors import CordaError
@@ -54,9 +49,9 @@ def decompose_gradient(
     *,
     rank: int,
     damping: float,
-    a_norm: float | None = None,
-    route: Route = "auto",
-    seed: int = 0,
+    a_norm: float | None,
+    route: Route,
+    seed: int,
 ) -> Decomposition:
     """`B = 0` and `A = U_r^T G C'^-1`, each row at norm `a_norm`: what a natural-gradient step of rank r would see.
 
@@ -79,7 +74,7 @@ def decompose_gradient(
     """
     g, norm = _unit(gradient, covariance, rank, damping, a_norm)
     root = Root(covariance, -0.5, damping, g.device)
-    basis = _largest(g, root, rank, route, seed)
+    basis = find_basis(g, root, rank, "largest", route, seed)
     dead = basis.values <= _NOTHING * basis.total_energy
     seen = _alive(basis.vectors.mT @ g, dead, seed)  # (r, inp)
     rows = seen if covariance is None else root.inverse(seen.mT).mT
@@ -91,9 +86,9 @@ def decompose_lora_ga(
     gradient: Float[Tensor, "out inp"],
     *,
     rank: int,
-    a_norm: float | None = None,
-    route: Route = "auto",
-    seed: int = 0,
+    a_norm: float | None,
+    route: Route,
+    seed: int,
 ) -> Decomposition:
     """LoRA-GA (arXiv 2407.05000, equation 11): A the first r right singular vectors of G, B the next r left ones.
 
@@ -112,7 +107,7 @@ def decompose_lora_ga(
             f"{min(g.shape) // 2} at most"
         )
     root = Root(None, 0.0, 0.0, g.device)
-    both = _largest(g, root, 2 * rank, route, seed)
+    both = find_basis(g, root, 2 * rank, "largest", route, seed)
     right = torch.linalg.qr(g.mT @ both.vectors[:, :rank]).Q  # (inp, r)
     scale = len(g) ** 0.25 / GAMMA**0.5
     own = scale if a_norm is None else a_norm
@@ -128,9 +123,9 @@ def decompose_keep_lora(
     covariance: Float[Tensor, "inp inp"],
     *,
     rank: int,
-    a_norm: float | None = None,
-    route: Route = "auto",
-    seed: int = 0,
+    a_norm: float | None,
+    route: Route,
+    seed: int,
 ) -> Decomposition:
     """KeepLoRA (arXiv 2601.19659): A the first right singular vectors of G off what the model uses; it is trained frozen.
 
@@ -147,7 +142,9 @@ def decompose_keep_lora(
     used = _principal(weight.to(g), covariance.to(g))  # (inp, k)
     rest = g - (g @ used) @ used.mT
     root = Root(None, 0.0, 0.0, g.device)
-    basis = replace(_largest(rest, root, rank, route, seed), total_energy=1.0)  # that of all of G
+    basis = replace(
+        find_basis(rest, root, rank, "largest", route, seed), total_energy=1.0
+    )  # that of all of G
     dead = basis.values <= _NOTHING
     seen = _alive(basis.vectors.mT @ rest, dead, seed)
     seen = seen - (seen @ used) @ used.mT
@@ -166,8 +163,7 @@ def _unit(
     check_weight(gradient, rank, damping, a_norm)
     if covariance is not None:
         check_covariance("covariance", covariance, gradient)
-    device = gradient.device if gradient.device.type in ("cpu", "cuda") else torch.device("cpu")
-    g = gradient.detach().to(device, torch.float64)
+    g = gradient.detach().to(float64_device(gradient), torch.float64)
     norm = float(torch.linalg.norm(g))
     if norm == 0:
         raise CordaError(
@@ -175,13 +171,6 @@ def _unit(
             "leave the layer out with towers=, roles= or targets="
         )
     return g / norm, norm
-
-
-def _largest(g: Tensor, root: Root, rank: int, route: Route, seed: int) -> Basis:
-    basis = None
-    if route == "fast" or (route == "auto" and worth_iterating(min(g.shape), rank)):
-        basis = output_fast(g, root, rank, "largest", seed)
-    return output_exact(g, root, rank, "largest") if basis is None else basis
 
 
 def _principal(

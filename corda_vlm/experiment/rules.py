@@ -126,9 +126,9 @@ def _check_trainings(experiment: Experiment, name: str) -> None:
     options = [experiment.train_options(name, rate, 0) for rate in variant.learning_rates]
     (loss,) = {one.loss_for(kind) for one in options}
     _check_loss(name, loss, kind)
-    if METHODS[experiment.method_of(name)].gradient:
-        experiment.gradient_options(name)  # raises
     try:
+        if METHODS[experiment.method_of(name)].gradient:
+            experiment.gradient_options(name)  # raises
         for one in options:
             variant.check_training(one, one.loss_for(kind))
     except CordaError as error:

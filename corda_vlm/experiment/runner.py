@@ -27,6 +27,7 @@ from corda_vlm.evaluation.scores import BASE, value_text
 from corda_vlm.experiment import steps
 from corda_vlm.experiment.folder import check_claim, claim
 from corda_vlm.experiment.origin import (
+    KNOWLEDGE_DATA,
     MEASURED_IN,
     check_sources,
     describe,
@@ -153,9 +154,16 @@ class ExperimentRunner:
                 self.experiment.plugins, self.run.config, run_plugins(named_in_command())
             ),
             "the task's data": self.task_data.fingerprint,
+            **self._knowledge_source(),
             **{f"the suite's task {name!r}": digest for name, (digest, _) in self.tasks.items()},
             **{f"the data of task {name!r}": data for name, (_, data) in self.tasks.items()},
         }
+
+    def _knowledge_source(self) -> dict[str, str]:
+        """The fingerprint of the records that a term of a loss looks at; those of covariances are noted in their file."""
+        if not any(variant.needs_data for variant in self.experiment.variants.values()):
+            return {}
+        return {KNOWLEDGE_DATA: self.knowledge.fingerprint}
 
     @cached_property
     def tasks(self) -> dict[str, tuple[str, str]]:

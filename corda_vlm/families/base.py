@@ -318,6 +318,21 @@ def no_tower(model: nn.Module, tower: str) -> CordaError:
     return CordaError(f"{type(model).__name__} has no {tower} tower")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs have to be: the device of its first parameter; the CPU for one without any."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device; itself if it is there."""
+    if all(value.device == device for value in batch.values() if isinstance(value, Tensor)):
+        return batch
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off; every module's own mode is put back, after an exception too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.options import SiteOptions
+from corda_vlm.names import quoted
 from corda_vlm.options import as_keywords, options_from
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, Components, PlanMethod
 from corda_vlm.plan.choose import (
@@ -38,6 +40,8 @@ from corda_vlm.plan.options import PlanKeywords, PlanOptions, Route
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.progress import showing, track
 from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def plan_adapter(
@@ -76,7 +80,7 @@ def plan_adapter(
         if given is not None:
             check_made_from(fingerprint, given, of)
     with showing(show_progress), unpacked(model):
-        sites = find_sites(model, **as_keywords(asked, SiteOptions))
+        sites = _reached(find_sites(model, **as_keywords(asked, SiteOptions)), gradient)
         weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
         chosen = _choose(weights, asked, store, task_store, gradient)
         planned = [
@@ -99,6 +103,21 @@ def plan_adapter(
         sites=tuple(plan for plan, _ in planned),
         factors={plan.site.name: factor for plan, factor in planned},
     )
+
+
+def _reached(sites: list[Site], gradient: GradientStore | None) -> list[Site]:
+    """Those of which the gradient was asked for and has something; the loss does not depend on the others."""
+    if gradient is None:
+        return sites
+    unreached = set(gradient.asked) - set(gradient)
+    if left := [site.name for site in sites if site.name in unreached]:
+        logger.warning(
+            "%d of %d sites are not adapted, as the new task's loss does not depend on them: %s",
+            len(left),
+            len(sites),
+            quoted(left),
+        )
+    return [site for site in sites if site.name not in unreached]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from corda_vlm.decompose.basis import float64_device
 from corda_vlm.errors import CordaError
 
 
@@ -23,7 +24,7 @@ def spectrum(
     Of `W C'` itself and not from the eigenvalues of its square: CorDA++ starts from the smallest values, and
     below the root of float64's precision (1e-8 of the largest) the square holds nothing but rounding.
     """
-    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    device = float64_device(weight)
     oriented = weight.detach().to(device, torch.float64) @ normalized(
         covariance.to(device), damping
     )

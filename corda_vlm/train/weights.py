@@ -148,7 +148,10 @@ def check_signature(saved: dict[str, Any], model: nn.Module, where: Path) -> Non
     """Raises `CordaError` if `model` is not the one whose `signature` was saved."""
     own = signature(model)
     for key, value in own["adapter"].items():
-        if (before := saved.get("adapter", {}).get(key)) != value:
+        before = saved.get("adapter", {}).get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = {name: value.get(name) for name in before}  # what was noted then
+        if before != value:
             raise CordaError(
                 f"{where} holds the training of another adapter ({key}: {before} there, {value} now); delete it to begin "
                 "anew, or give another output folder"

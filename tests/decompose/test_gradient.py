@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corda_vlm.decompose import (
-    damp,
-    decompose_gradient,
-    decompose_keep_lora,
-    decompose_lora_ga,
-)
+from corda_vlm import decompose
+from corda_vlm.decompose import damp
 from corda_vlm.decompose.gradient import A_NORM, FEATURE_ENERGY, GAMMA, WEIGHT_ENERGY
 from corda_vlm.errors import CordaError
+
+AS_PLANNED: dict[str, Any] = {"a_norm": None, "route": "auto", "seed": 0}
+"""The defaults of a plan, which the functions themselves have not."""
+decompose_gradient = partial(decompose.decompose_gradient, **AS_PLANNED)
+decompose_lora_ga = partial(decompose.decompose_lora_ga, **AS_PLANNED)
+decompose_keep_lora = partial(decompose.decompose_keep_lora, **AS_PLANNED)
 
 SHAPES = [(24, 24), (40, 16), (16, 40), (300, 420), (420, 300)]
 

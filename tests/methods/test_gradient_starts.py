@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from corda_vlm.families.layers.attention import unpack
 from corda_vlm.methods import prepare_method, restore_method
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites
+from corda_vlm.train.terms.before import Before
+from corda_vlm.train.weights import check_signature, signature
 
 METHODS = ("corda-natural", "lora-ga", "keep-lora")
 
@@ -98,7 +101,13 @@ def test_the_natural_start_is_the_decomposition_of_gradient_and_covariance(tiny_
     for site in plan.sites:
         name = site.site.name
         wanted = decompose_gradient(
-            given["gradient"][name], given["store"][name].matrix, rank=4, damping=1e-2
+            given["gradient"][name],
+            given["store"][name].matrix,
+            rank=4,
+            damping=1e-2,
+            a_norm=None,
+            route="auto",
+            seed=0,
         )
         torch.testing.assert_close(plan.factors[name].A, wanted.A, atol=1e-4, rtol=1e-4)
         assert not plan.factors[name].B.any()
@@ -183,6 +192,39 @@ def test_adapt_takes_the_new_task_in_one_call(tiny_clip_hf):
             assert torch.equal(parameter, starts[name])
 
 
+def test_sites_that_the_loss_does_not_reach_are_not_adapted_which_is_said(tiny_clip_hf, caplog):
+    batch = {**make_batch(), "input_ids": torch.full((40, 8), 5)}
+    store = collect_covariance(tiny_clip_hf, [batch], show_progress=False)
+    gradient = collect_gradient(tiny_clip_hf, [make_batch(seed=2)], image_loss, show_progress=False)
+    caplog.clear()
+    plan = plan_adapter(
+        tiny_clip_hf, store, gradient=gradient, method="corda-natural", rank=4, show_progress=False
+    )
+    assert "13 of 26 sites are not adapted" in caplog.text
+    assert {s.site.tower for s in plan.sites} == {"vision"}
+
+
+def test_a_folder_takes_no_training_of_another_plan(tiny_clip_hf, tmp_path):
+    """A plain LoRA's file says nothing of its plan; what is noted of a training does."""
+    given = made_from(tiny_clip_hf)
+    first = prepared("corda-natural", tiny_clip_hf, given)
+    begun = json.loads(json.dumps(signature(first)))
+    check_signature(begun, first, tmp_path)
+    second = prepared("corda-natural", restore_method("corda-natural", first), given, damping=1e-2)
+    with pytest.raises(CordaError, match="training of another adapter"):
+        check_signature(begun, second, tmp_path)
+    del begun["adapter"]["origin"]["damping"]  # of a version that did not note it
+    check_signature(begun, second, tmp_path)
+
+
+def test_the_model_before_is_the_adapter_switched_off(tiny_clip_hf):
+    """No copy of the model for `kl_new`; once B has moved, the adapter's state is not the base any more."""
+    peft_model = prepared("corda-natural", tiny_clip_hf, made_from(tiny_clip_hf))
+    assert Before(peft_model)._copy is None
+    disturb(peft_model)
+    assert Before(peft_model)._copy is not None
+
+
 class TestRefusals:
     def test_adapt_is_given_the_task_once_and_where_it_is_looked_at(self, tiny_clip_hf):
         def never(*_):
@@ -213,7 +255,7 @@ class TestRefusals:
         with pytest.raises(ForeignFileError, match="gradient were collected from the model other"):
             plan_adapter(tiny_clip_hf, **given, method="corda-natural", rank=4, towers="vision")
 
-    def test_a_site_without_a_gradient(self, tiny_clip_hf):
+    def test_a_site_that_was_not_asked_for(self, tiny_clip_hf):
         given = made_from(tiny_clip_hf)
         store = collect_covariance(
             tiny_clip_hf,

@@ -86,7 +86,9 @@ def texts_of(figure: Any) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.unchecked)])
+@pytest.mark.parametrize(
+    "few", [True, pytest.param(False, marks=[pytest.mark.unchecked, pytest.mark.slow])]
+)
 def test_every_picture_and_page_of_a_run(
     invented: Any, tmp_path: Path, figures: list[Any], few: bool
 ) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corda_vlm.adapter import at_scale
-from corda_vlm.adapter.paired import PairedConfig
+from corda_vlm.adapter.interpolate import LEAVE_THE_BASE
+from corda_vlm.adapter.paired import PairedConfig, trained
 from corda_vlm.families import unwrap
 from corda_vlm.families.base import evaluating
 
@@ -40,6 +42,8 @@ class Before:
             assert self._off is not None
             with evaluating(self.model), self._off():
                 yield unwrap(self.model)
+        # autocast keeps casts of weights, and those made here know no gradient
+        torch.clear_autocast_cache()
 
 
 def _switch(model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | None:
@@ -48,8 +52,19 @@ def _switch(model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | Non
         return None
     config = model.peft_config[str(model.active_adapter)]
     if isinstance(config, PairedConfig):
-        residual = config.base == "residual"
-        return (lambda: at_scale(model, 0.0)) if residual else model.disable_adapter
-    if str(getattr(config, "init_lora_weights", None)).lower() in ("true", "gaussian", "mica"):
-        return model.disable_adapter
-    return None
+        if config.base != "residual":
+            return model.disable_adapter
+        return None if config.modules_to_save else (lambda: at_scale(model, 0.0))
+    left = str(getattr(config, "init_lora_weights", None)).lower() in LEAVE_THE_BASE
+    return model.disable_adapter if left and _starts_at_zero(model) else None
+
+
+def _starts_at_zero(model: PeftModel) -> bool:
+    """Is every adapter's product zero now, so that the model is its base?"""
+    return all(
+        not all(bool(factor.any()) for factor in trained(layer, name))
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for name in layer.active_adapters
+        if name in layer.lora_B
+    )

@@ -17,10 +17,10 @@ from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.adapter.paired import base_of
 from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family, unwrap
-from corda_vlm.families.base import Batch, Family
+from corda_vlm.families.base import Batch, Family, device_of, on_device
 from corda_vlm.train.next_token import answer_logits
-from corda_vlm.train.terms.knowledge import Batches, Knowledge, as_knowledge, on_device
-from corda_vlm.train.terms.teacher import Outputs, device_of, kept_outputs, steady
+from corda_vlm.train.terms.knowledge import Batches, Knowledge, as_knowledge
+from corda_vlm.train.terms.teacher import Outputs, kept_outputs, steady
 
 _SEED = 0
 """Of the outputs that are drawn."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.errors import CordaError
 from corda_vlm.families import unwrap
-from corda_vlm.families.base import Batch, Contrastive
+from corda_vlm.families.base import Batch, Contrastive, device_of, on_device
 from corda_vlm.train.losses import capped
-from corda_vlm.train.terms.knowledge import Knowledge, on_device
+from corda_vlm.train.terms.knowledge import Knowledge
 from corda_vlm.train.terms.options import DistillLoss
-from corda_vlm.train.terms.teacher import Outputs, device_of, kept_outputs, steady
+from corda_vlm.train.terms.teacher import Outputs, kept_outputs, steady
 from corda_vlm.train.terms.term import DataPenalty
 
 _INPUTS = {"vision": "pixel_values", "text": "input_ids"}

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError
 from corda_vlm.families import unwrap
-from corda_vlm.families.base import Batch
+from corda_vlm.families.base import Batch, device_of, on_device
 from corda_vlm.train.next_token import NextTokenObjective
 from corda_vlm.train.objectives import Objective, PromptObjective
 from corda_vlm.train.terms.before import Before
-from corda_vlm.train.terms.knowledge import on_device
-from corda_vlm.train.terms.teacher import device_of, steady
+from corda_vlm.train.terms.teacher import steady
 from corda_vlm.train.terms.term import BatchPenalty
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from corda_vlm.data import BatchLoader
@@ -154,8 +153,3 @@ def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
             digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
             digest.update(as_bytes(value))
     return digest.hexdigest()[:16]
-
-
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch where the model is."""
-    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()}

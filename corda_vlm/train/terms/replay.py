@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from corda_vlm.data import Records
 from corda_vlm.errors import DataError
 from corda_vlm.families import detect_family, unwrap
-from corda_vlm.families.base import Family, Processor
+from corda_vlm.families.base import Family, Processor, device_of, on_device
 from corda_vlm.train.heads import Template
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import Loss, TrainOptions
-from corda_vlm.train.terms.knowledge import Knowledge, RecordBatches, on_device
+from corda_vlm.train.terms.knowledge import Knowledge, RecordBatches
 from corda_vlm.train.terms.options import ReplayLoss
-from corda_vlm.train.terms.teacher import device_of, steady
+from corda_vlm.train.terms.teacher import steady
 from corda_vlm.train.terms.term import DataPenalty
 
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from corda_vlm.errors import ForeignFileError
@@ -66,7 +65,3 @@ def steady(model: nn.Module) -> Iterator[None]:
         return
     with evaluating(model):
         yield
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

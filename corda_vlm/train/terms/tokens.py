@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.errors import DataError
-from corda_vlm.families.base import Batch, unwrap
+from corda_vlm.families.base import Batch, device_of, on_device, unwrap
 from corda_vlm.families.generative.language import IGNORED
 from corda_vlm.train.next_token import answer_logits
-from corda_vlm.train.terms.knowledge import Knowledge, on_device
-from corda_vlm.train.terms.teacher import Outputs, device_of, kept_outputs, steady
+from corda_vlm.train.terms.knowledge import Knowledge
+from corda_vlm.train.terms.teacher import Outputs, kept_outputs, steady
 from corda_vlm.train.terms.term import DataPenalty
 
 TOP = 64
