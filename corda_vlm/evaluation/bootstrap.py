@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from corda_vlm.errors import DataError
+from corda_vlm.evaluation.options import RESAMPLES
 
-RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 

@@ -9,10 +9,12 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from corda_vlm.evaluation.bootstrap import RESAMPLES
 from corda_vlm.families.options import Names
 from corda_vlm.options import Count, CountOrZero, check_options
 from corda_vlm.precision import Bf16
+
+RESAMPLES = 2000
+"""Of a bootstrap: enough that an interval's ends move by a small share of its width."""
 
 Missing = Literal["error", "skip"]
 

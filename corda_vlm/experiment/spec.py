@@ -253,9 +253,14 @@ class Experiment(LoadOptions):
     def gradient_options(self, variant: str) -> TaskGradientOptions:
         """The gradient of which loss, on how much of the new task, a variant's method starts from."""
         training = self.train_options(variant, self.variants[variant].learning_rates[0], 0)
+        # as many records as were asked for, in batches that fit where the training's do
+        records = self.gradient.batches * self.gradient.batch_size
+        size = min(self.gradient.batch_size, training.batch_size)
         return TaskGradientOptions(
             **as_keywords(training, LossOptions),
-            **as_keywords(self.gradient, GradientOptions),
+            batches=-(-records // size),
+            batch_size=size,
+            seed=self.gradient.seed,
             **as_keywords(self.request(variant), SiteOptions),
         )
 

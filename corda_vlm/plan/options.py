@@ -24,7 +24,8 @@ class DecompositionOptions(SiteOptions):
     Attributes:
         rank: Of every adapter; with `dynamic_rank` their budget: as many parameters as that rank everywhere.
         a_norm: The norm of each row of A at the start; B takes the inverse. It decides how far training strays from the
-            planned directions (learning rates scale along). The default is the method's own: the paper's split.
+            planned directions (learning rates scale along). The default is the method's own: 10 for corda-natural, 1 for keep-lora, else the
+            paper's split.
         damping: The δ of `C' = C + δ·mean(diag C)·I`, a share of the covariance's mean diagonal.
         side: Of "corda": the directions of each layer's output (the paper's), of its input, or auto, the input where a layer
             has more inputs than outputs. The default is the method's own.

@@ -54,7 +54,7 @@ class GradientOptions:
 
     Attributes:
         batches: At most so many batches.
-        batch_size: Records a batch.
+        batch_size: Records a batch; in an experiment no more than the training has, with so many more batches.
         seed: Of the draw of the records.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from corda_vlm.anchor import Anchor, anchor_penalty
+from corda_vlm.anchor.options import AnchorMetric, OutputSide
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.distributed import alike_everywhere, made_everywhere
 from corda_vlm.errors import CordaError, NotFiniteError
+from corda_vlm.sites import Site
 from corda_vlm.train.next_token import NextTokenObjective
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.terms.distill import distillation
@@ -193,7 +195,11 @@ class AnchorMixin(PenaltyMixin):
         weight: float,
         *,
         every: int = 1,
-        **options: Any,
+        sites: Iterable[Site | str] | None = None,
+        energy: float | None = None,
+        metric: AnchorMetric = "knowledge",
+        output_side: OutputSide = "none",
+        task_store: CovarianceStore | None = None,
     ) -> Anchor:
         """From now on, add `weight` times the anchor; to be called before `train()`.
 
@@ -202,7 +208,7 @@ class AnchorMixin(PenaltyMixin):
                 was built already; None with the metric "identity".
             weight: 0 only logs it, as a forecast of forgetting.
             every: as in `penalize`; worth it for full fine-tuning on a CPU, where the anchor takes a tenth of a step.
-            options: `metric`, `output_side` and others of `anchor_penalty`, which also says what is raised.
+            sites, energy, metric, output_side, task_store: as of `anchor_penalty`, which also says what is raised.
 
         Raises:
             CordaError: as `penalize`; or processes of a distributed training whose matrices differ, on all of them.
@@ -213,7 +219,15 @@ class AnchorMixin(PenaltyMixin):
         def made() -> Anchor:
             if isinstance(store, Anchor):
                 return store
-            return anchor_penalty(self.model, store, **options)  # type: ignore[attr-defined]
+            return anchor_penalty(
+                self.model,  # type: ignore[attr-defined]
+                store,
+                metric=metric,
+                output_side=output_side,
+                task_store=task_store,
+                sites=sites,
+                energy=energy,
+            )
 
         anchor = made_everywhere("the anchor", made)
         self.add_term(Term(anchor.name, anchor, weight, every, anchor.identity))
