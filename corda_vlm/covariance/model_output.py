@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from corda_vlm.errors import CalibrationError, CordaError
 from corda_vlm.families import Batch, Family, token_masks, unwrap
 from corda_vlm.families.base import run_towers
+from corda_vlm.families.generative.next_token import next_token_logits
 from corda_vlm.sites import Site
 
 
@@ -90,19 +90,14 @@ def _embedding(tower: str, embedded: Float[Tensor, "b d"]) -> Output:
 def _next_tokens(model: nn.Module, batch: Batch, chosen: Tensor) -> Output:
     """The distributions of the tokens that are chosen, each given those before it."""
     counted = chosen[:, 1:]  # position i predicts token i + 1
-    places = counted.any(0).nonzero()[:, 0]  # (P,)
-    if not len(places):
+    if not bool(counted.any()):
         raise CalibrationError("a batch holds no next token that counts, so it has no output side")
     inputs = {
         name: value
         for name, value in batch.items()
         if isinstance(value, Tensor) and name not in ("labels", "use_cache")
     }
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=places.tolist()).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, places]
-    picked = logits[counted[:, places].to(logits.device)].float()  # (n, V)
+    picked = next_token_logits(model, inputs, counted).float()  # (n, V)
 
     def draw(generator: torch.Generator) -> Tensor:
         with (

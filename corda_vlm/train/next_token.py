@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from corda_vlm.data import Records, no_labels
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Batch, Family
 from corda_vlm.families.generative.language import IGNORED
+from corda_vlm.families.generative.next_token import next_token_logits
 from corda_vlm.train.heads import Head
 from corda_vlm.train.options import TrainOptions
 
@@ -55,15 +55,7 @@ def answer_logits(
     learnt = batch["labels"][:, 1:] != IGNORED  # position i predicts token i + 1
     if not bool(learnt.any()):
         raise DataError("a batch holds no token to learn: all its labels are masked")
-    # Only where something is learned: of long prompts the whole (B, L, V) may not fit.
-    places = learnt.any(0).nonzero()[:, 0]  # (P,)
-    inputs = no_labels(dict(batch))
-    # As a list: accelerate moves a tensor to the first GPU, and the hidden states are on the last.
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=places.tolist()).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, places]
-    return logits[learnt[:, places]], learnt
+    return next_token_logits(model, no_labels(dict(batch)), learnt), learnt
 
 
 def make_next_token(options: TrainOptions, family: Family, data: Records) -> NextTokenObjective:
