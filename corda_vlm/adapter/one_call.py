@@ -54,11 +54,11 @@ def adapt(
 
     Args:
         model: bare.
-        batches: what the knowledge to keep ("kpm") or the new task ("ipm") looks like: a few hundred samples.
+        batches: what the knowledge to keep (or, in mode "ipm", the new task) looks like: a few hundred samples.
         forward, masks, path, device: as of `collect_covariance`.
         task_store, gradient: as of `plan_adapter`.
-        task_batches, loss: what the new task looks like, and its loss, in place of `gradient`: as of `collect_gradient`. For
-            the methods that start from it, e.g. "corda-natural".
+        task_batches, loss: what the new task looks like, and its loss, in place of `gradient`: as of `collect_gradient`. With
+            one of the two, the method is "corda-natural" unless another is named.
         adapter_name: as of `attach_adapter`.
         options: of `CollectOptions`, `PlanOptions` and `AttachOptions`.
 
@@ -73,7 +73,9 @@ def adapt(
             raise UnknownNameError("option of adapt", option, set().union(*names))
     given: dict[str, Any] = dict(options)
     collecting, planning, attaching = ({k: v for k, v in given.items() if k in of} for of in names)
-    plans = options_from(PlanOptions, planning, "adapt")  # before a long calibration
+    has_gradient = gradient is not None or task_batches is not None
+    # before a long calibration
+    plans = options_from(PlanOptions, planning, "adapt").settled(has_gradient)
     options_from(AttachOptions, attaching, "adapt")
     _check_task(plans.method, gradient, task_batches, loss)
     store = collect_covariance(

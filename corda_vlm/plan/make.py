@@ -71,7 +71,7 @@ def plan_adapter(
             range, a site that a store did not calibrate, a store that is missing, an option or a store that the
             method does not take.
     """
-    asked = options_from(PlanOptions, options, "plan_adapter")
+    asked = options_from(PlanOptions, options, "plan_adapter").settled(gradient is not None)
     basis = PLAN_METHODS[asked.method]
     _check_stores(asked, basis, store, task_store, gradient)
     fingerprint = model_fingerprint(model)

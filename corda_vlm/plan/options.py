@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from corda_vlm.errors import CordaError, UnknownNameError
@@ -12,6 +12,8 @@ from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Text
 from corda_vlm.plan.bases import PLAN_METHODS
 
 Mode = Literal["kpm", "ipm"]
+MODE: Mode = "kpm"
+AUTO = "auto"
 Route = Literal["auto", "exact", "fast"]
 SideChoice = Literal["output", "input", "auto"]
 Portion = Annotated[float, Range(at_least=0, at_most=1)]
@@ -82,16 +84,35 @@ class PlanOptions(DecompositionOptions):
 
     Attributes:
         method: How the directions are found: corda, pissa, milora, olora, sc-lora or lora-null; corda-natural, lora-ga or
-            keep-lora by the gradient of the new task's loss.
+            keep-lora by the gradient of the new task's loss; auto: corda-natural where that gradient is given, else corda.
         mode: Of "corda": kpm adapts what the calibration data uses least, to keep it; ipm what it uses most, to learn it.
     """
 
-    method: Text = "corda"
-    mode: Mode = "kpm"
+    method: Text = AUTO
+    mode: Mode = MODE
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_plan(self.method, self)
+        if self.method != AUTO:
+            check_plan(self.method, self)
+
+    def settled(self, has_gradient: bool) -> PlanOptions:
+        """These options, with the method that "auto" means.
+
+        Args:
+            has_gradient: whether the gradient of the new task's loss is given.
+
+        Raises:
+            CordaError: an option that the method does not take.
+        """
+        if self.method != AUTO:
+            return self
+        if has_gradient and self.mode != MODE:
+            raise CordaError(
+                f"mode {self.mode!r} is of the method 'corda', which does not look at the gradient of the new task's loss; "
+                "leave one of the two out"
+            )
+        return replace(self, method="corda-natural" if has_gradient else "corda")
 
 
 def check_plan(method: str, options: DecompositionOptions) -> None:
