@@ -34,6 +34,7 @@ from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, chec
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import TrainOptions, TrainResult
 from corda_vlm.train.steps import StepBatches
+from corda_vlm.train.terms.make import KnowledgeData, TaskData, held_to
 from corda_vlm.train.terms.term import Penalty, Term, check_names
 from corda_vlm.train.trainer import make_trainer
 from corda_vlm.train.watch import Watch
@@ -66,6 +67,7 @@ def train(
     extra_loss: Penalty | None = None,
     extra_weight: float = 1.0,
     terms: Sequence[Term] = (),
+    knowledge: Records | KnowledgeData | None = None,
     show_progress: bool = True,
 ) -> TrainResult:
     """Train what requires a gradient in `model`, in place, and write the result into `output_dir`.
@@ -92,6 +94,9 @@ def train(
         extra_loss: another term of the loss that looks at the weights; in the history, unweighted.
         extra_weight: its weight.
         terms: further terms of the loss, built before this call; in the history by their names, unweighted.
+        knowledge: records of what is to be kept: the model is held to what it gave on them before training, by distillation
+            with the weight `DISTILL`. Of plain records as many are drawn as `calibrate` draws. For other terms that look at
+            such records pass `terms`.
         show_progress: a progress bar with loss, rate and throughput.
 
     Raises:
@@ -117,6 +122,9 @@ def train(
     }
     builder = batch_builder(data, processor, **inputs)
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
+    if knowledge is not None:
+        task = TaskData(data, options, classes, templates)
+        terms = [*terms, *held_to(knowledge, model, processor, task, output)]
     every = _terms(anchor, anchor_weight, anchor_every, extra_loss, extra_weight, terms)
     plan = training_plan(model, data, options, classes, templates, every)
     begin(output, plan, model)

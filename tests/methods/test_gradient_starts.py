@@ -225,6 +225,15 @@ def test_the_model_before_is_the_adapter_switched_off(tiny_clip_hf):
     assert Before(peft_model)._copy is not None
 
 
+def test_where_the_gradient_is_given_it_is_what_the_start_looks_at(tiny_clip_hf):
+    given = made_from(tiny_clip_hf)
+    options = {"rank": 4, "towers": "vision", "show_progress": False}
+    assert plan_adapter(tiny_clip_hf, **given, **options).method == "corda-natural"
+    assert plan_adapter(tiny_clip_hf, given["store"], **options).method == "corda"
+    model = adapt(tiny_clip_hf, [make_batch()], gradient=given["gradient"], rank=4, towers="vision")
+    assert model.peft_config["default"].peft_type == "LORA"
+
+
 class TestRefusals:
     def test_adapt_is_given_the_task_once_and_where_it_is_looked_at(self, tiny_clip_hf):
         def never(*_):
@@ -234,7 +243,11 @@ class TestRefusals:
         with pytest.raises(CordaError, match="one of the two"):
             adapt(tiny_clip_hf, [make_batch()], method="corda-natural", **given)
         with pytest.raises(CordaError, match="does not look at the new task's loss"):
-            adapt(tiny_clip_hf, [make_batch()], task_batches=[make_batch()], **given)
+            adapt(
+                tiny_clip_hf, [make_batch()], task_batches=[make_batch()], method="corda", **given
+            )
+        with pytest.raises(CordaError, match="mode 'ipm' is of the method 'corda'"):
+            adapt(tiny_clip_hf, [make_batch()], task_batches=[make_batch()], mode="ipm", **given)
 
     @pytest.mark.parametrize("name", METHODS)
     def test_no_gradient(self, name, tiny_clip_hf):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.data import BatchLoader, Records, make_batches
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
@@ -107,6 +108,27 @@ def make_terms(
         said = {"kind": options.start_decay_kind}
         terms.append(Term("start_decay", decay, options.start_decay, identity=said))
     return terms
+
+
+def held_to(
+    knowledge: Records | KnowledgeData,
+    model: nn.Module,
+    processor: Processor,
+    task: TaskData,
+    folder: Path,
+) -> list[Term]:
+    """The terms of a training that is given records of the knowledge, and nothing else is said of them: distillation.
+
+    Args:
+        folder: keeps what the model gave before training, where the knowledge names no folder.
+
+    Raises:
+        CordaError, DataError: as `make_terms`.
+    """
+    if not isinstance(knowledge, KnowledgeData):
+        knowledge = KnowledgeData(knowledge, CalibrationOptions.samples, cache=folder)
+    check_terms(TermOptions().with_data(), detect_family(unwrap(model)), knowledge.records)
+    return make_terms(TermOptions().with_data(), model, processor, knowledge, task)
 
 
 def check_terms(options: TermOptions, family: Family, records: Records, where: str = "") -> None:

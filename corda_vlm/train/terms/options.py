@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from corda_vlm.anchor.options import AnchorOptions
@@ -11,6 +11,9 @@ from corda_vlm.options import Count, NotNegative
 from corda_vlm.train.options import Loss, TrainOptions
 
 _TERMS = ("distill", "replay", "kl_new", "ewc", "start_decay")
+
+DISTILL = 30.0
+"""The weight of distillation where knowledge is given and no term is named."""
 
 DistillLoss = Literal["auto", "cosine", "similarity", "tokens"]
 StartDecayKind = Literal["decoupled", "l2"]
@@ -65,6 +68,10 @@ class TermOptions(AnchorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+
+    def with_data(self) -> TermOptions:
+        """These options where records of the knowledge are at hand: distillation, unless another term looks at them."""
+        return self if self.needs_data else replace(self, distill=DISTILL)
 
     @property
     def needs_data(self) -> list[str]:

@@ -27,6 +27,7 @@ from corda_vlm.train.terms import (
 )
 from corda_vlm.train.terms.features import FeatureDistillation
 from corda_vlm.train.terms.knowledge import as_knowledge
+from corda_vlm.train.terms.options import DISTILL
 from corda_vlm.train.terms.tokens import TokenDistillation, shares_of
 from tests.train.terms.conftest import OPTIONS, PLAIN, Stop, moved, weights
 
@@ -219,6 +220,17 @@ def test_distillation_holds_what_is_trained(tiny_open_clip, digits, held_out, pr
         found[weight] = [entry["distill"] for entry in result.history if "loss" in entry]
     assert len(found[0.0]) == 4
     assert found[300.0][-1] < 0.5 * found[0.0][-1]
+
+
+def test_knowledge_is_one_word(tiny_open_clip, digits, held_out, processor, tmp_path):
+    """`knowledge=` is distillation with the weight that the docs name, and its records are found again."""
+    model = prepare_method("lora", copy.deepcopy(tiny_open_clip), rank=4, towers="vision")
+    told = {"options": TrainOptions(**OPTIONS), "output_dir": tmp_path, "show_progress": False}
+    result = train(model, digits, processor, knowledge=held_out, **told)
+    plan = json.loads((tmp_path / "train.json").read_text())
+    assert plan["terms"]["distill"]["weight"] == DISTILL
+    assert result.history[-1]["distill"] > 0
+    assert len(list(tmp_path.glob("teacher-*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("method", ["lora", "corda-kpm", "full"])
