@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,10 @@ class _Energy(torch.autograd.Function):
 
 
 class FullWeights:
-    """Weights trained in full, each beside what it was: a copy, or the original that PEFT keeps of `modules_to_save`."""
+    """Weights trained in full, each beside what it was: a copy, or the original that PEFT keeps of `modules_to_save`.
+
+    `copies` are those that another anchor has made.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class FullWeights:
         by_parent: dict[str, list[str]],
         metrics: Metrics,
         outputs: Outputs,
+        copies: Mapping[str, Tensor],
     ) -> None:
         self.model, self.by_parent = model, by_parent
         self.names = tuple(name for names in by_parent.values() for name in names)
@@ -71,7 +75,7 @@ class FullWeights:
             for name, weight in zip(names, first, strict=True):
                 before = weight.detach()
                 if weight.requires_grad:  # one that is frozen has its trained copy beside it
-                    before = before.clone()
+                    before = copies[name] if name in copies else before.clone()
                     self.copied.add(name)
                 size = float(metrics.row_energies(name, before).sum())
                 self.weights[name] = outputs.weight(name, size, len(before))

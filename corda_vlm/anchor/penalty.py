@@ -43,6 +43,7 @@ def anchor_penalty(
     task_store: CovarianceStore | None = None,
     sites: Iterable[Site | str] | None = None,
     energy: float | None = None,
+    beside: Anchor | None = None,
 ) -> Anchor:
     """The anchor of a model that is ready to train: what its weights are now counts as no change.
 
@@ -74,6 +75,8 @@ def anchor_penalty(
         energy: the share of each C's trace that its factor keeps; of the rest the diagonal is kept. 1 is exact.
             None: 1 for adapters, whose small directions a truncation would cover, and `FULL_ENERGY` for whole
             matrices.
+        beside: another anchor of this model, made at this moment too: what both need, copies of weights and matrices of
+            the same covariances, is kept once.
 
     Memory: adapters keep one float32 `(inp, inp)` matrix for each input stream, shared by the layers that read it.
     Whole matrices keep a copy of the weights, and for each stream a factor `(inp, m)`, or C itself where
@@ -104,7 +107,9 @@ def anchor_penalty(
         known = list(source)
         unseen = _unseen(model, source, whole)
         whole = [name for name in whole if name not in unseen]
-        exact, light = Metrics(source, energy or 1.0), Metrics(source, energy or FULL_ENERGY)
+        exact, light = (
+            _metrics_of(source, share, beside) for share in (energy or 1.0, energy or FULL_ENERGY)
+        )
     chosen = _chosen(known, [*starts, *whole], sites)
     if source is not None:
         _check_model(model, source, starts)
@@ -121,8 +126,19 @@ def anchor_penalty(
             by_parent[name.rpartition(".")[0]].append(name)
     parts += [Adapters(group) for group in groups.values()]
     if by_parent:
-        parts.append(FullWeights(bare, by_parent, light, outputs))
-    return Anchor(bare, source, tuple(chosen), parts, energy, metric, output_side)
+        former = {} if beside is None else beside.copies()
+        parts.append(FullWeights(bare, by_parent, light, outputs, former))
+    anchor = Anchor(bare, source, tuple(chosen), parts, energy, metric, output_side)
+    anchor.metrics = (exact, light)
+    return anchor
+
+
+def _metrics_of(store: CovarianceStore, energy: float, beside: Anchor | None) -> Metrics:
+    """Those of a store, shared with another anchor that has them."""
+    for metrics in () if beside is None else beside.metrics:
+        if metrics.energy == energy and getattr(metrics, "store", None) is store:
+            return metrics
+    return Metrics(store, energy)
 
 
 class Anchor:
@@ -133,6 +149,7 @@ class Anchor:
         sites: names of the anchored layers, in the model's order.
         data_fingerprint: of the data the covariances are of; empty with the metric "identity".
         energy, metric, output_side: as they were given.
+        metrics: what its matrices were made by, of adapters and of whole weights.
     """
 
     def __init__(
@@ -149,6 +166,7 @@ class Anchor:
         self.metric, self.output_side = metric, output_side
         self.data_fingerprint = "" if store is None else store.data_fingerprint
         self._parts = parts
+        self.metrics: tuple[Metrics, ...] = ()
         self._over = len(sites) if output_side == "none" else 1
 
     @property
@@ -204,6 +222,11 @@ class Anchor:
             )
         }
         return {name: found[name] for name in self.sites}
+
+    def copies(self) -> dict[str, Tensor]:
+        """Layers that are trained in full, as they were, where that takes a copy."""
+        full = [part for part in self._parts if isinstance(part, FullWeights)]
+        return {name: part.before[name] for part in full for name in part.copied}
 
     def sketch(self) -> list[float]:
         """A few numbers of each matrix and layer: anchors that differ in the knowledge, the layers or what counts as no

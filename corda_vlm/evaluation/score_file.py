@@ -196,7 +196,8 @@ _NEEDED = {"method": _is_name, "task": _is_name, "metric": _is_name, "value": is
 _OPTIONAL = {
     "learning_rate": is_number, "seed": _is_count, "scale": is_number, "low": is_number, "high": is_number,
     "n": _is_count, "steps": _is_count, "chance": is_number, "forecast": is_number, "gain": is_number,
-    "gain_low": is_number, "gain_high": is_number,
+    "gain_low": is_number, "gain_high": is_number, "kl_new": is_number, "update_size": is_number,
+    "task_change": is_number,
     "role": lambda role: isinstance(role, str) and role in TASK_ROLES,
 }  # fmt: skip
 

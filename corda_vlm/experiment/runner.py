@@ -387,7 +387,7 @@ class ExperimentRunner:
         # a copy: adapters and full fine-tuning change the model in place
         prepared = method.prepare(copy.deepcopy(self.loaded.model), request)
         classes, templates = self.prompts
-        result, forecast = steps.train_anchored(
+        result, predicted = steps.train_anchored(
             prepared.model,
             self.task_data,
             self.loaded.processor,
@@ -398,14 +398,15 @@ class ExperimentRunner:
             knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training.variant) else None,
             terms=narrowed(variant, TermOptions),
             knowledge_data=self.knowledge_data if variant.needs_data else None,
-            task=self.store(TASK) if self._looks_at_task(training.variant) else None,
+            task=self._task_store(training.variant),
             extra_loss=prepared.penalty,
+            predict=self.experiment.forecast,
         )
         facts = {
             "steps": result.steps,
             "seconds": result.seconds,
             "trainable": prepared.trainable,
-            **({} if forecast is None else {"forecast": forecast}),
+            **predicted,
         }
         trained = Trained(prepared.model, result.head and result.head.cpu(), self.loaded.model)
         for scale in self._scales(training):
@@ -421,6 +422,19 @@ class ExperimentRunner:
 
     def _looks_at_task(self, variant: str) -> bool:
         return self.experiment.variants[variant].anchors_to("task")
+
+    def _task_store(self, variant: str) -> CovarianceStore | None:
+        """The task's covariances, where a training's loss looks at them, or where forgetting is to be foretold and some
+        variant needs them anyway."""
+        needed = self._looks_at_task(variant) or (
+            self.experiment.forecast
+            and any(
+                self._looks_at_task(name)
+                or TASK in METHODS[self.experiment.method_of(name)].covariances
+                for name in self.experiment.variants
+            )
+        )
+        return self.store(TASK) if needed else None
 
     def _scores_of(self, training: Training) -> str:
         """The first metric of each task at full strength, but of those that choose the learning rate."""

@@ -170,7 +170,8 @@ class Experiment(LoadOptions):
         gradient: from how much of the new task the gradient of its loss is taken, for methods that start from it.
         evaluation: how models are measured, and at which strengths.
         forecast: log what the anchor would be during every training, also where it has no weight: the change of the
-            layers' outputs on the calibration data, which foretells what is forgotten.
+            layers' outputs on the calibration data, which foretells what is forgotten. Beside it, what others say foretells it:
+            the KL divergence to the base on the new task and the size of the update; the report ranks them.
         chat_template: of calibration and training, as in `ChatOptions`; the tasks of a suite name their own.
         data_root: the folder that `{data_root}` stands for, here and in the suite.
         plugins: Python files of your own that are run first, e.g. to register a method; see `corda_vlm.plugins`. Paths may be

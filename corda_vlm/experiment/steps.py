@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 
 from corda_vlm.adapter.folder import weights_folder
-from corda_vlm.anchor import anchor_penalty
+from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
 from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
 from corda_vlm.data.text.chat_options import ChatOptions
-from corda_vlm.errors import ForeignFileError, NotFiniteError
+from corda_vlm.errors import ForeignFileError
 from corda_vlm.evaluation import Cache, Suite, add_result
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_class_names
 from corda_vlm.evaluation.measure import (
@@ -41,6 +39,7 @@ from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import TrainOptions, TrainResult, train
+from corda_vlm.train.predictors import Predictors
 from corda_vlm.train.terms.make import KnowledgeData, TaskData, make_terms
 from corda_vlm.train.terms.options import TermOptions
 from corda_vlm.train.terms.term import Penalty, Term
@@ -203,30 +202,34 @@ def train_anchored(
     knowledge_data: KnowledgeData | None = None,
     task: CovarianceStore | None = None,
     extra_loss: Penalty | None = None,
-) -> tuple[TrainResult, float | None]:
+    predict: bool = False,
+) -> tuple[TrainResult, dict[str, float]]:
     """Train a model that is prepared, and say how much it changed its outputs on the knowledge.
 
     Args:
         model, data, processor, options, output_dir, classes, templates: as in `corda_vlm.train.train`.
-        knowledge: covariances of the knowledge to keep; None trains without an anchor and forecasts nothing.
+        knowledge: covariances of the knowledge to keep; None trains without an anchor and predicts nothing.
         terms: what else the loss holds; with an anchor of 0 that is the forecast of forgetting alone.
         knowledge_data: records of the knowledge, for the terms that look at such.
         task: covariances of the new task, for an anchor of that metric.
         extra_loss: the method's own term of the loss, `Prepared.penalty`.
+        predict: take the other predictors of forgetting too, not the forecast alone.
 
     Returns:
-        what training tells, and the forecast at its end.
+        what training tells, and the predictors of forgetting at its end, see `Predictors.now`.
 
     Raises:
-        NotFiniteError: the training diverged, or its forecast is NaN or Inf.
+        NotFiniteError: the training diverged, or a predictor of forgetting is NaN or Inf.
         CordaError: what `train`, `anchor_penalty` and `make_terms` raise.
     """
     forecaster = None if knowledge is None else anchor_penalty(model, knowledge)
-    others = make_terms(
-        terms, model, processor, knowledge_data, TaskData(data, options, classes, templates)
-    )
+    predictors = None if forecaster is None else Predictors(forecaster)
+    learned = TaskData(data, options, classes, templates)
+    if predict and predictors is not None:
+        predictors.look_at(model, processor, learned, task)
+    others = make_terms(terms, model, processor, knowledge_data, learned)
     if terms.anchor and not terms.forecasts:
-        others.append(_anchor_term(model, terms, knowledge, task))
+        others.append(_anchor_term(model, terms, knowledge, task, forecaster))
     result = train(
         model,
         data,
@@ -241,13 +244,7 @@ def train_anchored(
         extra_loss=extra_loss,
         terms=others,
     )
-    if forecaster is None:
-        return result, None
-    with torch.no_grad():
-        forecast = float(forecaster())
-    if not math.isfinite(forecast):
-        raise NotFiniteError(f"the forecast of forgetting is {forecast}")
-    return result, forecast
+    return result, {} if predictors is None else predictors.now()
 
 
 def _anchor_term(
@@ -255,6 +252,7 @@ def _anchor_term(
     terms: TermOptions,
     knowledge: CovarianceStore | None,
     task: CovarianceStore | None,
+    forecaster: Anchor | None,
 ) -> Term:
     """The anchor of another metric than that of the forecast, which stays in the history beside it."""
     anchor = anchor_penalty(
@@ -263,6 +261,7 @@ def _anchor_term(
         metric=terms.anchor_metric,
         output_side=terms.anchor_output,
         task_store=task,
+        beside=forecaster,
     )
     return Term(anchor.name, anchor, terms.anchor, terms.anchor_every, anchor.identity)
 

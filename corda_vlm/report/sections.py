@@ -17,6 +17,7 @@ from corda_vlm.report.analysis.findings import (
     scaled_dominances,
     state,
 )
+from corda_vlm.report.analysis.forecast import rankings
 from corda_vlm.report.analysis.learned import reference_learned
 from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.document import Picture, Report, Section, Table
@@ -32,10 +33,11 @@ from corda_vlm.report.tables import (
     convergence_table,
     dominance_table,
     equal_table,
+    rankings_table,
     raw_table,
     trained_table,
 )
-from corda_vlm.report.words import FEW, percent, setting_text
+from corda_vlm.report.words import FEW, PREDICTORS, percent, setting_text
 from corda_vlm.run_files import FORECAST, TRADEOFF, TRAINING
 
 
@@ -116,18 +118,30 @@ class Sections:
 
     def _forecast(self) -> list[Section]:
         path = self.run_dir / FORECAST
-        forecasts = forecast_picture(self.results, path)
-        if forecasts is None:
+        drawn = forecast_picture(self.results, path)
+        if not drawn:
             return []
-        correlation_text = f"{forecasts.correlation:.2f}".replace("-", "−")
+        first = drawn[0]
+        correlation_text = f"{first.correlation:.2f}".replace("-", "−")
+        name = PREDICTORS[first.predictor]
+        others = "" if len(drawn) == 1 else f", and {len(drawn) - 1} more in panels beside it"
         picture = Picture(
             path,
-            "The forecast of forgetting, left to right on a logarithmic axis, against the knowledge kept, for "
-            f"{len(forecasts.kept)} trained models; rank correlation {correlation_text}.",
-            f"Each mark is a trained model. Spearman's rank correlation over all {len(forecasts.kept)}: {bold(correlation_text)} (−1: "
-            "the forecast, made on the calibration data alone, puts all models in the order in which they forgot).",
+            f"{name[0].upper()}{name[1:]}, left to right on a logarithmic axis, against the knowledge kept, for "
+            f"{len(first.kept)} trained models; rank correlation {correlation_text}{others}.",
+            f"Each mark is a trained model. Spearman's rank correlation of {name} over all "
+            f"{len(first.kept)}: {bold(correlation_text)} (−1: it puts all models in the order in which they forgot"
+            + (
+                "; it is made on the calibration data alone)."
+                if first.predictor == "forecast"
+                else ")."
+            ),
         )
-        return [Section("What the forecast of forgetting foretold", pictures=[picture])]
+        ranked = rankings(self.results)
+        tables = [rankings_table(ranked)] if ranked else []
+        return [
+            Section("What the forecast of forgetting foretold", pictures=[picture], tables=tables)
+        ]
 
     def _every(self) -> list[Section]:
         if not self.results.trained and not self.results.diverged:

@@ -14,9 +14,11 @@ from corda_vlm.report.analysis.choose import Choice
 from corda_vlm.report.analysis.compare import Comparison, Dominance
 from corda_vlm.report.analysis.convergence import Convergence
 from corda_vlm.report.analysis.curve import Setting
+from corda_vlm.report.analysis.forecast import Ranking
 from corda_vlm.report.analysis.results import BASE, REFERENCE, Results
 from corda_vlm.report.document import Table
-from corda_vlm.report.words import ABSENT, over_all_sentence, percent, shown_of, signed
+from corda_vlm.report.markup import bold
+from corda_vlm.report.words import ABSENT, PREDICTORS, over_all_sentence, percent, shown_of, signed
 
 
 def equal_table(comparisons: Sequence[Comparison], caption: str | None = None) -> Table:
@@ -268,6 +270,49 @@ def convergence_table(convergences: Sequence[Convergence]) -> Table:
         f"divides by all steps of {REFERENCE}.",
         ["method", "learning rate", "steps", "over seeds", f"of {REFERENCE}'s steps"], rows,
     )  # fmt: skip
+
+
+def rankings_table(ranked: Sequence[Ranking]) -> Table:
+    """Which predictor of forgetting ranks models best."""
+    names = list(ranked[0].spearman)
+    within = [ranking for ranking in ranked if ranking.of is not None]
+    rows = []
+    for ranking in ranked:
+        label = "all" if ranking.of is None else f"within {ranking.of}"
+        rows.append([label, str(ranking.count), *_correlations(ranking, names)])
+    if len(within) > 1:
+        mean = Ranking(
+            None,
+            0,
+            {n: _mean([r.spearman[n] for r in within]) for n in names},
+            {n: _mean([r.kendall[n] for r in within]) for n in names},
+        )
+        count = sum(ranking.count for ranking in within)
+        at = int(ranked[0].of is None)
+        rows.insert(at, ["within a method, mean", str(count), *_correlations(mean, names)])
+    return Table(
+        "Which of the predictors ranks models best: Spearman's and Kendall's rank correlation with the knowledge kept, over the "
+        "models that carry all of them; −1 is the order in which they forgot, and the best of a line is bold. Within a method, "
+        "only learning rate and seed differ.",
+        ["models", "how many", *(PREDICTORS[name].removeprefix("the ") for name in names)],
+        rows,
+    )
+
+
+def _correlations(ranking: Ranking, names: Sequence[str]) -> list[str]:
+    found = {n: v for n in names if not np.isnan(v := ranking.spearman[n])}
+    best = min(found, key=lambda n: found[n]) if found else None
+    cells = []
+    for name in names:
+        pair = (ranking.spearman[name], ranking.kendall[name])
+        text = " / ".join(ABSENT if np.isnan(v) else f"{v:.2f}".replace("-", "−") for v in pair)
+        cells.append(bold(text) if name == best else text)
+    return cells
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 # ------------------------------------------------------------------ cells

@@ -17,6 +17,14 @@ OVER_ALL = (
 
 ONE_SEED = "one seed: no interval"
 
+PREDICTORS = {
+    "forecast": "the forecast of forgetting",
+    "kl_new": "the KL to the base on the new task",
+    "update_size": "the size of the update",
+    "task_change": "the change of the layers' outputs on the new task",
+}
+"""What may foretell forgetting, by the keys of a row of scores."""
+
 FEW = 4
 """So many methods are read in one picture and one table; of more, each has a panel or a fold of its own."""
 

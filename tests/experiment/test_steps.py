@@ -167,7 +167,7 @@ def trained_by(loaded, output):
     store = steps.calibrate(loaded, data, output / "c", replace(FEW, **SOME))
     model = attach_adapter(loaded.model, plan_adapter(loaded.model, store, rank=2, **SOME))
     options = TrainOptions(steps=2, batch_size=8, learning_rate=1e-3)
-    result, forecast = steps.train_anchored(
+    result, predicted = steps.train_anchored(
         model,
         steps.load_data(DIGITS),
         loaded.processor,
@@ -178,7 +178,7 @@ def trained_by(loaded, output):
         knowledge=store,
         terms=TermOptions(),
     )
-    return model, result, forecast
+    return model, result, predicted
 
 
 def test_an_anchor_of_another_metric_is_a_term_beside_the_forecast(loaded, tmp_path):
@@ -186,7 +186,7 @@ def test_an_anchor_of_another_metric_is_a_term_beside_the_forecast(loaded, tmp_p
     data, felt = steps.load_data(NOTO), replace(FEW, **SOME, output_side=True)
     store = steps.calibrate(loaded, data, tmp_path / "c", felt)
     model = prepare_method("lora", loaded.model, rank=2, **SOME)
-    result, forecast = steps.train_anchored(
+    result, predicted = steps.train_anchored(
         model,
         steps.load_data(DIGITS),
         loaded.processor,
@@ -198,7 +198,8 @@ def test_an_anchor_of_another_metric_is_a_term_beside_the_forecast(loaded, tmp_p
         terms=TermOptions(anchor=30.0, anchor_output="kfac"),
     )
     assert {"anchor", "anchor_kfac"} <= result.history[-1].keys()
-    assert forecast == pytest.approx(anchor_of(model, store), rel=1e-3)
+    assert predicted.keys() == {"forecast"}
+    assert predicted["forecast"] == pytest.approx(anchor_of(model, store), rel=1e-3)
     plan = json.loads((tmp_path / "adapter" / "train.json").read_text())
     assert plan["terms"].keys() == {"anchor_kfac"}
     assert plan["terms"]["anchor_kfac"]["output_side"] == "kfac"
@@ -225,10 +226,10 @@ def test_a_forecast_that_is_no_number_is_a_divergence(tmp_path, monkeypatch):
         monkeypatch.setattr(steps, "anchor_penalty", anchor)
         return steps.train_anchored(None, None, None, **given, knowledge=1, terms=TermOptions())[1]
 
-    assert forecast(0.5) == 0.5
+    assert forecast(0.5) == {"forecast": 0.5}
     assert (
         steps.train_anchored(None, None, None, **given, knowledge=None, terms=TermOptions())[1]
-        is None
+        == {}
     )
     with pytest.raises(NotFiniteError, match="forecast of forgetting is nan"):
         forecast(float("nan"))
@@ -236,10 +237,9 @@ def test_a_forecast_that_is_no_number_is_a_divergence(tmp_path, monkeypatch):
 
 def test_what_was_trained_is_measured_once(loaded, tmp_path):
     suite, scores = load_suite(SUITE), tmp_path / "scores.jsonl"
-    model, result, forecast = trained_by(loaded, tmp_path)
+    model, result, predicted = trained_by(loaded, tmp_path)
     assert result.steps == 2
-    assert forecast is not None
-    assert forecast > 0
+    assert predicted["forecast"] > 0
     about = {"run": "small", "method": "lora", "seed": 0}
     given = {"about": about, "processor": loaded.processor, "cache": Cache()}
 

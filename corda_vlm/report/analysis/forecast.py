@@ -1,26 +1,31 @@
-"""Does the forecast of forgetting, made on calibration data alone, predict what the tests find forgotten?"""
+"""What foretells forgetting: which number, taken without any test of the knowledge, ranks models as the tests then do?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
-from corda_vlm.report.analysis.results import Results
+from corda_vlm.report.analysis.results import PREDICTORS, Results
+
+_ENOUGH = 3
+"""Models of which an order says something."""
 
 
 @dataclass(frozen=True)
 class Forecasts:
-    """Every unscaled trained model that carries a forecast.
+    """Every unscaled trained model that carries a predictor of forgetting.
 
     Attributes:
+        predictor: which of `PREDICTORS`.
         methods: (n,) of each model.
-        forecasts: (n,) the mean relative change of the layers' outputs on the knowledge.
+        forecasts: (n,) its value: of "forecast" the mean relative change of the layers' outputs on the knowledge.
         kept: (n,) the kept share.
     """
 
+    predictor: str
     methods: Sequence[str]
     forecasts: Float[np.ndarray, " n"]
     kept: Float[np.ndarray, " n"]
@@ -31,25 +36,86 @@ class Forecasts:
         return spearman(self.forecasts, self.kept)
 
 
-def forecasts_of(results: Results) -> Forecasts:
-    """The models with a forecast. Scaled ones are left out: their forecast follows from the unscaled one's."""
+@dataclass(frozen=True)
+class Ranking:
+    """How well each predictor puts some models in the order of what they kept.
+
+    Attributes:
+        of: the method, None for all models of all methods.
+        count: of models.
+        spearman, kendall: predictor -> rank correlation with the kept share, −1 for the right order.
+    """
+
+    of: str | None
+    count: int
+    spearman: Mapping[str, float]
+    kendall: Mapping[str, float]
+
+
+def forecasts_of(results: Results, predictor: str = PREDICTORS[0]) -> Forecasts:
+    """The models with a predictor. Scaled ones are left out: their forecast follows from the unscaled one's."""
+    noted = results.predictors.get(predictor, {})
     rows = [
-        (method, results.forecasts[key], point.kept)
+        (method, noted[key], point.kept)
         for method in results.trained
         for setting, by_seed in results.points(method).items()
         for seed, point in by_seed.items()
-        if setting.scale == 1.0
-        and (key := (method, setting.learning_rate, seed)) in results.forecasts
+        if setting.scale == 1.0 and (key := (method, setting.learning_rate, seed)) in noted
     ]
     methods, forecasts, kept = zip(*rows, strict=True) if rows else ((), (), ())
-    return Forecasts(methods, np.array(forecasts, dtype=float), np.array(kept, dtype=float))
+    return Forecasts(
+        predictor, methods, np.array(forecasts, dtype=float), np.array(kept, dtype=float)
+    )
+
+
+def predictors_of(results: Results) -> list[Forecasts]:
+    """Of each predictor that is noted its models."""
+    every = [forecasts_of(results, name) for name in PREDICTORS]
+    return [one for one in every if len(one.kept)]
+
+
+def rankings(results: Results) -> list[Ranking]:
+    """Over all models, and within each method that has a few, of the models that carry every predictor that any carries.
+
+    None where fewer than two predictors are noted: there is nothing to compare.
+    """
+    noted = {name: values for name, values in results.predictors.items() if values}
+    if len(noted) < 2:
+        return []
+    common = set.intersection(*map(set, noted.values()))
+    shared = {n: {k: v for k, v in values.items() if k in common} for n, values in noted.items()}
+    every = predictors_of(replace(results, predictors=shared))
+    methods = dict.fromkeys(every[0].methods) if every else {}
+    found = [_ranking(of, every) for of in (None, *methods)]
+    return [ranking for ranking in found if ranking.count >= _ENOUGH]
+
+
+def _ranking(of: str | None, every: Sequence[Forecasts]) -> Ranking:
+    """Of the models of one method, or of all."""
+    chosen = np.array([of in (None, method) for method in every[0].methods], dtype=bool)
+    values = {one.predictor: (one.forecasts[chosen], one.kept[chosen]) for one in every}
+    return Ranking(
+        of,
+        int(chosen.sum()),
+        {name: spearman(*both) for name, both in values.items()},
+        {name: kendall(*both) for name, both in values.items()},
+    )
 
 
 def spearman(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:
     """Rank correlation, ties at their mean rank; NaN for fewer than two values or where one side is constant."""
     if len(first) < 2:
         return float("nan")
-    a, b = (_ranks(values) - (len(values) - 1) / 2 for values in (first, second))
+    return _cosine(*(_ranks(values) - (len(values) - 1) / 2 for values in (first, second)))
+
+
+def kendall(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:
+    """Kendall's τ_b: of all pairs the share in one order less that in opposite orders; ties are taken into account. NaN as
+    for `spearman`."""
+    return _cosine(*(np.sign(v[:, None] - v[None, :]).ravel() for v in (first, second)))
+
+
+def _cosine(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:
     size = float(np.sqrt((a**2).sum() * (b**2).sum()))
     return float((a * b).sum() / size) if size > 0 else float("nan")
 

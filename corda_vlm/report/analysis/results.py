@@ -34,6 +34,8 @@ from corda_vlm.run_files import SCORES
 
 REFERENCE = "lora"
 
+PREDICTORS = ("forecast", "kl_new", "update_size", "task_change")
+"""What may foretell forgetting, by the keys of a row of scores (`corda_vlm.train.predictors`)."""
 
 Place = tuple[str, Setting, int | None, str]
 """Method, setting, seed and task: where one score of a trained model stands."""
@@ -50,7 +52,8 @@ class Results:
         base: score of each task before training.
         trained: method -> setting -> seed -> task -> score, in the order they were measured.
         base_rows: the base model's rows as they are, with intervals.
-        forecasts: (method, learning rate, seed) -> the anchor's value at the end of training, where it was noted.
+        predictors: what may foretell forgetting, of `PREDICTORS` -> (method, learning rate, seed) -> its value at the end of
+            training, where it was noted.
         diverged: (method, learning rate, seed) -> why that training came to nothing; its scores, if it has any, are left
             out, and a setting of which a seed diverged has no point: the seeds that survive are no fair sample of it.
         gains: (method, setting, seed, task) -> how far the trained model is above the base model, paired over the examples,
@@ -66,7 +69,7 @@ class Results:
     base: Mapping[str, float]
     trained: Mapping[str, Mapping[Setting, Mapping[int | None, Mapping[str, float]]]]
     base_rows: Sequence[Mapping[str, Any]]
-    forecasts: Mapping[TrainingKey, float] = field(default_factory=dict)
+    predictors: Mapping[str, Mapping[TrainingKey, float]] = field(default_factory=dict)
     diverged: Mapping[TrainingKey, str] = field(default_factory=dict)
     gains: Mapping[Place, Interval] = field(default_factory=dict)
     intervals: Mapping[Place, Interval] = field(default_factory=dict)
@@ -96,7 +99,7 @@ class Results:
         base: dict[str, float] = {}
         base_rows: dict[tuple[str, str], Mapping[str, Any]] = {}
         trained: dict[str, dict[Setting, dict[int | None, dict[str, float]]]] = {}
-        forecasts: dict[TrainingKey, float] = {}
+        predictors: dict[str, dict[TrainingKey, float]] = {}
         gains: dict[Place, Interval] = {}
         intervals: dict[Place, Interval] = {}
         diverged = dict(diverged or {})
@@ -125,13 +128,14 @@ class Results:
                     if interval is not None:
                         kind[place] = interval
                 # of the trained model itself: what a scale makes of it follows (`forecast`)
-                if row.get("forecast") is not None and setting.scale == 1.0:
-                    forecasts[key] = float(row["forecast"])
+                for name in PREDICTORS if setting.scale == 1.0 else ():
+                    if row.get(name) is not None:
+                        predictors.setdefault(name, {})[key] = float(row[name])
         if trained:
             _check_base(primary, base)
         return cls(
             tuple(roles["gain"]), tuple(roles["retention"]), tuple(roles["selection"]),
-            primary, chance, base, trained, tuple(base_rows.values()), forecasts, diverged, gains,
+            primary, chance, base, trained, tuple(base_rows.values()), predictors, diverged, gains,
             intervals,
         )  # fmt: skip
 
@@ -178,6 +182,11 @@ class Results:
                 if placed:
                     placed_by_method[method][setting] = placed
         return placed_by_method
+
+    @property
+    def forecasts(self) -> Mapping[TrainingKey, float]:
+        """(method, learning rate, seed) -> the anchor's value at the end of training, where it was noted."""
+        return self.predictors.get(PREDICTORS[0], {})
 
     def lost_seeds(self, method: str, learning_rate: float | None) -> list[int | None]:
         """The seeds of a setting that diverged."""

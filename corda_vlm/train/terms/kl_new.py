@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -30,10 +28,6 @@ class NewTaskDivergence(BatchPenalty):
         self.objective = _comparable(objective)
         self._before = Before(model)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {}
-
     def __call__(self, batch: Batch) -> Float[Tensor, ""]:
         batch = on_device(batch, device_of(self.model))
         with self._before.running() as base:
@@ -45,8 +39,12 @@ class NewTaskDivergence(BatchPenalty):
             return F.kl_div(log_after, log_before, log_target=True, reduction="batchmean")
 
 
-def _comparable(objective: Objective) -> PromptObjective | NextTokenObjective:
-    if isinstance(objective, PromptObjective | NextTokenObjective):
+Comparable = PromptObjective | NextTokenObjective
+"""Objectives that compare what the model could tell apart before training."""
+
+
+def _comparable(objective: Objective) -> Comparable:
+    if isinstance(objective, Comparable):
         return objective
     raise CordaError(
         "kl_new compares the probabilities of classes or tokens with those before training, and a "

@@ -96,16 +96,17 @@ class TermOptions(AnchorOptions):
             )
         if self.kl_new <= 0:
             return
-        if loss not in ("prompt", "next_token"):
+        if compares_with_base(training, loss):
+            return
+        if loss not in _COMPARABLE:
             raise CordaError(
                 f"kl_new compares probabilities of classes or tokens with those before training, and the {loss} loss has none "
                 "that the model had before; choose the prompt or next_token loss, or distill in place of kl_new"
             )
-        if training.train_head:
-            raise CordaError(
-                "kl_new compares the classes of the prompts with those before training, and train_head trains class vectors "
-                "apart from the prompts; leave one of the two out"
-            )
+        raise CordaError(
+            "kl_new compares the classes of the prompts with those before training, and train_head trains class vectors "
+            "apart from the prompts; leave one of the two out"
+        )
 
     def check_data(self, has_data: bool, remedy: str) -> None:
         """Raise `CordaError` if a term looks at records of the knowledge, and there are none.
@@ -118,3 +119,11 @@ class TermOptions(AnchorOptions):
                 f"{names[0]} looks at records of the knowledge while the model trains, and there are none: {remedy}, or leave "
                 f"{names[0]} out"
             )
+
+
+_COMPARABLE = ("prompt", "next_token")
+
+
+def compares_with_base(training: TrainOptions, loss: Loss) -> bool:
+    """Whether what a loss compares, classes or tokens, had probabilities before training."""
+    return loss in _COMPARABLE and not training.train_head
