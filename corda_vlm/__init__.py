@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from corda_vlm.files import asset
     from corda_vlm.methods import METHODS, prepare_method, register_method
     from corda_vlm.plan import AdapterPlan, plan_adapter
+    from corda_vlm.ranks import register_rank_rule
     from corda_vlm.sites import Site, find_sites
     from corda_vlm.train import AnchorMixin, task_gradient
 
@@ -74,6 +75,7 @@ _HOME = {
     "register_family": "families",
     "register_method": "methods",
     "register_metric": "evaluation",
+    "register_rank_rule": "ranks",
     "register_source": "data",
     "register_task": "evaluation",
     "restore": "adapter",

@@ -29,7 +29,7 @@ def test_a_name_is_text_that_people_can_type(name):
 
 
 def test_each_registry_has_a_public_way_in():
-    for name in ("family", "method", "metric", "source", "task"):
+    for name in ("family", "method", "metric", "rank_rule", "source", "task"):
         assert callable(getattr(corda_vlm, f"register_{name}"))
 
 

@@ -27,7 +27,7 @@ from corda_vlm.families import Batch
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.options import as_keywords, option_names, options_from
 from corda_vlm.plan import PLAN_METHODS, plan_adapter
-from corda_vlm.plan.options import PlanKeywords, PlanOptions
+from corda_vlm.plan.options import PlanKeywords, PlanOptions, needs_gradient
 
 
 class AdaptKeywords(CollectKeywords, PlanKeywords, AttachKeywords, total=False):
@@ -77,7 +77,7 @@ def adapt(
     # before a long calibration
     plans = options_from(PlanOptions, planning, "adapt").settled(has_gradient)
     options_from(AttachOptions, attaching, "adapt")
-    _check_task(plans.method, gradient, task_batches, loss)
+    _check_task(plans, gradient, task_batches, loss)
     store = collect_covariance(
         model, batches, forward=forward, masks=masks, path=path, device=device, show_progress=show_progress, **collecting
     )  # fmt: skip
@@ -91,7 +91,7 @@ def adapt(
 
 
 def _check_task(
-    method: str,
+    plans: PlanOptions,
     gradient: GradientStore | None,
     task_batches: Iterable[Batch | torch.Tensor | Sequence[Any]] | None,
     loss: Loss | None,
@@ -102,10 +102,14 @@ def _check_task(
             "loss= is that of task_batches=, which are not given; give both, or neither"
         )
     given = (gradient is not None) + (task_batches is not None)
-    if PLAN_METHODS[method].of_gradient:
+    method = plans.method
+    if needs_gradient(method, plans):
         if given != 1:
+            what = f"method {method!r} starts from"
+            if not PLAN_METHODS[method].of_gradient:
+                what = f"rank rule {plans.rank_rule!r} looks at"
             raise CordaError(
-                f"method {method!r} starts from the gradient of the new task's loss: give task_batches= (and loss=), or "
+                f"{what} the gradient of the new task's loss: give task_batches= (and loss=), or "
                 "gradient=, one of the two"
             )
     elif given:

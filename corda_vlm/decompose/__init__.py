@@ -33,6 +33,7 @@ from corda_vlm.decompose.gradient import (
     decompose_gradient,
     decompose_keep_lora,
     decompose_lora_ga,
+    gradient_spectrum,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "decompose_gradient",
     "decompose_keep_lora",
     "decompose_lora_ga",
+    "gradient_spectrum",
     "knowledge_energy",
     "relative_damage",
 ]

@@ -152,6 +152,32 @@ def decompose_keep_lora(
     return _start(gradient, torch.zeros(len(gradient), rank), A, basis, norm, dead)
 
 
+def gradient_spectrum(
+    gradient: Float[Tensor, "out inp"],
+    covariance: Float[Tensor, "inp inp"] | None = None,
+    weight: Float[Tensor, "out inp"] | None = None,
+    *,
+    damping: float,
+) -> Float[Tensor, " R"]:
+    """All `R = min(out, inp)` singular values of what a start takes its directions from, descending, float64 on the CPU.
+
+    Args:
+        gradient: `G`.
+        covariance: gives those of `G C'^-1/2`, of `decompose_gradient`; None those of G, of `decompose_lora_ga`.
+        weight: with it, those of `decompose_keep_lora`: of G off what weight and covariance use most.
+        damping: δ in `C' = C + δ mean(diag C) I`.
+
+    Raises:
+        CordaError: as the starts.
+    """
+    g, norm = _unit(gradient, covariance, 1, damping, None)
+    if weight is not None and covariance is not None:
+        used = _principal(weight.to(g), covariance.to(g))
+        g, covariance = g - (g @ used) @ used.mT, None
+    root = Root(covariance, -0.5, damping, g.device)
+    return torch.linalg.svdvals(root.times(g)).cpu() * (norm * root.scale)
+
+
 def _unit(
     gradient: Tensor,
     covariance: Tensor | None,

@@ -127,7 +127,7 @@ def _check_trainings(experiment: Experiment, name: str) -> None:
     (loss,) = {one.loss_for(kind) for one in options}
     _check_loss(name, loss, kind)
     try:
-        if METHODS[experiment.method_of(name)].gradient:
+        if METHODS[experiment.method_of(name)].takes_gradient(experiment.request(name)):
             experiment.gradient_options(name)  # raises
         for one in options:
             variant.check_training(one, one.loss_for(kind))

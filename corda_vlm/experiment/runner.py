@@ -330,7 +330,9 @@ class ExperimentRunner:
             # methods that know one of the two take it as `store`, whichever it is
             store=self.store(method.covariances[0]) if method.covariances else None,
             task_store=self.store(TASK) if len(method.covariances) > 1 else None,
-            gradient=self.gradient(name) if method.gradient else None,
+            gradient=self.gradient(name)
+            if method.takes_gradient(self.experiment.request(name))
+            else None,
         )
         if (make := method.plan) is None:
             return request

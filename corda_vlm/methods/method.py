@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from corda_vlm.errors import CordaError
 from corda_vlm.methods.options import MethodOptions
 from corda_vlm.options import check_options, option_names
-from corda_vlm.plan.options import DecompositionOptions
+from corda_vlm.plan.options import DecompositionOptions, check_plan, looks_at_task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,11 +78,12 @@ class Method:
         attach: (bare model, request) -> the model to train.
         detach: the model that was trained -> the original bare model.
         plan: (bare model, request) -> the plan that `attach` would make; None for a method without plans.
-        takes: options of the request that not every method has; any other than these is refused. A plan refuses
-            besides what its own method does not take.
+        takes: options of the request that not every method has; any other than these is refused, and what the method's
+            plan does not take.
         gradient: whether it starts from the gradient of the new task's loss, the request's `gradient`.
         loss: the one that it trains with, whatever loss is asked for, as nothing else of it can be trained; None for any.
         changes_layers: whether training changes what the model's layers give, so that an anchor has something to hold.
+        plan_method: key of `PLAN_METHODS`, for a method with plans.
         penalty: (the model to train, request) -> a term that is added to the loss: a function without arguments that looks
             at the weights and gives a scalar, already weighted. None for a method without one.
     """
@@ -98,6 +99,7 @@ class Method:
     gradient: bool = False
     loss: str | None = None
     changes_layers: bool = True
+    plan_method: str | None = None
     penalty: Callable[[nn.Module, MethodRequest], Callable[[], Tensor]] | None = None
 
     @property
@@ -108,6 +110,10 @@ class Method:
     def has_rank(self) -> bool:
         """Is what it trains an adapter, whose rank the layers have to take?"""
         return "roles" in self.takes
+
+    def takes_gradient(self, options: DecompositionOptions) -> bool:
+        """Does it look at the gradient of the new task's loss, with these options?"""
+        return self.gradient or looks_at_task(options)
 
     def prepare(self, model: nn.Module, request: MethodRequest) -> Prepared:
         """Make `model` ready to train.
@@ -121,9 +127,10 @@ class Method:
                     f"method {self.name!r} takes its directions from data: pass {argument}=, from collect_covariance "
                     f"of the {of}"
                 )
-        if self.gradient and request.gradient is None:
+        if self.takes_gradient(request) and request.gradient is None:
+            how = "starts from" if self.gradient else f"with rank_rule={request.rank_rule} looks at"
             raise CordaError(
-                f"method {self.name!r} starts from the gradient of the new task's loss: pass gradient=, from task_gradient or "
+                f"method {self.name!r} {how} the gradient of the new task's loss: pass gradient=, from task_gradient or "
                 "collect_gradient"
             )
         self.check_options(request)
@@ -142,3 +149,5 @@ class Method:
                 raise CordaError(
                     f"method {self.name!r} has no {option}= (got {value!r}); leave it out"
                 )
+        if self.plan_method is not None:
+            check_plan(self.plan_method, request)

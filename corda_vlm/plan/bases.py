@@ -55,6 +55,11 @@ class PlanMethod:
         return self.directions.startswith("gradient")
 
     @property
+    def has_rounds(self) -> bool:
+        """Does it weigh one covariance of the knowledge, so that a site may choose among several?"""
+        return self.needs_store and not self.contrast and not self.of_gradient
+
+    @property
     def needs_store(self) -> bool:
         return self.power != 0
 

@@ -166,36 +166,3 @@ def rank_budget(
             "dynamic_rank=True (--dynamic-rank), or give rank= alone"
         )
     return None
-
-
-def choose_ranks(
-    weights: Mapping[str, Tensor],
-    covariances: ChosenCovariances,
-    *,
-    mode: str,
-    budget: int,
-    min_rank: ranks.Bound | None,
-    max_rank: ranks.Bound | None,
-    damping: float,
-) -> dict[str, int]:
-    """Site -> rank: the budget shared out by compactness, see `ranks.allocate_ranks`."""
-    spectra, compactness = {}, {}
-    for name, weight in track(weights.items(), "spectra", unit="site"):
-        if name in covariances.selections:
-            spectra[name] = covariances.selections[name].spectrum
-        else:
-            # a first pass for the values alone: holding every site's whole basis would take the model's size
-            covariance = covariances[name]
-            assert covariance is not None
-            spectra[name] = ranks.spectrum(weight, covariance, damping=damping)
-            del covariance  # before the next one is made
-        compactness[name] = covariances.compactness(name, weight.shape[0], thorough=True)
-    return ranks.allocate_ranks(
-        spectra,
-        compactness,
-        {name: (w.shape[0], w.shape[1]) for name, w in weights.items()},
-        mode=mode,
-        budget=budget,
-        min_rank=min_rank,
-        max_rank=max_rank,
-    )

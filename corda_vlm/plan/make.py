@@ -33,11 +33,11 @@ from corda_vlm.plan.bases import MODES, PLAN_METHODS, Components, PlanMethod
 from corda_vlm.plan.choose import (
     ChosenCovariances,
     choose_covariances,
-    choose_ranks,
     rank_budget,
 )
-from corda_vlm.plan.options import PlanKeywords, PlanOptions, Route
+from corda_vlm.plan.options import PlanKeywords, PlanOptions, Route, needs_gradient, rule_of
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
+from corda_vlm.plan.share import ceilings, choose_ranks
 from corda_vlm.progress import showing, track
 from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
 
@@ -93,6 +93,7 @@ def plan_adapter(
         mode=asked.mode if basis.components is None else None,
         rank=asked.rank,
         budget=chosen.budget,
+        rank_rule=chosen.rule,
         damping=asked.damping,
         a_norm=asked.a_norm,
         beta=chosen.beta,
@@ -129,6 +130,7 @@ class _Choices:
         gradient: of the new task's loss, for a basis that takes it.
         ranks: site name -> rank.
         budget: parameters that the ranks share; None where all have the same rank.
+        rule: by which they share them.
         route: of `decompose`.
         beta: the weight of the knowledge against the new task, for a basis that weighs them.
     """
@@ -140,6 +142,7 @@ class _Choices:
     gradient: GradientStore | None
     ranks: Mapping[str, int]
     budget: int | None
+    rule: str | None
     route: Route
     beta: float | None
 
@@ -156,27 +159,37 @@ def _choose(
     shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
     if asked.budget is None:
         check_rank(shapes, asked.rank)
-    bounds = {"min_rank": asked.min_rank, "max_rank": asked.max_rank}
     budget = rank_budget(
-        shapes, asked.rank, dynamic_rank=asked.dynamic_rank, budget=asked.budget, **bounds
+        shapes,
+        asked.rank,
+        dynamic_rank=asked.dynamic_rank,
+        budget=asked.budget,
+        min_rank=asked.min_rank,
+        max_rank=ceilings(asked, shapes) if asked.dynamic_rank else asked.max_rank,
     )
     covariances = choose_covariances(weights, store, asked.damping, asked.dynamic_covariance)
-    ranks = dict.fromkeys(weights, asked.rank)
-    if budget is not None:
-        mode = "kpm" if components == "smallest" else "ipm"
+    ranks, rule = dict.fromkeys(weights, asked.rank), rule_of(asked.method, asked)
+    if rule is not None and budget is not None:
         ranks = choose_ranks(
-            weights, covariances, mode=mode, budget=budget, damping=asked.damping, **bounds
+            weights,
+            covariances,
+            gradient,
+            asked,
+            rule=rule,
+            components=components,
+            budget=budget,
         )
     return _Choices(
         basis,
         components,
         covariances,
         tasks=choose_covariances(weights, task_store, asked.damping, False),
-        gradient=gradient,
+        gradient=gradient if basis.of_gradient else None,
         ranks=ranks,
         budget=budget,
-        # the ranks were chosen by whole spectra
-        route=asked.route if budget is None else "exact",
+        rule=rule,
+        # ranks of a weight's components were chosen by whole spectra
+        route=asked.route if budget is None or basis.of_gradient else "exact",
         beta=(0.5 if asked.beta is None else asked.beta) if basis.contrast else None,
     )
 
@@ -205,6 +218,7 @@ def _plan_site(
         route=factor.route,
         compactness=chosen.covariances.compactness(site.name, shape[0], thorough=thorough),
         scores=chosen.covariances.scores(site.name),
+        gradient_share=factor.energy_share if basis.of_gradient else None,
     )
     return plan, _on_cpu(factor)
 
@@ -288,18 +302,29 @@ def _check_stores(
             f"method {method!r} weighs the new task against the knowledge: pass the covariances of the new task as "
             "task_store=, beside those of the knowledge in store"
         )
-    if basis.of_gradient != (gradient is not None):
-        raise CordaError(
-            f"method {method!r} looks at the gradient of the new task's loss: pass gradient=, from collect_gradient"
-            if basis.of_gradient
-            else f"method {method!r} takes no gradient; leave gradient= out, or take one of "
-            f"{', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.of_gradient))}"
-        )
+    _check_gradient(asked, basis, gradient)
     if not basis.contrast and task_store is not None:
         raise CordaError(
             f"method {method!r} takes one store of covariances; leave task_store= out"
             + (", and for mode='ipm' pass the task's as store" if basis.components is None else "")
         )
+
+
+def _check_gradient(asked: PlanOptions, basis: PlanMethod, gradient: GradientStore | None) -> None:
+    method = asked.method
+    if needs_gradient(method, asked) == (gradient is not None):
+        return
+    if gradient is not None:
+        takers = ", ".join(sorted(m for m, b in PLAN_METHODS.items() if b.of_gradient))
+        raise CordaError(
+            f"method {method!r} takes no gradient; leave gradient= out, or take one of {takers}, or share ranks out by a rule "
+            "that looks at it: dynamic_rank=True, rank_rule='task'"
+        )
+    why = f"method {method!r}" if basis.of_gradient else f"rank rule {rule_of(method, asked)!r}"
+    raise CordaError(
+        f"{why} looks at the gradient of the new task's loss: pass gradient=, from task_gradient or collect_gradient "
+        "(corda-vlm gradient, and plan --gradient)"
+    )
 
 
 def check_made_from(fingerprint: str, store: CovarianceStore | GradientStore, of: str) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.options import SiteKeywords, SiteOptions
 from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Text
 from corda_vlm.plan.bases import PLAN_METHODS
+from corda_vlm.ranks.rules import RANK_RULES, Need, get_rank_rule
 
 Mode = Literal["kpm", "ipm"]
 MODE: Mode = "kpm"
 AUTO = "auto"
 Route = Literal["auto", "exact", "fast"]
 SideChoice = Literal["output", "input", "auto"]
+OF_WEIGHTS = "compactness"
+"""The rule of "auto" for a method that adapts components of the weight."""
 Portion = Annotated[float, Range(at_least=0, at_most=1)]
 
 
@@ -32,7 +35,10 @@ class DecompositionOptions(SiteOptions):
         side: Of "corda": the directions of each layer's output (the paper's), of its input, or auto, the input where a layer
             has more inputs than outputs. The default is the method's own.
         beta: Of "sc-lora": the weight of the knowledge against the task, from 0 to 1. The default is 0.5.
-        dynamic_rank: Share the parameters out over the matrices by compactness (CorDA++). Takes the exact route.
+        dynamic_rank: Share the parameters out over the matrices, by `rank_rule`.
+        rank_rule: With `dynamic_rank`: compactness, the paper's (CorDA++); energy, where least of the knowledge's energy is at risk for a
+            parameter; task, where the new task's loss falls fastest along the directions that are offered; or gradient, where
+            its gradient gains most for what it moves of the knowledge. auto is gradient for methods that start from it, else compactness.
         budget: With `dynamic_rank`: trainable parameters, `Σ (out + inp) · rank`, in place of as many as `rank` has.
         min_rank: With `dynamic_rank`: no matrix gets less; a number, or a mapping from names of matrices to numbers. Null is 1.
         max_rank: With `dynamic_rank`: no matrix gets more; a number, or a mapping from names of matrices to numbers.
@@ -47,6 +53,7 @@ class DecompositionOptions(SiteOptions):
     side: SideChoice | None = None
     beta: Portion | None = None
     dynamic_rank: bool = False
+    rank_rule: Text = "auto"
     budget: Count | None = None
     min_rank: Count | Mapping[str, Count] | None = 1
     max_rank: Count | Mapping[str, Count] | None = None
@@ -59,6 +66,13 @@ class DecompositionOptions(SiteOptions):
         least, most = self.min_rank, self.max_rank
         if isinstance(least, int) and isinstance(most, int) and most < least:
             raise CordaError(f"max_rank {most} is below min_rank {least}")
+        if self.rank_rule != AUTO:
+            get_rank_rule(self.rank_rule)
+            if not self.dynamic_rank:
+                raise CordaError(
+                    f"rank_rule={self.rank_rule} given without dynamic_rank: every matrix then takes rank {self.rank}. Add "
+                    "dynamic_rank=True (--dynamic-rank), or leave rank_rule out"
+                )
 
 
 class DecompositionKeywords(SiteKeywords, total=False):
@@ -70,6 +84,7 @@ class DecompositionKeywords(SiteKeywords, total=False):
     side: SideChoice | None
     beta: float | None
     dynamic_rank: bool
+    rank_rule: str
     budget: int | None
     min_rank: int | Mapping[str, int] | None
     max_rank: int | Mapping[str, int] | None
@@ -130,12 +145,51 @@ def check_plan(method: str, options: DecompositionOptions) -> None:
             f"beta weighs two covariances, and method {method!r} does not; leave it out, or take one of "
             f"{', '.join(sorted(m for m, b in PLAN_METHODS.items() if b.contrast))}"
         )
-    dynamic = options.dynamic_rank or options.dynamic_covariance
-    if dynamic and (basis.contrast or basis.of_gradient or not basis.needs_store):
+    if options.dynamic_covariance and not basis.has_rounds:
         raise CordaError(
-            f"dynamic_rank and dynamic_covariance weigh covariances one by one, which method {method!r} does not use so; "
-            "take method='corda' or leave them off"
+            f"dynamic_covariance weighs covariances one by one, which method {method!r} does not use so; take method='corda' or "
+            "leave it off"
         )
+    rule_of(method, options)
+
+
+def rule_of(method: str, options: DecompositionOptions) -> str | None:
+    """By which rule a plan shares ranks out, key of `RANK_RULES`; None where all are equal.
+
+    Raises:
+        CordaError: the method has nothing that the rule looks at.
+    """
+    if not options.dynamic_rank:
+        return None
+    basis = PLAN_METHODS[method]
+    if basis.of_gradient:
+        usual, known = "gradient", {"gradient", "output_energy"}
+    elif basis.has_rounds:
+        usual, known = OF_WEIGHTS, {*get_args(Need)}
+    else:
+        raise CordaError(
+            f"dynamic_rank weighs covariances one by one, or the gradient of the new task's loss, and method {method!r} uses "
+            "neither so; take method='corda' or 'corda-natural', or leave it off"
+        )
+    name = usual if options.rank_rule == AUTO else options.rank_rule
+    if not known.issuperset(get_rank_rule(name).needs):
+        fit = sorted(n for n, rule in RANK_RULES.items() if known.issuperset(rule.needs))
+        raise CordaError(
+            f"rank rule {name!r} weighs components of the weight, and method {method!r} adapts those of the gradient; take "
+            f"{', '.join(fit)}, leave rank_rule out, or take method='corda'"
+        )
+    return name
+
+
+def looks_at_task(options: DecompositionOptions) -> bool:
+    """Are ranks shared out by a rule that was asked for, and that looks at the gradient of the new task's loss?"""
+    asked = options.dynamic_rank and options.rank_rule != AUTO
+    return asked and get_rank_rule(options.rank_rule).of_task
+
+
+def needs_gradient(method: str, options: DecompositionOptions) -> bool:
+    """Does such a plan look at the gradient of the new task's loss?"""
+    return PLAN_METHODS[method].of_gradient or looks_at_task(options)
 
 
 class PlanKeywords(DecompositionKeywords, total=False):

@@ -49,6 +49,8 @@ class SitePlan:
             and for inputs wider than 1,024 unless a dynamic option or route="exact" was asked for: it takes all
             eigenvalues of C', which for wide inputs costs more than the fast route's whole decomposition.
         scores: of each calibration round, under `dynamic_covariance`; `round` is the one of the lowest.
+        gradient_share: of a method that starts from the new task's gradient: the share of its energy, in the method's
+            metric, that lies in the adapted directions, 0 to 1; else None, and in plans of former versions.
     """
 
     site: Site
@@ -66,6 +68,7 @@ class SitePlan:
     route: Literal["exact", "fast"]
     compactness: Positive | None
     scores: Annotated[tuple[float, ...], Items(least=1)] | None
+    gradient_share: NotNegative | None = None
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
@@ -81,6 +84,8 @@ class AdapterPlan:
         mode: "kpm" or "ipm"; None for a method that has no modes.
         rank: as asked for; under `dynamic_rank` sites differ.
         budget: parameters that `dynamic_rank` was allowed; None without it. A `budget=` replaces `rank`.
+        rank_rule: key of `RANK_RULES`, by which they were shared out; None without it, and in plans of versions that had
+            compactness alone.
         damping: δ of `C' = C + δ·mean(diag C)·I`.
         a_norm: norm of each row of A at the start; None: the paper's split `B = U Σ^½`.
         beta: of "sc-lora", see `plan_adapter`; None for the others.
@@ -102,6 +107,7 @@ class AdapterPlan:
     data_fingerprint: str | None
     task_fingerprint: str | None
     family: str
+    rank_rule: str | None = field(default=None, kw_only=True)
     sites: Annotated[tuple[SitePlan, ...], Items(least=1)]
     factors: Mapping[str, Decomposition] = field(default_factory=dict, repr=False, compare=False)
 
@@ -128,6 +134,8 @@ class AdapterPlan:
         of = "" if self.budget is None else f" of {self.budget:,}"
         low, high = min(s.rank for s in self.sites), max(s.rank for s in self.sites)
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        if self.rank_rule is not None:
+            ranks += f" by {self.rank_rule}"
         return f"{self.parameters:,}{of} parameters, {ranks}"
 
     def check(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _LEGEND = {
     "score": "of the calibration round taken, the lowest; others: of the rounds that were not",
     "log₁₀ π": "compactness of the covariance; the lower, the less a small component can change the outputs",
+    "gradient": "the share of the task's gradient, in the method's metric, that the adapted directions hold",
     "at risk": "‖B A C'‖² / ‖W C'‖², the share of the knowledge's energy in the adapted directions",
 }
 
@@ -30,6 +31,7 @@ def table_of(plan: AdapterPlan) -> str:
         ("others", False, _others),
         ("log₁₀ π", True, lambda s: f"{math.log10(s.compactness):.2f}" if s.compactness else ""),
         ("rank", True, lambda s: str(s.rank)),
+        ("gradient", True, lambda s: "" if s.gradient_share is None else f"{100 * s.gradient_share:.0f}%"),
         ("at risk", True, lambda s: _percent(s.predicted_damage)),
         ("floored", True, lambda s: str(s.floored or "")),
     ]  # fmt: skip
@@ -42,7 +44,13 @@ def table_of(plan: AdapterPlan) -> str:
     rows = [[cell(s) or "-" for _, _, cell in columns] for s in plan.sites]
     heads = [head for head, _, _ in columns]
     named = f"{plan.method}-{plan.mode}" if plan.mode else plan.method
-    scale = "the paper's split" if plan.a_norm is None else f"rows of A at norm {plan.a_norm:g}"
+    scale = (
+        f"rows of A at norm {plan.a_norm:g}"
+        if plan.a_norm is not None
+        else "the method's own split"
+    )
+    if plan.a_norm is None and not any(s.gradient_share is not None for s in plan.sites):
+        scale = "the paper's split"
     lines = [
         f"{named}: {len(plan.sites)} sites of {plan.family}, damping {plan.damping:g}, {scale}",
         text_table(rows, heads, [right for _, right, _ in columns]),

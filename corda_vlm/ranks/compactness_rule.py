@@ -13,6 +13,7 @@ from torch import Tensor
 
 from corda_vlm.errors import CordaError
 from corda_vlm.ranks.spectra import normalized
+from corda_vlm.ranks.view import SiteView
 
 
 def compactness(covariance: Float[Tensor, "d d"], out_features: int, *, damping: float) -> float:
@@ -42,10 +43,11 @@ def compactness(covariance: Float[Tensor, "d d"], out_features: int, *, damping:
     return math.sqrt(out_features * high) / low
 
 
-def by_compactness(
-    sigma: Float[Tensor, " R"], log_pi: float, filtered: Int[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """`s(r) = log π · σ₋ᵣ / Σ_{k=1..R−r} σ_k` at `r = filtered`; a `RankRule`."""
+def by_compactness(site: SiteView, filtered: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """`s(r) = log π · σ₋ᵣ / Σ_{k=1..R−r} σ_k` at `r = filtered`; a `RankRule`'s score."""
+    assert site.spectrum is not None  # needs of the rule
+    assert site.log_compactness is not None
+    sigma = site.spectrum
     kept = sigma.cumsum(0)[len(sigma) - filtered - 1]
     # Where nothing is left to keep σ₋ᵣ is 0 too: such a component costs nothing.
-    return log_pi * torch.where(kept > 0, sigma[len(sigma) - filtered] / kept, 0.0)
+    return site.log_compactness * torch.where(kept > 0, sigma[len(sigma) - filtered] / kept, 0.0)

@@ -44,7 +44,22 @@ def normalized(covariance: Float[Tensor, "d d"], damping: float) -> Float[Tensor
 
 def checked(spectrum: Tensor, compactness: float, full: int, what: str) -> tuple[Tensor, float]:
     """The spectrum in float64 on the CPU, (R,), where cumulative sums never fall, and log π."""
-    sigma = spectrum.detach().to("cpu", torch.float64)
+    sigma = checked_values(spectrum, full, what)
+    if not 1 <= compactness < math.inf:
+        raise CordaError(
+            f"{what}: its compactness {compactness:g} is not a finite number of 1 or more; take it from "
+            "`corda_vlm.ranks.compactness`, which normalizes and damps the covariance"
+        )
+    return sigma, math.log(compactness)
+
+
+def checked_values(values: Tensor, full: int, what: str) -> Float[Tensor, " R"]:
+    """Singular values in float64 on the CPU, once it is clear that they are all of them, in order.
+
+    Raises:
+        CordaError: incomplete, not descending, negative or not finite.
+    """
+    sigma = values.detach().to("cpu", torch.float64)
     if len(sigma) != full:
         raise CordaError(
             f"{what}: {len(sigma)} singular values, but the full rank is {full}; the whole spectrum is "
@@ -58,9 +73,4 @@ def checked(spectrum: Tensor, compactness: float, full: int, what: str) -> tuple
             f"{what}: singular value {at + 1} of {len(sigma)} is {sigma[at]:.6g}, after "
             f"{sigma[max(at - 1, 0)]:.6g}; they have to be finite, not negative, and descending"
         )
-    if not 1 <= compactness < math.inf:
-        raise CordaError(
-            f"{what}: its compactness {compactness:g} is not a finite number of 1 or more; take it from "
-            "`corda_vlm.ranks.compactness`, which normalizes and damps the covariance"
-        )
-    return sigma, math.log(compactness)
+    return sigma

@@ -11,10 +11,11 @@ from corda_vlm.files import read_json, write_json
 from corda_vlm.report.document import Picture
 from corda_vlm.run_files import PICTURES, TRAINING
 
-PLANS = "Rank and compactness of every adapted layer, blocks left to right, roles top to bottom."
+PLANS = "Rank of every adapted layer and what it was chosen by, blocks left to right, roles top to bottom."
 PLANS_CAPTION = (
     "Which layers were given how much. Blue: the rank, darker for more (logarithmic). Orange: log₁₀ of the compactness π of "
-    "the covariance that the layer took; lighter layers lose less by what is adapted."
+    "the covariance that the layer took; lighter layers lose less by what is adapted. Green, of methods that start from the new "
+    "task's gradient: the share of it that the adapter's directions hold."
 )
 
 # What pictures are of that were drawn before their words were kept.

@@ -69,6 +69,21 @@ def test_what_keeps_to_the_rules_is_taken():
             r"contrastive loss, and the task's data are conversations \(format: qa\)",
         ),
         (
+            {"corda-natural": {"learning_rates": [1e-3], "dynamic_rank": True, "rank_rule": "energy"}},
+            CALIBRATION,
+            "rank rule 'energy' weighs components of the weight, and method 'corda-natural'",
+        ),
+        (
+            {"corda-kpm": {"learning_rates": [1e-3], "rank_rule": "energy"}},
+            CALIBRATION,
+            "rank_rule=energy given without dynamic_rank",
+        ),
+        (
+            {"corda-kpm": {"learning_rates": [1e-3], "dynamic_rank": True, "rank_rule": "enrgy"}},
+            CALIBRATION,
+            "unknown rank rule 'enrgy'.*Did you mean 'energy'",
+        ),
+        (
             {"corda-kpm": {"learning_rates": [1e-3], "dynamic_covariance": True}},
             CALIBRATION,
             "chooses among calibration rounds, and there is one",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from corda_vlm.adapter import adapt, load_adapter
 from corda_vlm.adapter.paired import PairedConfig, base_of, paired_layers, trained
 from corda_vlm.covariance import (
+    CovarianceStore,
     collect_covariance,
     collect_gradient,
 )
@@ -234,6 +235,83 @@ def test_where_the_gradient_is_given_it_is_what_the_start_looks_at(tiny_clip_hf)
     assert model.peft_config["default"].peft_type == "LORA"
 
 
+class TestSharedRanks:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_ranks_follow_the_gradient_in_the_metric_of_the_method(self, name, tiny_clip_hf):
+        given = made_from(tiny_clip_hf)
+        options = {"rank": 4, "towers": "vision", "show_progress": False}
+        if name == "lora-ga":
+            given["store"] = None
+        plan = plan_adapter(tiny_clip_hf, **given, method=name, dynamic_rank=True, **options)
+        equal = plan_adapter(tiny_clip_hf, **given, method=name, **options)
+        assert plan.rank_rule == "gradient"
+        assert "by gradient" in plan.table()
+        assert "gradient: the share" in equal.table()
+        assert equal.rank_rule is None
+        assert equal.parameters - 96 < plan.parameters <= equal.parameters
+        assert len({site.rank for site in plan.sites}) > 1
+        # a step from the one to the other gains, in the sum that the rule weighs
+        assert _gain(plan, tiny_clip_hf, given["store"]) > _gain(
+            equal, tiny_clip_hf, given["store"]
+        )
+        for site in plan.sites:
+            if name == "lora-ga":
+                assert 2 * site.rank <= min(site.shape)
+            factor = plan.factors[site.site.name]
+            assert factor.A.shape[0] == site.rank
+            assert site.gradient_share == pytest.approx(factor.energy_share, rel=1e-5)
+
+    @pytest.mark.parametrize("rule", ["task", "gradient", "energy", "compactness"])
+    def test_corda_by_each_rule(self, rule, tiny_clip_hf, tmp_path):
+        store, task = made_from(tiny_clip_hf).values()
+        of_task = {"gradient": task} if rule in ("task", "gradient") else {}
+        options = {"rank": 4, "towers": "vision", "dynamic_rank": True, "rank_rule": rule}
+        plan = plan_adapter(tiny_clip_hf, store, **of_task, method="corda", **options, show_progress=False)  # fmt: skip
+        assert plan.rank_rule == rule
+        assert len({site.rank for site in plan.sites}) > 1
+        read = AdapterPlan.load(plan.save(tmp_path / "plan.json"), model=tiny_clip_hf)
+        assert read == plan
+        model = prepare_method(
+            "corda-kpm", tiny_clip_hf, store=store, **of_task, **options, show_progress=False
+        )
+        rows = [
+            p.shape[0] for n, p in model.named_parameters() if "lora_A" in n and p.requires_grad
+        ]
+        assert sorted(rows) == sorted(site.rank for site in plan.sites)
+
+    def test_the_task_is_looked_at_by_adapt(self, tiny_clip_hf):
+        model = adapt(
+            tiny_clip_hf, [make_batch()], task_batches=[make_batch(seed=2)], loss=image_loss, rank_rule="task", method="corda",
+            dynamic_rank=True, rank=4, towers="vision", show_progress=False,
+        )  # fmt: skip
+        assert len({p.shape[0] for n, p in model.named_parameters() if "lora_A" in n}) > 1
+
+    def test_a_plan_of_a_former_version_has_no_rule(self, tiny_clip_hf, tmp_path):
+        store, _ = made_from(tiny_clip_hf).values()
+        plan = plan_adapter(tiny_clip_hf, store, rank=4, towers="vision", dynamic_rank=True, show_progress=False)  # fmt: skip
+        path = plan.save(tmp_path / "plan.json")
+        content = json.loads(path.read_text())
+        del content["rank_rule"]
+        for site in content["sites"]:
+            del site["gradient_share"]
+        path.write_text(json.dumps(content))
+        read = AdapterPlan.load(path, model=tiny_clip_hf)
+        assert read.rank_rule is None
+        assert read.sites == plan.sites
+
+
+def _gain(plan: AdapterPlan, model: nn.Module, store: CovarianceStore | None) -> float:
+    total = 0.0
+    for site in plan.sites:
+        weight = model.get_submodule(site.site.name).weight.detach().double()
+        energy = 1.0
+        if store is not None:
+            c = store[site.site.name].matrix.double()
+            energy = float(torch.trace(weight @ c @ weight.mT))
+        total += energy * site.chosen_energy**2
+    return total
+
+
 class TestRefusals:
     def test_adapt_is_given_the_task_once_and_where_it_is_looked_at(self, tiny_clip_hf):
         def never(*_):
@@ -278,9 +356,33 @@ class TestRefusals:
         with pytest.raises(CordaError, match="gradient has nothing of site 'text_"):
             plan_adapter(tiny_clip_hf, store, gradient=given["gradient"], method="corda-natural", rank=4)  # fmt: skip
 
-    def test_dynamic_ranks(self, tiny_clip_hf):
-        with pytest.raises(CordaError, match="does not use so"):
-            plan_adapter(tiny_clip_hf, **made_from(tiny_clip_hf), method="corda-natural", dynamic_rank=True)  # fmt: skip
+    def test_rules_that_do_not_fit(self, tiny_clip_hf):
+        given = {"rank": 4, "towers": "vision", "dynamic_rank": True}
+        store, task = made_from(tiny_clip_hf).values()
+        with pytest.raises(
+            CordaError, match=r"'energy' weighs components of the weight.*take gradient"
+        ):
+            plan_adapter(tiny_clip_hf, store, gradient=task, method="corda-natural", rank_rule="energy", **given)  # fmt: skip
+        with pytest.raises(
+            CordaError,
+            match=r"rank rule 'task' looks at the gradient.*pass gradient=.*corda-vlm gradient",
+        ):
+            plan_adapter(tiny_clip_hf, store, method="corda", rank_rule="task", **given)
+        with pytest.raises(CordaError, match=r"takes no gradient.*rank_rule='task'"):
+            plan_adapter(
+                tiny_clip_hf, store, gradient=task, method="corda", rank_rule="energy", **given
+            )
+        with pytest.raises(CordaError, match="rank_rule=gradient looks at the gradient"):
+            prepare_method("corda-kpm", tiny_clip_hf, store=store, rank_rule="gradient", **given)
+        with pytest.raises(
+            CordaError,
+            match="rank rule 'task' looks at the gradient of the new task's loss: give task_batches",
+        ):
+            adapt(tiny_clip_hf, [make_batch()], method="corda", rank_rule="task", **given)
+        with pytest.raises(
+            CordaError, match=r"dynamic_covariance.*'corda-natural' does not use so"
+        ):
+            plan_adapter(tiny_clip_hf, store, gradient=task, method="corda-natural", dynamic_covariance=True)  # fmt: skip
 
     def test_a_packed_model_was_unpacked_by_somebody_else(self, tiny_open_clip):
         """The same sites, whether attention was packed when they were collected or not."""

@@ -399,7 +399,7 @@ class TestFiles:
         ]
         differing = [(a, b) for a, b in zip(*texts, strict=True) if a != b]
         assert len(differing) == 2
-        assert differing[1][1].strip() == '"scores": null'
+        assert differing[1][1].strip() == '"scores": null,'
         assert f'      "spectrum": {list(second.spectrum)},' in texts[0]
         assert AdapterPlan.load(tmp_path / "0" / "plan.json") == plan
 

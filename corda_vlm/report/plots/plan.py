@@ -1,4 +1,4 @@
-"""The picture of a plan: ranks and compactness over blocks and roles."""
+"""The picture of a plan: ranks, compactness and the share of the gradient held over blocks and roles."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ _MEASURES = (
         "Oranges",
         False,
     ),
+    _Measure(
+        "share of the gradient held, %",
+        lambda s: None if s.gradient_share is None else 100 * s.gradient_share,
+        lambda v: f"{v:.0f}",
+        "Greens",
+        False,
+    ),
 )
 
 
@@ -63,8 +70,9 @@ _MEASURES = (
 def plan_heatmap(plans: Mapping[str, AdapterPlan], path: str | Path) -> Path | None:
     """Draw each plan as panels of cells: blocks from left to right, roles from top to bottom.
 
-    Blue: ranks, on a logarithmic scale; orange: log₁₀ of the compactness. All plans share the two scales. Layers
-    outside of blocks have columns of their own, with their name; gray cells have no such layer, or no such number.
+    Blue: ranks, on a logarithmic scale; orange: log₁₀ of the compactness; green: the share of the new task's gradient
+    that the adapter's directions hold. All plans share the scales. Layers outside of blocks have columns of their own,
+    with their name; gray cells have no such layer, or no such number.
 
     Args:
         plans: name -> plan, drawn from top to bottom.

@@ -1,0 +1,156 @@
+"""Which rank each site takes, where a budget is shared out: what the rule looks at is measured site by site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from corda_vlm import ranks
+from corda_vlm.covariance import GradientStore
+from corda_vlm.decompose import decompose, gradient_spectrum
+from corda_vlm.errors import CordaError
+from corda_vlm.plan.bases import PLAN_METHODS, Components
+from corda_vlm.plan.choose import ChosenCovariances
+from corda_vlm.plan.options import PlanOptions
+from corda_vlm.progress import track
+from corda_vlm.ranks.rules import Need
+
+
+def choose_ranks(
+    weights: Mapping[str, Tensor],
+    covariances: ChosenCovariances,
+    gradient: GradientStore | None,
+    asked: PlanOptions,
+    *,
+    rule: str,
+    components: Components,
+    budget: int,
+) -> dict[str, int]:
+    """Site -> rank: the budget shared out by a rule, see `ranks.share_out`.
+
+    A first pass for the numbers alone: holding every site's whole basis would take the model's size.
+
+    Raises:
+        CordaError: as `ranks.share_out`; or a site without a gradient, for a rule that looks at it.
+    """
+    needs = ranks.get_rank_rule(rule).needs
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+    equal = max(1, budget // sum(map(sum, shapes.values())))
+    views = {}
+    for name, weight in track(weights.items(), "spectra", unit="site"):
+        of_task = None if gradient is None else gradient[name].to(weight.device)
+        look = _Look(name, weight, covariances, of_task, asked, components, equal)
+        try:
+            views[name] = ranks.SiteView(shapes[name], **{need: look.at(need) for need in needs})
+        except CordaError as error:
+            said = str(error)
+            raise CordaError(said if name in said else f"site {name!r}: {said}") from error
+    return ranks.share_out(
+        views,
+        rule=rule,
+        mode="kpm" if components == "smallest" else "ipm",
+        budget=budget,
+        min_rank=asked.min_rank,
+        max_rank=ceilings(asked, shapes),
+    )
+
+
+def ceilings(asked: PlanOptions, shapes: Mapping[str, ranks.Shape]) -> ranks.Bound | None:
+    """`max_rank`, for a method that takes two components a rank no more than half the full rank."""
+    if PLAN_METHODS[asked.method].directions != "gradient-pair":
+        return asked.max_rank
+    given = asked.max_rank
+    halves = {site: max(1, min(shape) // 2) for site, shape in shapes.items()}
+    if given is None:
+        return halves
+    if isinstance(given, int):
+        return {site: min(given, half) for site, half in halves.items()}
+    return {**given, **{site: min(given.get(site, half), half) for site, half in halves.items()}}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What there is to see of one site, each computed when it is asked for.
+
+    Attributes:
+        equal: the rank that all sites would have if all had the same.
+    """
+
+    site: str
+    weight: Float[Tensor, "out inp"]
+    covariances: ChosenCovariances
+    of_task: Float[Tensor, "out inp"] | None
+    asked: PlanOptions
+    components: Components
+    equal: int
+
+    def at(self, need: Need) -> Tensor | float | None:
+        match need:
+            case "spectrum":
+                return self._spectrum()
+            case "log_compactness":
+                return math.log(self._compactness())
+            case "gradient":
+                return self._gradient()
+            case "output_energy":
+                return self._output_energy()
+            case "task_energy":
+                return self._task_energy()
+
+    def _spectrum(self) -> Float[Tensor, " R"]:
+        if self.site in self.covariances.selections:
+            return self.covariances.selections[self.site].spectrum
+        covariance = self.covariances[self.site]
+        assert covariance is not None  # a method that has rounds has a store
+        return ranks.spectrum(self.weight, covariance, damping=self.asked.damping)
+
+    def _compactness(self) -> float:
+        found = self.covariances.compactness(self.site, len(self.weight), thorough=True)
+        assert found is not None
+        return found
+
+    def _gradient(self) -> Float[Tensor, " R"]:
+        basis = PLAN_METHODS[self.asked.method]
+        in_metric = basis.directions != "gradient-pair"
+        return gradient_spectrum(
+            self._given(),
+            self.covariances[self.site] if in_metric else None,
+            self.weight if basis.directions == "gradient-rest" else None,
+            damping=self.asked.damping,
+        )
+
+    def _output_energy(self) -> float | None:
+        covariance = self.covariances[self.site]
+        if covariance is None:
+            return None
+        c = covariance.to(self.weight.device, torch.float64)
+        w = self.weight.to(c)
+        damping = self.asked.damping * float(c.diagonal().mean())
+        return float(((w @ c) * w).sum()) + damping * float(w.square().sum())
+
+    def _task_energy(self) -> float:
+        """A is found as for a plan of equal ranks, its rows at norm 1."""
+        basis = PLAN_METHODS[self.asked.method]
+        rows = decompose(
+            self.weight,
+            self.covariances[self.site],
+            rank=min(self.equal, *self.weight.shape),
+            components=self.components,
+            power=basis.power,
+            side=basis.side_of((self.weight.shape[0], self.weight.shape[1]), self.asked.side),
+            damping=self.asked.damping,
+            a_norm=1.0,
+            route=self.asked.route,
+            seed=self.asked.seed,
+        ).A
+        given = self._given()
+        return float((given @ rows.to(given).mT).double().square().sum())
+
+    def _given(self) -> Float[Tensor, "out inp"]:
+        assert self.of_task is not None  # checked before the work
+        return self.of_task
