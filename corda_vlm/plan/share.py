@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,10 +47,11 @@ def choose_ranks(
         of_task = None if gradient is None else gradient[name].to(weight.device)
         look = _Look(name, weight, covariances, of_task, asked, components, equal)
         try:
-            views[name] = ranks.SiteView(shapes[name], **{need: look.at(need) for need in needs})
+            seen: dict[str, Any] = {need: look.at(need) for need in needs}
         except CordaError as error:
             said = str(error)
             raise CordaError(said if name in said else f"site {name!r}: {said}") from error
+        views[name] = ranks.SiteView(shapes[name], **seen)
     return ranks.share_out(
         views,
         rule=rule,

@@ -24,7 +24,7 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import unpack
 from corda_vlm.methods import prepare_method, restore_method
 from corda_vlm.plan import AdapterPlan, plan_adapter
-from corda_vlm.sites import find_sites
+from corda_vlm.sites import find_sites, get_linear
 from corda_vlm.train.terms.before import Before
 from corda_vlm.train.weights import check_signature, signature
 
@@ -303,7 +303,7 @@ class TestSharedRanks:
 def _gain(plan: AdapterPlan, model: nn.Module, store: CovarianceStore | None) -> float:
     total = 0.0
     for site in plan.sites:
-        weight = model.get_submodule(site.site.name).weight.detach().double()
+        weight = get_linear(model, site.site.name).weight.detach().double()
         energy = 1.0
         if store is not None:
             c = store[site.site.name].matrix.double()
