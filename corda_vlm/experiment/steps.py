@@ -150,6 +150,8 @@ def load_or_write_plan(
     if not path.is_file():
         return write_plan(path, make)
     plan = AdapterPlan.load(path, model=model)
+    if plan.budget is not None and plan.rank_rule is None:
+        task = None  # of a version whose ranks looked at no task
     made_from = ((store, plan.data_fingerprint), (task, plan.task_fingerprint))
     if any(given is not None and given.data_fingerprint != made for given, made in made_from):
         raise ForeignFileError(

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 from corda_vlm.errors import CordaError
 from corda_vlm.methods.options import MethodOptions
 from corda_vlm.options import check_options, option_names
-from corda_vlm.plan.options import DecompositionOptions, check_plan, looks_at_task
+from corda_vlm.plan.options import (
+    DecompositionOptions,
+    check_plan,
+    needs_gradient,
+    takes_gradient,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -112,8 +117,9 @@ class Method:
         return "roles" in self.takes
 
     def takes_gradient(self, options: DecompositionOptions) -> bool:
-        """Does it look at the gradient of the new task's loss, with these options?"""
-        return self.gradient or looks_at_task(options)
+        """Does it look at the gradient of the new task's loss, with these options and where it is given?"""
+        planned = self.plan_method
+        return self.gradient or (planned is not None and takes_gradient(planned, options))
 
     def prepare(self, model: nn.Module, request: MethodRequest) -> Prepared:
         """Make `model` ready to train.
@@ -127,18 +133,27 @@ class Method:
                     f"method {self.name!r} takes its directions from data: pass {argument}=, from collect_covariance "
                     f"of the {of}"
                 )
-        if self.takes_gradient(request) and request.gradient is None:
-            how = "starts from" if self.gradient else f"with rank_rule={request.rank_rule} looks at"
-            raise CordaError(
-                f"method {self.name!r} {how} the gradient of the new task's loss: pass gradient=, from task_gradient or "
-                "collect_gradient"
-            )
+        if request.gradient is None:
+            self._check_gradient(request)
         self.check_options(request)
         ready = self.attach(model, request)
         trainable = sum(p.numel() for p in ready.parameters() if p.requires_grad)
         total = sum(p.numel() for p in ready.parameters())
         penalty = None if self.penalty is None else self.penalty(ready, request)
         return Prepared(self.name, ready, trainable, total, penalty)
+
+    def _check_gradient(self, request: MethodRequest) -> None:
+        """Raise a `CordaError` where there is no gradient of the new task's loss, and has to be one."""
+        how = ""
+        if self.gradient:
+            how = "starts from"
+        elif self.plan_method is not None and needs_gradient(self.plan_method, request):
+            how = f"with rank_rule={request.rank_rule} looks at"
+        if how:
+            raise CordaError(
+                f"method {self.name!r} {how} the gradient of the new task's loss: pass gradient=, from task_gradient or "
+                "collect_gradient"
+            )
 
     def check_options(self, request: MethodRequest) -> None:
         """Raise a `CordaError` for an option that the method does not have, or that is out of range."""

@@ -14,7 +14,7 @@ from corda_vlm.lazy import later
 from corda_vlm.methods.method import OF_ADAPTERS, OF_PLANS, Method, MethodRequest
 from corda_vlm.methods.options import MethodKeywords
 from corda_vlm.options import as_keywords, options_from
-from corda_vlm.plan.options import DecompositionOptions, Mode, looks_at_task
+from corda_vlm.plan.options import DecompositionOptions, Mode, takes_gradient
 from corda_vlm.registries import register
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _planned(
             method=method,
             mode=mode,
             task_store=request.task_store if len(covariances) == 2 else None,
-            gradient=request.gradient if gradient or looks_at_task(request) else None,
+            gradient=request.gradient if takes_gradient(method, request) else None,
             show_progress=request.show_progress,
             **as_keywords(request, DecompositionOptions),
         )

@@ -35,7 +35,7 @@ from corda_vlm.plan.choose import (
     choose_covariances,
     rank_budget,
 )
-from corda_vlm.plan.options import PlanKeywords, PlanOptions, Route, needs_gradient, rule_of
+from corda_vlm.plan.options import AUTO, PlanKeywords, PlanOptions, Route, needs_gradient, rule_of
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.plan.share import ceilings, choose_ranks
 from corda_vlm.progress import showing, track
@@ -73,6 +73,11 @@ def plan_adapter(
     """
     asked = options_from(PlanOptions, options, "plan_adapter").settled(gradient is not None)
     basis = PLAN_METHODS[asked.method]
+    if asked.rank_rule == "compactness" and options.get("rank_rule", AUTO) == AUTO:
+        logger.warning(
+            "ranks are shared out by compactness, which kept less than equal ranks here; give the gradient of the new task's "
+            "loss (gradient=, --gradient) for ranks by the task, or leave dynamic_rank out"
+        )
     _check_stores(asked, basis, store, task_store, gradient)
     fingerprint = model_fingerprint(model)
     made_from = ((store, "covariances"), (task_store, "task's covariances"), (gradient, "gradient"))

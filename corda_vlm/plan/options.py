@@ -17,8 +17,6 @@ MODE: Mode = "kpm"
 AUTO = "auto"
 Route = Literal["auto", "exact", "fast"]
 SideChoice = Literal["output", "input", "auto"]
-OF_WEIGHTS = "compactness"
-"""The rule of "auto" for a method that adapts components of the weight."""
 Portion = Annotated[float, Range(at_least=0, at_most=1)]
 
 
@@ -36,9 +34,10 @@ class DecompositionOptions(SiteOptions):
             has more inputs than outputs. The default is the method's own.
         beta: Of "sc-lora": the weight of the knowledge against the task, from 0 to 1. The default is 0.5.
         dynamic_rank: Share the parameters out over the matrices, by `rank_rule`.
-        rank_rule: With `dynamic_rank`: compactness, the paper's (CorDA++); energy, where least of the knowledge's energy is at risk for a
-            parameter; task, where the new task's loss falls fastest along the directions that are offered; or gradient, where
-            its gradient gains most for what it moves of the knowledge. auto is gradient for methods that start from it, else compactness.
+        rank_rule: With `dynamic_rank`, more rank where: task, the new task's gradient has most energy in the directions that are
+            offered; gradient, it gains most for what it moves of the knowledge; energy, least of the knowledge's energy is at
+            risk; compactness, CorDA++'s score is lowest. auto is what kept most here: gradient for methods that start from the
+            new task's gradient, task for others if it is given, and without it compactness, which kept less than equal ranks.
         budget: With `dynamic_rank`: trainable parameters, `Σ (out + inp) · rank`, in place of as many as `rank` has.
         min_rank: With `dynamic_rank`: no matrix gets less; a number, or a mapping from names of matrices to numbers. Null is 1.
         max_rank: With `dynamic_rank`: no matrix gets more; a number, or a mapping from names of matrices to numbers.
@@ -112,7 +111,7 @@ class PlanOptions(DecompositionOptions):
             check_plan(self.method, self)
 
     def settled(self, has_gradient: bool) -> PlanOptions:
-        """These options, with the method that "auto" means.
+        """These options, with the method and the rank rule that "auto" means.
 
         Args:
             has_gradient: whether the gradient of the new task's loss is given.
@@ -120,14 +119,19 @@ class PlanOptions(DecompositionOptions):
         Raises:
             CordaError: an option that the method does not take.
         """
-        if self.method != AUTO:
-            return self
+        settled = self
+        if self.method == AUTO:
+            self._check_mode(has_gradient)
+            settled = replace(self, method="corda-natural" if has_gradient else "corda")
+        rule = rule_of(settled.method, settled, has_gradient)
+        return settled if rule is None else replace(settled, rank_rule=rule)
+
+    def _check_mode(self, has_gradient: bool) -> None:
         if has_gradient and self.mode != MODE:
             raise CordaError(
                 f"mode {self.mode!r} is of the method 'corda', which does not look at the gradient of the new task's loss; "
                 "leave one of the two out"
             )
-        return replace(self, method="corda-natural" if has_gradient else "corda")
 
 
 def check_plan(method: str, options: DecompositionOptions) -> None:
@@ -153,8 +157,11 @@ def check_plan(method: str, options: DecompositionOptions) -> None:
     rule_of(method, options)
 
 
-def rule_of(method: str, options: DecompositionOptions) -> str | None:
+def rule_of(method: str, options: DecompositionOptions, has_gradient: bool = True) -> str | None:
     """By which rule a plan shares ranks out, key of `RANK_RULES`; None where all are equal.
+
+    Args:
+        has_gradient: whether the gradient of the new task's loss is given, by which "auto" chooses.
 
     Raises:
         CordaError: the method has nothing that the rule looks at.
@@ -165,7 +172,8 @@ def rule_of(method: str, options: DecompositionOptions) -> str | None:
     if basis.of_gradient:
         usual, known = "gradient", {"gradient", "output_energy"}
     elif basis.has_rounds:
-        usual, known = OF_WEIGHTS, {*get_args(Need)}
+        usual = "task" if has_gradient else "compactness"
+        known = {*get_args(Need)}
     else:
         raise CordaError(
             f"dynamic_rank weighs covariances one by one, or the gradient of the new task's loss, and method {method!r} uses "
@@ -181,15 +189,16 @@ def rule_of(method: str, options: DecompositionOptions) -> str | None:
     return name
 
 
-def looks_at_task(options: DecompositionOptions) -> bool:
-    """Are ranks shared out by a rule that was asked for, and that looks at the gradient of the new task's loss?"""
-    asked = options.dynamic_rank and options.rank_rule != AUTO
-    return asked and get_rank_rule(options.rank_rule).of_task
+def takes_gradient(method: str, options: DecompositionOptions) -> bool:
+    """Does such a plan look at the gradient of the new task's loss where it is given?"""
+    rule = rule_of(method, options)
+    return PLAN_METHODS[method].of_gradient or (rule is not None and get_rank_rule(rule).of_task)
 
 
 def needs_gradient(method: str, options: DecompositionOptions) -> bool:
-    """Does such a plan look at the gradient of the new task's loss?"""
-    return PLAN_METHODS[method].of_gradient or looks_at_task(options)
+    """Can such a plan not be made without the gradient of the new task's loss?"""
+    named = options.rank_rule != AUTO
+    return PLAN_METHODS[method].of_gradient or (named and takes_gradient(method, options))
 
 
 class PlanKeywords(DecompositionKeywords, total=False):

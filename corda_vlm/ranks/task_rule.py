@@ -9,10 +9,10 @@ from corda_vlm.ranks.view import SiteView
 
 
 def by_task(site: SiteView, rank: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """`-√(‖G Aᵀ‖² / (out + inp)) / (r + 1)`; a `RankRule`'s score.
+    """`-‖G Aᵀ‖² / ((out + inp) (r + 1))`; a `RankRule`'s score.
 
-    The highest averages (D'Hondt): ranks in proportion to the root of the task's energy for each parameter. In proportion to
-    the energy itself, which differs by six orders of magnitude between layers, a handful would get everything.
+    The highest averages (D'Hondt): ranks in proportion to the task's energy for each parameter. Adam's steps are as long where
+    the gradient is next to nothing as where it is large; so a rank there learns nothing, and forgets.
     """
     assert site.task_energy is not None  # a need of the rule
-    return -((site.task_energy / site.price) ** 0.5) / (rank.double() + 1)
+    return -(site.task_energy / site.price) / (rank.double() + 1)

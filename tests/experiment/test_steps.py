@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from corda_vlm.__main__ import main
-from corda_vlm.covariance import CovarianceStore
+from corda_vlm.covariance import CovarianceStore, GradientStore
 from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.errors import DataError, ForeignFileError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation import Cache, done, load_suite, read_rows
@@ -114,6 +114,23 @@ def test_a_plan_is_made_once_and_refused_where_the_covariances_are_others(loaded
     with pytest.raises(ForeignFileError, match=r"plan\.json was made from other covariances"):
         steps.load_or_write_plan(path, make, store=other, **given)
     assert steps.load_or_write_plan(path, make, store=None, **given) is not None, "of a plan alone"
+
+
+def test_a_plan_whose_ranks_looked_at_no_task_goes_on_where_they_now_would(loaded, tmp_path):
+    """That of a former version, with `dynamic_rank`."""
+    store = steps.calibrate(loaded, steps.load_data(NOTO), tmp_path / "c", replace(FEW, **SOME))
+    options = {"rank": 2, **SOME, "dynamic_rank": True, "rank_rule": "compactness"}
+    plan = plan_adapter(loaded.model, store, **options)
+    path = tmp_path / "plan.json"
+    task = GradientStore({}, model_fingerprint="m", data_fingerprint="t", batches=1)
+    given = {"model": loaded.model, "store": store, "task": task}
+    for rule in ("compactness", None):
+        replace(plan, rank_rule=rule).save(path)
+        if rule is None:
+            assert steps.load_or_write_plan(path, lambda: plan, **given).rank_rule is None
+        else:
+            with pytest.raises(ForeignFileError, match="another gradient"):
+                steps.load_or_write_plan(path, lambda: plan, **given)
 
 
 def test_class_names_come_in_the_order_of_the_datas_labels(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from corda_vlm.adapter import adapt, load_adapter
 from corda_vlm.adapter.paired import PairedConfig, base_of, paired_layers, trained
 from corda_vlm.covariance import (
     CovarianceStore,
+    GradientStore,
     collect_covariance,
     collect_gradient,
 )
@@ -22,7 +24,7 @@ from corda_vlm.decompose import decompose_gradient
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import unpack
-from corda_vlm.methods import prepare_method, restore_method
+from corda_vlm.methods import MethodRequest, get_method, prepare_method, restore_method
 from corda_vlm.plan import AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites, get_linear
 from corda_vlm.train.terms.before import Before
@@ -278,6 +280,38 @@ class TestSharedRanks:
             p.shape[0] for n, p in model.named_parameters() if "lora_A" in n and p.requires_grad
         ]
         assert sorted(rows) == sorted(site.rank for site in plan.sites)
+
+    def test_without_a_name_it_is_the_task_where_its_gradient_is_given(self, tiny_clip_hf, caplog):
+        store, task = made_from(tiny_clip_hf).values()
+        options = {"rank": 4, "towers": "vision", "dynamic_rank": True, "show_progress": False}
+        plan = plan_adapter(tiny_clip_hf, store, gradient=task, method="corda", **options)
+        assert plan.rank_rule == "task"
+        assert plan.task_fingerprint == task.data_fingerprint
+        assert not caplog.records
+        plan = plan_adapter(tiny_clip_hf, store, method="corda", **options)
+        assert plan.rank_rule == "compactness"
+        assert "kept less than equal ranks" in caplog.text
+        assert plan_adapter(tiny_clip_hf, store, gradient=task, **options).rank_rule == "gradient"
+        kpm, request = get_method("corda-kpm"), MethodRequest(dynamic_rank=True)
+        assert kpm.takes_gradient(request)
+        assert not kpm.takes_gradient(replace(request, rank_rule="compactness"))
+        assert not kpm.takes_gradient(MethodRequest())
+
+    def test_a_rank_by_the_task_is_one_where_the_loss_falls(self, tiny_clip_hf):
+        """The site whose gradient is made large gets more than it had."""
+        store, task = made_from(tiny_clip_hf).values()
+        options = {"rank": 4, "towers": "vision", "dynamic_rank": True, "rank_rule": "task"}
+        options |= {"method": "corda", "show_progress": False}
+        before = plan_adapter(tiny_clip_hf, store, gradient=task, **options)
+        least = min(before.sites, key=lambda site: site.rank)
+        gradients = {name: task[name] * (100 if name == least.site.name else 1) for name in task}
+        larger = GradientStore(
+            gradients, model_fingerprint=task.model_fingerprint, data_fingerprint="x", batches=1
+        )
+        after = plan_adapter(tiny_clip_hf, store, gradient=larger, **options)
+        ranks = {site.site.name: site.rank for site in after.sites}
+        assert ranks[least.site.name] > least.rank
+        assert after.parameters <= before.budget
 
     def test_the_task_is_looked_at_by_adapt(self, tiny_clip_hf):
         model = adapt(

@@ -126,8 +126,8 @@ def test_energy_takes_what_risks_least_for_each_parameter():
     assert share_out(views, rule="energy", mode="ipm", budget=140) == {"dear": 2, "cheap": 3}
 
 
-def test_the_task_gets_ranks_in_proportion_to_the_root_of_its_energy_for_each_parameter():
-    views = {f"s{i}": SiteView((40, 40), task_energy=e) for i, e in enumerate((1.0, 4.0, 25.0))}
+def test_the_task_gets_ranks_in_proportion_to_its_energy_for_each_parameter():
+    views = {f"s{i}": SiteView((40, 40), task_energy=e) for i, e in enumerate((1.0, 2.0, 5.0))}
     for mode in ("kpm", "ipm"):
         assert share_out(views, rule="task", mode=mode, budget=80 * 24) == {
             "s0": 3,
