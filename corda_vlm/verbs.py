@@ -255,11 +255,13 @@ def train(
             file; the default is "a photo of a {}.".
         covariance: The file that `calibrate` wrote of the knowledge; without an anchor the forecast of forgetting is
             logged only.
-        knowledge: Records of the knowledge, for the terms of the loss that look at such, e.g. distill: data as for
-            `calibrate`.
+        knowledge: Records of the knowledge, for the terms of the loss that look at such: data as for `calibrate`. Where no
+            such term is asked for, it is distill.
         knowledge_samples: At most so many of them, drawn at random: the same as `calibrate --samples` draws.
         task_covariance: The file that `calibrate` wrote of the new task, for --anchor-metric task.
     """
+    if knowledge is not None:
+        terms = terms.with_data()
     if terms.anchors_to("knowledge") and covariance is None:
         raise CordaError(
             "--anchor needs to know what to hold to: give --covariance, the file that `corda-vlm calibrate` wrote"

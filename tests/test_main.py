@@ -19,6 +19,7 @@ from corda_vlm.command_line import Command
 from corda_vlm.errors import CordaError
 from corda_vlm.experiment.load import is_study, load_experiment, load_study
 from corda_vlm.files import asset
+from corda_vlm.train.terms.options import DISTILL
 
 DRAWINGS = "parquet:model_zoo/emoji-clip/data/noto.parquet"
 
@@ -95,7 +96,7 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     assert value[0.0] == base[0]["value"], "at none the one before training"
 
     anchored = ["train", "emoji-clip", digits, "--steps=3", "--batch-size=16", "--output=anchored"]
-    main([*anchored, "--anchor=30", "--covariance=covariance.safetensors", "--distill=30", "--distill-every=1",
+    main([*anchored, "--anchor=30", "--covariance=covariance.safetensors", "--distill-every=1",
           "--knowledge", DRAWINGS, "--knowledge-samples=16"])  # fmt: skip
     history = [
         json.loads(line)
@@ -103,6 +104,8 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     ]
     assert history[-1]["anchor"] > 0
     assert history[-1]["distill"] > 0
+    plan = json.loads((tmp_path / "anchored" / "train.json").read_text())
+    assert plan["terms"]["distill"]["weight"] == DISTILL, "what --knowledge means by itself"
 
     main(["export", "emoji-clip", "adapter/weights", "merged"])
     plain = (

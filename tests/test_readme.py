@@ -23,7 +23,11 @@ def commands(block: str) -> list[list[str]]:
 
 
 COMMANDS = [words for language, block in BLOCKS if language == "sh" for words in commands(block)]
-WRITTEN_BY_DEFAULT = {"calibrate": "covariance.safetensors", "plan": "plan.json"}
+WRITTEN_BY_DEFAULT = {
+    "calibrate": "covariance.safetensors",
+    "gradient": "gradient.safetensors",
+    "plan": "plan.json",
+}
 
 
 @pytest.mark.unchecked
@@ -64,7 +68,9 @@ def test_what_a_command_reads_was_written_by_one_before_it_in_its_block(block):
     for words in commands(block):
         given = dict(itertools.pairwise(words))
         read = {
-            given[option] for option in ("--plan", "--covariance", "--adapter") if option in given
+            given[option]
+            for option in ("--plan", "--covariance", "--gradient", "--adapter")
+            if option in given
         }
         if words[1] == "export":
             read.add(words[3].removesuffix("/weights"))
