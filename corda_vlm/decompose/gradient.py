@@ -157,25 +157,30 @@ def gradient_spectrum(
     covariance: Float[Tensor, "inp inp"] | None = None,
     weight: Float[Tensor, "out inp"] | None = None,
     *,
+    count: int,
     damping: float,
-) -> Float[Tensor, " R"]:
-    """All `R = min(out, inp)` singular values of what a start takes its directions from, descending, float64 on the CPU.
+    route: Route,
+    seed: int,
+) -> Float[Tensor, " count"]:
+    """The largest singular values of what a start takes its directions from, descending, float64 on the CPU.
 
     Args:
         gradient: `G`.
         covariance: gives those of `G C'^-1/2`, of `decompose_gradient`; None those of G, of `decompose_lora_ga`.
         weight: with it, those of `decompose_keep_lora`: of G off what weight and covariance use most.
+        count: how many, from 1 to min(out, inp).
         damping: δ in `C' = C + δ mean(diag C) I`.
+        route, seed: as of `decompose`.
 
     Raises:
         CordaError: as the starts.
     """
-    g, norm = _unit(gradient, covariance, 1, damping, None)
+    g, norm = _unit(gradient, covariance, count, damping, None)
     if weight is not None and covariance is not None:
         used = _principal(weight.to(g), covariance.to(g))
         g, covariance = g - (g @ used) @ used.mT, None
     root = Root(covariance, -0.5, damping, g.device)
-    return torch.linalg.svdvals(root.times(g)).cpu() * (norm * root.scale)
+    return find_basis(g, root, count, "largest", route, seed).values.cpu() * (norm * root.scale)
 
 
 def _unit(

@@ -39,6 +39,7 @@ from corda_vlm.plan.options import AUTO, PlanKeywords, PlanOptions, Route, needs
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.plan.share import ceilings, choose_ranks
 from corda_vlm.progress import showing, track
+from corda_vlm.ranks.rules import get_rank_rule
 from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -193,8 +194,8 @@ def _choose(
         ranks=ranks,
         budget=budget,
         rule=rule,
-        # ranks of a weight's components were chosen by whole spectra
-        route=asked.route if budget is None or basis.of_gradient else "exact",
+        # whole spectra were taken already
+        route="exact" if rule and "spectrum" in get_rank_rule(rule).needs else asked.route,
         beta=(0.5 if asked.beta is None else asked.beta) if basis.contrast else None,
     )
 

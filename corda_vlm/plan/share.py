@@ -21,6 +21,10 @@ from corda_vlm.plan.options import PlanOptions
 from corda_vlm.progress import track
 from corda_vlm.ranks.rules import Need
 
+MOST = 8
+"""Times the rank that all would have if all had the same: the most that the gradient's rule gives without a `max_rank`, so that
+of a large matrix only so many components have to be found. On emoji-clip it gave up to 3.3 times."""
+
 
 def choose_ranks(
     weights: Mapping[str, Tensor],
@@ -42,10 +46,14 @@ def choose_ranks(
     needs = ranks.get_rank_rule(rule).needs
     shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
     equal = max(1, budget // sum(map(sum, shapes.values())))
+    bounds = {"min_rank": asked.min_rank, "max_rank": ceilings(asked, shapes)}
+    if bounds["max_rank"] is None and "gradient" in needs:
+        bounds["max_rank"] = max(MOST * equal, _largest(asked.min_rank))
+    allowed = ranks.check_budget(shapes, budget, **bounds)
     views = {}
     for name, weight in track(weights.items(), "spectra", unit="site"):
         of_task = None if gradient is None else gradient[name].to(weight.device)
-        look = _Look(name, weight, covariances, of_task, asked, components, equal)
+        look = _Look(name, weight, covariances, of_task, asked, components, equal, allowed[name][1])
         try:
             seen: dict[str, Any] = {need: look.at(need) for need in needs}
         except CordaError as error:
@@ -57,9 +65,12 @@ def choose_ranks(
         rule=rule,
         mode="kpm" if components == "smallest" else "ipm",
         budget=budget,
-        min_rank=asked.min_rank,
-        max_rank=ceilings(asked, shapes),
+        **bounds,
     )
+
+
+def _largest(bound: ranks.Bound | None) -> int:
+    return max(bound.values(), default=1) if isinstance(bound, Mapping) else bound or 1
 
 
 def ceilings(asked: PlanOptions, shapes: Mapping[str, ranks.Shape]) -> ranks.Bound | None:
@@ -81,6 +92,7 @@ class _Look:
 
     Attributes:
         equal: the rank that all sites would have if all had the same.
+        most: the highest that this one may have.
     """
 
     site: str
@@ -90,6 +102,7 @@ class _Look:
     asked: PlanOptions
     components: Components
     equal: int
+    most: int
 
     def at(self, need: Need) -> Tensor | float | None:
         match need:
@@ -116,14 +129,17 @@ class _Look:
         assert found is not None
         return found
 
-    def _gradient(self) -> Float[Tensor, " R"]:
+    def _gradient(self) -> Float[Tensor, " n"]:
         basis = PLAN_METHODS[self.asked.method]
         in_metric = basis.directions != "gradient-pair"
         return gradient_spectrum(
             self._given(),
             self.covariances[self.site] if in_metric else None,
             self.weight if basis.directions == "gradient-rest" else None,
+            count=self.most,
             damping=self.asked.damping,
+            route=self.asked.route,
+            seed=self.asked.seed,
         )
 
     def _output_energy(self) -> float | None:

@@ -129,7 +129,8 @@ def _scores(
                 f"site {site!r}: rank rule {name!r} needs its {need}, which is not given"
             )
         if isinstance(value, Tensor):
-            checked_values(value, view.full, f"site {site!r}")
+            some = need == "gradient" and high <= len(value)  # as many as may be asked for
+            checked_values(value, len(value) if some else view.full, f"site {site!r}")
         elif value is not None and not 0 <= value < math.inf:
             raise CordaError(
                 f"site {site!r}: its {need} is {value:g}, and a finite number of 0 or more is needed; collect what it is made "

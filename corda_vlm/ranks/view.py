@@ -16,8 +16,8 @@ class SiteView:
         shape: (out, inp) of its weight.
         spectrum: all R singular values of `W C'`, descending.
         log_compactness: log π of the covariance, 0 or more.
-        gradient: R singular values of the gradient of the new task's loss in the metric that the method takes it in
-            (`G C'^-½` for corda-natural), descending.
+        gradient: the largest singular values of the gradient of the new task's loss in the metric that the method takes it
+            in (`G C'^-½` for corda-natural), descending; at least as many as the site may have ranks.
         output_energy: `‖W C'^½‖²` (Frobenius), the mean square of the layer's outputs on the knowledge; None counts as 1.
         task_energy: `‖G Aᵀ‖²` (Frobenius), A being the rows that equal ranks would give, each of norm 1: how fast the new
             task's loss falls along what is offered.
@@ -26,7 +26,7 @@ class SiteView:
     shape: tuple[int, int]
     spectrum: Float[Tensor, " R"] | None = None
     log_compactness: float | None = None
-    gradient: Float[Tensor, " R"] | None = None
+    gradient: Float[Tensor, " n"] | None = None
     output_energy: float | None = None
     task_energy: float | None = None
 

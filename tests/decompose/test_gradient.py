@@ -177,3 +177,21 @@ class TestKeepLora:
         torch.testing.assert_close(start.A.norm(dim=1), torch.ones(2))
         assert not start.B.any()
         assert 0 < start.chosen_energy <= start.total_energy
+
+
+@pytest.mark.parametrize(("out", "inp", "count"), [(20, 12, 12), (12, 30, 5), (300, 280, 9)])
+def test_the_values_alone_are_those_of_each_start(out, inp, count):
+    """By the exact route, and of the largest matrix by the fast one."""
+    gradient, weight, covariance = make(out, inp)
+    how = {"count": count, "damping": 1e-2, "route": "auto", "seed": 0}
+    expected = torch.linalg.svdvals(gradient.double() @ inverse_root(damp(covariance, 1e-2)))
+    found = decompose.gradient_spectrum(gradient, covariance, **how)
+    torch.testing.assert_close(found, expected[:count], rtol=2e-2, atol=0)
+    found = decompose.gradient_spectrum(gradient, **how)
+    expected = torch.linalg.svdvals(gradient.double())
+    torch.testing.assert_close(found, expected[:count], rtol=2e-2, atol=0)
+    start = decompose.decompose_keep_lora(
+        gradient, weight, covariance, rank=2, a_norm=None, route="exact", seed=0
+    )
+    found = decompose.gradient_spectrum(gradient, covariance, weight, **how)
+    torch.testing.assert_close(found[:2], start.singular_values, rtol=2e-2, atol=0)

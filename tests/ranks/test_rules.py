@@ -147,6 +147,14 @@ def test_the_gradient_is_weighed_by_what_the_layer_gives_out_on_the_knowledge():
     assert share_out(views, rule="gradient", mode="kpm", budget=32) == {"a": 1, "b": 3}
 
 
+def test_of_a_gradient_as_many_values_are_enough_as_there_may_be_ranks():
+    views = {s: SiteView((8, 8), gradient=torch.tensor([3.0, 2.0, 1.0])) for s in "ab"}
+    ranks = share_out(views, rule="gradient", mode="kpm", budget=5 * 16, max_rank=3)
+    assert ranks == {"a": 3, "b": 2}
+    with pytest.raises(CordaError, match="'a': 3 singular values, but the full rank is 8"):
+        share_out(views, rule="gradient", mode="kpm", budget=5 * 16, max_rank=4)
+
+
 @pytest.mark.parametrize("rule", names)
 def test_a_view_without_what_the_rule_needs_is_refused(rule):
     needs = {*RANK_RULES[rule].needs} - {"output_energy"}
