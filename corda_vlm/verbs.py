@@ -180,9 +180,9 @@ def plan(
         model: A built-in name, a folder, or an id on a hub.
         covariance: The file that `calibrate` wrote.
         task_covariance: Of sc-lora: the file that `calibrate` wrote of the new task.
-        gradient: Of corda-natural, lora-ga and keep-lora: the file that the verb `gradient` wrote of the new task.
+        gradient: Of corda-natural, lora-ga and keep-lora, and of ranks by the task: the file that the verb `gradient` wrote.
         output: The plan, a JSON file; its factors go beside it.
-        picture: Draw ranks and compactness over blocks and roles into this file.
+        picture: Draw ranks, and what they follow, over blocks and roles into this file.
         dry_run: Print the plan and write nothing but the picture.
     """
     checks.check_source(model)

@@ -61,7 +61,8 @@ def plan_adapter(
         store: covariances of the knowledge to keep, or of the new task for mode "ipm". May be None for
             "pissa", "milora" and "olora"; if given, it predicts their damage.
         task_store: covariances of the new task beside those of the knowledge; for "sc-lora" only.
-        gradient: of the new task's loss, from `collect_gradient`; for "corda-natural", "lora-ga" and "keep-lora".
+        gradient: of the new task's loss, from `collect_gradient`; for "corda-natural", "lora-ga" and "keep-lora", and for
+            rank rules that look at it.
         options: of `PlanOptions`.
 
     Raises:

@@ -36,7 +36,7 @@ class DecompositionOptions(SiteOptions):
         dynamic_rank: Share the parameters out over the matrices, by `rank_rule`.
         rank_rule: With `dynamic_rank`, more rank where: task, the new task's gradient has most energy in the directions that are
             offered; gradient, it gains most for what it moves of the knowledge; energy, least of the knowledge's energy is at
-            risk; compactness, CorDA++'s score is lowest. auto is what kept most here: gradient for methods that start from the
+            risk; compactness, CorDA++'s score is lowest. auto is what did best on validation data: gradient for methods that start from the
             new task's gradient, task for others if it is given, and without it compactness, which kept less than equal ranks.
         budget: With `dynamic_rank`: trainable parameters, `Σ (out + inp) · rank`, in place of as many as `rank` has.
         min_rank: With `dynamic_rank`: no matrix gets less; a number, or a mapping from names of matrices to numbers. Null is 1.

@@ -172,6 +172,18 @@ def test_plans_share_their_scales_and_uniform_ones_can_be_drawn(drawn, tmp_path)
     assert not (tmp_path / "none.png").exists()
 
 
+def test_of_a_start_by_the_gradient_the_share_that_is_held_is_drawn(drawn, tmp_path) -> None:
+    held = [
+        site(f"l.{b}", "vision", b, "q", b + 1, compactness=None, gradient_share=0.25 * (b + 1))
+        for b in range(3)
+    ]
+    plan_heatmap({"natural": plan(held)}, tmp_path / "p.png")
+    ranks, share = panels(drawn[0])
+    assert share.get_title(loc="left") == "share of the gradient held, %"
+    np.testing.assert_allclose(share.collections[0].get_array().reshape(-1), [25, 50, 75])
+    assert len(ranks.collections[0].get_array().reshape(-1)) == 3
+
+
 def test_the_picture_of_a_run_shows_the_plans_that_chose(two_towers, tmp_path, caplog) -> None:
     assert heatmap_picture(tmp_path) is None
     uniform = plan([site(f"l.{b}", "vision", b, "q", 3) for b in range(3)])
