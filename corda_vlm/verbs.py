@@ -271,14 +271,21 @@ def train(
             "--anchor-metric task needs to know the new task's inputs: give --task-covariance, the file that `corda-vlm "
             "calibrate` wrote of its data"
         )
-    terms.check_data(knowledge is not None, "give --knowledge, a data spec as for calibrate")
+    if terms.keep is not None and knowledge is None and terms.probe is None:
+        raise CordaError(
+            "--keep is told by records of the knowledge that nothing trains on: give --knowledge, a data spec as for calibrate, or "
+            "--probe, one of such records alone"
+        )
+    asked_of = terms.with_budget(has_data=knowledge is not None, has_store=covariance is not None)
+    asked_of.check_data(knowledge is not None, "give --knowledge, a data spec as for calibrate")
     terms.check_training(options, options.loss_for(parse_spec(data).format))
     checks.check_source(model)
     checks.check_data(data)
     named, asked = _listed_or_file(classes), _listed_or_file(templates)
     checks.check_class_names(named, asked, None)
-    if knowledge is not None:
-        checks.check_data(knowledge)
+    for spec in (knowledge, terms.probe):
+        if spec is not None:
+            checks.check_data(spec)
     checks.check_file(plan, "plan", "make it by corda-vlm plan")
     for path in (covariance, task_covariance):
         checks.check_file(path, "covariance", "make it by corda-vlm calibrate")
@@ -315,6 +322,7 @@ def train(
             cache=Path(output),
         ),
         task=task_store,
+        probe=None if terms.probe is None else steps.load_data(terms.probe),
     )
     print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.final_loss:.3f}")
     finished = result.resumed_from == result.steps

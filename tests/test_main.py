@@ -107,6 +107,14 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     plan = json.loads((tmp_path / "anchored" / "train.json").read_text())
     assert plan["terms"]["distill"]["weight"] == DISTILL, "what --knowledge means by itself"
 
+    kept = ["train", "emoji-clip", digits, "--steps=3", "--batch-size=16", "--output=kept"]
+    main([*kept, "--keep=0.5", "--keep-every=2", "--knowledge", DRAWINGS, "--knowledge-samples=16",
+          "--probe-records=48"])  # fmt: skip
+    told = json.loads((tmp_path / "kept" / "result.json").read_text())["budget"]
+    assert told["kept"]["share"] >= 0.5
+    assert (told["kept"]["records"], told["term"]) == (48, "distill")
+    assert "where 50% was asked for" in capsys.readouterr().out
+
     main(["export", "emoji-clip", "adapter/weights", "merged"])
     plain = (
         "import open_clip, torch, sys\n"
@@ -142,6 +150,12 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
         (
             ["train", "emoji-clip", "sklearn:digits", "--distill=30"],
             "there are none: give --knowledge",
+        ),
+        (["train", "emoji-clip", "sklearn:digits", "--keep=0.9"], "or --probe, one of such"),
+        (["train", "emoji-clip", "sklearn:digits", "--keep=1.9"], "keep is 1.9; it is the share"),
+        (
+            ["train", "emoji-clip", "sklearn:digits", "--keep=0.9", "--probe=x:y"],
+            "unknown data source 'x:y'",
         ),
         (
             ["train", "emoji-clip", "sklearn:digits", "--start-decay=1", "--weight-decay=0.1"],

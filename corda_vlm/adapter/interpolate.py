@@ -120,7 +120,7 @@ def interpolated(
                     continue
                 trained[name] = tensor.detach().clone()
                 step = min(scale, 1.0) if name in buffers else scale
-                tensor.copy_(_between(start.to(tensor.device), trained[name], step))
+                tensor.copy_(between(start.to(tensor.device), trained[name], step))
         if not trained:
             raise CordaError(
                 f"there is nothing to scale: the weights of this {type(model).__name__} equal those of base, so "
@@ -133,7 +133,7 @@ def interpolated(
                 targets[name].copy_(tensor)
 
 
-def _between(
+def between(
     start: Float[Tensor, "*n"], end: Float[Tensor, "*n"], scale: float
 ) -> Float[Tensor, "*n"]:
     """`start + scale · (end − start)`, exact at both ends, in float32 or better."""

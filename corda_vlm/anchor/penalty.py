@@ -172,7 +172,7 @@ class Anchor:
     @property
     def name(self) -> str:
         """As a term of the loss: that of another metric has another name."""
-        return "_".join(["anchor", *self._unusual().values()])
+        return anchor_name(self.metric, self.output_side)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -181,9 +181,7 @@ class Anchor:
         return known | self._unusual()
 
     def _unusual(self) -> dict[str, str]:
-        chosen = {"metric": self.metric, "output_side": self.output_side}
-        usual = {"metric": "knowledge", "output_side": "none"}
-        return {name: value for name, value in chosen.items() if value != usual[name]}
+        return _unusual(self.metric, self.output_side)
 
     def __call__(self) -> Float[Tensor, ""]:
         values = [shares.sum() for part in self._parts for shares in part.shares()]
@@ -244,6 +242,17 @@ class Anchor:
 
     def __repr__(self) -> str:
         return f"<Anchor: {len(self.sites)} sites, {self.nbytes / 1e6:.0f} MB>"
+
+
+def anchor_name(metric: AnchorMetric, output_side: OutputSide) -> str:
+    """What an anchor is called as a term of the loss: one of another metric has another name."""
+    return "_".join(["anchor", *_unusual(metric, output_side).values()])
+
+
+def _unusual(metric: str, output_side: str) -> dict[str, str]:
+    chosen = {"metric": metric, "output_side": output_side}
+    usual = {"metric": "knowledge", "output_side": "none"}
+    return {name: value for name, value in chosen.items() if value != usual[name]}
 
 
 @runtime_checkable

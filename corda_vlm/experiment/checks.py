@@ -62,6 +62,9 @@ def check_experiment(experiment: Experiment, config: Path) -> None:
     check_data(experiment.task.data, config, root)
     if experiment.calibration is not None:
         check_data(experiment.calibration.data, config, root)
+    for variant in experiment.variants.values():
+        if variant.probe is not None:
+            check_data(variant.probe, config, root)
     check_class_names(experiment.task.classes, experiment.task.templates, config)
     check_evaluation(suite, experiment.eval_options)
 

@@ -35,6 +35,10 @@ KNOWLEDGE_DATA = "the knowledge's data"
 """A name of a source: the records that a term of a loss looks at."""
 
 
+PROBE = "the probe of "
+"""Names of sources begin so, with a variant behind it: the records that tell whether it keeps its budget."""
+
+
 def check_sources(folder: Path, sources: Mapping[str, str]) -> None:
     """Refuse to add to scores of another model, other training data or other tasks under the same names.
 
@@ -52,14 +56,19 @@ def check_sources(folder: Path, sources: Mapping[str, str]) -> None:
     changed = [
         name
         for name, digest in former.items()
-        # of the knowledge nothing is noted any more where no variant looks at its records
-        if sources.get(name) != digest and (name in sources or name != KNOWLEDGE_DATA)
+        # of the knowledge, or of a probe, nothing is noted any more where no variant looks at its records
+        if sources.get(name) != digest and (name in sources or not _of_variants(name))
     ]
     if changed:
         raise CordaError(
             f"{folder} holds results of {', '.join(changed)} as it was before; it has changed since. Give "
             "another folder with --output, or --fresh to delete them and begin anew"
         )
+
+
+def _of_variants(name: str) -> bool:
+    """Is a source there only for those who look at it?"""
+    return name == KNOWLEDGE_DATA or name.startswith(PROBE)
 
 
 # ------------------------------------------------------------------ precision

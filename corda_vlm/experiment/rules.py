@@ -60,6 +60,10 @@ def _check_method(experiment: Experiment, name: str) -> None:
         raise CordaError(
             f"variant {name!r} changes no layer, so there is nothing to anchor; leave its anchor out"
         )
+    if variant.keep is not None and not method.changes_layers:
+        raise CordaError(
+            f"variant {name!r} changes no layer, so that it forgets nothing and keep has nothing to hold; leave it out"
+        )
     if (terms := variant.names) and not method.changes_layers:
         raise CordaError(
             f"variant {name!r} changes no layer, so that {terms[0]} has nothing to hold; leave it out"
@@ -73,8 +77,12 @@ def _check_calibration(experiment: Experiment, name: str) -> None:
             f"variant {name!r} {why}, and the experiment has no `calibration`; say there which data stands "
             "for the knowledge to keep"
         )
-    if variant.anchor and variant.anchor_output != "none" and calibration is not None:
-        _check_output_side(name, variant.anchor_output, calibration)
+    try:
+        terms = experiment.terms_of(name)
+    except CordaError as error:
+        raise CordaError(f"variant {name!r}: {error}") from None
+    if terms.anchor and terms.anchor_output != "none" and calibration is not None:
+        _check_output_side(name, terms.anchor_output, calibration)
     if variant.dynamic_covariance and calibration is not None and calibration.rounds < 2:
         raise CordaError(
             f"variant {name!r} chooses among calibration rounds, and there is one; give calibration.rounds, e.g. 4, "
@@ -95,11 +103,13 @@ def _needs_calibration(experiment: Experiment, name: str) -> str | None:
     method = METHODS[experiment.method_of(name)]
     if method.needs_store:
         return f"is {method.name}, which takes its directions from data"
-    if experiment.variants[name].anchors_to("knowledge"):
+    if (variant := experiment.variants[name]).keep is not None and variant.probe is None:
+        return "is to keep a share of what the model knew, which records of that knowledge tell"
+    if variant.anchors_to("knowledge"):
         return "has an anchor to that knowledge"
-    if terms := experiment.variants[name].needs_data:
+    if terms := variant.needs_data:
         return f"has {terms[0]}, which looks at records of that knowledge"
-    if experiment.variants[name].anchors_to("task"):
+    if variant.anchors_to("task"):
         return "has an anchor with covariances of the task, which are collected as those of the knowledge are"
     return "is to log a forecast of forgetting" if experiment.forecast else None
 

@@ -29,6 +29,7 @@ from corda_vlm.experiment.folder import check_claim, claim
 from corda_vlm.experiment.origin import (
     KNOWLEDGE_DATA,
     MEASURED_IN,
+    PROBE,
     check_sources,
     describe,
     machine_of,
@@ -49,6 +50,7 @@ from corda_vlm.report import summary_table, write_report
 from corda_vlm.run_files import GRADIENTS, MADE_FROM, PLAN, SCORES, TRADEOFF
 from corda_vlm.sites import find_sites, model_fingerprint, site_shapes
 from corda_vlm.train import task_gradient
+from corda_vlm.train.budget.check import check_budget
 from corda_vlm.train.terms.make import KnowledgeData, check_terms
 from corda_vlm.train.terms.options import TermOptions
 from corda_vlm.train.trained import Trained
@@ -105,6 +107,7 @@ class ExperimentRunner:
         self.gradients: dict[str, GradientStore] = {}
         self.plans: dict[str, AdapterPlan] = {}
         self.precisions: dict[str, bool] = {}
+        self.probes: dict[str, Records] = {}
 
     # -------------------------------------------------------------- data
 
@@ -137,6 +140,16 @@ class ExperimentRunner:
             cache=self.folder,
         )
 
+    def probe(self, variant: str) -> Records | None:
+        """The records that tell what a variant keeps; None for such of the knowledge's as nothing else looks at."""
+        spec = self.experiment.variants[variant].probe
+        if spec is None:
+            return None
+        key = repr(spec)
+        if key not in self.probes:
+            self.probes[key] = self._load(spec)
+        return self.probes[key]
+
     @cached_property
     def prompts(self) -> tuple[Sequence[str] | None, Sequence[str] | None]:
         """Class names in the order of the task's labels, and templates."""
@@ -161,9 +174,15 @@ class ExperimentRunner:
 
     def _knowledge_source(self) -> dict[str, str]:
         """The fingerprint of the records that a term of a loss looks at; those of covariances are noted in their file."""
-        if not any(variant.needs_data for variant in self.experiment.variants.values()):
-            return {}
-        return {KNOWLEDGE_DATA: self.knowledge.fingerprint}
+        variants = self.experiment.variants
+        probes = {
+            f"{PROBE}{name!r}": probe.fingerprint
+            for name in variants
+            if (probe := self.probe(name)) is not None
+        }
+        if not any(self._looks_at_records(name) for name in variants):
+            return probes
+        return {KNOWLEDGE_DATA: self.knowledge.fingerprint, **probes}
 
     @cached_property
     def tasks(self) -> dict[str, tuple[str, str]]:
@@ -206,8 +225,11 @@ class ExperimentRunner:
                 check_rank(site_shapes(model, names), request.rank)
             looked_at = [KNOWLEDGE] if self._looks_at_knowledge(name) else []
             looked_at += [TASK] if self._looks_at_task(name) else []
-            if variant.needs_data:
-                check_terms(variant, self.loaded.family, self.knowledge, f"variant {name!r}: ")
+            terms = experiment.terms_of(name)
+            if terms.needs_data:
+                check_terms(terms, self.loaded.family, self.knowledge, f"variant {name!r}: ")
+            if terms.keep is not None:
+                self._check_budget(name, terms)
             for of in sorted({*method.covariances, *looked_at}):
                 self._check_calibrated(name, names, of)
 
@@ -220,6 +242,17 @@ class ExperimentRunner:
                 f"variant {variant!r} adapts {left_out[0]}, and the covariances of the {of} are taken of other layers; let "
                 "the towers, roles and targets of `calibration` hold those of the variant"
             )
+
+    def _check_budget(self, variant: str, terms: TermOptions) -> None:
+        """Refuse a budget that the model, or the number of the probe's records, cannot tell of."""
+        probe = self.probe(variant)
+        if probe is None:
+            assert self.knowledge_data is not None  # checked by Experiment
+            probe = self.knowledge_data.hold_out(terms.probe_records)[1]
+        try:
+            check_budget(terms, self.loaded.family, min(len(probe), terms.probe_records))
+        except CordaError as error:
+            raise CordaError(f"variant {variant!r}: {error}") from None
 
     def begin(self) -> None:
         """Make the folder this run's, which deletes former results if they are not wanted, and say what it is."""
@@ -317,8 +350,8 @@ class ExperimentRunner:
         """The modules that a variant trains whole, and whose outputs an anchor or a forecast looks at."""
         return [
             module
-            for variant in self.experiment.variants.values()
-            if variant.anchor or self.experiment.forecast
+            for name, variant in self.experiment.variants.items()
+            if self.experiment.terms_of(name).anchor or self.experiment.forecast
             for module in variant.modules_to_save
         ]
 
@@ -399,8 +432,11 @@ class ExperimentRunner:
             templates=templates,
             knowledge=self.store(KNOWLEDGE) if self._looks_at_knowledge(training.variant) else None,
             terms=narrowed(variant, TermOptions),
-            knowledge_data=self.knowledge_data if variant.needs_data else None,
+            knowledge_data=self.knowledge_data
+            if self._looks_at_records(training.variant)
+            else None,
             task=self._task_store(training.variant),
+            probe=self.probe(training.variant),
             extra_loss=prepared.penalty,
             predict=self.experiment.forecast,
         )
@@ -409,6 +445,7 @@ class ExperimentRunner:
             "seconds": result.seconds,
             "trainable": prepared.trainable,
             **predicted,
+            **({} if result.budget is None else {"strength": result.budget.strength}),
         }
         trained = Trained(prepared.model, result.head and result.head.cpu(), self.loaded.model)
         for scale in self._scales(training):
@@ -416,14 +453,20 @@ class ExperimentRunner:
         speed = f"{result.seconds:.0f} s, {result.samples_per_second:.3g} records/s"
         return f"{self._scores_of(training)} ({speed})"
 
+    def _looks_at_records(self, variant: str) -> bool:
+        """Do terms of the loss look at records of the knowledge, or does a budget?"""
+        asked = self.experiment.terms_of(variant)
+        held_out = asked.keep is not None and asked.probe is None
+        return held_out or bool(asked.needs_data)
+
     def _looks_at_knowledge(self, variant: str) -> bool:
         """Is there an anchor, or the same to be logged as a forecast? Where no layer changes, neither."""
-        asked = self.experiment.variants[variant]
+        asked = self.experiment.terms_of(variant)
         wanted = asked.anchors_to("knowledge") or self.experiment.forecast
         return wanted and METHODS[self.experiment.method_of(variant)].changes_layers
 
     def _looks_at_task(self, variant: str) -> bool:
-        return self.experiment.variants[variant].anchors_to("task")
+        return self.experiment.terms_of(variant).anchors_to("task")
 
     def _task_store(self, variant: str) -> CovarianceStore | None:
         """The task's covariances, where a training's loss looks at them, or where forgetting is to be foretold and some

@@ -248,7 +248,7 @@ class Experiment(LoadOptions):
 
     def _feels_task(self) -> bool:
         """Whether an anchor takes the output side on the new task."""
-        asked = self.variants.values()
+        asked = map(self.terms_of, self.variants)
         return any(one.anchors_to("task") and one.anchor_output != "none" for one in asked)
 
     def gradient_options(self, variant: str) -> TaskGradientOptions:
@@ -270,6 +270,15 @@ class Experiment(LoadOptions):
         """How models are measured, with the experiment's own `data_root` where the evaluation has none."""
         own = narrowed(self.evaluation, EvalOptions)
         return own if own.data_root is not None else replace(own, data_root=self.data_root)
+
+    def terms_of(self, variant: str) -> TermOptions:
+        """The terms of a variant's loss, with the one that is steered for its budget."""
+        calibration = self.calibration
+        return narrowed(self.variants[variant], TermOptions).with_budget(
+            has_data=calibration is not None,
+            has_store=calibration is not None,
+            output_side=calibration is not None and calibration.output_side,
+        )
 
     def scales_of(self, variant: str) -> list[float]:
         """The strengths besides 1 at which its trained models are measured."""

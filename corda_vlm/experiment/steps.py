@@ -13,15 +13,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from corda_vlm.adapter.folder import weights_folder
 from corda_vlm.anchor import Anchor, anchor_penalty
+from corda_vlm.anchor.penalty import anchor_name
 from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
 from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
 from corda_vlm.data.text.chat_options import ChatOptions
-from corda_vlm.errors import ForeignFileError
+from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.evaluation import Cache, Suite, add_result
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_class_names
 from corda_vlm.evaluation.measure import (
@@ -37,8 +39,9 @@ from corda_vlm.files import entries, file_digest, text_digest
 from corda_vlm.locks import locked
 from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
+from corda_vlm.precision import takes_bf16
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
-from corda_vlm.train import TrainOptions, TrainResult, train
+from corda_vlm.train import Budget, TrainOptions, TrainResult, forgetting_budget, train
 from corda_vlm.train.predictors import Predictors
 from corda_vlm.train.terms.make import KnowledgeData, TaskData, make_terms
 from corda_vlm.train.terms.options import TermOptions
@@ -203,6 +206,7 @@ def train_anchored(
     terms: TermOptions,
     knowledge_data: KnowledgeData | None = None,
     task: CovarianceStore | None = None,
+    probe: Records | None = None,
     extra_loss: Penalty | None = None,
     predict: bool = False,
 ) -> tuple[TrainResult, dict[str, float]]:
@@ -214,6 +218,7 @@ def train_anchored(
         terms: what else the loss holds; with an anchor of 0 that is the forecast of forgetting alone.
         knowledge_data: records of the knowledge, for the terms that look at such.
         task: covariances of the new task, for an anchor of that metric.
+        probe: the records that tell what is kept, where `terms` has a budget; None holds out some of `knowledge_data`.
         extra_loss: the method's own term of the loss, `Prepared.penalty`.
         predict: take the other predictors of forgetting too, not the forecast alone.
 
@@ -229,6 +234,15 @@ def train_anchored(
     learned = TaskData(data, options, classes, templates)
     if predict and predictors is not None:
         predictors.look_at(model, processor, learned, task)
+    terms = terms.with_budget(
+        has_data=knowledge_data is not None,
+        has_store=knowledge is not None,
+        output_side=knowledge is not None and knowledge.outputs is not None,
+    )
+    budget = None
+    if terms.keep is not None:
+        knowledge_data, probe = _probed(terms, knowledge_data, probe)
+        budget = _budget(model, processor, terms, knowledge_data, probe, options)
     others = make_terms(terms, model, processor, knowledge_data, learned)
     if terms.anchor and not terms.forecasts:
         others.append(_anchor_term(model, terms, knowledge, task, forecaster))
@@ -245,8 +259,53 @@ def train_anchored(
         anchor_every=terms.anchor_every,
         extra_loss=extra_loss,
         terms=others,
+        budget=budget,
     )
     return result, {} if predictors is None else predictors.now()
+
+
+def _probed(
+    terms: TermOptions, knowledge: KnowledgeData | None, probe: Records | None
+) -> tuple[KnowledgeData | None, Records]:
+    """The records that terms look at, and those of the probe."""
+    if probe is not None:
+        chosen = np.random.RandomState(0).permutation(len(probe))[: terms.probe_records]
+        return knowledge, probe.select(chosen)
+    if knowledge is None:
+        raise CordaError(
+            "keep is told by records of the knowledge that nothing trains on, and there are none: name the knowledge's records, or "
+            "those of a probe"
+        )
+    return knowledge.hold_out(terms.probe_records)
+
+
+def _budget(
+    model: nn.Module,
+    processor: Processor,
+    terms: TermOptions,
+    knowledge: KnowledgeData | None,
+    probe: Records,
+    options: TrainOptions,
+) -> Budget:
+    """The budget that options ask for."""
+    assert terms.keep is not None
+    term = terms.steered
+    if term == "anchor":
+        term = anchor_name(terms.anchor_metric, terms.anchor_output)
+    weight = next(model.parameters())
+    return forgetting_budget(
+        model,
+        probe,
+        terms.keep,
+        processor=processor,
+        term=term,
+        every=terms.keep_every,
+        metric=terms.keep_metric,
+        classes=None if knowledge is None else knowledge.records.class_names,
+        templates=terms.probe_templates,
+        bf16=takes_bf16(options.bf16, weight.device, weights=weight.dtype),
+        chat=narrowed(options, ChatOptions) if knowledge is None else knowledge.chat,
+    )
 
 
 def _anchor_term(

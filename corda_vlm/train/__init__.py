@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
+    from corda_vlm.train.budget import Budget, forgetting_budget
     from corda_vlm.train.gradient import task_gradient
     from corda_vlm.train.heads import DEFAULT_TEMPLATES, Head, Template, prompt_logits
     from corda_vlm.train.loop import TrainingInterrupted, train
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DEFAULT_TEMPLATES": "heads",
     "AnchorMixin": "penalty",
+    "Budget": "budget",
     "GradientOptions": "options",
     "Head": "heads",
     "LossOptions": "options",
@@ -33,6 +35,7 @@ _HOMES = {
     "TrainResult": "options",
     "TrainingInterrupted": "loop",
     "contrastive_loss": "losses",
+    "forgetting_budget": "budget",
     "prompt_logits": "heads",
     "task_gradient": "gradient",
     "train": "loop",

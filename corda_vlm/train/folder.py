@@ -20,6 +20,8 @@ from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.options import renamed
 from corda_vlm.precision import takes_bf16
 from corda_vlm.run_files import BEGUN, DONE, HISTORY
+from corda_vlm.train.budget.budget import Budget
+from corda_vlm.train.budget.spent import Spent
 from corda_vlm.train.checkpoints import STATE
 from corda_vlm.train.heads import Template
 from corda_vlm.train.history import read_history
@@ -37,6 +39,7 @@ def training_plan(
     classes: Sequence[str] | None,
     templates: Sequence[Template] | None,
     terms: Sequence[Term],
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """What a training is, as JSON: two trainings with equal plans end in equal weights."""
     plan = {
@@ -50,6 +53,7 @@ def training_plan(
         # a term that is only logged decides about no weight
         "terms": {term.name: term.plan for term in terms if term.weight > 0},
         "base": base_fingerprint(model),
+        "budget": None if budget is None else budget.identity,
     }
     return _as_json(plan)
 
@@ -104,7 +108,7 @@ def begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
 def _of_today(saved: Any, plan: dict[str, Any], path: Path) -> dict[str, Any]:
     """What was noted of a training, with what trainings begun earlier did not note."""
     if isinstance(saved, dict):
-        saved = {"base": plan["base"], "terms": _former_terms(saved), **saved}
+        saved = {"base": plan["base"], "terms": _former_terms(saved), "budget": None, **saved}
         saved = {key: value for key, value in saved.items() if key not in _FORMER}
     if not isinstance(saved, dict) or set(saved) != set(plan):
         raise CordaError(
@@ -144,6 +148,12 @@ def _compare(saved: dict[str, Any], plan: dict[str, Any], model: nn.Module, outp
             for name in sorted({*before, *now})
             if before.get(name) != now.get(name)
         ]
+    before, now = (p["budget"] or {} for p in (saved, plan))
+    changed += [
+        f"the budget's {name}: {before.get(name)} there, {now.get(name)} now"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
     if changed:
         raise CordaError(
             f"{output} holds another training ({'; '.join(changed)}); delete it to begin anew, "
@@ -165,6 +175,7 @@ def finish(
     steps: int,
     resumed: int | None,
     base: str,
+    spent: Spent | None = None,
 ) -> TrainResult:
     result = {
         "steps": steps,
@@ -177,7 +188,8 @@ def finish(
         raise CordaError(
             f"could not write {output / WEIGHTS}: {error}; free some space and run again"
         ) from error
-    write_json(output / DONE, result)  # last: from here on the training is finished
+    told = result if spent is None else {**result, "budget": spent.as_json()}
+    write_json(output / DONE, told)  # last: from here on the training is finished
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
     return TrainResult(
@@ -185,6 +197,7 @@ def finish(
         weights=output / WEIGHTS,
         head=objective.head,
         resumed_from=resumed,
+        budget=spent,
         **result,
     )
 
@@ -201,9 +214,10 @@ def finished(output: Path, model: nn.Module, objective: Objective) -> TrainResul
             head=objective.head,
             steps=int(result["steps"]),
             resumed_from=int(result["steps"]),
+            budget=None if (spent := result.get("budget")) is None else Spent.from_json(spent),
             **speed,
         )
-    except (TypeError, KeyError, ValueError, OverflowError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         if isinstance(error, CordaError):
             raise
         raise ForeignFileError(

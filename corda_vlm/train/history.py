@@ -27,5 +27,5 @@ def _not_an_entry(row: Mapping[str, Any]) -> str | None:
 
 _NUMBERS = (
     "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second", "eval_loss", "eval_accuracy",
-    *PENALTIES,
+    "keep", "keep_weight", *PENALTIES,
 )  # fmt: skip

@@ -26,7 +26,10 @@ from corda_vlm.errors import NotFiniteError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.locks import locks
+from corda_vlm.progress import note
 from corda_vlm.run_files import DONE, HISTORY
+from corda_vlm.train.budget.budget import Budget
+from corda_vlm.train.budget.spent import Spent
 from corda_vlm.train.checkpoints import last_checkpoint, step_of
 from corda_vlm.train.folder import begin, finish, finished, runs_in_bf16, training_plan
 from corda_vlm.train.heads import Template
@@ -68,6 +71,7 @@ def train(
     extra_weight: float = 1.0,
     terms: Sequence[Term] = (),
     knowledge: Records | KnowledgeData | None = None,
+    budget: Budget | None = None,
     show_progress: bool = True,
 ) -> TrainResult:
     """Train what requires a gradient in `model`, in place, and write the result into `output_dir`.
@@ -97,6 +101,9 @@ def train(
         knowledge: records of what is to be kept: the model is held to what it gave on them before training, by distillation
             with the weight `DISTILL`. Of plain records as many are drawn as `calibrate` draws. For other terms that look at
             such records pass `terms`.
+        budget: how much of what the model knew is to be kept, of `forgetting_budget`, built before this call. The weight of its
+            term is steered, and the model and `weights/` get the largest strength that keeps it; `result.json` and the result
+            tell.
         show_progress: a progress bar with loss, rate and throughput.
 
     Raises:
@@ -126,7 +133,7 @@ def train(
         task = TaskData(data, options, classes, templates)
         terms = [*terms, *held_to(knowledge, model, processor, task, output)]
     every = _terms(anchor, anchor_weight, anchor_every, extra_loss, extra_weight, terms)
-    plan = training_plan(model, data, options, classes, templates, every)
+    plan = training_plan(model, data, options, classes, templates, every, budget)
     begin(output, plan, model)
     if (output / DONE).is_file():
         return finished(output, model, objective)
@@ -148,6 +155,8 @@ def train(
     )
     for term in every:
         trainer.add_term(term)
+    if budget is not None:
+        trainer.steer(budget)
     checkpoint = last_checkpoint(output)
     with as_it_was(model), less_memory, watch.interrupts:
         _run(trainer, watch, checkpoint)
@@ -159,7 +168,35 @@ def train(
     if not all_finite(model, objective.head):
         raise NotFiniteError(trainer._not_finite("the weights are NaN or Inf"))
     resumed = None if checkpoint is None else step_of(checkpoint)
-    return finish(output, model, objective, watch, done, resumed, base=plan["base"])
+    spent = None
+    if budget is not None:
+        own = evaluated or _some_of(data, processor, inputs)
+        spent = _spend(budget, trainer, own, show_progress)
+    return finish(output, model, objective, watch, done, resumed, base=plan["base"], spent=spent)
+
+
+def _some_of(data: Records, processor: Processor, inputs: dict[str, Any]) -> BatchLoader:
+    """Batches of the task's own records, on which the cost of a budget is told."""
+    return make_batches(data, processor, batch_size=64, shuffle=True, limit=_OF_TASK, **inputs)
+
+
+_OF_TASK = 512
+
+
+def _spend(budget: Budget, trainer: Any, batches: BatchLoader, show_progress: bool) -> Spent:
+    """Take the strength that keeps the budget, and say what that cost."""
+
+    def measured() -> dict[str, float]:
+        return {
+            name.removeprefix("eval_"): round(value, 6)
+            for name, value in trainer.measure(batches).items()
+        }
+
+    weight = None if budget.term is None else trainer.weight_of(budget.term)
+    spent = budget.spend(measured, weight)
+    if show_progress:
+        note(f"the model {spent}")
+    return spent
 
 
 def _terms(

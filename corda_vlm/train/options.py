@@ -13,6 +13,7 @@ from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Share, 
 from corda_vlm.precision import Bf16
 
 if TYPE_CHECKING:
+    from corda_vlm.train.budget.spent import Spent
     from corda_vlm.train.heads import Head
 
 Loss = Literal["auto", "prompt", "linear", "contrastive", "next_token"]
@@ -180,6 +181,7 @@ class TrainResult:
         samples_per_second: images (or pairs) trained on a second, in the last run of it.
         weights: the folder of the final weights: an adapter as PEFT saves it, else `trained.safetensors`.
         head: the trained classifier, if there is one.
+        budget: what became of the forgetting budget, if there was one.
         resumed_from: the step this call resumed from; `steps` if it was finished already; None if it began.
     """
 
@@ -189,6 +191,7 @@ class TrainResult:
     samples_per_second: float
     weights: Path
     head: Head | None = None
+    budget: Spent | None = None
     resumed_from: int | None = None
 
     @property

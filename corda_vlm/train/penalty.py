@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -18,8 +19,10 @@ from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.anchor.options import AnchorMetric, OutputSide
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.distributed import alike_everywhere, made_everywhere
-from corda_vlm.errors import CordaError, NotFiniteError
+from corda_vlm.errors import CordaError, NotFiniteError, UnknownNameError
 from corda_vlm.sites import Site
+from corda_vlm.train.budget.budget import Budget
+from corda_vlm.train.budget.steering import Steering
 from corda_vlm.train.next_token import NextTokenObjective
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.terms.distill import distillation
@@ -29,12 +32,15 @@ from corda_vlm.train.terms.options import DistillLoss, TermOptions
 from corda_vlm.train.terms.start_decay import StartPull
 from corda_vlm.train.terms.term import BatchPenalty, DataPenalty, Penalty, Term, check_weight
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class _Noted:
-    """One term, and its unweighted values since they were last logged."""
+    """One term, its weight now, and its unweighted values since they were last logged."""
 
     term: Term
+    weight: float
     seen: list[Tensor] = field(default_factory=list)
 
 
@@ -85,7 +91,7 @@ class PenaltyMixin:
             )
         if isinstance(term.penalty, StartPull) and term.weight > 0:
             self.add_callback(_Pulling(term.penalty, term.weight))  # type: ignore[attr-defined]
-        self._noted()[term.name] = _Noted(term)
+        self._noted()[term.name] = _Noted(term, term.weight)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if any(isinstance(term.penalty, BatchPenalty) for term in self.terms):
@@ -112,7 +118,7 @@ class PenaltyMixin:
 
     def _minimize(self, noted: _Noted) -> None:
         term = noted.term
-        weight = term.every * term.weight
+        weight = term.every * noted.weight
         # not `backward()` of its own: in float16 the accelerator scales gradients
         through = self.accelerator.backward  # type: ignore[attr-defined]
         if isinstance(term.penalty, Anchor):
@@ -151,6 +157,24 @@ class PenaltyMixin:
         """Take up the values that `penalties_seen` gave before a training was interrupted."""
         for name, noted in self._noted().items():
             noted.seen = list(values.get(name, ()))
+
+    def weight_of(self, name: str) -> float:
+        """The weight of a term now.
+
+        Raises:
+            UnknownNameError: no such term.
+        """
+        return self._named(name).weight
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """From the next step on, let a term that is minimized have this weight, which is above 0."""
+        check_weight(weight, name)
+        self._named(name).weight = weight
+
+    def _named(self, name: str) -> _Noted:
+        if name not in (noted := self._noted()):
+            raise UnknownNameError("term of the loss", name, noted)
+        return noted[name]
 
     @property
     def terms(self) -> list[Term]:
@@ -292,6 +316,46 @@ class AnchorMixin(PenaltyMixin):
         near = NewTaskDivergence(self.model, objective or NextTokenObjective())  # type: ignore[attr-defined]
         self.add_term(Term("kl_new", near, weight, every))
         return near
+
+    def keep(self, budget: Budget) -> None:
+        """From now on, steer the weight of the budget's term, and when the training ends take the largest strength that keeps
+        the budget; to be called before `train()`, after the term was added.
+
+        Logs get "keep" and "keep_weight"; after the training `trainer.spent` says what was kept.
+
+        Args:
+            budget: of `corda_vlm.train.budget.forgetting_budget(model, probe, 0.95, term="distill")`.
+
+        Raises:
+            CordaError: a term that was not added, or one without a weight, or a training that cuts weights into pieces.
+        """
+        self.steer(budget)
+        self.add_callback(_Spending(self, budget))  # type: ignore[attr-defined]
+
+    def steer(self, budget: Budget) -> None:
+        """`keep` without its end: the weight alone is steered."""
+        _refuse_pieces(self, "keep")
+        if (term := budget.term) is None:
+            return
+        if not _by_gradient(self._named(term).term):
+            raise CordaError(
+                f"the budget steers the weight of {term!r}, which is only logged, or decays apart from the gradients: give it a "
+                "weight to start from"
+            )
+        self.add_callback(Steering(self, term, budget.keep, budget.every, budget.look))  # type: ignore[attr-defined]
+
+
+class _Spending(TrainerCallback):
+    """Gives a model at the end of its training the strength that keeps its budget."""
+
+    def __init__(self, trainer: Any, budget: Budget) -> None:
+        self.trainer, self.budget = trainer, budget
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        term = self.budget.term
+        weight = None if term is None else self.trainer.weight_of(term)
+        self.trainer.spent = self.budget.spend(weight=weight)
+        logger.info("the model %s", self.trainer.spent)
 
 
 def _refuse_pieces(trainer: Any, name: str) -> None:

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.jsonl import append_jsonl, is_number, write_jsonl
 from corda_vlm.progress import Meter, showing
+from corda_vlm.train.budget.steering import KEEP, WEIGHT
 from corda_vlm.train.history import read_history
 from corda_vlm.train.options import TrainOptions
 
@@ -109,6 +110,10 @@ class Watch(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
     ) -> None:
+        if logs and KEEP in logs:
+            step = state.global_step
+            when = {"step": step, "epoch": self._epoch(step), "seconds": round(self.seconds, 3)}
+            self._note({**when, KEEP: logs[KEEP], WEIGHT: logs[WEIGHT]})
         if not logs or "loss" not in logs:
             return
         trainer = self.trainer

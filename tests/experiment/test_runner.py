@@ -182,6 +182,43 @@ def test_methods_that_start_from_the_gradient_of_the_task(config, tmp_path, caps
         run(config(**head), output=tmp_path / "linear")
 
 
+def test_variants_with_a_budget(config, tmp_path, capsys):
+    calibration = {**EXPERIMENT["calibration"], "samples": 16}
+    budget = {
+        "method": "lora",
+        "keep": 0.6,
+        "keep_every": 1,
+        "keep_metric": "agreement",
+        "learning_rates": [1e-2],
+    }
+    val = {"source": EXPERIMENT["calibration"]["data"]["source"], "split": "val"}
+    held_out, own = {**budget, "probe_records": 40}, {**budget, "keep_by": "strength", "probe": val}
+    changes = {
+        "variants": {"held-out": held_out, "own": own},
+        "training": {"steps": 2, "batch_size": 16},
+        "calibration": calibration,
+    }
+    folder = run(config(**changes), output=tmp_path / "out")
+    told = {
+        name: json.loads((folder / name / "0.01-0" / "result.json").read_text())["budget"]
+        for name in ("held-out", "own")
+    }
+    assert told["held-out"]["kept"]["records"] == 40
+    assert told["own"]["kept"]["records"] == 50
+    assert (told["held-out"]["term"], told["own"]["term"]) == ("distill", None)
+    assert all(one["kept"]["share"] >= 0.6 for one in told.values())
+    strengths = {row["strength"] for row in read_rows(folder / "scores.jsonl") if "strength" in row}
+    assert strengths == {one["strength"] for one in told.values()}
+    capsys.readouterr()
+    del changes["variants"]["own"]
+    run(config(**changes), output=folder)
+    assert "1 of 1 trainings are finished already" in capsys.readouterr().out
+    few = {"variants": {"few": {**held_out, "keep": 0.95}}, "calibration": calibration}
+    with pytest.raises(CordaError, match=r"'few': the probe's 40 records are too few.*it takes 95"):
+        run(config(**few), output=tmp_path / "few")
+    assert not list((tmp_path / "few").glob("*.safetensors"))
+
+
 def test_a_folder_from_before_an_option_existed_is_gone_on_with(config, tmp_path):
     experiment = load_experiment(config())
     path = tmp_path / "out" / "config.yaml"

@@ -153,6 +153,34 @@ def test_trainings_go_seed_by_seed():
             CordaError,
             "'lora' has distill, which looks at records of that knowledge, and the experiment has no `calibration`",
         ),
+        (
+            {"variants__linear-probe": {"learning_rates": [1], "keep": 0.9}},
+            CordaError,
+            "'linear-probe' changes no layer, so that it forgets nothing and keep has nothing to hold",
+        ),
+        (
+            {"variants": {"lora": {"learning_rates": [1], "keep": 0.9}}, "calibration": None},
+            CordaError,
+            "'lora' is to keep a share of what the model knew, which records of that knowledge tell",
+        ),
+        (
+            {
+                "variants": {
+                    "lora": {
+                        "learning_rates": [1],
+                        "keep": 0.9,
+                        "keep_by": "anchor",
+                        "probe": "folder:x",
+                    }
+                },
+                "calibration": None,
+            },
+            CordaError,
+            "'lora': keep_by anchor steers the anchor",
+        ),
+        ({"variants__lora__keep": 95}, CordaError, "95 per cent is 0.95"),
+        ({"variants__lora__keep": 0}, CordaError, "above 0"),
+        ({"variants__lora__probe": "folder:x"}, CordaError, "probe= is for keep="),
         ({"variants__lora__distill": -1}, CordaError, "distill is -1"),
         ({"variants__lora__distill_loss": "l2"}, UnknownNameError, "distill_loss 'l2'"),
         (

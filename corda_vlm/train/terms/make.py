@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from corda_vlm.covariance.options import CalibrationOptions
@@ -44,6 +45,19 @@ class KnowledgeData:
     seed: int = 0
     chat: ChatOptions = field(default_factory=ChatOptions)
     cache: Path | None = None
+
+    def hold_out(self, count: int) -> tuple[KnowledgeData, Records]:
+        """Up to `count` records that no term looks at, and the knowledge without them.
+
+        They are those that the draw leaves, which covariances do not look at either. Where it leaves too few it leaves
+        a quarter of all, and the terms get fewer; covariances of the same draw have then seen some of them.
+        """
+        every = len(self.records)
+        drawn = every if self.samples is None else min(self.samples, every)
+        held = min(count, max(every - drawn, every // 4))
+        samples = min(drawn, every - held)
+        order = np.random.RandomState(self.seed).permutation(every)  # as make_batches draws
+        return replace(self, samples=samples), self.records.select(order[samples : samples + held])
 
     def batches(self, processor: Processor, batch_size: int) -> BatchLoader:
         return make_batches(

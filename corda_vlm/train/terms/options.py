@@ -8,12 +8,18 @@ from typing import Literal
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.options import Count, NotNegative
+from corda_vlm.train.budget.options import BudgetOptions
 from corda_vlm.train.options import Loss, TrainOptions
 
 _TERMS = ("distill", "replay", "kl_new", "ewc", "start_decay")
 
 DISTILL = 30.0
 """The weight of distillation where knowledge is given and no term is named."""
+STEERED = ("distill", "anchor", "replay", "ewc", "kl_new")
+"""The terms whose weight a budget may steer: the first that has one."""
+
+START = {"distill": 10.0, "anchor": 30.0}
+"""Weights to start from, of those that a budget chooses itself."""
 
 DistillLoss = Literal["auto", "cosine", "similarity", "tokens"]
 StartDecayKind = Literal["decoupled", "l2"]
@@ -21,10 +27,10 @@ ReplayLoss = Literal["auto", "prompt", "contrastive", "next_token"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TermOptions(AnchorOptions):
+class TermOptions(AnchorOptions, BudgetOptions):
     """The terms of the loss that hold a training to what the model knew, for any method.
 
-    A weight of 0 leaves a term out. Terms may be used together.
+    A weight of 0 leaves a term out. Terms may be used together; `keep` in their place finds a weight.
 
     Attributes:
         distill: Weight of distillation: on records of the knowledge, the model is to give what it gave before training.
@@ -68,6 +74,48 @@ class TermOptions(AnchorOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_budget()
+
+    @property
+    def steered(self) -> str | None:
+        """The option that is the weight to be steered for the budget; None where none has a weight to start from."""
+        if self.keep is None or self.keep_by == "strength":
+            return None
+        choices = STEERED if self.keep_by == "auto" else (self.keep_by,)
+        return next((name for name in choices if getattr(self, name) > 0), None)
+
+    def with_budget(
+        self, *, has_data: bool, has_store: bool, output_side: bool = False
+    ) -> TermOptions:
+        """With a weight to start from of the term that is steered for the budget, where none has one.
+
+        Args:
+            has_data: whether there are records of the knowledge for terms.
+            has_store: whether there are covariances of it.
+            output_side: whether these have the output side.
+
+        Raises:
+            CordaError: what is to be steered lacks what it looks at.
+        """
+        if self.keep is None or self.keep_by == "strength" or self.steered is not None:
+            return self
+        if self.keep_by in ("auto", "distill") and has_data:
+            return replace(self, distill=START["distill"])
+        if self.keep_by == "distill":
+            raise CordaError(
+                "keep_by distill steers distillation, which looks at records of the knowledge while the model trains, and there are "
+                "none: name them, or take keep_by anchor or strength"
+            )
+        if has_store or (self.keep_by == "anchor" and self.anchor_metric != "knowledge"):
+            usual = self.anchor_metric == "knowledge" and self.anchor_output == "none"
+            output = "kfac" if output_side and usual else self.anchor_output
+            return replace(self, anchor=START["anchor"], anchor_output=output)
+        if self.keep_by == "anchor":
+            raise CordaError(
+                "keep_by anchor steers the anchor, which needs covariances of the knowledge, and there are none: name them, or take "
+                "keep_by distill or strength"
+            )
+        return self
 
     def with_data(self) -> TermOptions:
         """These options where records of the knowledge are at hand: distillation, unless another term looks at them."""

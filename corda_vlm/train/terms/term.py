@@ -95,7 +95,9 @@ def check_names(terms: Iterable[Term]) -> None:
         names.append(term.name)
 
 
-_TAKEN = ("step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second")
+_TAKEN = (
+    "step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second", "keep", "keep_weight",
+)  # fmt: skip
 
 
 def check_weight(weight: float, name: str) -> None:
