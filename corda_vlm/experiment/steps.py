@@ -234,13 +234,13 @@ def train_anchored(
     learned = TaskData(data, options, classes, templates)
     if predict and predictors is not None:
         predictors.look_at(model, processor, learned, task)
-    terms = terms.with_budget(
-        has_data=knowledge_data is not None,
-        has_store=knowledge is not None,
-        output_side=knowledge is not None and knowledge.outputs is not None,
-    )
     budget = None
     if terms.keep is not None:
+        terms = terms.with_budget(
+            has_data=knowledge_data is not None,
+            has_store=knowledge is not None,
+            output_side=knowledge is not None and knowledge.outputs is not None,
+        )
         knowledge_data, probe = _probed(terms, knowledge_data, probe)
         budget = _budget(model, processor, terms, knowledge_data, probe, options)
     others = make_terms(terms, model, processor, knowledge_data, learned)
