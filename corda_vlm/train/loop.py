@@ -170,14 +170,17 @@ def train(
     resumed = None if checkpoint is None else step_of(checkpoint)
     spent = None
     if budget is not None:
-        own = evaluated or _some_of(data, processor, inputs)
+        own = evaluated or _some_of(data, processor, options.batch_size, inputs)
         spent = _spend(budget, trainer, own, show_progress)
     return finish(output, model, objective, watch, done, resumed, base=plan["base"], spent=spent)
 
 
-def _some_of(data: Records, processor: Processor, inputs: dict[str, Any]) -> BatchLoader:
+def _some_of(
+    data: Records, processor: Processor, batch_size: int, inputs: dict[str, Any]
+) -> BatchLoader:
     """Batches of the task's own records, on which the cost of a budget is told."""
-    return make_batches(data, processor, batch_size=64, shuffle=True, limit=_OF_TASK, **inputs)
+    given: dict[str, Any] = {"batch_size": batch_size, "limit": _OF_TASK, **inputs}
+    return make_batches(data, processor, shuffle=True, **given)
 
 
 _OF_TASK = 512

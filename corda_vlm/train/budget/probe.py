@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corda_vlm.data import Records, make_batches
+from corda_vlm.data import BatchLoader, Records, make_batches
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.class_names import ClassNames, load_templates, match_class_names
@@ -29,13 +29,18 @@ from corda_vlm.train.terms.knowledge import ReadyBatches
 Values = Float[np.ndarray, " n"]
 """What the model did on each record: 1 is right, or as before; 0 is not."""
 
+Parts = Sequence[BatchLoader | Sequence[Mapping[str, Tensor]]]
+"""Batches, part by part; each time they are gone through they are the same."""
+
 PART = 128
 """Records of a look while a model trains: the probe is cut into parts of about so many, looked at in turn."""
 
 MANY = 100
 """Classes from which on the true one may be among five."""
 
-_BATCH = 64
+_BATCH, _TEXTS = 64, 16
+"""Images, and conversations, that the model is run on at a time."""
+
 _KNOWS = 0.25
 """The share of answers that a model gets wholly right for these to tell what it keeps."""
 
@@ -121,9 +126,9 @@ class LabeledProbe(Probe):
 class _BatchProbe(Probe):
     """Batches, of which a model once said what is compared with what it says now."""
 
-    def __init__(self, batches: Sequence[Sequence[Mapping[str, Tensor]]], how: HowProbed) -> None:
+    def __init__(self, batches: Parts, fingerprint: str, how: HowProbed) -> None:
         self._batches, self.parts, self.bf16 = batches, len(batches), how.bf16
-        self.fingerprint = ReadyBatches([b for part in batches for b in part], 0).fingerprint
+        self.fingerprint = fingerprint
         self._before: list[list[Any]] = []
 
     def look(self, model: nn.Module, part: int) -> Values:
@@ -154,8 +159,10 @@ class NearestProbe(_BatchProbe):
 
     metric = "agreement"
 
-    def __init__(self, model: nn.Module, family: Family, batches: Any, how: HowProbed) -> None:
-        super().__init__(batches, how)
+    def __init__(
+        self, model: nn.Module, family: Family, batches: Parts, fingerprint: str, how: HowProbed
+    ) -> None:
+        super().__init__(batches, fingerprint, how)
         self._parts = family.need_contrastive(model)
         self._remember(model)
         self.chance = float(np.mean([1 / _choices(batch) for part in batches for batch in part]))
@@ -185,12 +192,21 @@ class AnswerProbe(_BatchProbe):
 
     chance = 0.0
 
-    def __init__(self, model: nn.Module, batches: Any, how: HowProbed) -> None:
-        super().__init__(batches, how)
+    def __init__(self, model: nn.Module, batches: Parts, fingerprint: str, how: HowProbed) -> None:
+        super().__init__(batches, fingerprint, how)
         self._remember(model)
         self.metric = "answers" if how.metric == "auto" else how.metric
-        if how.metric == "auto" and self.look_at_all(model).mean() < _KNOWS:
+        if how.metric == "auto" and self._right() < _KNOWS:
             self.metric = "agreement"
+
+    def _right(self) -> float:
+        """The share of answers that were right before training."""
+        pairs = [
+            self._judged(said, said, batch)
+            for part, before in zip(self._batches, self._before, strict=True)
+            for batch, said in zip(part, before, strict=True)
+        ]
+        return float(np.concatenate(pairs).mean())
 
     def _answer(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits, _ = answer_logits(unwrap(model), batch)
@@ -225,16 +241,17 @@ def make_probe(
     family = detect_family(bare)
     check_metric(how.metric, family)
     if not isinstance(records, Records):
-        batches = [[batch] for batch in records]
+        batches: Parts = [[batch] for batch in records]
         what = "the probe"
+        fingerprint = ReadyBatches(records, 0).fingerprint if batches else ""
     else:
         if how.processor is None:
             raise CordaError("a probe of records needs the model's processor: pass processor=")
         labeled = records.labels is not None and records.class_names is not None
         if family.generative is None and labeled and how.metric != "agreement":
             return LabeledProbe(family, records, how)
-        batches = [list(_batches(part, how)) for part in _in_parts(records)]
-        what = str(records.spec)
+        batches = [_batches(part, how) for part in _in_parts(records)]
+        what, fingerprint = str(records.spec), records.fingerprint
     if how.metric in ("top1", "top5"):
         raise DataError(
             f"{what}: {how.metric} needs records with labels; name their column with label:, or take keep_metric agreement"
@@ -242,9 +259,9 @@ def make_probe(
     if not batches:
         raise CordaError("the probe has no batches: pass at least one")
     probe = (
-        NearestProbe(model, family, batches, how)
+        NearestProbe(model, family, batches, fingerprint, how)
         if family.generative is None
-        else AnswerProbe(model, batches, how)
+        else AnswerProbe(model, batches, fingerprint, how)
     )
     probe.what = what
     return probe
@@ -287,13 +304,10 @@ def _in_parts(records: Records) -> list[Records]:
     return [records.select(np.arange(part, len(records), count)) for part in range(count)]
 
 
-def _batches(part: Records, how: HowProbed) -> Sequence[Mapping[str, Tensor]]:
+def _batches(part: Records, how: HowProbed) -> BatchLoader:
     assert how.processor is not None
-    size = _BATCH if part.conversational else PART
-    loader = make_batches(
-        part, how.processor, batch_size=size, cache_mb=0, chat=how.chat, must_learn=True
-    )
-    return list(loader)
+    size = _TEXTS if part.conversational else PART
+    return make_batches(part, how.processor, batch_size=size, chat=how.chat, must_learn=True)
 
 
 def _class_names(records: Records, classes: Sequence[str] | None) -> ClassNames:
