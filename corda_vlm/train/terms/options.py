@@ -118,8 +118,10 @@ class TermOptions(AnchorOptions, BudgetOptions):
         return self
 
     def with_data(self) -> TermOptions:
-        """These options where records of the knowledge are at hand: distillation, unless another term looks at them."""
-        return self if self.needs_data else replace(self, distill=DISTILL)
+        """These options where records of the knowledge are at hand: distillation, unless another term looks at them, or a budget
+        chooses."""
+        chosen = self.needs_data or self.keep is not None
+        return self if chosen else replace(self, distill=DISTILL)
 
     @property
     def needs_data(self) -> list[str]:

@@ -213,6 +213,7 @@ def test_which_weight_is_steered() -> None:
         with pytest.raises(CordaError, match=f"keep_by {by} .* {what} of the knowledge"):
             settled(has_data=False, has_store=False, keep_by=by)
     assert TermOptions(distill=1.0).steered is None
+    assert TermOptions(keep=0.9, keep_by="strength").with_data().names == []
 
 
 def test_a_trained_model_keeps_what_it_knew(tmp_path) -> None:
