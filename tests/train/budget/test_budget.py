@@ -220,19 +220,19 @@ def test_a_trained_model_keeps_what_it_knew(tmp_path) -> None:
     """emoji-clip learns digits at a rate at which it forgets more than a tenth, and is held to a tenth."""
     loaded = load_model("emoji-clip")
     knowledge = load_records(
-        {"source": "parquet:model_zoo/emoji-clip/data/*.parquet", "split": "val", "limit": 240}
+        {"source": "parquet:model_zoo/emoji-clip/data/*.parquet", "split": "val", "limit": 160}
     )
     prepared = prepare_method("lora", loaded.model, rank=4, towers="vision")
     digits = load_records({"source": "sklearn:digits", "split": "train", "limit": 160})
-    options = TrainOptions(steps=12, batch_size=16, learning_rate=5e-2, bf16=False, save_every=100)
+    options = TrainOptions(steps=8, batch_size=16, learning_rate=5e-2, bf16=False, save_every=100)
     result, predictors = steps.train_anchored(
         prepared, digits, loaded.processor, options=options, output_dir=tmp_path, classes=None, templates=None,
         knowledge=None, knowledge_data=KnowledgeData(knowledge, samples=60),
-        terms=TermOptions(keep=0.9, keep_by="strength", probe_records=160),
+        terms=TermOptions(keep=0.9, keep_by="strength", probe_records=100),
     )  # fmt: skip
     assert predictors == {}
     spent = result.budget
     assert spent.metric == "top5"
-    assert spent.kept.records == 160
+    assert spent.kept.records == 100
     assert spent.kept_at_full.share < 0.9 <= spent.kept.share
     assert 0 < spent.strength < 1
