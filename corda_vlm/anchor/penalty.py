@@ -244,7 +244,7 @@ class Anchor:
         return f"<Anchor: {len(self.sites)} sites, {self.nbytes / 1e6:.0f} MB>"
 
 
-def anchor_name(metric: AnchorMetric, output_side: OutputSide) -> str:
+def anchor_name(metric: str, output_side: str) -> str:
     """What an anchor is called as a term of the loss: one of another metric has another name."""
     return "_".join(["anchor", *_unusual(metric, output_side).values()])
 

@@ -22,6 +22,7 @@ from corda_vlm.distributed import alike_everywhere, made_everywhere
 from corda_vlm.errors import CordaError, NotFiniteError, UnknownNameError
 from corda_vlm.sites import Site
 from corda_vlm.train.budget.budget import Budget
+from corda_vlm.train.budget.spent import Spent
 from corda_vlm.train.budget.steering import Steering
 from corda_vlm.train.next_token import NextTokenObjective
 from corda_vlm.train.objectives import Objective
@@ -211,7 +212,12 @@ class AnchorMixin(PenaltyMixin):
     Logs get "anchor": the mean relative change of the layers' outputs on the knowledge; of another metric e.g.
     "anchor_kfac". Where the records of the knowledge are at hand while it trains,
     `trainer.distill_from(batches, weight=30)` keeps more.
+
+    Attributes:
+        spent: what became of the budget of `keep`, once the training has ended.
     """
+
+    spent: Spent | None = None
 
     def anchor_to(
         self,

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from corda_vlm import load_model
+from corda_vlm.adapter.paired import base_of
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.experiment import steps
@@ -141,7 +142,7 @@ def test_any_trainer_keeps_a_budget(tiny_open_clip, held_out, processor, tmp_pat
         def compute_loss(self, model, inputs, return_outputs=False, **_):
             return -model.encode_image(inputs["pixel_values"])[:, 0].mean()
 
-    model = prepare_method("lora", tiny_open_clip, rank=2, towers="vision").base_model.model
+    model = base_of(prepare_method("lora", tiny_open_clip, rank=2, towers="vision"))
     batch = next(iter(make_batches(held_out, processor, batch_size=8)))
     items = [{"pixel_values": one} for one in batch["pixel_values"]] * 4
     args = TrainingArguments(str(tmp_path), max_steps=8, per_device_train_batch_size=8, learning_rate=0.1,
@@ -160,6 +161,7 @@ def test_any_trainer_keeps_a_budget(tiny_open_clip, held_out, processor, tmp_pat
     trainer.keep(budget)
     trainer.train()
     assert [entry["step"] for entry in trainer.state.log_history if "keep" in entry] == [2, 4, 6]
+    assert trainer.spent is not None
     assert trainer.spent.strength < 1
     assert budget.kept().share >= 0.6
     assert trainer.spent.weight == trainer.weight_of("distill") != 0.01
