@@ -165,6 +165,7 @@ def train(
             logger.warning("%s", warning)
     done = trainer.state.global_step
     _stop_if_asked(watch, done, trainer.state.max_steps, output)
+    trainer.settle()
     if not all_finite(model, objective.head):
         raise NotFiniteError(trainer._not_finite("the weights are NaN or Inf"))
     resumed = None if checkpoint is None else step_of(checkpoint)

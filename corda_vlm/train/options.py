@@ -97,6 +97,8 @@ class TrainOptions(LossOptions):
         weight_decay: AdamW's, on matrices only; vectors (biases, norms, scales) are left alone. It pulls an
             adapter's factors to zero, not to where they started: the default is none.
         betas: AdamW's.
+        ema: The decay of a moving average of the trained weights, which is then the result, and what is evaluated on the way:
+            0.99 averages about the last 100 steps. 0 keeps none.
         max_grad_norm: Gradients are scaled down to this norm, the head's apart; 0 leaves them.
         train_head: With "prompt": the class vectors start at the prompts and are trained.
         augment: "none" or "light" (small rotations, shifts and zooms of the preprocessed batch).
@@ -127,6 +129,7 @@ class TrainOptions(LossOptions):
     warmup_ratio: Share = 0.05
     weight_decay: NotNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
+    ema: Share = 0.0
     max_grad_norm: NotNegative = 1.0
     train_head: bool = False
     augment: Augment = "none"

@@ -20,6 +20,7 @@ from corda_vlm.families.base import evaluating, unwrap
 from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.precision import bf16_is_faster
 from corda_vlm.train.checkpoints import KEPT, break_seal, seal
+from corda_vlm.train.ema import MovingAverage
 from corda_vlm.train.model import projector_parameters
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
@@ -48,6 +49,7 @@ class _BatchLoss(Trainer):
         self.math_backend = takes_math(options, net, image_size)
         self.loss_seen: list[Tensor] = []
         self.seconds = 0.0
+        self.average = MovingAverage(self._trained(), options.ema) if options.ema > 0 else None
         # The loss is a mean over the batch, which the Trainer then divides by the accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -116,7 +118,19 @@ class _BatchLoss(Trainer):
                 # The Trainer clips and clears the gradients of its model, and the head is no part of that.
                 self.optimizer.register_step_pre_hook(lambda *_: self._clip(head))
                 self.optimizer.register_step_post_hook(lambda *_: head.zero_grad())
+            if (average := self.average) is not None:
+                self.optimizer.register_step_post_hook(lambda *_: average.update())
         return self.optimizer
+
+    def _trained(self) -> list[nn.Parameter]:
+        """What the optimizer steps, the head's included."""
+        head = () if self.objective.head is None else self.objective.head.parameters()
+        return [p for p in (*self.net.parameters(), *head) if p.requires_grad]
+
+    def settle(self) -> None:
+        """At the end: the average is the result, where one is kept."""
+        if self.average is not None:
+            self.average.settle()
 
     def _clip(self, head: nn.Module) -> None:
         if self.options.max_grad_norm > 0:
@@ -126,7 +140,8 @@ class _BatchLoss(Trainer):
     def measure(self, batches: Any) -> dict[str, float]:
         """Mean loss and accuracy of the objective over evaluation batches."""
         loss_sum, right, count = 0.0, 0, 0
-        with evaluating(self.net), attention(self.math_backend):
+        averaged = contextlib.nullcontext() if self.average is None else self.average.in_place()
+        with averaged, evaluating(self.net), attention(self.math_backend):
             for batch in batches:
                 with self.autocast():
                     loss, correct = self.objective(unwrap(self.net), self._prepare_inputs(batch))
@@ -225,6 +240,8 @@ class CordaTrainer(AnchorMixin, _BatchLoss):
             "penalties": self.penalties_seen(),
         }
         write_json(Path(str(output_dir)) / PROGRESS, progress)
+        if self.average is not None:
+            self.average.save(Path(str(output_dir)))
 
     def restore(self, checkpoint: Path | None) -> None:
         """Go on from the progress that a checkpoint holds; None, or a checkpoint without one, begins at zero.
@@ -232,6 +249,8 @@ class CordaTrainer(AnchorMixin, _BatchLoss):
         Raises:
             ForeignFileError: it is damaged.
         """
+        if checkpoint is not None and self.average is not None:
+            self.average.load(checkpoint)
         path = None if checkpoint is None else checkpoint / PROGRESS
         if path is None or not path.is_file():
             return
