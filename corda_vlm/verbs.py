@@ -21,7 +21,7 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment import checks
 from corda_vlm.extras import require
 from corda_vlm.families.options import LoadOptions, SiteOptions
-from corda_vlm.options import Count, as_keywords, narrowed
+from corda_vlm.options import Count, Seed, as_keywords, narrowed
 from corda_vlm.plan.options import PlanOptions
 from corda_vlm.train.options import TaskGradientOptions, TrainOptions
 from corda_vlm.train.terms.options import TermOptions
@@ -232,6 +232,7 @@ def train(
     task_covariance: str | None = None,
     knowledge: Data | None = None,
     knowledge_samples: Count = CalibrationOptions.samples,
+    knowledge_seed: Seed = CalibrationOptions.seed,
     *,
     options: TrainOptions,
     attach: AttachOptions,
@@ -258,6 +259,7 @@ def train(
         knowledge: Records of the knowledge, for the terms of the loss that look at such: data as for `calibrate`. Where no
             such term is asked for, it is distill.
         knowledge_samples: At most so many of them, drawn at random: the same as `calibrate --samples` draws.
+        knowledge_seed: Of the draw.
         task_covariance: The file that `calibrate` wrote of the new task, for --anchor-metric task.
     """
     if knowledge is not None:
@@ -270,6 +272,11 @@ def train(
         raise CordaError(
             "--anchor-metric task needs to know the new task's inputs: give --task-covariance, the file that `corda-vlm "
             "calibrate` wrote of its data"
+        )
+    if task_covariance is not None and not terms.anchors_to("task"):
+        raise CordaError(
+            "--task-covariance has no effect: it is of an anchor to the task; give --anchor with --anchor-metric task, or leave "
+            "it out"
         )
     if terms.keep is not None and knowledge is None and terms.probe is None:
         raise CordaError(
@@ -294,9 +301,19 @@ def train(
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.experiment import steps
     from corda_vlm.plan import AdapterPlan
-    from corda_vlm.train.terms.make import KnowledgeData
+    from corda_vlm.train.terms.make import KnowledgeData, check_terms
 
     records, loaded = steps.load_data(data), _loaded(model, load)
+    known = None
+    if knowledge is not None:
+        known = KnowledgeData(
+            steps.load_data(knowledge),
+            knowledge_samples,
+            knowledge_seed,
+            narrowed(options, ChatOptions),
+            Path(output),
+        )
+        check_terms(asked_of, loaded.family, known.records)
     names, prompts = steps.training_prompts(records, named, asked)
     store, task_store = (
         None if path is None else CovarianceStore.load(path, model=loaded.model)
@@ -313,14 +330,7 @@ def train(
         templates=prompts,
         knowledge=store,
         terms=terms,
-        knowledge_data=None
-        if knowledge is None
-        else KnowledgeData(
-            steps.load_data(knowledge),
-            knowledge_samples,
-            chat=narrowed(options, ChatOptions),
-            cache=Path(output),
-        ),
+        knowledge_data=known,
         task=task_store,
         probe=None if terms.probe is None else steps.load_data(terms.probe),
     )

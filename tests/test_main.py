@@ -161,6 +161,10 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
             ["train", "emoji-clip", "sklearn:digits", "--start-decay=1", "--weight-decay=0.1"],
             "choose one of the two",
         ),
+        (
+            ["train", "emoji-clip", "sklearn:digits", "--task-covariance=c.safetensors"],
+            "--task-covariance has no effect",
+        ),
         (["run", "configs/none.yaml"], "no file 'configs/none.yaml'"),
         (["report", "nowhere"], "nowhere"),
         (["run", "configs/demo.yaml", "--set", "[seeds=[0]]"], "is not a list in YAML"),

@@ -110,7 +110,10 @@ def anchor_penalty(
         exact, light = (
             _metrics_of(source, share, beside) for share in (energy or 1.0, energy or FULL_ENERGY)
         )
-    chosen = _chosen(known, [*starts, *whole], sites)
+    of = "these are no sites of the model, which the metric identity knows alone"
+    if source is not None:
+        of = "the store has no covariance of them, collect it too"
+    chosen = _chosen(known, [*starts, *whole], sites, of)
     if source is not None:
         _check_model(model, source, starts)
     outputs = Outputs(output_side, source)
@@ -326,37 +329,35 @@ def _source(
 
 
 def _chosen(
-    store: Sequence[str], adapted: Sequence[str], sites: Iterable[Site | str] | None
+    known: Sequence[str], adapted: Sequence[str], sites: Iterable[Site | str] | None, why: str
 ) -> list[str]:
-    """Names to anchor, in the order of `store`, those that a metric is known of."""
+    """Names to anchor, in the order of those that a metric is known of; `why` it is not of others."""
     if not adapted:
         raise CordaError(
             "no layer of this model is adapted or trained, so there is nothing to anchor: attach the adapter (or set "
             "requires_grad, for full fine-tuning) before anchor_penalty"
         )
     if sites is None:
-        missing = [name for name in adapted if name not in store]
+        missing = [name for name in adapted if name not in known]
         if len(missing) == len(adapted):
             raise CordaError(
-                f"the store has the covariances of {quoted(store)}, and none of the adapted layers, "
-                f"{quoted(missing)}: collect them for these"
+                f"an anchor cannot look at any of the adapted layers, {quoted(missing)}: {why}. Known are {quoted(known)}"
             )
         if missing:
             raise CordaError(
-                f"the store has no covariance of the adapted layers {quoted(missing)}: collect them too, or anchor only "
-                "some layers, with sites="
+                f"an anchor cannot look at the adapted layers {quoted(missing)}: {why}, or anchor only some layers, with sites="
             )
-        return [name for name in store if name in set(adapted)]
+        return [name for name in known if name in set(adapted)]
     wanted = {site.name if isinstance(site, Site) else site for site in sites}
     if not wanted:
         raise CordaError("sites is empty: name at least one adapted layer, or leave it out for all")
     for problem, names in (
         ("not adapted, so they cannot change", wanted - set(adapted)),
-        ("not in the covariance store", wanted - set(store)),
+        (f"not known ({why})", wanted - set(known)),
     ):
         if names:
             raise CordaError(f"layers of sites= that are {problem}: {quoted(sorted(names))}")
-    return [name for name in store if name in wanted]
+    return [name for name in known if name in wanted]
 
 
 def _check_model(model: nn.Module, store: CovarianceStore, starts: dict[str, Adapted]) -> None:

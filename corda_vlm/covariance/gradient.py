@@ -26,7 +26,7 @@ from corda_vlm.covariance.gradient_store import GradientStore
 from corda_vlm.covariance.options import CollectOptions
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, any_family
-from corda_vlm.families.base import device_of, evaluating
+from corda_vlm.families.base import device_of, evaluating, requiring
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.options import SiteKeywords, SiteOptions
 from corda_vlm.files import check_path
@@ -236,23 +236,20 @@ class _Job:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Only these weights take gradients, which go to the sums one by one; all is put back afterwards."""
-        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
         grads = {parameter: parameter.grad for parameter in self.model.parameters()}
         handles = []
-        try:
-            for parameter in before:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for name, weight in self.weights.items():
-                weight.requires_grad_(True)
-                handles.append(weight.register_post_accumulate_grad_hook(self._taker(name)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, needed in before.items():
-                parameter.requires_grad_(needed)
-                parameter.grad = grads[parameter]
+        with requiring(self.model, self.weights.values()):
+            try:
+                for parameter in grads:
+                    parameter.grad = None
+                for name, weight in self.weights.items():
+                    handles.append(weight.register_post_accumulate_grad_hook(self._taker(name)))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for parameter, gradient in grads.items():
+                    parameter.grad = gradient
 
     def _taker(self, name: str) -> Callable[[Tensor], None]:
         def take(weight: Tensor) -> None:

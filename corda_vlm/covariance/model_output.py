@@ -81,10 +81,7 @@ def _embeddings(family: Family, model: nn.Module, batch: Batch, towers: set[str]
 def _embedding(tower: str, embedded: Float[Tensor, "b d"]) -> Output:
     f = F.normalize(embedded.float(), dim=-1)
 
-    def draw(generator: torch.Generator) -> Tensor:
-        return (f * torch.randn(f.shape, generator=generator).to(f.device)).sum()
-
-    return Output((tower,), len(f), draw)
+    return Output((tower,), len(f), lambda generator: along_random(f, generator))
 
 
 def _next_tokens(model: nn.Module, batch: Batch, chosen: Tensor) -> Output:
@@ -99,13 +96,22 @@ def _next_tokens(model: nn.Module, batch: Batch, chosen: Tensor) -> Output:
     }
     picked = next_token_logits(model, inputs, counted).float()  # (n, V)
 
-    def draw(generator: torch.Generator) -> Tensor:
-        with (
-            torch.no_grad()
-        ):  # by the inverse of the distribution function: one number a token from the CPU
-            shares = picked.softmax(-1).cumsum(-1)
-            at = torch.rand(len(picked), 1, generator=generator).to(shares) * shares[:, -1:]
-            tokens = torch.searchsorted(shares, at).clamp_max_(shares.shape[1] - 1)[:, 0]
-        return -F.cross_entropy(picked, tokens, reduction="sum")
+    return Output(None, len(picked), lambda generator: log_likelihood_drawn(picked, generator))
 
-    return Output(None, len(picked), draw)
+
+def along_random(f: Float[Tensor, "b d"], generator: torch.Generator) -> Float[Tensor, ""]:
+    """`Σ ⟨v, f⟩` with random directions v: the mean of its squared gradients is `Σ JᵀJ` of f."""
+    return (f * torch.randn(f.shape, generator=generator).to(f.device)).sum()
+
+
+def log_likelihood_drawn(
+    logits: Float[Tensor, "n v"], generator: torch.Generator
+) -> Float[Tensor, ""]:
+    """`Σ log p` of tokens drawn from p: the mean of its squared gradients is the Fisher information."""
+    with (
+        torch.no_grad()
+    ):  # by the inverse of the distribution function: one number a token from the CPU
+        shares = logits.softmax(-1).cumsum(-1)
+        at = torch.rand(len(logits), 1, generator=generator).to(shares) * shares[:, -1:]
+        tokens = torch.searchsorted(shares, at).clamp_max_(shares.shape[1] - 1)[:, 0]
+    return -F.cross_entropy(logits, tokens, reduction="sum")

@@ -7,8 +7,7 @@ soon as it is there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +91,7 @@ class OutputObserver:
         """Run a batch forwards once, and backwards for each draw."""
         self._calls.clear()
         counts: Counter[str] = Counter()
-        with _frozen(model), torch.enable_grad():
+        with requiring(model), torch.enable_grad():
             self._starts = []
             try:
                 outputs = self.asked.outputs(model, batch)
@@ -163,16 +162,3 @@ class OutputObserver:
                 "what the model gives out does not depend on any of the sites, so they have no output side; leave "
                 "output_side out"
             )
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

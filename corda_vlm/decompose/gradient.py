@@ -100,12 +100,8 @@ def decompose_lora_ga(
     Raises:
         CordaError: as `decompose_gradient`; or a matrix whose smaller side is below 2 r.
     """
+    check_pair_rank((len(gradient), gradient.shape[1]), rank)
     g, norm = _unit(gradient, None, rank, 0.0, a_norm)
-    if 2 * rank > min(g.shape):
-        raise CordaError(
-            f"lora-ga takes 2·{rank} components, and a {g.shape[0]}×{g.shape[1]} weight has {min(g.shape)}; take rank "
-            f"{min(g.shape) // 2} at most"
-        )
     root = Root(None, 0.0, 0.0, g.device)
     both = find_basis(g, root, 2 * rank, "largest", route, seed)
     right = torch.linalg.qr(g.mT @ both.vectors[:, :rank]).Q  # (inp, r)
@@ -115,6 +111,15 @@ def decompose_lora_ga(
     first = Basis(both.vectors[:, :rank], both.values[:rank], None, both.total_energy)
     dead = first.values <= _NOTHING * first.total_energy
     return _start(gradient, B, own * fix_signs(right).mT, first, norm, dead)
+
+
+def check_pair_rank(shape: tuple[int, int], rank: int, where: str = "") -> None:
+    """Raise `CordaError` where a weight of this (out, inp) shape has fewer than the 2 r components that LoRA-GA takes."""
+    if 2 * rank > min(shape):
+        raise CordaError(
+            f"{where}lora-ga takes 2·{rank} components, and a {shape[0]}×{shape[1]} weight has {min(shape)}; take rank "
+            f"{min(shape) // 2} at most"
+        )
 
 
 def decompose_keep_lora(
@@ -212,6 +217,8 @@ def _principal(
     rest = covariance - used @ (used.mT @ covariance)
     rest = rest - (rest @ used) @ used.mT
     whole = float(covariance.trace())
+    if whole <= 0:  # a layer that the knowledge does not reach
+        return used
     further = _up_to(rest, FEATURE_ENERGY * whole, 1.0 - float(rest.trace()) / whole, of=whole)
     return torch.cat([used, further], dim=1)
 

@@ -95,7 +95,9 @@ class Root:
     def _floored(self) -> tuple[Float[Tensor, " inp"], Float[Tensor, "inp inp"]]:
         """Eigenvalues of `C' / v`, none below one rounding of the largest, and eigenvectors."""
         values, vectors = torch.linalg.eigh(self.damped())
-        return values.clamp_min(_ROUNDING * float(values[-1])), vectors
+        largest = float(values[-1])
+        # of zeros alone every direction is alike
+        return values.clamp_min(_ROUNDING * largest if largest > 0 else 1.0), vectors
 
     def solve(self, y: Float[Tensor, "inp k"]) -> Float[Tensor, "inp k"]:
         """`(K K^T)^-1 y`, in the dtype of y, for a `C'` that is not singular."""

@@ -222,7 +222,7 @@ class ExperimentRunner:
             names = [site.name for site in sites]
             check_full_modules(model, variant.modules_to_save, names)
             if method.has_rank and not variant.dynamic_rank:
-                check_rank(site_shapes(model, names), request.rank)
+                check_rank(site_shapes(model, names), request.rank, method.name)
             looked_at = [KNOWLEDGE] if self._looks_at_knowledge(name) else []
             looked_at += [TASK] if self._looks_at_task(name) else []
             terms = experiment.terms_of(name)

@@ -243,9 +243,13 @@ def train_anchored(
         )
         knowledge_data, probe = _probed(terms, knowledge_data, probe)
         budget = _budget(model, processor, terms, knowledge_data, probe, options)
-    others = make_terms(terms, model, processor, knowledge_data, learned)
-    if terms.anchor and not terms.forecasts:
-        others.append(_anchor_term(model, terms, knowledge, task, forecaster))
+    # at once: what the model is now counts as no change
+    metric = terms.anchor and not terms.forecasts
+    further = [_anchor_term(model, terms, knowledge, task, forecaster)] if metric else []
+
+    def others() -> list[Term]:
+        return [*make_terms(terms, model, processor, knowledge_data, learned), *further]
+
     result = train(
         model,
         data,

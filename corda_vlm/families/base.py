@@ -334,6 +334,21 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @contextmanager
+def requiring(model: nn.Module, weights: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Of a model's parameters only these require gradients; what each did is put back, after an exception too."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off; every module's own mode is put back, after an exception too."""
     modes = [(module, module.training) for module in model.modules()]

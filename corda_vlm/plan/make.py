@@ -23,6 +23,7 @@ from corda_vlm.decompose import (
     decompose_lora_ga,
     knowledge_energy,
 )
+from corda_vlm.decompose.gradient import check_pair_rank
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
@@ -343,9 +344,12 @@ def check_made_from(fingerprint: str, store: CovarianceStore | GradientStore, of
         )
 
 
-def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
-    """Raise a `CordaError` that names the first site whose (out, inp) weight cannot have this rank."""
+def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int, method: str = "") -> None:
+    """Raise a `CordaError` that names the first site whose (out, inp) weight cannot have this rank, by this method."""
+    basis = PLAN_METHODS.get(method)
     for name, (out, inp) in shapes.items():
+        if basis is not None and basis.directions == "gradient-pair":
+            check_pair_rank((out, inp), rank, f"site {name!r}: ")
         if not 1 <= rank <= min(out, inp):
             raise CordaError(
                 f"site {name!r}: rank {rank} is outside 1 to {min(out, inp)}, the full rank of its {out}×{inp} weight; "

@@ -72,7 +72,7 @@ class MovingAverage:
         for name, value in own.items():
             value.copy_(saved[name])
 
-    def _mix(self, means: Tensors, values: Tensors, count: Tensor) -> None:
+    def _mix(self, means: Tensors, values: Tensors, count: Tensor | int) -> None:
         seen = int(count)
         decay = min(self.decay, (1 + seen) / (10 + seen))
         get_ema_multi_avg_fn(decay)(means, values, count)

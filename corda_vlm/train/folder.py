@@ -83,6 +83,13 @@ def runs_in_bf16(options: TrainOptions, output: Path, model: nn.Module) -> bool:
     return takes_bf16(options.bf16, weight.device, former=former, weights=weight.dtype)
 
 
+def check_begun(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
+    """Raise `CordaError` if another training was begun in `output`, as far as that shows before the terms of the loss are made."""
+    if (output / BEGUN).is_file():
+        terms = _noted(output / BEGUN, plan).get("terms")
+        _check(output, {**plan, "terms": terms}, model)
+
+
 def begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
     """Write the plan, or check that the one that is there is the same."""
     path = output / BEGUN
@@ -93,9 +100,18 @@ def begin(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
             )
         write_json(path, plan)
         return
-    saved = read_json(path, "training plan")
+    _check(output, plan, model)
+
+
+def _noted(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan that a folder holds, as plans are today."""
+    return _of_today(read_json(path, "training plan"), plan, path)
+
+
+def _check(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
+    path = output / BEGUN
     try:
-        _compare(_of_today(saved, plan, path), plan, model, output)
+        _compare(_noted(path, plan), plan, model, output)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         if isinstance(error, CordaError):
             raise

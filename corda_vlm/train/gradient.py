@@ -17,7 +17,7 @@ from corda_vlm.families.base import Processor
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.options import as_keywords, narrowed
 from corda_vlm.train.heads import Template
-from corda_vlm.train.objectives import Objective, make_objective
+from corda_vlm.train.objectives import Objective, make_objective, towers_of
 from corda_vlm.train.options import LossOptions, TaskGradientOptions, TrainOptions
 
 
@@ -61,7 +61,7 @@ def task_gradient(
         shuffle=True,
         seed=options.seed,
         limit=options.batches * options.batch_size,
-        towers=made().towers,
+        towers=towers_of(asked.loss),
         chat=narrowed(options, ChatOptions),
         must_learn=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from corda_vlm.run_files import DONE, HISTORY
 from corda_vlm.train.budget.budget import Budget
 from corda_vlm.train.budget.spent import Spent
 from corda_vlm.train.checkpoints import last_checkpoint, step_of
-from corda_vlm.train.folder import begin, finish, finished, runs_in_bf16, training_plan
+from corda_vlm.train.folder import begin, check_begun, finish, finished, runs_in_bf16, training_plan
 from corda_vlm.train.heads import Template
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.objectives import Objective, make_objective
@@ -69,7 +69,7 @@ def train(
     anchor_every: int = 1,
     extra_loss: Penalty | None = None,
     extra_weight: float = 1.0,
-    terms: Sequence[Term] = (),
+    terms: Sequence[Term] | Callable[[], Sequence[Term]] = (),
     knowledge: Records | KnowledgeData | None = None,
     budget: Budget | None = None,
     show_progress: bool = True,
@@ -97,7 +97,8 @@ def train(
         anchor_every: only at every so many steps, with so many times the weight, see `PenaltyMixin.penalize`.
         extra_loss: another term of the loss that looks at the weights; in the history, unweighted.
         extra_weight: its weight.
-        terms: further terms of the loss, built before this call; in the history by their names, unweighted.
+        terms: further terms of the loss; in the history by their names, unweighted. They are built before this call, or by a
+            function that is called once the folder is known to be this training's.
         knowledge: records of what is to be kept: the model is held to what it gave on them before training, by distillation
             with the weight `DISTILL`. Of plain records as many are drawn as `calibrate` draws. For other terms that look at
             such records pass `terms`.
@@ -129,6 +130,9 @@ def train(
     }
     builder = batch_builder(data, processor, **inputs)
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
+    plan = training_plan(model, data, options, classes, templates, ())
+    check_begun(output, plan, model)
+    terms = terms() if callable(terms) else terms
     if knowledge is not None:
         task = TaskData(data, options, classes, templates)
         terms = [*terms, *held_to(knowledge, model, processor, task, output)]

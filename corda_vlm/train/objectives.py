@@ -16,8 +16,8 @@ from corda_vlm.errors import CordaError, DataError
 from corda_vlm.families.base import Batch, Contrastive, Family, Processor, evaluating, unwrap
 from corda_vlm.train.heads import Head, Prompts, Template, prompt_logits
 from corda_vlm.train.losses import capped, contrastive_logits, contrastive_loss
-from corda_vlm.train.next_token import make_next_token
-from corda_vlm.train.options import TrainOptions
+from corda_vlm.train.next_token import NextTokenObjective, make_next_token
+from corda_vlm.train.options import Loss, TrainOptions
 
 
 @runtime_checkable
@@ -113,6 +113,12 @@ class ContrastiveObjective:
             # A duplicate of the own text counts as the own text.
             right = (batch["input_ids"][best] == batch["input_ids"]).all(-1)
             return loss, right
+
+
+def towers_of(loss: Loss) -> tuple[str, ...]:
+    """What a batch must hold for a loss, which is settled."""
+    kinds = {"contrastive": ContrastiveObjective, "next_token": NextTokenObjective}
+    return kinds.get(loss, PromptObjective).towers
 
 
 def make_objective(

@@ -106,6 +106,13 @@ class TestNatural:
         assert torch.isfinite(start.A).all()
         assert float(start.A[:, :20].norm() / start.A.norm()) < 1e-2
 
+    def test_of_a_layer_that_the_knowledge_does_not_reach_it_is_the_gradients_own(self):
+        G, W, C = make(24, 24)
+        start = decompose_gradient(G, torch.zeros_like(C), rank=4, damping=1e-2)
+        assert overlap(start.A, torch.linalg.svd(G).Vh[:4]) > 1 - 1e-6
+        kept = decompose_keep_lora(G, W, torch.zeros_like(C), rank=2)
+        torch.testing.assert_close(kept.A.norm(dim=1), torch.ones(2))
+
     def test_a_gradient_of_low_rank_is_completed(self):
         G, _, C = make(24, 24)
         U, S, Vh = torch.linalg.svd(G)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +13,10 @@ from torch import Tensor, nn
 
 from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.adapter.paired import base_of
+from corda_vlm.covariance.model_output import along_random, log_likelihood_drawn
 from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family, unwrap
-from corda_vlm.families.base import Batch, Family, device_of, on_device
+from corda_vlm.families.base import Batch, Family, device_of, on_device, requiring
 from corda_vlm.train.next_token import answer_logits
 from corda_vlm.train.terms.knowledge import Batches, Knowledge, as_knowledge
 from corda_vlm.train.terms.teacher import Outputs, kept_outputs, steady
@@ -47,17 +46,21 @@ class Consolidation:
             for name, parameter in unwrap(model).named_parameters()
             if parameter.requires_grad and "lora_" not in name
         }
+        with torch.no_grad():
+            self._first = {n: change(layer) for n, layer in self._layers.items()}
+            self._start = {n: p.detach().clone() for n, p in self._own.items()}
+        together, _ = next(iter(knowledge.once()))
         about = {
-            "kind": "fisher",
+            "kind": "fisher of drawn outputs",
+            # what the squares are of: so many records together, of the model with what its adapter adds already
+            "together": len(together),
+            "added": [f"{float(first.norm()):.3g}" for first in self._first.values()],
             "model": base_fingerprint(model),
             "data": knowledge.fingerprint,
             "weights": sorted([*self._layers, *self._own]),
         }
         fisher = kept_outputs(cache, about, self._collected, self._fits)
         self._fisher = {name: value.to(device_of(model)) for name, value in fisher.items()}
-        with torch.no_grad():
-            self._first = {n: change(layer) for n, layer in self._layers.items()}
-            self._start = {n: p.detach().clone() for n, p in self._own.items()}
 
     def __call__(self) -> Float[Tensor, ""]:
         parts = []
@@ -85,7 +88,7 @@ class Consolidation:
             name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()
         }
         count = 0
-        with _requiring(weights.values()), steady(self.model), torch.enable_grad():
+        with requiring(self.model, weights.values()), steady(self.model), torch.enable_grad():
             for _, batch in self.knowledge.once():
                 value, counted = _drawn(
                     unwrap(self.model), on_device(batch, device_of(self.model)), family, drawn
@@ -105,20 +108,14 @@ def _drawn(
     """A scalar whose squared gradient is the Fisher information in expectation, and of how many tokens or records."""
     if family.generative is not None:
         logits, _ = answer_logits(model, batch)
-        shares = logits.float().log_softmax(1)
-        chosen = torch.multinomial(shares.detach().exp().cpu(), 1, generator=drawn).to(
-            shares.device
-        )
-        return shares.gather(1, chosen).sum(), len(shares)
+        return log_likelihood_drawn(logits.float(), drawn), len(logits)
     parts = family.need_contrastive(model)
     found = []
     if "pixel_values" in batch:
         found.append(parts.encode_image(model, batch["pixel_values"]))
     if "input_ids" in batch:
         found.append(parts.encode_text(model, batch))
-    units = F.normalize(torch.cat(found).float(), dim=1)
-    direction = torch.randn(units.shape, generator=drawn).to(units.device)
-    return (units * direction).sum(), len(found[0])
+    return along_random(F.normalize(torch.cat(found).float(), dim=1), drawn), len(found[0])
 
 
 def change(layer: LoraLayer) -> Float[Tensor, "out inp"]:
@@ -147,18 +144,6 @@ def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
             )
         found[name] = layer
     return found
-
-
-@contextmanager
-def _requiring(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    before = [(weight, weight.requires_grad) for weight in weights]
-    try:
-        for weight, _ in before:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for weight, required in before:
-            weight.requires_grad_(required)
 
 
 def consolidation(

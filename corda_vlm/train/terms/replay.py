@@ -16,7 +16,7 @@ from corda_vlm.train.heads import Template
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import Loss, TrainOptions
 from corda_vlm.train.terms.knowledge import Knowledge, RecordBatches
-from corda_vlm.train.terms.options import ReplayLoss
+from corda_vlm.train.terms.options import ReplayLoss, TermOptions
 from corda_vlm.train.terms.teacher import steady
 from corda_vlm.train.terms.term import DataPenalty
 
@@ -47,7 +47,7 @@ def replayed(
     *,
     loss: ReplayLoss = "auto",
     classes: Sequence[str] | None = None,
-    templates: Sequence[Template] | None = None,
+    templates: Sequence[Template] | None = TermOptions.replay_templates,
 ) -> Replay:
     """The loss of the knowledge's own records, as a term of the loss.
 
@@ -55,7 +55,7 @@ def replayed(
         knowledge: of `as_knowledge(make_batches(...))`.
         loss: see `TermOptions.replay_loss`.
         classes: names for the prompts; None takes the data's own.
-        templates: prompts with `{}` for the name.
+        templates: prompts with `{}` for the name; None those of `train`.
 
     Raises:
         DataError: the records lack what the loss needs.

@@ -108,3 +108,18 @@ def test_dora_is_refused(tiny_open_clip, held_out, processor):
         CordaError, match=r"ewc weighs the change B A .* take another method, or distill"
     ):
         consolidation(model, make_batches(held_out, processor, batch_size=4))
+
+
+def test_what_is_squared_together_and_added_already_is_told_apart(
+    tiny_open_clip, held_out, processor, tmp_path
+):
+    """The Fisher information that was kept is not taken for another."""
+    model = prepare_method("lora", tiny_open_clip, rank=2, towers="vision")
+
+    def files(size):
+        consolidation(model, make_batches(held_out, processor, batch_size=size), cache=tmp_path)
+        return len(list(tmp_path.glob(TEACHER)))
+
+    assert (files(4), files(4), files(8)) == (1, 1, 2)
+    moved(model, 0.1)
+    assert files(8) == 3

@@ -405,3 +405,17 @@ def test_two_terms_of_one_name(tiny_open_clip, digits, processor, tmp_path):
                   terms=[Term(name, zero) for name in names], show_progress=False)  # fmt: skip
     with pytest.raises(CordaError, match="every is 0"):
         Term("mine", zero, every=0)
+
+
+def test_the_folder_of_another_training_is_refused_before_terms_are_made(
+    tiny_open_clip, digits, processor, tmp_path
+):
+    model = prepare_method("lora", tiny_open_clip, rank=2, towers="vision")
+    given = {"output_dir": tmp_path, "show_progress": False}
+    train(model, digits, processor, options=TrainOptions(**{**OPTIONS, "steps": 1}), **given)
+
+    def terms():
+        raise AssertionError("the knowledge was looked at")
+
+    with pytest.raises(CordaError, match="holds another training"):
+        train(model, digits, processor, options=TrainOptions(**OPTIONS), terms=terms, **given)
