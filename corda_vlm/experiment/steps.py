@@ -243,6 +243,7 @@ def train_anchored(
         )
         knowledge_data, probe = _probed(terms, knowledge_data, probe)
         budget = _budget(model, processor, terms, knowledge_data, probe, options)
+    terms, options = terms.shared(options)
     # at once: what the model is now counts as no change
     metric = terms.anchor and not terms.forecasts
     further = [_anchor_term(model, terms, knowledge, task, forecaster)] if metric else []

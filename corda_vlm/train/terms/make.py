@@ -94,7 +94,8 @@ def make_terms(
     Args:
         model: as it is trained, before its first step.
         knowledge: the records of those that look at such.
-        task: what is trained on; its seed orders the records of the knowledge.
+        task: what is trained on; its seed orders the records of the knowledge. With a share of replay the training itself
+            takes the options of `TermOptions.shared`.
 
     Raises:
         CordaError: a term that cannot be, for this model or without knowledge.
@@ -105,6 +106,7 @@ def make_terms(
     options.check_data(knowledge is not None, "pass the knowledge's records")
     training = task.options.complete(task.records.spec.format)
     options.check_training(training, training.loss)
+    options, training = options.shared(training)
     terms = (
         []
         if knowledge is None
@@ -157,7 +159,7 @@ def check_terms(options: TermOptions, family: Family, records: Records, where: s
     try:
         if options.distill > 0:
             check_distillation(family, options.distill_loss)
-        if options.replay > 0:
+        if "replay" in options.needs_data:
             replay_loss_for(family, records, options.replay_loss)
     except CordaError as error:
         raise CordaError(f"{where}{error}") from None

@@ -7,7 +7,7 @@ from typing import Literal
 
 from corda_vlm.anchor.options import AnchorOptions
 from corda_vlm.errors import CordaError
-from corda_vlm.options import Count, NotNegative
+from corda_vlm.options import Count, NotNegative, Share
 from corda_vlm.train.budget.options import BudgetOptions
 from corda_vlm.train.options import Loss, TrainOptions
 
@@ -40,6 +40,8 @@ class TermOptions(AnchorOptions, BudgetOptions):
         distill_batch_size: Records of the knowledge a step.
         distill_every: Distillation is added at every so many steps only, with so many times the weight.
         replay: Weight of the knowledge's own loss: its records are learned as those of the task are.
+        replay_share: Replay in place of a weight: of each step's records, `batch_size` in all, this share is of the knowledge
+            and the others of the task, and every record counts alike; the steps stay as many.
         replay_loss: "prompt": cross-entropy to the prompts of the knowledge's class names; "contrastive": CLIP's loss
             over its pairs of image and text; "next_token": of its answers; "auto": next_token for models that generate
             text, else prompt for records with labels, else contrastive.
@@ -61,6 +63,7 @@ class TermOptions(AnchorOptions, BudgetOptions):
     distill_batch_size: Count = 16
     distill_every: Count = 3
     replay: NotNegative = 0.0
+    replay_share: Share = 0.0
     replay_loss: ReplayLoss = "auto"
     replay_templates: tuple[str, ...] = ("{}",)
     replay_batch_size: Count = 16
@@ -75,6 +78,11 @@ class TermOptions(AnchorOptions, BudgetOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_budget()
+        if self.replay > 0 and self.replay_share > 0:
+            raise CordaError(
+                f"replay ({self.replay:g}) is a weight, and replay_share ({self.replay_share:g}) gives every record the same; "
+                "choose one of the two"
+            )
 
     @property
     def steered(self) -> str | None:
@@ -117,6 +125,33 @@ class TermOptions(AnchorOptions, BudgetOptions):
             )
         return self
 
+    def shared(self, training: TrainOptions) -> tuple[TermOptions, TrainOptions]:
+        """With a share of replay the term that it is, and the training that leaves it room in its batches.
+
+        The loss is `(1 − s)` times what is returned, which Adam does not see: `task + s / (1 − s) · replay`.
+
+        Raises:
+            CordaError: a batch that cannot be shared.
+        """
+        if self.replay_share <= 0:
+            return self, training
+        whole = training.batch_size
+        if whole < 2:
+            raise CordaError(
+                "replay_share divides the records of a batch, and batch_size is 1: give a larger one, or replay with a weight"
+            )
+        old = min(max(1, round(self.replay_share * whole)), whole - 1)
+        return (
+            replace(
+                self,
+                replay=old / (whole - old),
+                replay_share=0.0,
+                replay_batch_size=old * training.gradient_accumulation,
+                replay_every=1,
+            ),
+            replace(training, batch_size=whole - old),
+        )
+
     def with_data(self) -> TermOptions:
         """These options where records of the knowledge are at hand: distillation, unless another term looks at them, or a budget
         chooses."""
@@ -126,12 +161,15 @@ class TermOptions(AnchorOptions, BudgetOptions):
     @property
     def needs_data(self) -> list[str]:
         """The names of the terms that look at records of the knowledge."""
-        return [name for name in ("distill", "replay", "ewc") if getattr(self, name) > 0]
+        return [name for name in ("distill", "replay", "ewc") if self._has(name)]
 
     @property
     def names(self) -> list[str]:
         """The names of the terms that have a weight, the anchor aside."""
-        return [name for name in _TERMS if getattr(self, name) > 0]
+        return [name for name in _TERMS if self._has(name)]
+
+    def _has(self, name: str) -> bool:
+        return getattr(self, name) > 0 or (name == "replay" and self.replay_share > 0)
 
     def check_training(self, training: TrainOptions, loss: Loss) -> None:
         """Raise `CordaError` if a term contradicts what a training does.
@@ -139,6 +177,7 @@ class TermOptions(AnchorOptions, BudgetOptions):
         Args:
             loss: that of the training, where "auto" has been settled.
         """
+        self.shared(training)  # raises
         if self.start_decay > 0 and training.weight_decay > 0:
             raise CordaError(
                 f"start_decay ({self.start_decay:g}) pulls the weights to where they started, and weight_decay "

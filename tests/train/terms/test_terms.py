@@ -419,3 +419,24 @@ def test_the_folder_of_another_training_is_refused_before_terms_are_made(
 
     with pytest.raises(CordaError, match="holds another training"):
         train(model, digits, processor, options=TrainOptions(**OPTIONS), terms=terms, **given)
+
+
+def test_a_share_of_the_batch_is_replayed():
+    """Every record counts alike, so that the gradient is that of one mixed batch, times what Adam does not see."""
+    training = TrainOptions(steps=1, batch_size=16, gradient_accumulation=2)
+    terms, left = TermOptions(replay_share=0.25).shared(training)
+    assert (left.batch_size, terms.replay_batch_size, terms.replay_every) == (12, 8, 1)
+    assert terms.replay == pytest.approx(4 / 12)
+    assert terms.shared(left) == (terms, left)
+    assert (
+        TermOptions(replay_share=0.25).names
+        == TermOptions(replay_share=0.25).needs_data
+        == ["replay"]
+    )
+    for share, known in ((0.01, 1), (0.99, 6)):
+        few, rest = TermOptions(replay_share=share).shared(TrainOptions(steps=1, batch_size=7))
+        assert (few.replay_batch_size, rest.batch_size) == (known, 7 - known)
+    with pytest.raises(CordaError, match="batch_size is 1"):
+        TermOptions(replay_share=0.5).check_training(TrainOptions(steps=1, batch_size=1), "prompt")
+    with pytest.raises(CordaError, match="choose one of the two"):
+        TermOptions(replay=1.0, replay_share=0.5)
