@@ -21,6 +21,7 @@ from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
 from corda_vlm.covariance.output_side import OutputMoments
 from corda_vlm.errors import CalibrationError
 from corda_vlm.families import Batch
+from corda_vlm.families.base import requiring
 from corda_vlm.sites import Site
 
 

@@ -334,7 +334,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @contextmanager
-def requiring(model: nn.Module, weights: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+def requiring(model: nn.Module, weights: Iterable[Tensor] = ()) -> Iterator[None]:
     """Of a model's parameters only these require gradients; what each did is put back, after an exception too."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
