@@ -130,7 +130,7 @@ def train(
     }
     builder = batch_builder(data, processor, **inputs)
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
-    plan = training_plan(model, data, options, classes, templates, ())
+    plan = training_plan(model, data, options, classes, templates, (), budget)
     check_begun(output, plan, model)
     terms = terms() if callable(terms) else terms
     if knowledge is not None:

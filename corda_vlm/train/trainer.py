@@ -131,6 +131,7 @@ class _BatchLoss(Trainer):
         """At the end: the average is the result, where one is kept."""
         if self.average is not None:
             self.average.settle()
+            self.average = None  # what is measured from now on is the weights themselves, at whichever strength
 
     def _clip(self, head: nn.Module) -> None:
         if self.options.max_grad_norm > 0:
