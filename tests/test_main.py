@@ -109,10 +109,10 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
 
     kept = ["train", "emoji-clip", digits, "--steps=3", "--batch-size=16", "--output=kept"]
     main([*kept, "--keep=0.5", "--keep-every=2", "--knowledge", DRAWINGS, "--knowledge-samples=16",
-          "--probe-records=48"])  # fmt: skip
+          "--probe-records=96"])  # fmt: skip
     told = json.loads((tmp_path / "kept" / "result.json").read_text())["budget"]
     assert told["kept"]["share"] >= 0.5
-    assert (told["kept"]["records"], told["term"]) == (48, "distill")
+    assert (told["kept"]["records"], told["term"]) == (96, "distill")
     assert "where 50% was asked for" in capsys.readouterr().out
 
     main(["export", "emoji-clip", "adapter/weights", "merged"])

@@ -179,6 +179,13 @@ class Records(Sequence):
             image_column=self._image_column,
         )
 
+    def shared_with(self, other: Records) -> int:
+        """How many of these records `other` has too, as far as that shows: those selected of the same records, or all where both
+        say the same."""
+        if self._table is other._table:
+            return len(np.intersect1d(self._rows, other._rows))
+        return len(self) if self.fingerprint == other.fingerprint else 0
+
     @property
     def fingerprint(self) -> str:
         """A hash of the number of records, all labels and texts, and the stored bytes of up to 16 pictures.

@@ -245,12 +245,10 @@ class ExperimentRunner:
 
     def _check_budget(self, variant: str, terms: TermOptions) -> None:
         """Refuse a budget that the model, or the number of the probe's records, cannot tell of."""
-        probe = self.probe(variant)
-        if probe is None:
-            assert self.knowledge_data is not None  # checked by Experiment
-            probe = self.knowledge_data.hold_out(terms.probe_records)[1]
         try:
-            check_budget(terms, self.loaded.family, min(len(probe), terms.probe_records))
+            known = self.knowledge_data if self._looks_at_records(variant) else None
+            _, probe = steps.probed(terms, known, self.probe(variant), self.task_data)
+            check_budget(terms, self.loaded.family, len(probe))
         except CordaError as error:
             raise CordaError(f"variant {variant!r}: {error}") from None
 

@@ -39,9 +39,10 @@ from corda_vlm.files import entries, file_digest, text_digest
 from corda_vlm.locks import locked
 from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
-from corda_vlm.precision import takes_bf16
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 from corda_vlm.train import Budget, TrainOptions, TrainResult, forgetting_budget, train
+from corda_vlm.train.budget.unseen import check_unseen
+from corda_vlm.train.folder import runs_in_bf16
 from corda_vlm.train.predictors import Predictors
 from corda_vlm.train.terms.make import KnowledgeData, TaskData, make_terms
 from corda_vlm.train.terms.options import TermOptions
@@ -241,8 +242,8 @@ def train_anchored(
             has_store=knowledge is not None,
             output_side=knowledge is not None and knowledge.outputs is not None,
         )
-        knowledge_data, probe = _probed(terms, knowledge_data, probe)
-        budget = _budget(model, processor, terms, knowledge_data, probe, options)
+        knowledge_data, drawn = probed(terms, knowledge_data, probe, data)
+        budget = _budget(model, processor, terms, knowledge_data, drawn, options, output_dir)
     terms, options = terms.shared(options)
     # at once: what the model is now counts as no change
     metric = terms.anchor and not terms.forecasts
@@ -269,19 +270,33 @@ def train_anchored(
     return result, {} if predictors is None else predictors.now()
 
 
-def _probed(
-    terms: TermOptions, knowledge: KnowledgeData | None, probe: Records | None
+def probed(
+    terms: TermOptions, knowledge: KnowledgeData | None, probe: Records | None, task: Records
 ) -> tuple[KnowledgeData | None, Records]:
-    """The records that terms look at, and those of the probe."""
+    """The records that terms look at, and those of the probe.
+
+    Args:
+        terms: of `with_budget`.
+        probe: to draw from; None holds some of the knowledge out.
+        task: what is learned.
+
+    Raises:
+        CordaError: no records for the probe, or such as are trained on.
+    """
     if probe is not None:
         chosen = np.random.RandomState(0).permutation(len(probe))[: terms.probe_records]
-        return knowledge, probe.select(chosen)
+        drawn = probe.select(chosen)
+        check_unseen(drawn, knowledge if terms.needs_data else None, task, probe)
+        return knowledge, drawn
     if knowledge is None:
         raise CordaError(
             "keep is told by records of the knowledge that nothing trains on, and there are none: name the knowledge's records, or "
             "those of a probe"
         )
-    return knowledge.hold_out(terms.probe_records)
+    every = knowledge.records
+    knowledge, drawn = knowledge.hold_out(terms.probe_records)
+    check_unseen(drawn, knowledge, task, every)
+    return knowledge, drawn
 
 
 def _budget(
@@ -291,13 +306,13 @@ def _budget(
     knowledge: KnowledgeData | None,
     probe: Records,
     options: TrainOptions,
+    output_dir: str | Path,
 ) -> Budget:
     """The budget that options ask for."""
     assert terms.keep is not None
     term = terms.steered
     if term == "anchor":
         term = anchor_name(terms.anchor_metric, terms.anchor_output)
-    weight = next(model.parameters())
     return forgetting_budget(
         model,
         probe,
@@ -308,7 +323,7 @@ def _budget(
         metric=terms.keep_metric,
         classes=None if knowledge is None else knowledge.records.class_names,
         templates=terms.probe_templates,
-        bf16=takes_bf16(options.bf16, weight.device, weights=weight.dtype),
+        bf16=runs_in_bf16(options, Path(output_dir), model),
         chat=narrowed(options, ChatOptions) if knowledge is None else knowledge.chat,
     )
 

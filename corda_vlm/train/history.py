@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.jsonl import is_number, read_jsonl, wrong_field
+from corda_vlm.train.budget.options import KEEP, WEIGHT
 
 PENALTIES = ("anchor", "extra_loss", "distill", "replay", "kl_new", "ewc", "start_decay")
 """Terms of the loss by their names in the logs and in the history; who trains by own code may have others."""
@@ -27,5 +28,5 @@ def _not_an_entry(row: Mapping[str, Any]) -> str | None:
 
 _NUMBERS = (
     "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second", "eval_loss", "eval_accuracy",
-    "keep", "keep_weight", *PENALTIES,
+    KEEP, WEIGHT, *PENALTIES,
 )  # fmt: skip

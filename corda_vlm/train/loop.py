@@ -30,14 +30,17 @@ from corda_vlm.progress import note
 from corda_vlm.run_files import DONE, HISTORY
 from corda_vlm.train.budget.budget import Budget
 from corda_vlm.train.budget.spent import Spent
+from corda_vlm.train.budget.unseen import check_unseen
 from corda_vlm.train.checkpoints import last_checkpoint, step_of
 from corda_vlm.train.folder import begin, check_begun, finish, finished, runs_in_bf16, training_plan
 from corda_vlm.train.heads import Template
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.objectives import Objective, make_objective
 from corda_vlm.train.options import TrainOptions, TrainResult
+from corda_vlm.train.penalty import check_steered
 from corda_vlm.train.steps import StepBatches
-from corda_vlm.train.terms.make import KnowledgeData, TaskData, held_to
+from corda_vlm.train.terms.make import KnowledgeData, TaskData, held_to, known_of
+from corda_vlm.train.terms.teacher import written_later
 from corda_vlm.train.terms.term import Penalty, Term, check_names
 from corda_vlm.train.trainer import make_trainer
 from corda_vlm.train.watch import Watch
@@ -110,7 +113,7 @@ def train(
     Raises:
         NotFiniteError: the loss, a penalty or the weights became NaN or Inf: the training diverged.
         CordaError: nothing to train, `output_dir` of another training, disk full, a weight
-            without an anchor or an anchor of another model.
+            without an anchor, an anchor or a budget of another model, or a probe that is trained on.
         DataError: the data lacks what the loss needs.
         TrainingInterrupted: Ctrl-C.
     """
@@ -130,15 +133,23 @@ def train(
     }
     builder = batch_builder(data, processor, **inputs)
     less_memory = checkpointing(model) if options.gradient_checkpointing else nullcontext()
+    if budget is not None:
+        budget.check_model(model)
+        check_unseen(budget.probe.records, known_of(knowledge), data)
     plan = training_plan(model, data, options, classes, templates, (), budget)
     check_begun(output, plan, model)
-    terms = terms() if callable(terms) else terms
-    if knowledge is not None:
-        task = TaskData(data, options, classes, templates)
-        terms = [*terms, *held_to(knowledge, model, processor, task, output)]
+    with written_later() as files:
+        terms = terms() if callable(terms) else terms
+        if knowledge is not None:
+            task = TaskData(data, options, classes, templates)
+            terms = [*terms, *held_to(knowledge, model, processor, task, output)]
     every = _terms(anchor, anchor_weight, anchor_every, extra_loss, extra_weight, terms)
+    if budget is not None:
+        check_steered(budget, model, every)
     plan = training_plan(model, data, options, classes, templates, every, budget)
     begin(output, plan, model)
+    for write in files:
+        write()
     if (output / DONE).is_file():
         return finished(output, model, objective)
 

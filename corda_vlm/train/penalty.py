@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from corda_vlm.anchor import Anchor, anchor_penalty
@@ -192,6 +192,21 @@ def _by_gradient(term: Term) -> bool:
     return term.weight > 0 and not isinstance(term.penalty, StartPull)
 
 
+def check_steered(budget: Budget, model: nn.Module, terms: Iterable[Term]) -> None:
+    """Raise `CordaError` for a budget of another model, or of a term that is not there or whose weight cannot be steered."""
+    budget.check_model(model)
+    if (name := budget.term) is None:
+        return
+    named = {term.name: term for term in terms}
+    if name not in named:
+        raise UnknownNameError("term of the loss", name, named)
+    if not _by_gradient(named[name]):
+        raise CordaError(
+            f"the budget steers the weight of {name!r}, which is only logged, or decays apart from the gradients: give it a "
+            "weight to start from"
+        )
+
+
 class _Pulling(TrainerCallback):
     """Pulls the weights back before each step of the optimizer."""
 
@@ -323,7 +338,9 @@ class AnchorMixin(PenaltyMixin):
         self.add_term(Term("kl_new", near, weight, every))
         return near
 
-    def keep(self, budget: Budget) -> None:
+    def keep(
+        self, budget: Budget, measure: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
         """From now on, steer the weight of the budget's term, and when the training ends take the largest strength that keeps
         the budget; to be called before `train()`, after the term was added.
 
@@ -331,12 +348,15 @@ class AnchorMixin(PenaltyMixin):
 
         Args:
             budget: of `corda_vlm.train.budget.forgetting_budget(model, probe, 0.95, term="distill")`.
+            measure: tells "loss", and "accuracy", of the task, for what the budget costs; None takes `evaluate()` where the
+                Trainer has records for it.
 
         Raises:
-            CordaError: a term that was not added, or one without a weight, or a training that cuts weights into pieces.
+            CordaError: a term that was not added, or one without a weight, a budget of another model, or a training that cuts
+                weights into pieces.
         """
         self.steer(budget)
-        self.add_callback(_Spending(self, budget))  # type: ignore[attr-defined]
+        self.add_callback(_Spending(self, budget, measure))  # type: ignore[attr-defined]
 
     def steer(self, budget: Budget) -> None:
         """`keep` without its end: the weight alone is steered."""
@@ -346,27 +366,33 @@ class AnchorMixin(PenaltyMixin):
             [float(zlib.crc32(json.dumps(budget.identity, sort_keys=True).encode()))],
             "Each would keep another share of other knowledge. Give every process the same budget",
         )
+        check_steered(budget, self.model, self.terms)  # type: ignore[attr-defined]
         if (term := budget.term) is None:
             return
-        if not _by_gradient(self._named(term).term):
-            raise CordaError(
-                f"the budget steers the weight of {term!r}, which is only logged, or decays apart from the gradients: give it a "
-                "weight to start from"
-            )
         self.add_callback(Steering(self, term, budget.keep, budget.every, budget.look))  # type: ignore[attr-defined]
 
 
 class _Spending(TrainerCallback):
     """Gives a model at the end of its training the strength that keeps its budget."""
 
-    def __init__(self, trainer: Any, budget: Budget) -> None:
-        self.trainer, self.budget = trainer, budget
+    def __init__(
+        self, trainer: Any, budget: Budget, measure: Callable[[], Mapping[str, float]] | None
+    ) -> None:
+        self.trainer, self.budget, self.measure = trainer, budget, measure
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         term = self.budget.term
         weight = None if term is None else self.trainer.weight_of(term)
-        self.trainer.spent = self.budget.spend(weight=weight)
+        measure = self.measure
+        if measure is None and getattr(self.trainer, "eval_dataset", None) is not None:
+            measure = self._evaluated
+        self.trainer.spent = self.budget.spend(measure, weight)
         logger.info("the model %s", self.trainer.spent)
+
+    def _evaluated(self) -> dict[str, float]:
+        """What the Trainer's own evaluation says of the task; not how long it took."""
+        told = {n.removeprefix("eval_"): v for n, v in self.trainer.evaluate().items()}
+        return {name: float(told[name]) for name in ("loss", "accuracy") if name in told}
 
 
 def _refuse_pieces(trainer: Any, name: str) -> None:

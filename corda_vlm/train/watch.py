@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.jsonl import append_jsonl, is_number, write_jsonl
 from corda_vlm.progress import Meter, showing
-from corda_vlm.train.budget.steering import KEEP, WEIGHT
+from corda_vlm.train.budget.options import KEEP, WEIGHT
 from corda_vlm.train.history import read_history
 from corda_vlm.train.options import TrainOptions
 

@@ -186,7 +186,7 @@ def test_variants_with_a_budget(config, tmp_path, capsys):
     calibration = {**EXPERIMENT["calibration"], "samples": 16}
     budget = {
         "method": "lora",
-        "keep": 0.6,
+        "keep": 0.3,
         "keep_every": 1,
         "keep_metric": "agreement",
         "learning_rates": [1e-2],
@@ -206,7 +206,7 @@ def test_variants_with_a_budget(config, tmp_path, capsys):
     assert told["held-out"]["kept"]["records"] == 40
     assert told["own"]["kept"]["records"] == 50
     assert (told["held-out"]["term"], told["own"]["term"]) == ("distill", None)
-    assert all(one["kept"]["share"] >= 0.6 for one in told.values())
+    assert all(one["kept"]["share"] >= 0.3 for one in told.values())
     strengths = {row["strength"] for row in read_rows(folder / "scores.jsonl") if "strength" in row}
     assert strengths == {one["strength"] for one in told.values()}
     capsys.readouterr()
@@ -214,7 +214,9 @@ def test_variants_with_a_budget(config, tmp_path, capsys):
     run(config(**changes), output=folder)
     assert "1 of 1 trainings are finished already" in capsys.readouterr().out
     few = {"variants": {"few": {**held_out, "keep": 0.95}}, "calibration": calibration}
-    with pytest.raises(CordaError, match=r"'few': the probe's 40 records are too few.*it takes 95"):
+    with pytest.raises(
+        CordaError, match=r"'few': the probe's 40 records are too few.*it takes 228"
+    ):
         run(config(**few), output=tmp_path / "few")
     assert not list((tmp_path / "few").glob("*.safetensors"))
 

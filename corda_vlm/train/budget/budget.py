@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from corda_vlm.data import Records
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
-from corda_vlm.families.base import Processor
+from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.progress import Meter, showing
 from corda_vlm.train.budget.kept import Kept, check_probe, kept_of, share_kept
-from corda_vlm.train.budget.options import EVERY, KeepMetric, check_keep
+from corda_vlm.train.budget.options import BudgetOptions, KeepMetric, check_keep
 from corda_vlm.train.budget.probe import HowProbed, Probe, Values, make_probe
 from corda_vlm.train.budget.spent import Spent
 from corda_vlm.train.budget.strength import Course, largest_strength
@@ -52,16 +52,25 @@ class Budget:
             "keep": self.keep,
             "term": self.term,
             "every": self.every if self.term is not None else None,
-            "metric": self.probe.metric,
-            "data": self.probe.fingerprint,
+            **self.probe.identity,
         }
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `CordaError` unless this is the budget of a model."""
+        if unwrap(self.model) is not unwrap(model):
+            raise CordaError(
+                "the budget was made of another model than the one to train, and would say nothing of it; make it with "
+                "forgetting_budget(model, probe, keep) of this one"
+            )
 
     def look(self, number: int) -> float:
         """The share that is kept of one part of the probe, the parts in turn."""
-        part = number % self.probe.parts
+        telling = [part for part, values in enumerate(self._before) if len(values)]
+        part = telling[number % len(telling)]
         with _quietly():
             now = self.probe.look(self.model, part)
-        return share_kept(now, self._before[part], self.probe.chance)
+        known = float(np.concatenate(self._before).mean()) - self.probe.chance
+        return share_kept(now, self._before[part], known)
 
     def kept(self) -> Kept:
         """What the whole probe says now, with its interval."""
@@ -88,7 +97,9 @@ class Budget:
             seen[strength] = self.kept()
             return seen[strength].share >= self.keep
 
-        cost = (dict) if measure is None else measure
+        def cost() -> Mapping[str, float]:
+            return {} if measure is None else measure()
+
         at_full = cost()
         strength = largest_strength(keeps)
         self._course.go_to(strength)
@@ -120,10 +131,10 @@ def forgetting_budget(
     *,
     processor: Processor | None = None,
     term: str | None = None,
-    every: int = EVERY,
-    metric: KeepMetric = "auto",
+    every: int = BudgetOptions.keep_every,
+    metric: KeepMetric = BudgetOptions.keep_metric,
     classes: Sequence[str] | None = None,
-    templates: Sequence[str] = ("{}",),
+    templates: Sequence[str] = BudgetOptions.probe_templates,
     bf16: bool = False,
     chat: ChatOptions | None = None,
 ) -> Budget:
@@ -155,6 +166,8 @@ def forgetting_budget(
         raise CordaError(
             "a budget holds what training changes of a model, and nothing of this one is trained; leave keep out"
         )
+    if isinstance(probe, Records) and not len(probe):
+        check_probe(np.empty(0), 0.0, keep, metric, probe.spec)
     how = HowProbed(processor, metric, classes, templates, bf16, chat or ChatOptions())
     made = make_probe(model, probe, how)
     with _quietly():

@@ -12,7 +12,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.bootstrap import bootstrap
 
 MARGIN = 0.02
-"""By so much more than what may be forgotten the interval of a probe may reach to either side."""
+"""By so much more than half of what may be forgotten the interval of a probe may reach to either side."""
 
 _Z = 1.96
 _SWAPPED = 0.02
@@ -39,17 +39,23 @@ class Kept:
 
 
 def share_kept(
-    now: Float[np.ndarray, " n"], before: Float[np.ndarray, " n"], chance: float
+    now: Float[np.ndarray, " n"], before: Float[np.ndarray, " n"], known: float
 ) -> float:
-    """The share that is kept, of what happened on each record."""
-    return float((now.mean() - chance) / (before.mean() - chance))
+    """The share that is kept, of what happened on each record.
+
+    Args:
+        known: the score of the whole probe before training, chance subtracted. That of a part would be too uncertain to divide
+            by, and may be zero.
+    """
+    return float(1 + (now - before).mean() / known)
 
 
 def kept_of(now: Float[np.ndarray, " n"], before: Float[np.ndarray, " n"], chance: float) -> Kept:
     """The same with its interval. It is a ratio of two means: the interval is that of its linear part, the mean of
     `(now − chance − share (before − chance)) / (mean before − chance)`, so that what makes a record hard cancels."""
-    share = share_kept(now, before, chance)
-    rest = (now - chance - share * (before - chance)) / (before.mean() - chance)
+    known = float(before.mean()) - chance
+    share = share_kept(now, before, known)
+    rest = (now - chance - share * (before - chance)) / known
     interval = bootstrap(rest)
     return Kept(share, share + interval.low, share + interval.high, len(now))
 
@@ -63,12 +69,17 @@ def half_width(known: float, keep: float, count: int) -> float:
     Args:
         known: the score before training, chance subtracted.
     """
-    return _Z * math.sqrt(_changed(known, keep) / count) / known
+    return _Z * math.sqrt(_changed(known, keep) / count) / known if count else math.inf
+
+
+def widest(keep: float) -> float:
+    """How far the interval of a probe may reach to either side: half of what may be forgotten, and `MARGIN` more."""
+    return (1 - keep) / 2 + MARGIN
 
 
 def records_needed(known: float, keep: float) -> int:
-    """How many records make half the interval as small as what may be forgotten, and `MARGIN` more."""
-    return math.ceil(_changed(known, keep) * (_Z / (known * (1 - keep + MARGIN))) ** 2)
+    """How many records make half the interval as small as `widest`."""
+    return math.ceil(_changed(known, keep) * (_Z / (known * widest(keep))) ** 2)
 
 
 def _changed(known: float, keep: float) -> float:
@@ -84,6 +95,11 @@ def check_probe(
         before: what the model did on each record before training.
         what: names the probe's records.
     """
+    if not len(before):
+        raise CordaError(
+            f"{what}: 0 records are too few to tell whether {keep:.0%} is kept: even of a model that knows all of them it takes "
+            f"{records_needed(1.0, keep)}; give a larger probe (probe_records, or more data)"
+        )
     count, score = len(before), float(before.mean())
     known = score - chance
     if known <= 0 or (chance > 0 and bootstrap(before).low <= chance):
@@ -93,9 +109,9 @@ def check_probe(
             "(probe_templates)"
         )
     width = half_width(known, keep, count)
-    if width > 1 - keep + MARGIN:
+    if width > widest(keep):
         raise CordaError(
             f"{what}: {count} records are too few to tell whether {keep:.0%} is kept: the 95 % interval would reach "
-            f"{100 * width:.1f} points to either side, and may reach {100 * (1 - keep + MARGIN):.0f}. It takes "
+            f"{100 * width:.1f} points to either side, and may reach {100 * widest(keep):.3g}. It takes "
             f"{records_needed(known, keep)} records: give a larger probe (probe_records, or more data), or a lower keep"
         )

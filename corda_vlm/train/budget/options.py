@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from corda_vlm.errors import CordaError
@@ -10,6 +10,9 @@ from corda_vlm.options import Count
 
 KeepBy = Literal["auto", "distill", "anchor", "strength"]
 KeepMetric = Literal["auto", "top1", "top5", "agreement", "answers"]
+
+KEEP, WEIGHT = "keep", "keep_weight"
+"""Keys of logs and of the history."""
 
 EVERY = 10
 RECORDS = 512
@@ -23,7 +26,8 @@ class BudgetOptions:
         keep: The share of what the model knew that is to be kept, chance subtracted, e.g. 0.95: 1 is the model before
             training, 0 is guessing. It is told by records of the knowledge that nothing trains on, the probe. The weight of a term is
             steered so that the probe stays above it, and in the end the largest strength of what was trained is taken that
-            meets it. None: no budget.
+            meets it. The share of other records of the knowledge scatters around it by the interval that is told with it: at half of
+            all trainings it is lower. None: no budget.
         keep_by: Which term's weight is steered: "distill", "anchor"; "auto": that which has a weight, which is then where
             it starts, else distill where there are records of the knowledge, else the anchor where there are covariances;
             "strength": none, only the strength in the end is chosen.
@@ -47,13 +51,17 @@ class BudgetOptions:
     probe_templates: tuple[str, ...] = ("{}",)
 
     def check_budget(self) -> None:
-        """Raise `CordaError` for a budget that is none, or a probe without a budget."""
+        """Raise `CordaError` for a budget that is none, or for what is said of one that is not there."""
         if self.keep is not None:
             check_keep(self.keep)
-        elif self.probe is not None:
-            raise CordaError(
-                "probe= is for keep=, the share of what the model knew that is to be kept; give that too, or leave the probe out"
-            )
+            return
+        for field in fields(BudgetOptions):
+            value = getattr(self, field.name)
+            if (tuple(value) if isinstance(value, list) else value) != field.default:
+                raise CordaError(
+                    f"{field.name}= is for keep=, the share of what the model knew that is to be kept; give that too, or leave "
+                    f"{field.name} out"
+                )
 
 
 def check_keep(keep: float) -> float:

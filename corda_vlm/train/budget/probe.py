@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corda_vlm.data import BatchLoader, Records, make_batches
+from corda_vlm.data import Records
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation.class_names import ClassNames, load_templates, match_class_names
@@ -22,24 +24,26 @@ from corda_vlm.evaluation.tasks.zero_shot import ZeroShot
 from corda_vlm.families import Family, detect_family, unwrap
 from corda_vlm.families.base import Processor, on_device
 from corda_vlm.families.generative.language import IGNORED
-from corda_vlm.train.budget.options import KeepMetric
+from corda_vlm.train.budget.options import BudgetOptions, KeepMetric
+from corda_vlm.train.budget.parts import (
+    Parts,
+    batch_sizes,
+    batches_of,
+    choices_of,
+    grouped,
+    in_parts,
+)
 from corda_vlm.train.next_token import answer_logits
 from corda_vlm.train.terms.knowledge import ReadyBatches
 
 Values = Float[np.ndarray, " n"]
 """What the model did on each record: 1 is right, or as before; 0 is not."""
 
-Parts = Sequence[BatchLoader | Sequence[Mapping[str, Tensor]]]
-"""Batches, part by part; each time they are gone through they are the same."""
-
-PART = 128
-"""Records of a look while a model trains: the probe is cut into parts of about so many, looked at in turn."""
-
 MANY = 100
 """Classes from which on the true one may be among five."""
 
-_BATCH, _TEXTS = 64, 16
-"""Images, and conversations, that the model is run on at a time."""
+_BATCH = 64
+"""Images that the model is run on at a time."""
 
 _KNOWS = 0.25
 """The share of answers that a model gets wholly right for these to tell what it keeps."""
@@ -59,9 +63,9 @@ class HowProbed:
     """
 
     processor: Processor | None = None
-    metric: KeepMetric = "auto"
+    metric: KeepMetric = BudgetOptions.keep_metric
     classes: Sequence[str] | None = None
-    templates: Sequence[str] = ("{}",)
+    templates: Sequence[str] = BudgetOptions.probe_templates
     bf16: bool = False
     chat: ChatOptions = field(default_factory=ChatOptions)
 
@@ -73,15 +77,32 @@ class Probe(ABC):
         metric: what is told of each record.
         chance: what guessing gives.
         parts: how many there are.
+        sizes: how the records are cut: how many each part has, or each batch of it.
         fingerprint: of the records.
         what: names them.
+        records: themselves; None for ready batches.
+        bf16: whether the model runs under bfloat16 autocast.
     """
 
     metric: str
     chance: float
     parts: int
+    sizes: list[Any]
     fingerprint: str
     what: str
+    records: Records | None = None
+    bf16: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides about what it says, as JSON."""
+        return {
+            "metric": self.metric,
+            "chance": self.chance,
+            "data": self.fingerprint,
+            "parts": self.sizes,
+            "bf16": self.bf16,
+        }
 
     @abstractmethod
     def look(self, model: nn.Module, part: int) -> Values:
@@ -107,13 +128,21 @@ class LabeledProbe(Probe):
                 f"{records.spec}: {self.metric} among {len(names.names)} classes is always right and tells nothing; give a probe "
                 "with more classes, or keep_metric top1 or agreement"
             )
+        parts = in_parts(records)
         self._tasks = [
-            ZeroShot(part, names.names, templates, (self.metric,), names.remap)
-            for part in _in_parts(records)
+            ZeroShot(part, names.names, templates, (self.metric,), names.remap) for part in parts
         ]
         self._cache = Cache()
-        self.parts = len(self._tasks)
-        self.fingerprint, self.what = records.fingerprint, str(records.spec)
+        self.parts, self.sizes = len(parts), [len(part) for part in parts]
+        self.fingerprint, self.what, self.records = records.fingerprint, str(records.spec), records
+        self._prompts = {
+            "classes": _digest(map(str, names.names)),
+            "templates": _digest(templates),
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, **self._prompts}
 
     def look(self, model: nn.Module, part: int) -> Values:
         encoder = Encoder(
@@ -128,8 +157,13 @@ class _BatchProbe(Probe):
 
     def __init__(self, batches: Parts, fingerprint: str, how: HowProbed) -> None:
         self._batches, self.parts, self.bf16 = batches, len(batches), how.bf16
-        self.fingerprint = fingerprint
+        self.sizes = [batch_sizes(part) for part in batches]
+        self.fingerprint, self._chat = fingerprint, how.chat.identity
         self._before: list[list[Any]] = []
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "chat": self._chat}
 
     def look(self, model: nn.Module, part: int) -> Values:
         values = []
@@ -155,7 +189,8 @@ class _BatchProbe(Probe):
 
 class NearestProbe(_BatchProbe):
     """Without labels: whether the nearest text of an image, or where there are no texts the nearest other image (or text),
-    is the one that was the nearest before training. Each batch is compared within itself."""
+    is the one that was the nearest before training. Each batch is compared within itself, and one in which there is no choice
+    tells nothing."""
 
     metric = "agreement"
 
@@ -165,7 +200,19 @@ class NearestProbe(_BatchProbe):
         super().__init__(batches, fingerprint, how)
         self._parts = family.need_contrastive(model)
         self._remember(model)
-        self.chance = float(np.mean([1 / _choices(batch) for part in batches for batch in part]))
+        told = [
+            (len(said), choices_of(batch))
+            for part, before in zip(batches, self._before, strict=True)
+            for batch, said in zip(part, before, strict=True)
+            if choices_of(batch) > 1
+        ]
+        counts = [count for count, _ in told]
+        if not counts:
+            raise CordaError(
+                "no batch of the probe has two texts, or three images, among which the nearest could be another: pass larger "
+                "batches"
+            )
+        self.chance = sum(count / choices for count, choices in told) / sum(counts)
 
     def _answer(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         bare, vectors = unwrap(model), []
@@ -173,8 +220,9 @@ class NearestProbe(_BatchProbe):
             vectors.append(self._parts.encode_image(bare, batch["pixel_values"]))
         if "input_ids" in batch:
             vectors.append(self._parts.encode_text(bare, batch))
-        unit = [torch.nn.functional.normalize(v.float(), dim=-1) for v in vectors]
-        near = unit[0] @ unit[-1].T
+        with torch.autocast(vectors[0].device.type, enabled=False):  # it would round similarities
+            unit = [torch.nn.functional.normalize(v.float(), dim=-1) for v in vectors]
+            near = unit[0] @ unit[-1].T
         if len(unit) == 1:
             near.fill_diagonal_(-2.0)
             return near.argmax(1).cpu()
@@ -184,7 +232,8 @@ class NearestProbe(_BatchProbe):
         return first[near.argmax(1)].cpu()
 
     def _judged(self, said: Tensor, before: Tensor, batch: Mapping[str, Tensor]) -> Values:
-        return (said == before).double().numpy()
+        told = said == before if choices_of(batch) > 1 else torch.empty(0)
+        return told.double().numpy()
 
 
 class AnswerProbe(_BatchProbe):
@@ -241,29 +290,30 @@ def make_probe(
     family = detect_family(bare)
     check_metric(how.metric, family)
     if not isinstance(records, Records):
-        batches: Parts = [[batch] for batch in records]
+        if not records:
+            raise CordaError("the probe has no batches: pass at least one")
+        fingerprint = ReadyBatches(records, 0).fingerprint
+        chosen = family.generative is None  # among those of its batch
+        batches = grouped([b for b in records if not chosen or choices_of(b) > 1])
         what = "the probe"
-        fingerprint = ReadyBatches(records, 0).fingerprint if batches else ""
     else:
         if how.processor is None:
             raise CordaError("a probe of records needs the model's processor: pass processor=")
         labeled = records.labels is not None and records.class_names is not None
         if family.generative is None and labeled and how.metric != "agreement":
             return LabeledProbe(family, records, how)
-        batches = [_batches(part, how) for part in _in_parts(records)]
+        batches = [batches_of(part, how.processor, how.chat) for part in in_parts(records)]
         what, fingerprint = str(records.spec), records.fingerprint
     if how.metric in ("top1", "top5"):
         raise DataError(
             f"{what}: {how.metric} needs records with labels; name their column with label:, or take keep_metric agreement"
         )
-    if not batches:
-        raise CordaError("the probe has no batches: pass at least one")
     probe = (
         NearestProbe(model, family, batches, fingerprint, how)
         if family.generative is None
         else AnswerProbe(model, batches, fingerprint, how)
     )
-    probe.what = what
+    probe.what, probe.records = what, records if isinstance(records, Records) else None
     return probe
 
 
@@ -292,22 +342,8 @@ def probe_templates(templates: Sequence[str]) -> tuple[str, ...]:
     return load_templates(templates[0] if named else list(templates))
 
 
-def _choices(batch: Mapping[str, Tensor]) -> int:
-    """Among how many the nearest is sought."""
-    if "pixel_values" in batch and "input_ids" in batch:
-        return len(batch["input_ids"].unique(dim=0))
-    return max(len(next(iter(batch.values()))) - 1, 1)
-
-
-def _in_parts(records: Records) -> list[Records]:
-    count = -(-len(records) // PART)
-    return [records.select(np.arange(part, len(records), count)) for part in range(count)]
-
-
-def _batches(part: Records, how: HowProbed) -> BatchLoader:
-    assert how.processor is not None
-    size = _TEXTS if part.conversational else PART
-    return make_batches(part, how.processor, batch_size=size, chat=how.chat, must_learn=True)
+def _digest(words: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()[:16]
 
 
 def _class_names(records: Records, classes: Sequence[str] | None) -> ClassNames:

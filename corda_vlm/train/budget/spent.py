@@ -56,6 +56,8 @@ class Spent:
 
 
 def _told(task: Mapping[str, float]) -> str:
-    if "accuracy" not in task:
+    if "loss" not in task:
         return "nothing of the task was measured"
+    if "accuracy" not in task:
+        return f"loss {task['loss']:.3g} on the task's batches"
     return f"accuracy {task['accuracy']:.1%} and loss {task['loss']:.3g} on the task's batches"

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback
 
+from corda_vlm.train.budget.options import KEEP, WEIGHT
+
 RATE = 1.0
 """Of the ascent on the logarithm of the weight."""
 
@@ -72,10 +74,6 @@ class Steering(TrainerCallback):
         due = control.should_log
         self.trainer.log({KEEP: kept, WEIGHT: weight})
         control.should_log = due  # which a log ends
-
-
-KEEP, WEIGHT = "keep", "keep_weight"
-"""Keys of logs and of the history."""
 
 
 def last_weight(history: Sequence[dict[str, Any]], start: float) -> float:

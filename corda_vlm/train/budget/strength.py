@@ -26,20 +26,25 @@ class Course:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        moving = _moving(model)
-        self._start = {name: value.detach().clone() for name, value in moving.items()}
+        self._model = model
+        self._start = {name: value.detach().clone() for name, value in _moving(model).items()}
         self._end: dict[str, Tensor] = {}
-        self._moving = moving
 
     def arrive(self) -> None:
         """The weights are where training has taken them."""
-        self._end = {name: value.detach().clone() for name, value in self._moving.items()}
+        self._end = {name: value.detach().clone() for name, value in self._now().items()}
 
     @torch.no_grad()
     def go_to(self, strength: float) -> None:
         """Give the model this strength: 0 as it began, 1 as it was trained, each to the bit."""
-        for name, value in self._moving.items():
-            value.copy_(between(self._start[name], self._end[name], strength))
+        for name, value in self._now().items():
+            start, end = (weights[name].to(value.device) for weights in (self._start, self._end))
+            value.copy_(between(start, end, strength))
+
+    def _now(self) -> dict[str, Tensor]:
+        """The weights as the model has them: one that goes to another device may get new tensors."""
+        every = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return {name: every[name] for name in self._start}
 
 
 def _moving(model: nn.Module) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ class ReadyBatches:
         self._batches = [dict(batch) for batch in batches]
         if not self._batches:
             raise CordaError("the knowledge to keep has no batches: pass at least one")
-        sizes = [len(_first(batch)) for batch in self._batches]
+        sizes = [records_of(batch) for batch in self._batches]
         ends = np.cumsum(sizes)
         self._rows = [np.arange(e - n, e) for e, n in zip(ends, sizes, strict=True)]
         self._order = StepOrder(len(self._batches), 1, seed)
@@ -136,11 +136,11 @@ class ReadyBatches:
         """All of them are of use."""
 
 
-def _first(batch: Mapping[str, Tensor]) -> Tensor:
-    """What has as many rows as a batch has records."""
+def records_of(batch: Mapping[str, Tensor]) -> int:
+    """How many records a ready batch has."""
     for name in ("input_ids", "pixel_values"):
         if name in batch:
-            return batch[name]
+            return len(batch[name])
     raise CordaError(
         f"a batch of the knowledge holds {', '.join(batch) or 'nothing'}, and neither input_ids nor pixel_values"
     )

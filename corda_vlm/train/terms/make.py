@@ -59,6 +59,12 @@ class KnowledgeData:
         order = np.random.RandomState(self.seed).permutation(every)  # as make_batches draws
         return replace(self, samples=samples), self.records.select(order[samples : samples + held])
 
+    @property
+    def looked_at(self) -> Records:
+        """Those that terms look at."""
+        order = np.random.RandomState(self.seed).permutation(len(self.records))
+        return self.records.select(order[: self.samples])
+
     def batches(self, processor: Processor, batch_size: int) -> BatchLoader:
         return make_batches(
             self.records,
@@ -141,10 +147,19 @@ def held_to(
     Raises:
         CordaError, DataError: as `make_terms`.
     """
-    if not isinstance(knowledge, KnowledgeData):
-        knowledge = KnowledgeData(knowledge, CalibrationOptions.samples, cache=folder)
-    check_terms(TermOptions().with_data(), detect_family(unwrap(model)), knowledge.records)
-    return make_terms(TermOptions().with_data(), model, processor, knowledge, task)
+    known = known_of(knowledge, folder)
+    assert known is not None
+    check_terms(TermOptions().with_data(), detect_family(unwrap(model)), known.records)
+    return make_terms(TermOptions().with_data(), model, processor, known, task)
+
+
+def known_of(
+    knowledge: Records | KnowledgeData | None, folder: Path | None = None
+) -> KnowledgeData | None:
+    """The records of the knowledge as terms look at them: of plain ones as many as `calibrate` draws."""
+    if knowledge is None or isinstance(knowledge, KnowledgeData):
+        return knowledge
+    return KnowledgeData(knowledge, CalibrationOptions.samples, cache=folder)
 
 
 def check_terms(options: TermOptions, family: Family, records: Records, where: str = "") -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,27 @@ def kept_outputs(
             why = str(error)
         logger.warning("%s is made again: %s", path, why)
     made = make()
-    save_tensors(path, made, {"identity": json.dumps(dict(identity), sort_keys=True)})
+    about = {"identity": json.dumps(dict(identity), sort_keys=True)}
+    if (later := _LATER.get()) is None:
+        save_tensors(path, made, about)
+    else:
+        kept = dict(made)
+        later.append(lambda: save_tensors(path, kept, about))
     return made
+
+
+_LATER: ContextVar[list[Callable[[], None]] | None] = ContextVar("later", default=None)
+
+
+@contextmanager
+def written_later() -> Iterator[list[Callable[[], None]]]:
+    """What writes the files of the outputs that are computed meanwhile: for a folder that may yet be refused."""
+    later: list[Callable[[], None]] = []
+    token = _LATER.set(later)
+    try:
+        yield later
+    finally:
+        _LATER.reset(token)
 
 
 @contextmanager

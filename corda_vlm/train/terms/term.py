@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from corda_vlm.errors import CordaError
+from corda_vlm.train.budget.options import KEEP, WEIGHT
 
 Penalty = Callable[[], Tensor]
 """() -> scalar, differentiable: a term that looks at the weights alone."""
@@ -96,7 +97,7 @@ def check_names(terms: Iterable[Term]) -> None:
 
 
 _TAKEN = (
-    "step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second", "keep", "keep_weight",
+    "step", "epoch", "seconds", "loss", "learning_rate", "grad_norm", "samples_per_second", KEEP, WEIGHT,
 )  # fmt: skip
 
 

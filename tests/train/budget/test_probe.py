@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 
 from corda_vlm.data import load_records, make_batches
+from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation import evaluate
 from corda_vlm.methods import prepare_method
+from corda_vlm.train.budget.parts import PART, grouped
 from corda_vlm.train.budget.probe import (
     AnswerProbe,
     HowProbed,
@@ -76,8 +79,67 @@ def test_without_labels_the_nearest_is_to_stay_the_nearest(
     assert 0 < values.mean() < 1
     if towers == "vision":
         before, now = (nearest(model, batches[0]) for model in (tiny_open_clip, changed))
-        assert values.tolist() == (before == now).double().tolist()
+        assert values[:20].tolist() == (before == now).double().tolist()
         assert probe.chance == pytest.approx(1 / 19)
+
+
+def test_ready_batches_are_looked_at_many_together() -> None:
+    batches = [{"input_ids": torch.zeros(size, 3)} for size in (7,) * 50 + (200, 1)]
+    parts = grouped(batches)
+    assert [batch for part in parts for batch in part] == batches
+    sizes = [sum(len(batch["input_ids"]) for batch in part) for part in parts]
+    assert min(sizes) >= PART
+    assert len(sizes) == 3
+    assert [len(part) for part in grouped(batches[:2])] == [2]
+
+
+def test_a_batch_without_a_choice_tells_nothing(tiny_open_clip, held_out, processor) -> None:
+    pixels = next(iter(make_batches(held_out, processor, batch_size=40)))["pixel_values"]
+    batches = [{"pixel_values": one} for one in (pixels[:1], pixels[1:3], pixels[3:9], pixels[9:])]
+    probe = make_probe(tiny_open_clip, batches, HowProbed())
+    assert len(probe.look_at_all(tiny_open_clip)) == 6 + 31
+    assert probe.chance == pytest.approx((6 / 5 + 31 / 30) / 37)
+    with pytest.raises(CordaError, match="no batch of the probe has two texts"):
+        make_probe(tiny_open_clip, batches[:2], HowProbed())
+
+
+def test_similarities_are_not_rounded(tiny_open_clip, held_out, processor, monkeypatch) -> None:
+    """Under bfloat16 embeddings are, and nothing else."""
+    seen, normalize = [], torch.nn.functional.normalize
+
+    def noted(value, **how):
+        seen.append((value.dtype, torch.is_autocast_enabled("cpu")))
+        return normalize(value, **how)
+
+    batches = list(make_batches(held_out, processor, batch_size=20, towers="vision"))
+    monkeypatch.setattr("corda_vlm.train.budget.probe.torch.nn.functional.normalize", noted)
+    make_probe(tiny_open_clip, batches, HowProbed(bf16=True))
+    assert (torch.float32, False) in seen
+
+
+def test_what_decides_is_in_its_identity(
+    tiny_open_clip, tiny_llm, held_out, questions, processor
+) -> None:
+    def labeled(data=held_out, **how):
+        return make_probe(tiny_open_clip, data, HowProbed(processor, **how)).identity
+
+    def answered(**how):
+        how = HowProbed(tiny_llm.processor, **{"chat": PLAIN, **how})
+        return make_probe(tiny_llm.model, questions, how).identity
+
+    def ready(size):
+        batches = list(make_batches(held_out, processor, batch_size=size, towers="vision"))
+        return make_probe(tiny_open_clip, batches, HowProbed()).identity
+
+    more = [*held_out.class_names, "eleven"]
+    others = [
+        labeled(), labeled(templates=("a {}",)), labeled(classes=more), labeled(bf16=True), labeled(metric="top5"),
+        labeled(held_out[:30]), labeled(metric="agreement"), ready(20), ready(10), answered(metric="answers"),
+        answered(metric="agreement"), answered(metric="answers", chat=ChatOptions(chat_template="chatml")),
+    ]  # fmt: skip
+    written = [json.dumps(one, sort_keys=True) for one in others]
+    assert len(set(written)) == len(written)
+    assert labeled() == labeled()
 
 
 @torch.no_grad()

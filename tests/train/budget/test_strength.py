@@ -52,6 +52,22 @@ def test_the_ends_are_the_model_before_and_after_to_the_bit(method, tiny_open_cl
     assert all(torch.equal(value, trained[name]) for name, value in weights(model).items())
 
 
+def test_a_model_that_gets_new_tensors_is_followed(tiny_open_clip) -> None:
+    """As one does that goes to another device."""
+    model = prepare_method("full", tiny_open_clip, towers="vision")
+    course, first = Course(model), seen(model)
+    for module in model.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(value.detach().clone(), value.requires_grad))
+    moved(model)
+    last = seen(model)
+    course.arrive()
+    course.go_to(0.0)
+    assert torch.equal(seen(model), first)
+    course.go_to(1.0)
+    assert torch.equal(seen(model), last)
+
+
 @pytest.mark.parametrize("method", ["lora", "full", "frozen"])
 def test_it_is_the_line_of_weights(method, tiny_open_clip) -> None:
     """W + s ΔW, as `at_scale` makes it for a moment."""
