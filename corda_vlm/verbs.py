@@ -259,7 +259,7 @@ def train(
         knowledge: Records of the knowledge, for the terms of the loss that look at such: data as for `calibrate`. Where no
             such term is asked for, it is distill.
         knowledge_samples: At most so many of them, drawn at random: the same as `calibrate --samples` draws.
-        knowledge_seed: Of the draw.
+        knowledge_seed: Of the draw: with that of `calibrate --seed` the records are the same.
         task_covariance: The file that `calibrate` wrote of the new task, for --anchor-metric task.
     """
     if knowledge is not None:

@@ -105,6 +105,9 @@ def _needs_calibration(experiment: Experiment, name: str) -> str | None:
         return f"is {method.name}, which takes its directions from data"
     if (variant := experiment.variants[name]).keep is not None and variant.probe is None:
         return "is to keep a share of what the model knew, which records of that knowledge tell"
+    steers_anchor = variant.keep is not None and variant.keep_by == "anchor"
+    if steers_anchor and variant.anchor_metric == "task":
+        return "is to keep a share by an anchor, whose covariances are collected as those of the knowledge are"
     if variant.anchors_to("knowledge"):
         return "has an anchor to that knowledge"
     if terms := variant.needs_data:

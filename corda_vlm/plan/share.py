@@ -48,7 +48,8 @@ def choose_ranks(
     equal = max(1, budget // sum(map(sum, shapes.values())))
     bounds = {"min_rank": asked.min_rank, "max_rank": ceilings(asked, shapes)}
     if bounds["max_rank"] is None and "gradient" in needs:
-        bounds["max_rank"] = max(MOST * equal, _largest(asked.min_rank))
+        most = _ceiling(shapes, budget, MOST * equal)
+        bounds["max_rank"] = max(most, _largest(asked.min_rank))
     allowed = ranks.check_budget(shapes, budget, **bounds)
     views = {}
     for name, weight in track(weights.items(), "spectra", unit="site"):
@@ -67,6 +68,16 @@ def choose_ranks(
         budget=budget,
         **bounds,
     )
+
+
+def _ceiling(shapes: Mapping[str, ranks.Shape], budget: int, most: int) -> int:
+    """`most`, or twice that as often as the budget takes: small matrices may hold too little of it."""
+    highest = max(min(shape) for shape in shapes.values())
+    while most < highest and budget > sum(
+        sum(shape) * min(most, min(shape) - 1) for shape in shapes.values()
+    ):
+        most *= 2
+    return most
 
 
 def _largest(bound: ranks.Bound | None) -> int:
@@ -143,6 +154,10 @@ class _Look:
         )
 
     def _output_energy(self) -> float | None:
+        """In the metric that the directions are taken in; in none, as LoRA-GA and KeepLoRA take them, that of the weight, so that
+        the unit of a layer's inputs does not count."""
+        if PLAN_METHODS[self.asked.method].directions in ("gradient-pair", "gradient-rest"):
+            return float(self.weight.double().square().sum())
         covariance = self.covariances[self.site]
         if covariance is None:
             return None

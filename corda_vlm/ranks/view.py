@@ -18,7 +18,8 @@ class SiteView:
         log_compactness: log π of the covariance, 0 or more.
         gradient: the largest singular values of the gradient of the new task's loss in the metric that the method takes it
             in (`G C'^-½` for corda-natural), descending; at least as many as the site may have ranks.
-        output_energy: `‖W C'^½‖²` (Frobenius), the mean square of the layer's outputs on the knowledge; None counts as 1.
+        output_energy: `‖W C'^½‖²` (Frobenius), the mean square of the layer's outputs on the knowledge, or `‖W‖²` where the
+            gradient is taken in no metric; None counts as 1.
         task_energy: `‖G Aᵀ‖²` (Frobenius), A being the rows that equal ranks would give, each of norm 1: how fast the new
             task's loss falls along what is offered.
     """

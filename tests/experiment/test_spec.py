@@ -178,6 +178,22 @@ def test_trainings_go_seed_by_seed():
             CordaError,
             "'lora': keep_by anchor steers the anchor",
         ),
+        (
+            {
+                "variants": {
+                    "lora": {
+                        "learning_rates": [1],
+                        "keep": 0.9,
+                        "keep_by": "anchor",
+                        "anchor_metric": "task",
+                        "probe": "folder:x",
+                    }
+                },
+                "calibration": None,
+            },
+            CordaError,
+            "'lora' is to keep a share by an anchor, .* no `calibration`",
+        ),
         ({"variants__lora__keep": 95}, CordaError, "95 per cent is 0.95"),
         ({"variants__lora__keep": 0}, CordaError, "above 0"),
         ({"variants__lora__probe": "folder:x"}, CordaError, "probe= is for keep="),

@@ -26,6 +26,7 @@ from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import unpack
 from corda_vlm.methods import MethodRequest, get_method, prepare_method, restore_method
 from corda_vlm.plan import AdapterPlan, plan_adapter
+from corda_vlm.plan.share import MOST, _ceiling
 from corda_vlm.sites import find_sites, get_linear
 from corda_vlm.train.terms.before import Before
 from corda_vlm.train.weights import check_signature, signature
@@ -263,6 +264,24 @@ class TestSharedRanks:
             assert factor.A.shape[0] == site.rank
             assert site.gradient_share == pytest.approx(factor.energy_share, rel=1e-5)
 
+    def test_a_store_that_only_tells_the_damage_has_no_say(self, tiny_clip_hf):
+        given = made_from(tiny_clip_hf)
+        options = {"rank": 4, "towers": "vision", "dynamic_rank": True, "show_progress": False}
+        with_store, without = (
+            plan_adapter(
+                tiny_clip_hf, store, gradient=given["gradient"], method="lora-ga", **options
+            )
+            for store in (given["store"], None)
+        )
+        assert [s.rank for s in with_store.sites] == [s.rank for s in without.sites]
+
+    def test_small_matrices_do_not_make_a_budget_impossible(self):
+        shapes = {f"small{n}": (4, 1000) for n in range(20)} | {"large": (1000, 1000)}
+        budget, equal = 400_000, 18
+        most = _ceiling(shapes, budget, MOST * equal)
+        assert sum(sum(s) * min(most, min(s) - 1) for s in shapes.values()) >= budget
+        assert _ceiling({"one": (64, 64)}, 100, 8) == 8
+
     @pytest.mark.parametrize("rule", ["task", "gradient", "energy", "compactness"])
     def test_corda_by_each_rule(self, rule, tiny_clip_hf, tmp_path):
         store, task = made_from(tiny_clip_hf).values()
@@ -339,7 +358,9 @@ def _gain(plan: AdapterPlan, model: nn.Module, store: CovarianceStore | None) ->
     for site in plan.sites:
         weight = get_linear(model, site.site.name).weight.detach().double()
         energy = 1.0
-        if store is not None:
+        if plan.method != "corda-natural":
+            energy = float(weight.square().sum())
+        elif store is not None:
             c = store[site.site.name].matrix.double()
             energy = float(torch.trace(weight @ c @ weight.mT))
         total += energy * site.chosen_energy**2

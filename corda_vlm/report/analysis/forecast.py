@@ -77,15 +77,16 @@ def predictors_of(results: Results) -> list[Forecasts]:
 def rankings(results: Results) -> list[Ranking]:
     """Over all models, and within each method that has a few, of the models that carry every predictor that any carries.
 
-    None where fewer than two predictors are noted: there is nothing to compare.
+    None where fewer than two predictors are noted, or no model carries all that are: there is nothing to compare.
     """
     noted = {name: values for name, values in results.predictors.items() if values}
     if len(noted) < 2:
         return []
     common = set.intersection(*map(set, noted.values()))
     shared = {n: {k: v for k, v in values.items() if k in common} for n, values in noted.items()}
-    every = predictors_of(replace(results, predictors=shared))
-    methods = dict.fromkeys(every[0].methods) if every else {}
+    if not (every := predictors_of(replace(results, predictors=shared))):
+        return []  # each model carries another one
+    methods = dict.fromkeys(every[0].methods)
     found = [_ranking(of, every) for of in (None, *methods)]
     return [ranking for ranking in found if ranking.count >= _ENOUGH]
 

@@ -15,6 +15,7 @@ from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.families import Family, detect_family, unwrap
 from corda_vlm.families.base import Processor
+from corda_vlm.options import narrowed
 from corda_vlm.train.heads import Template
 from corda_vlm.train.objectives import make_objective
 from corda_vlm.train.options import TrainOptions
@@ -147,19 +148,25 @@ def held_to(
     Raises:
         CordaError, DataError: as `make_terms`.
     """
-    known = known_of(knowledge, folder)
+    # conversations are read as those of the task are
+    known = known_of(knowledge, folder, narrowed(task.options, ChatOptions))
     assert known is not None
-    check_terms(TermOptions().with_data(), detect_family(unwrap(model)), known.records)
-    return make_terms(TermOptions().with_data(), model, processor, known, task)
+    distilled = TermOptions().with_data()
+    check_terms(distilled, detect_family(unwrap(model)), known.records)
+    return make_terms(distilled, model, processor, known, task)
 
 
 def known_of(
-    knowledge: Records | KnowledgeData | None, folder: Path | None = None
+    knowledge: Records | KnowledgeData | None,
+    folder: Path | None = None,
+    chat: ChatOptions | None = None,
 ) -> KnowledgeData | None:
     """The records of the knowledge as terms look at them: of plain ones as many as `calibrate` draws."""
     if knowledge is None or isinstance(knowledge, KnowledgeData):
         return knowledge
-    return KnowledgeData(knowledge, CalibrationOptions.samples, cache=folder)
+    return KnowledgeData(
+        knowledge, CalibrationOptions.samples, chat=chat or ChatOptions(), cache=folder
+    )
 
 
 def check_terms(options: TermOptions, family: Family, records: Records, where: str = "") -> None:

@@ -27,6 +27,7 @@ from corda_vlm.train.terms import (
 )
 from corda_vlm.train.terms.features import FeatureDistillation
 from corda_vlm.train.terms.knowledge import as_knowledge
+from corda_vlm.train.terms.make import held_to
 from corda_vlm.train.terms.options import DISTILL
 from corda_vlm.train.terms.tokens import TokenDistillation, shares_of
 from tests.train.terms.conftest import OPTIONS, PLAIN, Stop, moved, weights
@@ -231,6 +232,18 @@ def test_knowledge_is_one_word(tiny_open_clip, digits, held_out, processor, tmp_
     assert plan["terms"]["distill"]["weight"] == DISTILL
     assert result.history[-1]["distill"] > 0
     assert len(list(tmp_path.glob("teacher-*.safetensors"))) == 1
+
+
+def test_conversations_of_the_knowledge_are_read_as_those_of_the_task(
+    tiny_llm, questions, tmp_path
+):
+    model, processor = prepare_method("lora", copy.deepcopy(tiny_llm.model), rank=4), tiny_llm.processor  # fmt: skip
+    widths = {}
+    for template in ("plain", "chatml"):
+        task = TaskData(questions, TrainOptions(loss="next_token", chat_template=template))
+        (term,) = held_to(questions, model, processor, task, tmp_path / template)
+        widths[template] = term.penalty.knowledge.at(0)[1]["input_ids"].shape[1]
+    assert widths["plain"] < widths["chatml"]
 
 
 @pytest.mark.parametrize("method", ["lora", "corda-kpm", "full"])
