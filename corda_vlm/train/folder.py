@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def runs_in_bf16(options: TrainOptions, output: Path, model: nn.Module) -> bool:
 def check_begun(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
     """Raise `CordaError` if another training was begun in `output`, as far as that shows before the terms of the loss are made."""
     if (output / BEGUN).is_file():
-        terms = _noted(output / BEGUN, plan).get("terms")
+        with _undamaged(output):
+            terms = _noted(output / BEGUN, plan).get("terms")
         _check(output, {**plan, "terms": terms}, model)
 
 
@@ -109,14 +111,20 @@ def _noted(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(output: Path, plan: dict[str, Any], model: nn.Module) -> None:
-    path = output / BEGUN
+    with _undamaged(output):
+        _compare(_noted(output / BEGUN, plan), plan, model, output)
+
+
+@contextmanager
+def _undamaged(output: Path) -> Iterator[None]:
+    """Say which folder's plan it is that is no plan, where Python says what it cannot do with a value of it."""
     try:
-        _compare(_noted(path, plan), plan, model, output)
+        yield
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         if isinstance(error, CordaError):
             raise
         raise ForeignFileError(
-            f"{path} is damaged ({type(error).__name__}: {shown(str(error))}); delete {output} to begin anew, or give another "
+            f"{output / BEGUN} is damaged ({type(error).__name__}: {shown(str(error))}); delete {output} to begin anew, or give another "
             "output folder"
         ) from error
 
