@@ -242,6 +242,7 @@ def test_conversations_of_the_knowledge_are_read_as_those_of_the_task(
     for template in ("plain", "chatml"):
         task = TaskData(questions, TrainOptions(loss="next_token", chat_template=template))
         (term,) = held_to(questions, model, processor, task, tmp_path / template)
+        assert isinstance(term.penalty, TokenDistillation)
         widths[template] = term.penalty.knowledge.at(0)[1]["input_ids"].shape[1]
     assert widths["plain"] < widths["chatml"]
 
