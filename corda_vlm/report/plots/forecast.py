@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from corda_vlm.report.analysis.forecast import Forecasts, predictors_of
 from corda_vlm.report.analysis.results import Results
@@ -24,11 +25,14 @@ from corda_vlm.report.plots.style import (
 )
 
 AXES = {
-    "forecast": "forecast: change of the layers' outputs on the calibration data",
-    "kl_new": "KL to the base on the new task, in nats",
-    "update_size": "size of the update, relative to the weights",
-    "task_change": "change of the layers' outputs on the new task",
+    "forecast": "forecast: change of the layers'\noutputs on the calibration data",
+    "kl_new": "KL to the base on the new task,\nin nats",
+    "update_size": "size of the update,\nrelative to the weights",
+    "task_change": "change of the layers' outputs\non the new task",
 }
+
+
+_DECADES = 10.0
 
 
 @literal_text()
@@ -81,6 +85,9 @@ def _panel(axes: Any, one: Forecasts, look: Mapping[str, tuple[str, str]]) -> No
         )  # fmt: skip
     axes.set_xscale("log")
     plain_powers(axes.xaxis)
+    low, high = axes.get_xlim()
+    if high > _DECADES * low:  # a panel has no room for more than the powers of ten
+        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(percent_axis())
     axes.axhline(0.0, color=FAINT, linewidth=1, linestyle=":")
     axes.set_xlabel(AXES[one.predictor])
