@@ -78,6 +78,7 @@ class Meter:
         self._began = time.monotonic()
         self._bar: Any = None
         self._closed = threading.Event()
+        self._speaker: threading.Thread | None = None
         self._said, self._inner, self._steps = False, 0, bar
         self._outer = _innermost.get()
         if self._outer is not None:
@@ -100,7 +101,8 @@ class Meter:
                 dynamic_ncols=True,
             )
         else:
-            threading.Thread(target=self._speak, daemon=True).start()
+            self._speaker = threading.Thread(target=self._speak, daemon=True)
+            self._speaker.start()
 
     def update(self, n: float = 1, **facts: str) -> None:
         """`n` more units are done; `facts` are told from now on."""
@@ -115,6 +117,8 @@ class Meter:
         if self._closed.is_set():
             return
         self._closed.set()
+        if self._speaker is not None:
+            self._speaker.join(1.0)  # what it was about to say comes before what is said next
         if self._outer is not None:
             self._outer._inner -= 1
         if _innermost.get() is self:
