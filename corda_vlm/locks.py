@@ -36,6 +36,9 @@ R = TypeVar("R")
 ORPHANS = 10.0
 """Seconds to wait where the holder is dead: workers of its may hold the lock until they notice."""
 
+NAMELESS = 2.0
+"""Seconds to wait for a holder that has not said yet who it is: it took the lock only just now."""
+
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -136,10 +139,16 @@ def _take(place: Path, path: Path, wait: float) -> None:
     while not _taken(place, path):
         who = _read(place)
         process = Process.parse(str(who.get("process")))
-        orphaned = process is not None and process.is_gone
-        if time.monotonic() - began >= (max(wait, ORPHANS) if orphaned else wait):
+        if time.monotonic() - began >= max(wait, _patience(process)):
             raise LockedError(_refusal(path, who))
         time.sleep(0.05)
+
+
+def _patience(holder: Process | None) -> float:
+    """Seconds to wait for a lock in any case."""
+    if holder is None:
+        return NAMELESS
+    return ORPHANS if holder.is_gone else 0.0
 
 
 def _taken(place: Path, path: Path) -> bool:

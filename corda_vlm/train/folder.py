@@ -39,10 +39,10 @@ def training_plan(
     options: TrainOptions,
     classes: Sequence[str] | None,
     templates: Sequence[Template] | None,
-    terms: Sequence[Term],
-    budget: Budget | None = None,
+    budget: Budget | None,
 ) -> dict[str, Any]:
-    """What a training is, as JSON: two trainings with equal plans end in equal weights."""
+    """What a training is, as JSON, but for the terms of its loss: `with_terms` adds these, and then two trainings with equal
+    plans end in equal weights."""
     plan = {
         "options": _kept(options),
         "data": data.fingerprint,
@@ -51,12 +51,16 @@ def training_plan(
         if templates is None
         else [t if isinstance(t, str) else t("{}") for t in templates],
         "model": signature(model),
-        # a term that is only logged decides about no weight
-        "terms": {term.name: term.plan for term in terms if term.weight > 0},
+        "terms": {},
         "base": base_fingerprint(model),
         "budget": None if budget is None else budget.identity,
     }
     return _as_json(plan)
+
+
+def with_terms(plan: dict[str, Any], terms: Sequence[Term]) -> dict[str, Any]:
+    """The plan of a training with these terms; one that is only logged decides about no weight."""
+    return {**plan, "terms": _as_json({term.name: term.plan for term in terms if term.weight > 0})}
 
 
 def _kept(options: TrainOptions) -> dict[str, Any]:

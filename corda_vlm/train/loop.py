@@ -32,7 +32,15 @@ from corda_vlm.train.budget.budget import Budget
 from corda_vlm.train.budget.spent import Spent
 from corda_vlm.train.budget.unseen import check_unseen
 from corda_vlm.train.checkpoints import last_checkpoint, step_of
-from corda_vlm.train.folder import begin, check_begun, finish, finished, runs_in_bf16, training_plan
+from corda_vlm.train.folder import (
+    begin,
+    check_begun,
+    finish,
+    finished,
+    runs_in_bf16,
+    training_plan,
+    with_terms,
+)
 from corda_vlm.train.heads import Template
 from corda_vlm.train.model import as_it_was, check_anchor, check_trainable, checkpointing
 from corda_vlm.train.objectives import Objective, make_objective
@@ -136,7 +144,7 @@ def train(
     if budget is not None:
         budget.check_model(model)
         check_unseen(budget.probe.records, known_of(knowledge), data)
-    plan = training_plan(model, data, options, classes, templates, (), budget)
+    plan = training_plan(model, data, options, classes, templates, budget)
     check_begun(output, plan, model)
     with written_later() as files:
         terms = terms() if callable(terms) else terms
@@ -146,7 +154,7 @@ def train(
     every = _terms(anchor, anchor_weight, anchor_every, extra_loss, extra_weight, terms)
     if budget is not None:
         check_steered(budget, model, every)
-    plan = training_plan(model, data, options, classes, templates, every, budget)
+    plan = with_terms(plan, every)
     begin(output, plan, model)
     for write in files:
         write()

@@ -23,7 +23,7 @@ from corda_vlm.train.terms.kl_new import Comparable
 from corda_vlm.train.terms.make import TaskData
 from corda_vlm.train.terms.options import compares_with_base
 from corda_vlm.train.terms.teacher import steady
-from corda_vlm.train.terms.tokens import TOP, shares_of
+from corda_vlm.train.terms.tokens import TOP, kl_terms, shares_of
 
 RECORDS = 256
 """Of the new task, at most, that the divergence is taken on."""
@@ -115,7 +115,7 @@ class NewTaskChange:
             before = before.to(logits.device)
             after = shares_of(logits, top.to(logits.device))
             # in float64: a sum of small differences
-            total += float((before.exp() * (before - after)).sum(dtype=torch.float64))
+            total += float(kl_terms(before, after).sum(dtype=torch.float64))
             count += len(logits)
         return max(total / count, 0.0)  # rounding, where nothing has changed
 

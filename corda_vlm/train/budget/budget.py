@@ -16,7 +16,7 @@ from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.families.base import Processor, unwrap
 from corda_vlm.progress import Meter, showing
-from corda_vlm.train.budget.kept import Kept, check_probe, kept_of, share_kept
+from corda_vlm.train.budget.kept import Kept, check_count, check_probe, kept_of, share_kept
 from corda_vlm.train.budget.options import BudgetOptions, KeepMetric, check_keep
 from corda_vlm.train.budget.probe import HowProbed, Probe, Values, make_probe
 from corda_vlm.train.budget.spent import Spent
@@ -167,7 +167,7 @@ def forgetting_budget(
             "a budget holds what training changes of a model, and nothing of this one is trained; leave keep out"
         )
     if isinstance(probe, Records) and not len(probe):
-        check_probe(np.empty(0), 0.0, keep, metric, probe.spec)
+        check_count(0, keep, f"{probe.spec}:")
     how = HowProbed(processor, metric, classes, templates, bf16, chat or ChatOptions())
     made = make_probe(model, probe, how)
     with _quietly():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from corda_vlm.errors import CordaError
 from corda_vlm.families import Family
-from corda_vlm.train.budget.kept import half_width, records_needed, widest
+from corda_vlm.train.budget.kept import check_count
 from corda_vlm.train.budget.options import BudgetOptions
 from corda_vlm.train.budget.probe import check_metric
 
@@ -19,8 +18,4 @@ def check_budget(options: BudgetOptions, family: Family, count: int) -> None:
     keep = options.keep
     assert keep is not None
     check_metric(options.keep_metric, family)
-    if half_width(1.0, keep, count) > widest(keep):
-        raise CordaError(
-            f"the probe's {count} records are too few to tell whether {keep:.0%} is kept: even of a model that knows all of them "
-            f"it takes {records_needed(1.0, keep)}; give a larger probe, more records of the knowledge, or a lower keep"
-        )
+    check_count(count, keep, "the probe's")

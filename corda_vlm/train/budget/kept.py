@@ -86,6 +86,19 @@ def _changed(known: float, keep: float) -> float:
     return min(1.0, 2 * known * (1 - keep) + _SWAPPED)
 
 
+def check_count(count: int, keep: float, whose: str) -> None:
+    """Raise `CordaError` for fewer records than would tell whether a budget is kept, even of a model that knows all of them.
+
+    Args:
+        whose: begins the message, before their number.
+    """
+    if half_width(1.0, keep, count) > widest(keep):
+        raise CordaError(
+            f"{whose} {count} records are too few to tell whether {keep:.0%} is kept: even of a model that knows all of them it "
+            f"takes {records_needed(1.0, keep)}; give a larger probe (probe_records), more records of the knowledge, or a lower keep"
+        )
+
+
 def check_probe(
     before: Float[np.ndarray, " n"], chance: float, keep: float, metric: str, what: object
 ) -> None:
@@ -96,10 +109,7 @@ def check_probe(
         what: names the probe's records.
     """
     if not len(before):
-        raise CordaError(
-            f"{what}: 0 records are too few to tell whether {keep:.0%} is kept: even of a model that knows all of them it takes "
-            f"{records_needed(1.0, keep)}; give a larger probe (probe_records, or more data)"
-        )
+        check_count(0, keep, f"{what}:")
     count, score = len(before), float(before.mean())
     known = score - chance
     if known <= 0 or (chance > 0 and bootstrap(before).low <= chance):

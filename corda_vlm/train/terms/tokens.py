@@ -66,7 +66,7 @@ class TokenDistillation(DataPenalty):
         logits = self._logits(batch)
         top, before = self._kept(rows, logits.device)
         after = shares_of(logits, top)
-        return (before.exp() * (before - after)).sum(1).mean()
+        return kl_terms(before, after).sum(1).mean()
 
     def _logits(self, batch: Batch) -> Float[Tensor, "n v"]:
         with steady(self.model):
@@ -115,6 +115,11 @@ def shares_of(logits: Float[Tensor, "n v"], top: Int[Tensor, "n k"]) -> Float[Te
         return shares
     others = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True) - total
     return torch.cat([shares, others], dim=1)
+
+
+def kl_terms(before: Float[Tensor, "n s"], after: Float[Tensor, "n s"]) -> Float[Tensor, "n s"]:
+    """What each share adds to KL(before ‖ after), of logarithms of shares."""
+    return before.exp() * (before - after)
 
 
 def _answered(batch: Batch) -> Int[Tensor, " b"]:
