@@ -1,0 +1,41 @@
+"""The verb export: an adapter in a form that other tools read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from corda_vlm.experiment import checks
+from corda_vlm.families.options import LoadOptions
+from corda_vlm.options import Count
+from corda_vlm.verbs.shared import load_source
+
+
+def export(
+    model: str,
+    adapter: str,
+    output: str,
+    format: Literal["lora", "residual", "merged"] = "merged",
+    rank: Count | None = None,
+    *,
+    load: LoadOptions,
+) -> None:
+    """Write a trained adapter so that plain peft, transformers or open_clip loads it, in the dtype that is given.
+
+    Example:
+        corda-vlm export emoji-clip adapter digits-clip --format merged
+
+    Args:
+        model: The model that the adapter was trained on.
+        adapter: Folder of the trained adapter.
+        output: Folder to write.
+        format: lora (on the original base), residual (base and adapter), or merged (a plain model).
+        rank: With lora: recompress to this rank.
+    """
+    checks.check_source(model)
+    checks.check_folder(adapter, "training's", "make it by corda-vlm train")
+    checks.check_output(output, folder=True)
+    from corda_vlm.adapter import export_adapter, load_adapter
+
+    trained = load_adapter(load_source(model, load).model, adapter)
+    written = export_adapter(trained, output, format=format, rank=rank, source=model)
+    print(f"wrote {written}")
