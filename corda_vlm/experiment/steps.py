@@ -319,6 +319,7 @@ def _budget(
         terms.keep,
         processor=processor,
         term=term,
+        stop=terms.keep_by == "stop",
         every=terms.keep_every,
         metric=terms.keep_metric,
         classes=None if knowledge is None else knowledge.records.class_names,

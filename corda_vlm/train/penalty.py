@@ -23,7 +23,7 @@ from corda_vlm.errors import CordaError, NotFiniteError, UnknownNameError
 from corda_vlm.sites import Site
 from corda_vlm.train.budget.budget import Budget
 from corda_vlm.train.budget.spent import Spent
-from corda_vlm.train.budget.steering import Steering
+from corda_vlm.train.budget.steering import Steering, Stopping
 from corda_vlm.train.next_token import NextTokenObjective
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.terms.distill import distillation
@@ -359,7 +359,7 @@ class AnchorMixin(PenaltyMixin):
         self.add_callback(_Spending(self, budget, measure))  # type: ignore[attr-defined]
 
     def steer(self, budget: Budget) -> None:
-        """`keep` without its end: the weight alone is steered."""
+        """`keep` without its end: the weight is steered, or the training stopped, alone."""
         _refuse_pieces(self, "keep")
         alike_everywhere(
             "the probe of the budget",
@@ -367,9 +367,11 @@ class AnchorMixin(PenaltyMixin):
             "Each would keep another share of other knowledge. Give every process the same budget",
         )
         check_steered(budget, self.model, self.terms)  # type: ignore[attr-defined]
-        if (term := budget.term) is None:
-            return
-        self.add_callback(Steering(self, term, budget.keep, budget.every, budget.look))  # type: ignore[attr-defined]
+        looks = (budget.keep, budget.every, budget.look)
+        if budget.term is not None:
+            self.add_callback(Steering(self, budget.term, *looks))  # type: ignore[attr-defined]
+        elif budget.stops:
+            self.add_callback(Stopping(self, *looks, len(budget.telling)))  # type: ignore[attr-defined]
 
 
 class _Spending(TrainerCallback):

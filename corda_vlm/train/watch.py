@@ -113,7 +113,7 @@ class Watch(TrainerCallback):
         if logs and KEEP in logs:
             step = state.global_step
             when = {"step": step, "epoch": self._epoch(step), "seconds": round(self.seconds, 3)}
-            self._note({**when, KEEP: logs[KEEP], WEIGHT: logs[WEIGHT]})
+            self._note({**when, **{name: logs[name] for name in (KEEP, WEIGHT) if name in logs}})
         if not logs or "loss" not in logs:
             return
         trainer = self.trainer

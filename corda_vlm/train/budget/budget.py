@@ -35,6 +35,7 @@ class Budget:
         keep: the share of what was known that is to be kept.
         every: steps between two looks.
         term: the name of the term of the loss whose weight is steered; None for none.
+        stops: whether the training ends early, where the probe falls below the budget.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Budget:
     keep: float
     every: int
     term: str | None
+    stops: bool
     _before: list[Values] = field(repr=False)
     _course: Course = field(repr=False)
 
@@ -51,9 +53,20 @@ class Budget:
         return {
             "keep": self.keep,
             "term": self.term,
-            "every": self.every if self.term is not None else None,
+            "every": self.every if self.looks else None,
+            **({"stops": True} if self.stops else {}),
             **self.probe.identity,
         }
+
+    @property
+    def looks(self) -> bool:
+        """Whether the probe is looked at while the model trains."""
+        return self.term is not None or self.stops
+
+    @property
+    def telling(self) -> list[int]:
+        """The parts of the probe that have records, which looks take in turn."""
+        return [part for part, values in enumerate(self._before) if len(values)]
 
     def check_model(self, model: nn.Module) -> None:
         """Raise `CordaError` unless this is the budget of a model."""
@@ -65,8 +78,7 @@ class Budget:
 
     def look(self, number: int) -> float:
         """The share that is kept of one part of the probe, the parts in turn."""
-        telling = [part for part, values in enumerate(self._before) if len(values)]
-        part = telling[number % len(telling)]
+        part = self.telling[number % len(self.telling)]
         with _quietly():
             now = self.probe.look(self.model, part)
         known = float(np.concatenate(self._before).mean()) - self.probe.chance
@@ -131,6 +143,7 @@ def forgetting_budget(
     *,
     processor: Processor | None = None,
     term: str | None = None,
+    stop: bool = False,
     every: int = BudgetOptions.keep_every,
     metric: KeepMetric = BudgetOptions.keep_metric,
     classes: Sequence[str] | None = None,
@@ -149,6 +162,7 @@ def forgetting_budget(
         processor: the model's, for records.
         term: the name of the term of the loss whose weight is steered, with a weight above 0, which is where it starts; None
             for none: then the strength in the end alone meets the budget.
+        stop: whether the training ends early, where the mean of the last look at each part of the probe is below the budget.
         every, metric, templates: as of `BudgetOptions`.
         classes: names for the prompts; None takes the probe's own.
         bf16: whether the model is run under bfloat16 autocast.
@@ -160,6 +174,10 @@ def forgetting_budget(
         DataError: the records lack what the metric needs.
     """
     check_keep(keep)
+    if stop and term is not None:
+        raise CordaError(
+            f"the weight of {term} is to be steered for the budget, and the training to stop where it is not kept; leave term or stop out"
+        )
     if every < 1:
         raise CordaError(f"every is {every}; it counts steps between two looks, from 1 on")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -173,4 +191,4 @@ def forgetting_budget(
     with _quietly():
         before = [made.look(model, part) for part in range(made.parts)]
     check_probe(np.concatenate(before), made.chance, keep, made.metric, made.what)
-    return Budget(model, made, keep, every, term, before, Course(model))
+    return Budget(model, made, keep, every, term, stop, before, Course(model))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from corda_vlm.errors import CordaError
 from corda_vlm.options import Count
 
-KeepBy = Literal["auto", "distill", "anchor", "strength"]
+KeepBy = Literal["auto", "distill", "anchor", "strength", "stop"]
 KeepMetric = Literal["auto", "top1", "top5", "agreement", "answers"]
 
 KEEP, WEIGHT = "keep", "keep_weight"
@@ -30,7 +30,8 @@ class BudgetOptions:
             all trainings it is lower. None: no budget.
         keep_by: Which term's weight is steered: "distill", "anchor"; "auto": that which has a weight, which is then where
             it starts, else distill where there are records of the knowledge, else the anchor where there are covariances;
-            "strength": none, only the strength in the end is chosen.
+            "strength": none, only the strength in the end is chosen; "stop": none, and the training ends early where the mean of the
+            last look at each part is below the budget.
         keep_every: Steps between two looks at a part of the probe.
         keep_metric: "top1" or "top5": accuracy among the prompts of the probe's class names; "answers": the share of
             answers whose every token is the most likely one; "agreement": with what the model said before training, without labels;

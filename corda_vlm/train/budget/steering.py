@@ -1,7 +1,8 @@
-"""The weight of a term, steered while a model trains so that a probe stays above a budget."""
+"""Looks at a probe while a model trains: the weight of a term is steered so that it stays above a budget, or the training ends."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 from transformers import TrainerCallback
 
 from corda_vlm.train.budget.options import KEEP, WEIGHT
+
+logger = logging.getLogger(__name__)
 
 RATE = 1.0
 """Of the ascent on the logarithm of the weight."""
@@ -74,6 +77,49 @@ class Steering(TrainerCallback):
         due = control.should_log
         self.trainer.log({KEEP: kept, WEIGHT: weight})
         control.should_log = due  # which a log ends
+
+
+class Stopping(TrainerCallback):
+    """Ends a training where a probe has fallen below the budget: where the mean of the last look at each of its parts has.
+
+    One part alone scatters by some points. What the mean sees late, the strength in the end makes up for. Each look is logged as "keep".
+
+    Args:
+        parts: how many parts the looks take in turn.
+    """
+
+    def __init__(
+        self, trainer: Any, keep: float, every: int, look: Callable[[int], float], parts: int
+    ) -> None:
+        self.trainer, self.keep, self.every, self.look, self.parts = (
+            trainer,
+            keep,
+            every,
+            look,
+            parts,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step = int(state.global_step)
+        if step % self.every or step >= state.max_steps:
+            return
+        due = control.should_log
+        self.trainer.log({KEEP: self.look(step // self.every - 1)})
+        control.should_log = due  # which a log ends
+        kept = recent(state.log_history, self.parts)
+        if kept < self.keep:
+            logger.info(
+                "stopped at step %d of %d: %.1f%% of what the model knew is kept, and %.1f%% were asked for",
+                step, state.max_steps, 100 * kept, 100 * self.keep,
+            )  # fmt: skip
+            control.should_training_stop = True
+            control.should_save = False  # a checkpoint from here would go on with one more step
+
+
+def recent(history: Sequence[dict[str, Any]], parts: int) -> float:
+    """The mean of the last looks, one a part; of as many as there are so far."""
+    looks = [float(entry[KEEP]) for entry in history if KEEP in entry][-parts:]
+    return sum(looks) / len(looks)
 
 
 def last_weight(history: Sequence[dict[str, Any]], start: float) -> float:

@@ -18,6 +18,9 @@ DISTILL = 30.0
 STEERED = ("distill", "anchor", "replay", "ewc", "kl_new")
 """The terms whose weight a budget may steer: the first that has one."""
 
+UNSTEERED = ("strength", "stop")
+"""Ways to keep a budget that leave the weights of terms as they are."""
+
 START = {"distill": 10.0, "anchor": 30.0}
 """Weights to start from, of those that a budget chooses itself."""
 
@@ -87,7 +90,7 @@ class TermOptions(AnchorOptions, BudgetOptions):
     @property
     def steered(self) -> str | None:
         """The option that is the weight to be steered for the budget; None where none has a weight to start from."""
-        if self.keep is None or self.keep_by == "strength":
+        if self.keep is None or self.keep_by in UNSTEERED:
             return None
         choices = STEERED if self.keep_by == "auto" else (self.keep_by,)
         return next((name for name in choices if getattr(self, name) > 0), None)
@@ -105,7 +108,7 @@ class TermOptions(AnchorOptions, BudgetOptions):
         Raises:
             CordaError: what is to be steered lacks what it looks at.
         """
-        if self.keep is None or self.keep_by == "strength" or self.steered is not None:
+        if self.keep is None or self.keep_by in UNSTEERED or self.steered is not None:
             return self
         if self.keep_by in ("auto", "distill") and has_data:
             return replace(self, distill=START["distill"])

@@ -35,7 +35,7 @@ def many():
 def run(tiny_open_clip, digits, held_out, many, processor, lora):
     """(folder, *callbacks) -> the model, and what its training gave: on digits, with nearest images as the probe."""
 
-    def run(folder, *callbacks, keep=0.8, method="lora", every=2, options=HARSH):
+    def run(folder, *callbacks, keep=0.8, method="lora", every=2, options=HARSH, stop=False):
         bare = copy.deepcopy(tiny_open_clip)
         plain = method == "lora"  # on layers that plain PEFT knows
         model = lora(bare) if plain else prepare_method(method, bare, rank=4, towers="vision")
@@ -47,7 +47,8 @@ def run(tiny_open_clip, digits, held_out, many, processor, lora):
             keep,
             processor=processor,
             metric="agreement",
-            term="distill",
+            term=None if stop else "distill",
+            stop=stop,
             every=every,
         )
         result = train(model, digits, processor, options=options, output_dir=folder, terms=[distill],
@@ -124,6 +125,26 @@ def test_a_training_that_forgets_little_keeps_its_strength(run, tmp_path) -> Non
     assert result.budget.strength == 1.0
     assert result.budget.kept == result.budget.kept_at_full
     assert "at full strength" in str(result.budget)
+
+
+def test_a_training_stops_early_and_so_it_does_when_it_is_gone_on_with(run, tmp_path) -> None:
+    straight, result = run(tmp_path / "straight", stop=True)
+    looks = [(e["step"], e["keep"]) for e in result.history if "keep" in e]
+    assert result.steps == looks[-1][0] < OPTIONS["steps"]
+    assert all("keep_weight" not in e for e in result.history)
+    assert looks[-1][1] < 0.8 <= result.budget.kept.share
+    assert result.budget.term is None
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "cut", Stop(1), stop=True)
+    model, gone_on = run(tmp_path / "cut", stop=True)
+    assert gone_on.steps == result.steps
+    for name, value in weights(straight).items():
+        assert torch.equal(value, weights(model)[name]), name
+    gentle = TrainOptions(**{**OPTIONS, "learning_rate": 1e-6})
+    _, whole = run(tmp_path / "gentle", options=gentle, stop=True)
+    assert whole.steps == OPTIONS["steps"]
+    with pytest.raises(CordaError, match="holds another training"):
+        run(tmp_path / "gentle", options=gentle)
 
 
 def test_a_training_of_a_former_version_is_gone_on_with(

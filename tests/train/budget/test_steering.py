@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corda_vlm.train.budget.steering import RANGE, last_weight, next_weight
+from corda_vlm.train.budget.steering import RANGE, last_weight, next_weight, recent
 
 kept = st.floats(-1.0, 1.5)
 budgets = st.floats(0.01, 1.0)
@@ -47,3 +47,9 @@ def test_the_last_weight_is_read_from_the_log() -> None:
     log = [{"loss": 1.0}, {"keep_weight": 3.0}, {"keep_weight": 5.0}, {"loss": 0.5}]
     assert last_weight(log, 1.0) == 5.0
     assert last_weight([{"loss": 1.0}], 2.0) == 2.0
+
+
+def test_a_stop_looks_at_the_last_look_of_each_part() -> None:
+    log = [{"keep": 0.1}, {"loss": 1.0}, {"keep": 0.9}, {"keep": 0.8}]
+    assert recent(log, 2) == pytest.approx(0.85)
+    assert recent(log, 8) == pytest.approx(0.6)
