@@ -6,14 +6,16 @@ SMOLLM2 := runs/bench/SmolLM2-135M-Instruct.gguf
 BIN := $(VENV)/bin
 SECONDS ?= 1800
 SEED ?= 0
+TOOLS ?=
 
-.PHONY: help demo test lint types docs matrix bench reliability wheel clean
+.PHONY: help demo test lint types docs matrix integrations bench reliability wheel clean
 
 help:
 	@echo "make demo    emoji-clip learns digits: corda-kpm beside lora and full fine-tuning (5 to 10 minutes on two cores, with AMX or without)"
 	@echo "make test    lint, types and tests (CORDA_VLM_DATA=folder adds the tests on real data sets)"
 	@echo "make docs    build the pages of docs/ into dist/docs, warnings being errors"
 	@echo "make matrix  the tests that meet other packages, with each Python from 3.10 to 3.13 that is here, transformers 4.57 and 5, lowest and newest PEFT (hours)"
+	@echo "make integrations  installs each tool beside which the package is used, runs its recipes, and prints a table (an hour; TOOLS='trl swift' for some)"
 	@echo "make bench   the slow tests and every benchmark of eval/benchmarks, into runs/bench (hours; leave the machine alone)"
 	@echo "make reliability  kills, damages files and misleads, and prints a table (half an hour; SECONDS=7200 SEED=1 for more and others)"
 	@echo "make wheel   build the wheel into dist/"
@@ -51,6 +53,9 @@ docs: $(VENV)/.installed-dev
 
 matrix: $(BIN)/python
 	@$(BIN)/python -m tests.matrix
+
+integrations: $(VENV)/.installed-dev $(SMOLLM2)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.integrations $(TOOLS)
 
 $(SMOLLM2): $(BIN)/python
 	@mkdir -p $(@D)

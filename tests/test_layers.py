@@ -46,6 +46,7 @@ ORDER = (
     "train",
     "report",
     "experiment",
+    "integrations",
     "__init__",
     "verbs",
     "__main__",
