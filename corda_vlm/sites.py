@@ -75,7 +75,7 @@ def find_sites(
     wanted = chosen_names("tower", towers, TOWERS)
     only = chosen_names("role", roles, ROLES)
     bare = unwrap(model)
-    sites = [site for name in _weights(bare) if (site := _resolve(found, bare, name)) is not None]
+    sites = [site for name in _weights(bare) if (site := site_of(found, bare, name)) is not None]
     present = list(dict.fromkeys(site.tower for site in sites))
     for tower in wanted if wanted is not None else found.towers(bare):
         if tower not in present:
@@ -221,8 +221,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def _resolve(family: Family, model: nn.Module, name: str) -> Site | None:
-    """The site of a layer, from the first rule that matches its whole path."""
+def site_of(family: Family, model: nn.Module, name: str) -> Site | None:
+    """The site of a layer, from the family's first rule that matches its whole path; None where none does."""
     known_as = family.canonical(model, name)
     for rule in family.rules:
         if match := _compiled(rule.pattern).fullmatch(known_as):

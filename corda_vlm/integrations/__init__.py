@@ -1,0 +1,1 @@
+"""What makes the package fit into other tools, one file or folder a tool."""
