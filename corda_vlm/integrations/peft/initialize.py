@@ -115,6 +115,7 @@ def _start(layer: LoraLayer, name: str, B: Tensor, A: Tensor) -> None:
     """The pair into the adapter, its scaling taken out of both alike, and what it stands for out of the weight."""
     root = layer.scaling[name] ** 0.5
     for module, value in ((layer.lora_B[name], B / root), (layer.lora_A[name], A / root)):
+        assert isinstance(module, nn.Linear)
         parameter = module.weight
         if parameter.is_meta:
             value = value.to(weight_of(layer.get_base_layer()).device)

@@ -66,7 +66,7 @@ def _resolved(model: nn.Module, config: LoraConfig) -> LoraConfig:
             raise CordaError(
                 f"PEFT has no target_modules of its own for this {type(model).__name__}; name them in the LoraConfig"
             )
-        resolved.target_modules = {*targets} if isinstance(targets, list) else targets
+        resolved.target_modules = {*targets} if isinstance(targets, list) else targets  # pyright: ignore[reportAttributeAccessIssue] # a set, as PEFT makes it
     return _maybe_include_all_linear_layers(resolved, model)  # pyright: ignore[reportReturnType]
 
 

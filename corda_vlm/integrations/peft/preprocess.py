@@ -83,21 +83,21 @@ def preprocess_corda(
     ranks = ranks_of(layers, lora_config)
     about = {"model_fingerprint": fingerprint(model), **asked.about()}
     with showing(corda.verbose):
-        if _has_content(cache := corda.cache_file):
-            pairs = load_pairs(cache, ranks, about)
+        if corda.cache_file is not None and _has_content(corda.cache_file):
+            pairs = load_pairs(corda.cache_file, ranks, about)
         else:
             store = _covariances(model, layers, lora_config, run_model, hooked_model, asked)
             pairs = computed(layers, store, ranks, asked)
-            if cache is not None:
-                save_pairs(cache, pairs, about)
+            if corda.cache_file is not None:
+                save_pairs(corda.cache_file, pairs, about)
             if not corda.prune_temporary_fields:
                 _leave_fields(layers, store, ranks, corda.corda_method)
     _set_eigens(layers, pairs)
 
 
-def _has_content(path: str | Path | None) -> bool:
+def _has_content(path: str | Path) -> bool:
     """Is there a file? An empty one counts as none, as in PEFT."""
-    return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0
+    return Path(path).is_file() and Path(path).stat().st_size > 0
 
 
 def _set_eigens(layers: Mapping[str, nn.Module], pairs: Pairs) -> None:
@@ -117,8 +117,9 @@ def _covariances(
     asked: StartOptions,
 ) -> CovarianceStore:
     """From the configuration's file, or from a run, which writes it."""
-    path = config.corda_config.covariance_file
-    if _has_content(path):
+    assert config.corda_config is not None  # see `preprocess_corda`
+    path, pruned = config.corda_config.covariance_file, config.corda_config.prune_temporary_fields
+    if path is not None and _has_content(path):
         return _loaded(path, fingerprint(model))
     if run_model is None:
         raise CordaError(
@@ -137,7 +138,7 @@ def _covariances(
     if path is not None:
         Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
         store.save(path)
-    if not config.corda_config.prune_temporary_fields:
+    if not pruned:
         for name in layers:
             layers[name].sample_count = watch.calls[name]  # pyright: ignore[reportArgumentType]
     return store

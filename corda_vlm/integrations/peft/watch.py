@@ -188,7 +188,7 @@ _FED = {"input_ids", "inputs_embeds"}
 
 
 def _for_all(towers: Iterable[str], batch: Mapping[str, Any]) -> Masks:
-    mask = batch.get("attention_mask")
+    mask: Tensor | None = batch.get("attention_mask")
     return {} if mask is None else dict.fromkeys(towers, mask)
 
 
