@@ -26,6 +26,8 @@ from corda_vlm.yaml_file import parse_yaml
 
 Verb = Callable[..., None]
 HELP = ("-h", "--help")
+BY_PLACE = "by place"
+"""In the `Annotated` type of a verb's argument that is given by its place, and may be left out."""
 _TRUTH = {"true": True, "false": False}
 _WIDTH = 100
 
@@ -88,6 +90,7 @@ class Command:
         self.parser._negative_number_matcher = re.compile(r"-\.?\d")
         self.arguments: list[_Argument] = []
         self.former: dict[str, type] = {}
+        self.optional: set[str] = set()  # of those that are given by their place
         places = self.parser.add_argument_group("arguments")
         own = self.parser.add_argument_group("options")
         hints = get_type_hints(verb, include_extras=True)
@@ -96,12 +99,17 @@ class Command:
             if is_dataclass(kind):
                 assert isinstance(kind, type)
                 self._add_options(one.name, kind)
-            elif one.default is one.empty:
+            elif one.default is one.empty or BY_PLACE in getattr(kind, "__metadata__", ()):
+                self.optional |= {one.name} if one.default is not one.empty else set()
                 self._add(places, one.name, kind, told.get(one.name, ""))
             else:
                 name = "--" + one.name.replace("_", "-")
                 self._add(own, name, kind, told.get(one.name, ""), one.default)
-        words = [one.shown for one in self.arguments if not one.option_strings]
+        words = [
+            f"[{one.shown}]" if one.dest in self.optional else one.shown
+            for one in self.arguments
+            if not one.option_strings
+        ]
         self.parser.usage = " ".join([self.prog, *words, "[OPTIONS]"])
 
     def _add_options(self, parameter: str, kind: type) -> None:
@@ -146,7 +154,7 @@ class Command:
         if more:
             raise CordaError(f"{brief(more[0])} is one word too many for {self.prog}; {usage}")
         for one in self.arguments:
-            if not one.option_strings and one.dest not in found:
+            if not one.option_strings and one.dest not in {*vars(found), *self.optional}:
                 raise CordaError(f"{self.prog} needs {one.shown}; {usage}")
         return self._sorted(vars(found))
 

@@ -31,6 +31,9 @@ PLAN = "plan.json"
 BEGUN, DONE, HISTORY = "train.json", "result.json", "history.jsonl"
 """In a training's folder, which is one of a variant's."""
 
+CARD, CHANGE = "card.json", "change.png"
+"""Of the comparison of two results, beside its report and page."""
+
 STUDY = "study.json"
 """In the folder of a study, beside its experiments' folders."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from corda_vlm.command_line import call
+from corda_vlm.command_line import BY_PLACE, call
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.options import Count, NotNegative
 
@@ -103,3 +103,23 @@ def test_help_wins_over_whatever_else_is_wrong(capsys):
     assert "(default: None)" not in told
     call({"bake": bake}, [], "About cakes.")
     assert "About cakes.\n\nverbs:\n  bake  Bake a cake.\n" in capsys.readouterr().out
+
+
+def test_an_argument_by_its_place_that_may_be_left_out():
+    def roast(nuts: Annotated[str | None, BY_PLACE] = None, *, salt: int = 0) -> None:
+        """Roast."""
+        ASKED.update(nuts=nuts, salt=salt)
+
+    def given(*words: str) -> dict[str, Any]:
+        call({"roast": roast}, ["roast", *words], "About nuts.")
+        return dict(ASKED)
+
+    ASKED.clear()
+    assert given() == {"nuts": None, "salt": 0}
+    assert given("--salt", "2") == {"nuts": None, "salt": 2}
+    assert given("cashews", "--salt", "2") == {"nuts": "cashews", "salt": 2}
+    assert given("--salt", "2", "cashews") == {"nuts": "cashews", "salt": 2}
+    with pytest.raises(
+        CordaError, match=r"'walnuts' is one word too many.*usage: corda-vlm roast \[NUTS\]"
+    ):
+        given("cashews", "walnuts")

@@ -45,38 +45,68 @@ def bootstrap(
     Raises:
         DataError: no examples, or one whose value is not a finite number.
     """
-    values, heavy = _checked(values, weights)
-    members = np.zeros(values.size, dtype=np.int64) if groups is None else np.asarray(groups)
+    means = resampled_means(values, groups=groups, weights=weights, resamples=resamples, seed=seed)
+    return interval_of_draws(float(means[0, 0]), means[1:, 0], confidence)
+
+
+def interval_of_draws(
+    value: float, draws: Float[np.ndarray, " draws"], confidence: float = CONFIDENCE
+) -> Interval:
+    """A value with the percentile interval of what its resamples gave."""
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(draws, [tail, 100.0 - tail])
+    return Interval(value, float(low), float(high))
+
+
+def resampled_means(
+    *columns: Shaped[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"] | None = None,
+    weights: Float[np.ndarray, " n"] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Float[np.ndarray, "rows columns"]:
+    """The means of columns of values of the same examples: first of all examples, then of each resample of them.
+
+    Each row is of one resample, the same for all columns, so what two columns share cancels in their difference or ratio.
+    `groups` and `weights` are as of `bootstrap`.
+
+    Raises:
+        DataError: no examples, or one whose value is not a finite number.
+    """
+    checked = [_checked(values, weights) for values in columns]
+    heavy = checked[0][1]
+    members = np.zeros(heavy.size, dtype=np.int64) if groups is None else np.asarray(groups)
     _, members = np.unique(members, return_inverse=True)
     n_groups = int(members.max()) + 1
 
-    # Drawing n examples with replacement is one multinomial draw over the distinct (group, value, weight)
+    # Drawing n examples with replacement is one multinomial draw over the distinct (group, values, weight)
     # cells: the same distribution as drawing indices, at a cost that does not grow with n.
-    cells, counts = np.unique(np.stack([members, values, heavy]), axis=1, return_counts=True)
-    cell_group, cell_value, cell_weight = cells[0].astype(np.int64), cells[1], cells[2]
+    rows = np.stack([members, *(values for values, _ in checked), heavy])
+    cells, counts = np.unique(rows, axis=1, return_counts=True)
+    cell_group, cell_values, cell_weight = cells[0].astype(np.int64), cells[1:-1], cells[-1]
     one_hot = np.zeros((len(counts), n_groups))
     one_hot[np.arange(len(counts)), cell_group] = 1.0
 
-    def mean_of(drawn: np.ndarray) -> np.ndarray:  # (rows, cells) -> (rows,)
+    def means_of(drawn: np.ndarray) -> np.ndarray:  # (rows, cells) -> (rows, columns)
         size = (drawn * cell_weight) @ one_hot  # (rows, groups)
-        total = (drawn * cell_weight * cell_value) @ one_hot
         seen = size > 0
-        return np.where(seen, total / np.where(seen, size, 1), 0.0).sum(-1) / seen.sum(-1)
+        means = []
+        for cell_value in cell_values:
+            total = (drawn * cell_weight * cell_value) @ one_hot
+            means.append(
+                np.where(seen, total / np.where(seen, size, 1), 0.0).sum(-1) / seen.sum(-1)
+            )
+        return np.stack(means, axis=-1)
 
     generator = np.random.default_rng(seed)
     chunk = max(1, 4_000_000 // len(counts))  # rows drawn at a time, to bound memory
     drawn = [
-        mean_of(
-            generator.multinomial(
-                values.size, counts / values.size, size=min(chunk, resamples - at)
-            )
+        means_of(
+            generator.multinomial(heavy.size, counts / heavy.size, size=min(chunk, resamples - at))
         )
         for at in range(0, resamples, chunk)
     ]
-    tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(np.concatenate(drawn), [tail, 100.0 - tail])
-    value = float(mean_of(counts[None].astype(np.float64))[0])
-    return Interval(value, float(low), float(high))
+    return np.concatenate([means_of(counts[None].astype(np.float64)), *drawn])
 
 
 def _checked(values: Any, weights: Any) -> tuple[np.ndarray, np.ndarray]:

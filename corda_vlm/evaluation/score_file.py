@@ -46,7 +46,7 @@ def add_result(path: str | Path, result: TaskResult, **labels: Any) -> list[dict
 def _add(path: Path, result: TaskResult, labels: dict[str, Any]) -> list[dict[str, Any]]:
     task = result.task.name
     before = [_without_source(row) for row in read_rows(path, missing_ok=True)]
-    known = _read_examples(path)
+    known = read_examples(path)
     if labels.get("method") == BASE:
         # First, so that a kill in between leaves no base model without its examples: it is then measured again.
         _keep_examples(path, task, result.outcomes, known)
@@ -102,7 +102,8 @@ def _keep_examples(
     append_jsonl(examples_path(scores), rows, "base model's task")
 
 
-def _read_examples(scores: Path) -> dict[tuple[str, str], Outcome]:
+def read_examples(scores: Path) -> dict[tuple[str, str], Outcome]:
+    """(task, metric) -> what the base model did on each example, beside a file of scores; nothing where it is not told."""
     rows = read_jsonl(examples_path(scores), "base model's task", check=_wrong, missing_ok=True)
     return {
         (row["task"], row["metric"]): Outcome(

@@ -15,18 +15,27 @@ if TYPE_CHECKING:
     from corda_vlm.report.analysis.convergence import steps_to_loss
     from corda_vlm.report.analysis.findings import leading_finding
     from corda_vlm.report.analysis.results import Results
+    from corda_vlm.report.before_after.options import BeforeAfterOptions, Roles
+    from corda_vlm.report.before_after.write import write_comparison
+    from corda_vlm.report.formats.registry import FORMATS, read_results, register_format
     from corda_vlm.report.overview import write_overview
     from corda_vlm.report.write import summary_table, write_report
 
 _HOMES = {
+    "BeforeAfterOptions": "before_after.options",
+    "FORMATS": "formats.registry",
     "Results": "analysis.results",
+    "Roles": "before_after.options",
     "against": "analysis.compare",
     "choose": "analysis.choose",
     "compare": "analysis.compare",
     "dominates": "analysis.compare",
     "leading_finding": "analysis.findings",
+    "read_results": "formats.registry",
+    "register_format": "formats.registry",
     "steps_to_loss": "analysis.convergence",
     "summary_table": "write",
+    "write_comparison": "before_after.write",
     "write_overview": "overview",
     "write_report": "write",
 }
