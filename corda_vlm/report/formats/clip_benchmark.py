@@ -59,11 +59,13 @@ def read(files: list[Path]) -> list[Measured]:
 
 def _name(content: dict[str, Any]) -> str:
     """Of a checkpoint on a disk its file or folder, else "model, pretrained"."""
-    pretrained = str(content["pretrained"])
+    pretrained, model = str(content["pretrained"]), str(content["model"])
     if "/" in pretrained:
         place = Path(pretrained)
         return place.parent.name if place.stem.startswith(("open_clip", "epoch")) else place.stem
-    return f"{content['model']}, {pretrained}" if pretrained else str(content["model"])
+    if model.startswith("local-dir:"):
+        return Path(model.removeprefix("local-dir:")).name
+    return f"{model}, {pretrained}" if pretrained else model
 
 
 def _task(content: dict[str, Any]) -> str:

@@ -127,6 +127,8 @@ def _overall(table: Table, path: Path) -> dict[str, float]:
                 f"{shown(path)}: {_ALL} is {text[:50]!r}, and should be a number"
             )
         scores[str(split)] = score
+    if _ALL in scores:  # of several splits and all of them together
+        scores = {"": scores[_ALL]}
     if any(1 < score <= 100 for score in scores.values()):
         return {split: score / 100 for split, score in scores.items()}
     return scores

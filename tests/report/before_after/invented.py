@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.report.formats.base import Measure, Measured, samples_of
 
 
@@ -33,3 +34,9 @@ def model(name: str, *measures: Measure) -> Measured:
 def right(share: float, n: int = 200) -> list[float]:
     """Of n samples the first share is right."""
     return [float(place < share * n) for place in range(n)]
+
+
+def interval(value: Interval | float | None) -> Interval:
+    """A value that has to have an interval."""
+    assert isinstance(value, Interval)
+    return value

@@ -9,7 +9,7 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.report.before_after.comparison import compare_models
 from corda_vlm.report.before_after.options import Roles
-from tests.report.before_after.invented import measure, model, right, told
+from tests.report.before_after.invented import interval, measure, model, right, told
 
 BEFORE = model(
     "before", measure("sums", right(0.1)), measure("old", right(0.8)), measure("older", right(0.5))
@@ -25,8 +25,8 @@ def test_the_kept_share_is_the_mean_over_what_is_no_gain():
         ("sums", "gain"), ("old", "retention"), ("older", "retention")
     ]  # fmt: skip
     assert isinstance(one.kept, Interval)
-    assert one.kept.value == pytest.approx((0.75 + 1.0) / 2)
-    assert one.kept.low < one.kept.value < one.kept.high
+    assert interval(one.kept).value == pytest.approx((0.75 + 1.0) / 2)
+    assert interval(one.kept).low < interval(one.kept).value < interval(one.kept).high
 
 
 def test_the_interval_of_the_mean_is_narrower_than_those_of_its_tasks():
@@ -38,8 +38,10 @@ def test_the_interval_of_the_mean_is_narrower_than_those_of_its_tasks():
         before.append(measure(name, known))
         after.append(measure(name, known & (generator.random(200) < 0.9)))
     (one,) = compare_models(model("before", *before), [model("after", *after)], Roles())
-    widths = [of.kept.high - of.kept.low for of in one.changes]
-    assert one.kept.high - one.kept.low == pytest.approx(np.mean(widths) / np.sqrt(10), rel=0.2)
+    widths = [interval(of.kept).high - interval(of.kept).low for of in one.changes]
+    assert interval(one.kept).high - interval(one.kept).low == pytest.approx(
+        np.mean(widths) / np.sqrt(10), rel=0.2
+    )
 
 
 def test_one_task_without_an_interval_leaves_the_mean_without_one():
@@ -71,7 +73,7 @@ def test_roles_of_the_results_count_where_none_are_given():
 
 def test_chance_is_the_zero_of_what_is_known_and_may_be_given():
     (one,) = compare_models(BEFORE, [AFTER], Roles(retention=["old"], chance={"old": 0.4}))
-    assert one.kept.value == pytest.approx(0.5)
+    assert interval(one.kept).value == pytest.approx(0.5)
 
 
 def test_the_metric_is_the_first_that_both_have_or_the_one_that_is_named():
@@ -98,7 +100,7 @@ def test_a_task_in_one_and_not_in_the_other():
     with pytest.raises(CordaError, match="'before' has no results for 'older'"):
         compare_models(less.__class__("before", less.tools, less.measures), [AFTER], Roles())
     (one,) = compare_models(BEFORE, [less], Roles(gain=["sums"], retention=["old"]))
-    assert one.kept.value == pytest.approx(0.75)
+    assert interval(one.kept).value == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(
