@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from corda_vlm.evaluation.bootstrap import Interval, paired_difference
     from corda_vlm.evaluation.measure import TaskResult, evaluate, task_data
     from corda_vlm.evaluation.models.encoder import Cache, Encoder
+    from corda_vlm.evaluation.predictions import Prediction, changes, read_predictions
     from corda_vlm.evaluation.score_file import add_result, append_rows, done, read_rows, score_row
     from corda_vlm.evaluation.scores import Outcome, Score, value_text
     from corda_vlm.evaluation.suite import Suite, Task, load_suite
@@ -32,6 +33,7 @@ _HOMES = {
     "Interval": "bootstrap",
     "Metric": "tasks.registry",
     "Outcome": "scores",
+    "Prediction": "predictions",
     "Score": "scores",
     "Setting": "tasks.base",
     "Suite": "suite",
@@ -42,10 +44,12 @@ _HOMES = {
     "TaskResult": "measure",
     "add_result": "score_file",
     "append_rows": "score_file",
+    "changes": "predictions",
     "done": "score_file",
     "evaluate": "measure",
     "load_suite": "suite",
     "paired_difference": "bootstrap",
+    "read_predictions": "predictions",
     "read_rows": "score_file",
     "register_metric": "tasks.registry",
     "register_task": "tasks.registry",

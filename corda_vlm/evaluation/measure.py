@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,14 @@ from typing_extensions import Unpack
 from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation.models.encoder import Cache, Encoder
 from corda_vlm.evaluation.options import EvalKeywords, EvalOptions
-from corda_vlm.evaluation.scores import Outcome, Score, value_text
+from corda_vlm.evaluation.predictions import (
+    Prediction,
+    add_predictions,
+    check_predicting,
+    check_predictions,
+    records_told,
+)
+from corda_vlm.evaluation.scores import BASE, Outcome, Score, value_text
 from corda_vlm.evaluation.suite import Suite, Task, load_suite
 from corda_vlm.evaluation.tasks.base import TaskContext
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
@@ -34,12 +41,19 @@ DEFAULTS = EvalOptions()
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A measured task: its scores, what happened on each example, and how long it took."""
+    """A measured task: its scores, what happened on each example, and how long it took.
+
+    Attributes:
+        predictions: what the model said of each example, where that was asked for and the kind of task has it.
+        records: how the records of the predictions are read again, see `ModelPrediction`.
+    """
 
     task: Task
     scores: tuple[Score, ...]
     outcomes: tuple[Outcome, ...]
     seconds: float
+    predictions: tuple[Prediction, ...] = ()
+    records: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
         """One line: each metric with its interval."""
@@ -59,6 +73,8 @@ def evaluate(
     cache: Cache | None = None,
     head: Callable[[Tensor], Tensor] | None = None,
     show_progress: bool = False,
+    predictions: str | Path | None = None,
+    method: str = BASE,
     **options: Unpack[EvalKeywords],
 ) -> list[Score]:
     """Measure a model on a suite.
@@ -70,18 +86,30 @@ def evaluate(
         family: of a bare model; "auto" detects it.
         cache: shared between the evaluations of a study, so that images are decoded once.
         head, show_progress: as of `measure`.
+        predictions: a file of JSON lines to add to what the model said of each example, see `read_predictions`.
+        method: what that file calls the model.
         options: of `EvalOptions`.
 
     Raises:
-        CordaError: a bare model without its processor.
+        CordaError: a bare model without its processor, or no task of which there are predictions.
         DataError, NotFiniteError, UnknownNameError: as of `measure`.
     """
     if isinstance(root := options.get("data_root"), Path):
         options["data_root"] = str(root)
     asked = options_from(EvalOptions, options, "evaluate")
     encoder = encoder_of(model, asked, processor=processor, family=family, cache=cache)
-    results = measure(encoder, suite, asked, head=head, show_progress=show_progress)
-    return [score for result in results for score in result.scores]
+    if predictions is not None:
+        suite = load_suite(suite)
+        check_predicting(suite, asked.tasks)
+        check_predictions(predictions)
+    scores: list[Score] = []
+    for result in measure(
+        encoder, suite, asked, head=head, show_progress=show_progress, predict=predictions is not None
+    ):  # fmt: skip
+        if predictions is not None:
+            add_predictions(predictions, result, method=method)
+        scores += result.scores
+    return scores
 
 
 def encoder_of(
@@ -125,6 +153,7 @@ def measure(
     *,
     head: Callable[[Tensor], Tensor] | None = None,
     show_progress: bool = False,
+    predict: bool = False,
 ) -> Iterator[TaskResult]:
     """Measure a model on a suite, task by task, so that each can be written down before the next begins.
 
@@ -134,6 +163,7 @@ def measure(
         head: a classifier trained on the new task, image embeddings -> logits; in place of the prompts it judges the
             zero-shot tasks that do not measure retention.
         show_progress: how far each task is.
+        predict: note what the model says of each example.
 
     Raises:
         UnknownNameError: no such suite or task.
@@ -149,15 +179,18 @@ def measure(
         evaluator = TASK_KINDS[task.kind].load().build(task, data, context)
         if head is not None and task.role != "retention":
             evaluator = evaluator.with_head(head)
+        hearing = replace(encoder, heard=[]) if predict else encoder
         try:
             with showing(show_progress), Meter(task.name, evaluator.examples, unit="example"):
-                outcomes = tuple(evaluator.outcomes(encoder))
+                outcomes = tuple(evaluator.outcomes(hearing))
         except NotFiniteError as error:
             raise NotFiniteError(f"{what}: {error}") from error
         scores = tuple(o.score(task.name, task.role, resamples=options.resamples) for o in outcomes)
         if data.left_out:
             logger.warning("task %s: %s", task.name, data.left_out)
-        yield TaskResult(task, scores, outcomes, time.perf_counter() - started)
+        said = tuple(hearing.heard or ())
+        told = records_told(data, task.source) if said else None
+        yield TaskResult(task, scores, outcomes, time.perf_counter() - started, said, told)
         started = time.perf_counter()
 
 

@@ -33,6 +33,7 @@ from corda_vlm.evaluation.measure import (
     tasks_with_data,
 )
 from corda_vlm.evaluation.options import EvalOptions
+from corda_vlm.evaluation.predictions import add_predictions
 from corda_vlm.families import Loaded, Processor
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.files import entries, file_digest, text_digest
@@ -362,6 +363,7 @@ def measure_into(
     processor: Processor,
     cache: Cache,
     made_from: Mapping[str, str] = MappingProxyType({}),
+    predictions: str | Path | None = None,
 ) -> Iterator[tuple[TaskResult, list[dict[str, Any]]]]:
     """Measure a model at one strength, task by task, and add what was measured to a file of scores.
 
@@ -372,6 +374,7 @@ def measure_into(
         about: which model it is, as in `score_row`: run, method, and what else its rows tell.
         processor, cache: as in `evaluate`.
         made_from: task -> what its scores are made from, which their rows then tell.
+        predictions: a file to add to what the model said of each example; None writes none.
 
     Yields:
         each task's result, with the rows of scores that were added, none where the file had them already.
@@ -381,10 +384,16 @@ def measure_into(
     """
     with trained.at_scale(scale) as head:
         encoder = encoder_of(trained.model, options, processor=processor, cache=cache)
-        for result in measure(encoder, suite, options, head=head, show_progress=True):
+        for result in measure(
+            encoder, suite, options, head=head, show_progress=True, predict=predictions is not None
+        ):
             facts = {**about, "scale": scale}
             if result.task.name in made_from:
                 facts["made_from"] = made_from[result.task.name]
+            if (
+                predictions is not None
+            ):  # first, so that a kill in between has the task measured again
+                add_predictions(predictions, result, **facts)
             yield result, [] if scores is None else add_result(scores, result, **facts)
 
 

@@ -17,6 +17,7 @@ def evaluate(
     adapter: str | None = None,
     scales: str | None = None,
     output: str | None = None,
+    predictions: str | None = None,
     *,
     options: EvalOptions,
     load: LoadOptions,
@@ -33,6 +34,8 @@ def evaluate(
         scales: Strengths of what was trained, from 0 to 2, e.g. 0.25,0.5,0.75,1 (WiSE-FT); 0 is the model before
             training, 1 the trained one, and above 1 it goes further than training did.
         output: A scores file (JSON lines) to add the scores to.
+        predictions: A file (JSON lines) to add to what the model said of each example: the answer or the predicted class,
+            the right ones, and whether it is right.
     """
     strengths = checks.check_strengths(scales, adapter)
     checks.check_source(model)
@@ -40,7 +43,9 @@ def evaluate(
     if adapter is not None:
         checks.check_folder(adapter, "training's", "make it by corda-vlm train")
     checks.check_output(output)
+    checks.check_output(predictions)
     from corda_vlm.evaluation import Cache
+    from corda_vlm.evaluation.predictions import check_predicting, check_predictions, unpredicted
     from corda_vlm.evaluation.score_file import check_scores, read_rows, tasks_left
     from corda_vlm.experiment import steps
     from corda_vlm.train.trained import Trained, load_trained
@@ -49,6 +54,9 @@ def evaluate(
     method = "base" if adapter is None else name_of(Path(adapter))
     if output is not None:  # before anything is measured for it
         check_scores(output)
+    if predictions is not None:
+        check_predicting(to_measure, options.tasks)
+        check_predictions(predictions)
     made_from = steps.measured_from(loaded, adapter, to_measure, options, cache)
     trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
     former = [] if output is None else read_rows(output, missing_ok=True)
@@ -57,6 +65,8 @@ def evaluate(
         if scales is not None:
             print(f"scale {scale:g}")
         left = tasks_left(to_measure, former, made_from, method=method, scale=scale)
+        if predictions is not None:
+            left = unpredicted(to_measure, left, predictions, made_from, method=method, scale=scale)
         for task in made_from:
             if task not in left:
                 print(f"  {task}: measured before, see {output}")
@@ -72,9 +82,12 @@ def evaluate(
             processor=loaded.processor,
             cache=cache,
             made_from=made_from,
+            predictions=predictions,
         ):
             print(f"  {result}")
             added += len(rows)
     if output is not None:
         same = "" if added else ", which has the same already"
         print(f"\nadded {added} scores to {output}{same}")
+    if predictions is not None:
+        print(f"what the model said of each example is in {predictions}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from corda_vlm.evaluation.models.base import MeasuredModel
 from corda_vlm.evaluation.models.finite import FiniteCheck
+from corda_vlm.evaluation.predictions import Prediction
 from corda_vlm.families.base import Family, Processor
 from corda_vlm.progress import advance
 
@@ -41,11 +42,13 @@ class Encoder(MeasuredModel):
 
     Attributes:
         cache: what the evaluations of a study have in common.
+        heard: what the model said of each example, which evaluators add to; None where nobody asked for it.
     """
 
     family: Family
     processor: Processor
     cache: Cache = field(default_factory=Cache, repr=False, kw_only=True)
+    heard: list[Prediction] | None = field(default=None, repr=False, kw_only=True)
 
     def images(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> Float[Tensor, "n d"]:
         """Unit vectors of batches of pixels, taken one by one so that a large data set never lies in memory.

@@ -76,8 +76,8 @@ def answered(
     chat: ChatOptions,
     max_new_tokens: int,
     stop: Sequence[str],
-) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Yield each record of use with what the model answers, in the order of the records.
+) -> Iterator[tuple[int, Mapping[str, Any], str]]:
+    """Yield each record of use, after its number, with what the model answers, in the order of the records.
 
     Raises:
         DataError: no record is of use, or one has no answer to compare with.
@@ -91,7 +91,7 @@ def answered(
         said = generate(generator, list(prompts.values()), max_new_tokens=max_new_tokens, stop=stop)
         for index, text in zip(prompts, said, strict=True):
             count += 1
-            yield data[index], text
+            yield index, data[index], text
     check_any_measured(range(count), data.spec)
 
 
@@ -107,6 +107,15 @@ def references(record: Mapping[str, Any], place: str) -> list[str]:
     if messages and messages[-1]["role"] == "assistant":
         return [str(messages[-1]["content"])]
     raise DataError(f"{place}: has no answer to compare with")
+
+
+def question_of(record: Mapping[str, Any]) -> str:
+    """What a record asks: its question, or the last that a user says in its conversation; places of pictures left out."""
+    messages = record.get("messages") or []
+    asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    if not isinstance(asked, str):
+        asked = " ".join(part["text"] for part in asked if part.get("type") == "text")
+    return asked.replace("<image>", " ").strip()
 
 
 class Said:

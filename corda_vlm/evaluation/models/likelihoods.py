@@ -66,15 +66,15 @@ def scored_answers(
     answers_of: Callable[[Record, str], list[str]],
     *,
     chat: ChatOptions,
-) -> Iterator[tuple[Record, list[str], list[Likelihood]]]:
-    """Yield each record of use with its answers and their likelihoods, in the order of the records.
+) -> Iterator[tuple[int, Record, list[str], list[Likelihood]]]:
+    """Yield each record of use, after its number, with its answers and their likelihoods, in the order of the records.
 
     Args:
         answers_of: (record, where a person finds it) -> the answers to score.
     """
     builder = ConversationBatches(data, generator.processor, chat=chat, cache_mb=0)
     for window in generator.windows(len(data)):
-        records: list[tuple[Any, list[str]]] = []
+        records: list[tuple[int, Any, list[str]]] = []
         samples: list[Sample] = []
         for index in window:
             record = data.get(index)
@@ -85,8 +85,8 @@ def scored_answers(
             kept = [sample for sample in own if sample is not None]
             # A question of which one choice does not fit cannot be answered fairly.
             if len(kept) == len(own):
-                records.append((record, answers))
+                records.append((index, record, answers))
                 samples += kept
         scored = iter(likelihoods(generator, samples))
-        for record, answers in records:
-            yield record, answers, [next(scored) for _ in answers]
+        for index, record, answers in records:
+            yield index, record, answers, [next(scored) for _ in answers]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.models.encoder import Encoder
+from corda_vlm.evaluation.predictions import Prediction
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS, Metric
@@ -54,6 +55,22 @@ class Evaluator(ABC):
             return fields(data, task.metrics, **renamed(cls, task.options))
         except (CordaError, TypeError) as error:
             raise CordaError(f"{context.what}: {error}") from error
+
+    def note(
+        self,
+        encoder: Encoder,
+        index: int,
+        said: str,
+        right: Sequence[str],
+        correct: float,
+        metric: str,
+        question: str | None = None,
+    ) -> None:
+        """Note what the model said of record `index`, where somebody asked for that; the rest as of `Prediction`."""
+        if encoder.heard is not None:
+            place = self.data.place(index)
+            told = Prediction(index, place, said, tuple(right), float(correct), metric, question)
+            encoder.heard.append(told)
 
     @property
     def examples(self) -> int | None:

@@ -52,7 +52,7 @@ class AnswerLikelihood(LikelihoodOptions, Evaluator):
         total, each = [], []
         chat = ChatOptions(**as_keywords(self, PromptOptions))
         generator = TextGenerator.of(encoder)
-        for _, _, scored in scored_answers(generator, self.data, self._answers, chat=chat):
+        for _, _, _, scored in scored_answers(generator, self.data, self._answers, chat=chat):
             total.append(max(one.total for one in scored))
             each.append(max(one.total / one.tokens for one in scored))
         check_any_measured(total, self.data.spec)

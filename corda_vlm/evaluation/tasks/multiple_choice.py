@@ -12,6 +12,7 @@ from corda_vlm.data import ChatOptions
 from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
+from corda_vlm.evaluation.models.generate import question_of
 from corda_vlm.evaluation.models.likelihoods import scored_answers
 from corda_vlm.evaluation.models.text_model import TextGenerator, check_any_measured
 from corda_vlm.evaluation.scores import Outcome
@@ -53,12 +54,19 @@ class MultipleChoice(ChoiceOptions, Evaluator):
         chance = []
         chat = ChatOptions(**as_keywords(self, PromptOptions))
         generator = TextGenerator.of(encoder)
-        for record, choices, scored in scored_answers(generator, self.data, _choices, chat=chat):
+        for index, record, choices, scored in scored_answers(
+            generator, self.data, _choices, chat=chat
+        ):
             total = np.array([one.total for one in scored])
             size = np.array([len(choice) for choice in choices])
-            right["acc"].append(float(total.argmax() == record["choice"]))
-            right["acc_norm"].append(float((total / size).argmax() == record["choice"]))
+            chosen = {"acc": int(total.argmax()), "acc_norm": int((total / size).argmax())}
+            for metric, choice in chosen.items():
+                right[metric].append(float(choice == record["choice"]))
             chance.append(1 / len(choices))
+            first = self.metrics[0]
+            said, best = choices[chosen[first]], choices[record["choice"]]
+            correct, asked = right[first][-1], question_of(record)
+            self.note(encoder, index, said, [best], correct, first, asked)
         check_any_measured(chance, self.data.spec)
         for metric in self.metrics:
             yield Outcome(metric, np.asarray(right[metric]), chance=float(np.mean(chance)))

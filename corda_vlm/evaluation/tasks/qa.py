@@ -14,7 +14,7 @@ from corda_vlm.data import ChatOptions
 from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
-from corda_vlm.evaluation.models.generate import answered, references
+from corda_vlm.evaluation.models.generate import answered, question_of, references
 from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known, registered, shares
@@ -80,20 +80,18 @@ class Qa(QaOptions, Evaluator):
             DataError: no question is of use, or one has no answer.
         """
         chat = ChatOptions(**as_keywords(self, PromptOptions))
-        said = [
-            (answer, references(record, str(self.data.spec)))
-            for record, answer in answered(
-                TextGenerator.of(encoder),
-                self.data,
-                chat=chat,
-                max_new_tokens=self.max_new_tokens,
-                stop=self.stop,
-            )
-        ]
+        said, right = [], []
+        for index, record, answer in answered(
+            TextGenerator.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
+        ):  # fmt: skip
+            known_answers = references(record, str(self.data.spec))
+            said.append((answer, known_answers))
+            right.append(exact_match(answer, known_answers, articles=self.articles))
+            asked = question_of(record)
+            self.note(encoder, index, answer, known_answers, right[-1], "exact_match", asked)
         own = registered(self.metrics, "qa")
         for metric in self.metrics:
             if metric in own:
                 yield judged(metric, own[metric], said)
                 continue
-            right = [exact_match(*one, articles=self.articles) for one in said]
             yield Outcome(metric, np.asarray(right), chance=self.chance)

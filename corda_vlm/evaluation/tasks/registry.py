@@ -44,6 +44,7 @@ class TaskKind:
         needs: the keys besides `data` that its tasks need in a suite, of "classes" and "templates".
         judged_by: the arguments with which it calls the metrics that are registered for it, in words; empty for a kind that
             takes none.
+        predicts: does it note what the model said of each example, see `Evaluator.note`?
         registered: the metrics that are registered for it.
     """
 
@@ -53,6 +54,7 @@ class TaskKind:
     options: type | None = None
     needs: tuple[str, ...] = ()
     judged_by: str = ""
+    predicts: bool = False
     registered: dict[str, Metric] = field(default_factory=dict, compare=False)
 
     @property
@@ -78,6 +80,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         usual=("top1",),
         needs=("classes", "templates"),
         judged_by="logits (b, classes) and labels (b,), tensors -> (b,)",
+        predicts=True,
     ),
     "retrieval": TaskKind(f"{_HERE}.retrieval:Retrieval", options.RETRIEVAL_METRICS),
     "vqa": TaskKind(
@@ -86,12 +89,14 @@ TASK_KINDS: dict[str, TaskKind] = {
         usual=("vqa_accuracy",),
         options=options.VqaOptions,
         judged_by=_ANSWER,
+        predicts=True,
     ),
     "qa": TaskKind(
         f"{_HERE}.qa:Qa",
         options.QA_METRICS,
         options=options.QaOptions,
         judged_by=_ANSWER,
+        predicts=True,
     ),
     "likelihood": TaskKind(
         f"{_HERE}.likelihood:AnswerLikelihood",
@@ -102,6 +107,7 @@ TASK_KINDS: dict[str, TaskKind] = {
         f"{_HERE}.multiple_choice:MultipleChoice",
         options.CHOICE_METRICS,
         options=options.ChoiceOptions,
+        predicts=True,
     ),
     "perplexity": TaskKind(
         f"{_HERE}.perplexity:Perplexity",

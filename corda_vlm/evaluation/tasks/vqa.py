@@ -13,7 +13,7 @@ from corda_vlm.data import ChatOptions
 from corda_vlm.data.text.chat_options import PromptOptions
 from corda_vlm.errors import DataError
 from corda_vlm.evaluation.models.encoder import Encoder
-from corda_vlm.evaluation.models.generate import answered, references
+from corda_vlm.evaluation.models.generate import answered, question_of, references
 from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.tasks.base import Evaluator, known, registered
@@ -178,13 +178,16 @@ class Vqa(VqaOptions, Evaluator):
         right: list[tuple[float, float, str]] = []
         answers: list[tuple[str, list[str]]] = []
         own_metrics = registered(self.metrics, "vqa")
-        for record, said in answered(
+        for index, record, said in answered(
             TextGenerator.of(encoder), self.data, chat=chat, max_new_tokens=self.max_new_tokens, stop=self.stop
         ):  # fmt: skip
             known_answers = references(record, str(self.data.spec))
             accuracy, match = vqa_accuracy(said, known_answers), exact_match(said, known_answers)
             right.append((accuracy, match, answer_type(known_answers)))
             answers.append((said, known_answers))
+            by = "exact_match" if self.metrics[0] == "exact_match" else "vqa_accuracy"
+            correct, asked = match if by == "exact_match" else accuracy, question_of(record)
+            self.note(encoder, index, said, known_answers, correct, by, asked)
         for metric in self.metrics:
             if metric in own_metrics:
                 yield judged(metric, own_metrics[metric], answers)

@@ -76,9 +76,9 @@ class ZeroShot(Evaluator):
         vectors, truth = self._encoded(encoder)  # (n, d), (n,)
         classify = self.head or self._prompts(encoder)
         own = registered(self.metrics, "zero_shot")
-        judges = [_ranks_of, *(metric.judge for metric in own.values())]
+        judges = [_ranks_of, _first_of, *(metric.judge for metric in own.values())]
         chunk = max(encoder.batch_size, 256)
-        ranks, *others = _judged(vectors, classify, truth, chunk, judges)
+        ranks, firsts, *others = _judged(vectors, classify, truth, chunk, judges)
         rank = torch.cat(ranks).numpy()
         values = {
             metric: np.concatenate(
@@ -86,6 +86,7 @@ class ZeroShot(Evaluator):
             )
             for metric, parts in zip(own, others, strict=True)
         }
+        self._note_each(encoder, torch.cat(firsts), truth)
         classes = len(self.class_names)
         for metric in self.metrics:
             if metric in own:
@@ -124,6 +125,19 @@ class ZeroShot(Evaluator):
             )
         return vectors, truth
 
+    def _note_each(
+        self, encoder: Encoder, firsts: Int[Tensor, " n"], truth: Int[Tensor, " n"]
+    ) -> None:
+        if encoder.heard is None:
+            return
+        names = self.class_names if self.head is None else self.data.class_names
+        names = names or [str(label) for label in range(len(self.class_names))]
+        measured = [index for index in range(len(self.data)) if index not in self.data.bad]
+        each = zip(measured, firsts.tolist(), truth.tolist(), strict=True)
+        for index, first, label in each:
+            said, right = str(names[first]), str(names[label])
+            self.note(encoder, index, said, [right], first == label, "top1")
+
     def _prompts(self, encoder: Encoder) -> Callable[[Tensor], Tensor]:
         weights = encoder.classifier(self.class_names, self.templates)  # (d, classes)
         return lambda vectors: vectors @ weights
@@ -161,6 +175,11 @@ def _ranks_of(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> Int[Te
     own = logits.gather(1, label)
     earlier = torch.arange(logits.shape[1]) < label
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
+
+
+def _first_of(logits: Float[Tensor, "b c"], labels: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """(b,) the class that is ranked first; of equals that of the lower index, as in `_ranks_of`."""
+    return logits.argmax(1)
 
 
 def class_names_of(task: Task, data: Any, context: TaskContext) -> ClassNames:
