@@ -25,6 +25,12 @@ REPORT, PAGE, PICTURES = "report.md", "report.html", "pictures.json"
 
 TRADEOFF, TRAINING, PLANS, FORECAST = "tradeoff.png", "training.png", "plans.png", "forecast.png"
 
+PREDICTIONS = "predictions.jsonl"
+"""What models said of each example, where somebody had that written into a run's folder."""
+
+GALLERIES = "gallery-*.png"
+"""A pattern: examples that a model gained or lost."""
+
 PLAN = "plan.json"
 """In a variant's folder."""
 
@@ -40,6 +46,6 @@ STUDY = "study.json"
 PATTERNS = (
     CONFIG, MADE_FROM, DESCRIPTION, SCORES, SCORES.removesuffix(".jsonl") + BASE_EXAMPLES, DIVERGED, COVARIANCES, TEACHER,
     GRADIENTS,
-    REPORT, PAGE, PICTURES, TRADEOFF, TRAINING, PLANS, FORECAST,
+    REPORT, PAGE, PICTURES, TRADEOFF, TRAINING, PLANS, FORECAST, PREDICTIONS, GALLERIES,
 )  # fmt: skip
 """What a run writes into its folder, its variants' folders aside."""

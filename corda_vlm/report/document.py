@@ -30,8 +30,34 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """One example of a gallery.
+
+    Attributes:
+        image: PNG or JPEG; None for one without a picture.
+        title: what was asked; empty where nothing was.
+        lines: (who, what they said, whether it is right); None for a line that is not judged.
+        place: where a person finds the example.
+    """
+
+    image: bytes | None
+    title: str
+    lines: Sequence[tuple[str, str, bool | None]]
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Examples side by side; `picture` shows them where a page has no tiles, None where none of them has an image."""
+
+    caption: str
+    tiles: Sequence[Tile]
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True)
 class Section:
-    """A heading with what stands under it: paragraphs, pictures and tables, in this order.
+    """A heading with what stands under it: paragraphs, pictures, galleries and tables, in this order.
 
     Attributes:
         folded: closed at first in the HTML, for what only some readers want.
@@ -41,6 +67,7 @@ class Section:
     paragraphs: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
+    galleries: Sequence[Gallery] = field(default=(), kw_only=True)
     folded: bool = False
 
 
@@ -62,11 +89,13 @@ def markdown(report: Report, folder: Path) -> str:
         lines += [f"## {markup.markdown(section.heading)}", ""]
         for paragraph in section.paragraphs:
             lines += [markup.markdown(paragraph), ""]
-        for picture in section.pictures:
+        shown = [gallery.picture for gallery in section.galleries if gallery.picture is not None]
+        for picture in [*section.pictures, *shown]:
             target = markup.link(picture.path.relative_to(folder).as_posix())
             lines += [f"![{markup.markdown(markup.terminal(picture.alt))}]({target})", ""]
             lines += [markup.markdown(picture.caption), ""]
-        for table in section.tables:
+        as_tables = [_as_table(gallery) for gallery in section.galleries if gallery.picture is None]
+        for table in [*as_tables, *section.tables]:
             lines += [markup.markdown(table.caption), ""] if table.caption else []
             lines.append(_md_row(table.headings))
             lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.headings) - 1)) + "|")
@@ -79,6 +108,15 @@ def _md_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(markup.markdown(cell, cell=True) for cell in cells) + " |"
 
 
+def _as_table(gallery: Gallery) -> Table:
+    """Questions without pictures, a row each."""
+    headings = ["question", *(who for who, _, _ in gallery.tiles[0].lines)]
+    rows = [
+        [tile.title or tile.place, *(said for _, said, _ in tile.lines)] for tile in gallery.tiles
+    ]
+    return Table(gallery.caption, headings, rows)
+
+
 def page(report: Report) -> str:
     """The report as one HTML file with its pictures and style inside."""
     body = [f"<h1>{markup.page(report.title)}</h1>"]
@@ -87,6 +125,7 @@ def page(report: Report) -> str:
     for section in report.sections:
         inside = [f"<p>{markup.page(paragraph)}</p>" for paragraph in section.paragraphs]
         inside += [_figure(picture) for picture in section.pictures]
+        inside += [_gallery(gallery) for gallery in section.galleries]
         inside += [_table(table, next(numbers)) for table in section.tables]
         heading = f"<h2>{markup.page(section.heading)}</h2>"
         if section.folded:
@@ -103,6 +142,32 @@ def _figure(picture: Picture) -> str:
         f'<figure><img src="data:image/png;base64,{data}" alt="{markup.page(markup.terminal(picture.alt))}">'
         f"<figcaption>{markup.page(picture.caption)}</figcaption></figure>"
     )
+
+
+def _gallery(gallery: Gallery) -> str:
+    tiles = "\n".join(_tile(tile) for tile in gallery.tiles)
+    about = f'<p class="about">{markup.page(gallery.caption)}</p>'
+    return f'{about}\n<ul class="gallery">\n{tiles}\n</ul>'
+
+
+def _tile(tile: Tile) -> str:
+    inside = ""
+    if tile.image is not None:
+        kind = "png" if tile.image.startswith(b"\x89PNG") else "jpeg"
+        data = base64.b64encode(tile.image).decode("ascii")
+        what = markup.page(markup.terminal(tile.place))
+        inside += f'<img src="data:image/{kind};base64,{data}" alt="{what}" loading="lazy">'
+    if tile.title:
+        inside += f"<p>{markup.page(tile.title)}</p>"
+    marks = {True: ("right", "✓"), False: ("wrong", "✗"), None: ("known", "")}
+    for who, said, right in tile.lines:
+        look, mark = marks[right]
+        inside += (
+            f'<div class="{look}"><span>{markup.page(who)}</span> {markup.page(said)}'
+            + (f'<b aria-label="{look}">{mark}</b>' if mark else "")
+            + "</div>"
+        )
+    return f'<li title="{markup.page(markup.terminal(tile.place))}">{inside}</li>'
 
 
 def _table(table: Table, number: int) -> str:
@@ -160,6 +225,14 @@ figure { margin: 1.2rem 0; }
 img { max-width: 100%; height: auto; display: block; }
 figcaption, .about { color: #595959; font-size: .92rem; }
 .about { margin: 1.3rem 0 .4rem; }
+.gallery { list-style: none; padding: 0; margin: .4rem 0 1.4rem; display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.gallery li { border: 1px solid #e4e4e4; border-radius: 6px; padding: .5rem; font-size: .85rem; overflow-wrap: anywhere; }
+.gallery img { height: 8.5rem; width: 100%; object-fit: contain; margin-bottom: .35rem; }
+.gallery p { margin: 0 0 .35rem; font-weight: 600; }
+.gallery span { color: #595959; }
+.gallery b { margin-left: .3em; }
+.right b { color: #00714f; } .wrong b { color: #b04a00; }
 .wide { overflow-x: auto; margin: .4rem 0 1.6rem; }
 .wide:focus-visible { outline: 2px solid #0072b2; outline-offset: 3px; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }

@@ -21,6 +21,7 @@ from corda_vlm.report.analysis.forecast import rankings
 from corda_vlm.report.analysis.learned import reference_learned
 from corda_vlm.report.analysis.results import REFERENCE, Results
 from corda_vlm.report.document import Picture, Report, Section, Table
+from corda_vlm.report.gallery import gallery_sections
 from corda_vlm.report.markup import bold, code
 from corda_vlm.report.pictures import keep_pictures, kept_pictures
 from corda_vlm.report.plots.forecast import forecast_picture
@@ -44,8 +45,15 @@ from corda_vlm.run_files import FORECAST, TRADEOFF, TRAINING
 class Sections:
     """The sections of one run's report, each a list of none or one, so that a report is their sum."""
 
-    def __init__(self, results: Results, run_dir: Path, pictures: Sequence[Picture]) -> None:
+    def __init__(
+        self,
+        results: Results,
+        run_dir: Path,
+        pictures: Sequence[Picture],
+        predictions: Sequence[str | Path] = (),
+    ) -> None:
         self.results, self.run_dir, self.more = results, run_dir, pictures
+        self.predictions = predictions
         self.comparisons = compare(results) if reference_learned(results) else []
         self.dominances = scaled_dominances(results)
         self.findings = findings(results, self.dominances) or [state(results)]
@@ -58,6 +66,7 @@ class Sections:
             facts: of the run: its title, and what else is to be said of it.
         """
         sections = [*self._kept(), *self._against(), *self._chosen(), *self._convergence()]
+        sections += gallery_sections(self.run_dir, self.predictions)
         sections += [*self._forecast(), *self._every(), *self._alone(), *self._scaled()]
         sections.append(Section("The model before training", tables=[base_table(self.results)]))
         if pictures := self._trained():

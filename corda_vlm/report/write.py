@@ -23,13 +23,20 @@ from corda_vlm.run_files import DESCRIPTION, PAGE, REPORT, SCORES
 from corda_vlm.text_table import text_table
 
 
-def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Path:
+def write_report(
+    run_dir: str | Path,
+    *,
+    pictures: Sequence[Picture] = (),
+    predictions: Sequence[str | Path] = (),
+) -> Path:
     """Write report.md, report.html and the pictures (tradeoff.png, training.png, forecast.png, …) into a run's folder.
 
     Args:
         run_dir: holds scores.jsonl, and if there is one run.json with `title`, `command`, `machine` and
             whatever else should be told.
         pictures: more pictures for the report.
+        predictions: files of what models said of each example, beside the run's own predictions.jsonl where it has one;
+            those that a model gained and lost against the base model are shown.
 
     Returns:
         the path of report.html.
@@ -43,7 +50,7 @@ def write_report(run_dir: str | Path, *, pictures: Sequence[Picture] = ()) -> Pa
     results, facts = _results(run_dir), _facts(run_dir)
     from corda_vlm.report.sections import Sections  # which draws, so that it needs matplotlib
 
-    report = Sections(results, run_dir, pictures).report(facts)
+    report = Sections(results, run_dir, pictures, predictions).report(facts)
     write_text(run_dir / REPORT, markdown(report, run_dir))
     write_text(run_dir / PAGE, page(report))
     return run_dir / PAGE

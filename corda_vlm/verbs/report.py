@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,10 @@ from corda_vlm.report.before_after.options import BeforeAfterOptions
 
 
 def report(
-    folder: Annotated[str | None, BY_PLACE] = None, *, comparison: BeforeAfterOptions
+    folder: Annotated[str | None, BY_PLACE] = None,
+    predictions: list[str] | None = None,
+    *,
+    comparison: BeforeAfterOptions,
 ) -> None:
     """Write the report of a run or a study again, from its scores; or compare anybody's results before and after training.
 
@@ -25,6 +29,8 @@ def report(
 
     Args:
         folder: Of the run, e.g. runs/demo; none with --before and --after.
+        predictions: Files of corda-vlm evaluate --predictions, of the base model and of trained ones: the examples that were
+            gained and lost are shown. The run's own predictions.jsonl counts without being named.
     """
     if comparison.is_given:
         if folder is not None:
@@ -37,7 +43,7 @@ def report(
         raise CordaError(
             "corda-vlm report needs FOLDER, that of a run or a study, e.g. runs/demo, or --before and --after with results of any tool"
         )
-    _of_run(folder)
+    _of_run(folder, predictions or ())
 
 
 def _compare(comparison: BeforeAfterOptions) -> None:
@@ -48,12 +54,14 @@ def _compare(comparison: BeforeAfterOptions) -> None:
     print(f"{summary}\n\nwrote {page}")
 
 
-def _of_run(folder: str) -> None:
+def _of_run(folder: str, predictions: Sequence[str]) -> None:
     from corda_vlm.run_files import SCORES, STUDY
 
     checks.check_folder(folder, "run's", "give that of a run or a study, e.g. runs/demo")
     if not (Path(folder) / STUDY).is_file():
         checks.check_file(Path(folder) / SCORES, "scores", "give the folder of a run or a study")
+    for file in predictions:
+        checks.check_file(file, "predictions", "make it by corda-vlm evaluate … --predictions")
     from corda_vlm.report import summary_table, write_overview, write_report
 
     # Without the lock of the run, for an early look: each page and picture is written whole or not at all.
@@ -62,5 +70,5 @@ def _of_run(folder: str) -> None:
             print(f"wrote {write_report(scores.parent)}")
         print(f"wrote {write_overview(folder)}")
         return
-    page = write_report(folder)
+    page = write_report(folder, predictions=predictions)
     print(f"{summary_table(folder)}\n\nwrote {page}")
