@@ -135,15 +135,13 @@ def read_predictions(*paths: str | Path) -> list[ModelPrediction]:
     Raises:
         ForeignFileError: no such file, or a line that is not a prediction; names the file and the line.
     """
+    return [_told(row) for path in paths for row in _rows(path)]
+
+
+def _told(row: Mapping[str, Any]) -> ModelPrediction:
     known = {field.name for field in fields(ModelPrediction)}
-    return [
-        ModelPrediction(
-            **{name: value for name, value in row.items() if name in known and value is not None}
-            | {"right": tuple(row["right"])}
-        )
-        for path in paths
-        for row in _rows(path)
-    ]
+    values: dict[str, Any] = {name: v for name, v in row.items() if name in known and v is not None}
+    return ModelPrediction(**{**values, "right": tuple(row["right"])})
 
 
 def unpredicted(

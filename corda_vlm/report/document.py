@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corda_vlm.evaluation.scores import BASE
 from corda_vlm.report import markup
 
 
@@ -22,11 +23,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file; `alt` says in words what it shows."""
+    """A PNG file; `alt` says in words what it shows.
+
+    Attributes:
+        live: HTML that a page shows in its place, with values to point at; empty for none.
+    """
 
     path: Path
     alt: str
     caption: str
+    live: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,11 @@ class Section:
     galleries: Sequence[Gallery] = field(default=(), kw_only=True)
     folded: bool = False
 
+    @property
+    def has_content(self) -> bool:
+        tables = [table for table in self.tables if table.rows]
+        return bool(self.paragraphs or self.pictures or self.galleries or tables)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -85,7 +96,7 @@ def markdown(report: Report, folder: Path) -> str:
     lines = [f"# {markup.markdown(report.title)}", ""]
     for paragraph in report.lead:
         lines += [markup.markdown(paragraph), ""]
-    for section in report.sections:
+    for section in _filled(report):
         lines += [f"## {markup.markdown(section.heading)}", ""]
         for paragraph in section.paragraphs:
             lines += [markup.markdown(paragraph), ""]
@@ -96,12 +107,19 @@ def markdown(report: Report, folder: Path) -> str:
             lines += [markup.markdown(picture.caption), ""]
         as_tables = [_as_table(gallery) for gallery in section.galleries if gallery.picture is None]
         for table in [*as_tables, *section.tables]:
+            if not table.rows:
+                continue
             lines += [markup.markdown(table.caption), ""] if table.caption else []
             lines.append(_md_row(table.headings))
             lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.headings) - 1)) + "|")
             lines += [_md_row(row) for row in table.rows]
             lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _filled(report: Report) -> list[Section]:
+    """The sections that say or show something."""
+    return [section for section in report.sections if section.has_content]
 
 
 def _md_row(cells: Sequence[str]) -> str:
@@ -121,26 +139,44 @@ def page(report: Report) -> str:
     """The report as one HTML file with its pictures and style inside."""
     body = [f"<h1>{markup.page(report.title)}</h1>"]
     body += [f'<p class="lead">{markup.page(paragraph)}</p>' for paragraph in report.lead]
-    numbers = itertools.count(1)
-    for section in report.sections:
+    sections, numbers = _filled(report), itertools.count(1)
+    body += [*_contents(sections), '<div id="filter"></div>']
+    for place, section in enumerate(sections, start=1):
         inside = [f"<p>{markup.page(paragraph)}</p>" for paragraph in section.paragraphs]
         inside += [_figure(picture) for picture in section.pictures]
         inside += [_gallery(gallery) for gallery in section.galleries]
-        inside += [_table(table, next(numbers)) for table in section.tables]
-        heading = f"<h2>{markup.page(section.heading)}</h2>"
+        inside += [_table(table, next(numbers)) for table in section.tables if table.rows]
+        heading = f'<h2 id="section-{place}">{markup.page(section.heading)}</h2>'
         if section.folded:
             body += ["<details>", f"<summary>{heading}</summary>", *inside, "</details>"]
         else:
             body += ["<section>", heading, *inside, "</section>"]
     title = markup.page(markup.terminal(report.title))
-    return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
+    style, script = (
+        (_LOOK / name).read_text(encoding="utf-8") for name in ("style.css", "script.js")
+    )
+    return _PAGE.format(title=title, style=style, script=script, body="\n".join(body))
+
+
+def _contents(sections: Sequence[Section]) -> list[str]:
+    """Links to the sections, where there are so many that a reader wants them."""
+    if len(sections) < 3:
+        return []
+    links = [
+        f'<li><a href="#section-{place}">{markup.page(section.heading)}</a></li>'
+        for place, section in enumerate(sections, start=1)
+    ]
+    return ['<nav aria-label="contents"><span>On this page</span><ol>', *links, "</ol></nav>"]
 
 
 def _figure(picture: Picture) -> str:
+    about = f"<figcaption>{markup.page(picture.caption)}</figcaption>"
+    if picture.live:
+        return f"<figure>{picture.live}{about}</figure>"
     data = base64.b64encode(picture.path.read_bytes()).decode("ascii")
     return (
         f'<figure><img src="data:image/png;base64,{data}" alt="{markup.page(markup.terminal(picture.alt))}">'
-        f"<figcaption>{markup.page(picture.caption)}</figcaption></figure>"
+        f"{about}</figure>"
     )
 
 
@@ -172,8 +208,9 @@ def _tile(tile: Tile) -> str:
 
 def _table(table: Table, number: int) -> str:
     head = "".join(f'<th scope="col">{markup.page(cell)}</th>' for cell in table.headings)
+    of_methods = table.headings[0] == "method"
     rows = "\n".join(
-        "<tr>"
+        (_method_row(row[0]) if of_methods else "<tr>")
         + f'<th scope="row">{markup.page(row[0])}</th>'
         + "".join(f"<td>{markup.page(cell)}</td>" for cell in row[1:])
         + "</tr>"
@@ -186,12 +223,21 @@ def _table(table: Table, number: int) -> str:
         if table.caption
         else ""
     )
+    prose = ' class="prose"' if not any(table.headings) else ""
     named = f'aria-labelledby="table-{number}"' if table.caption else 'aria-label="table"'
     return (
         f'{about}<div class="wide" tabindex="0" role="region" {named}>'
-        f"<table {named}>{head}<tbody>\n{rows}\n</tbody></table></div>"
+        f"<table {named}{prose}>{head}<tbody>\n{rows}\n</tbody></table></div>"
     )
 
+
+def _method_row(cell: str) -> str:
+    """A row that a reader may hide with the others of its method; of the model before training one that stays."""
+    method = markup.terminal(cell).removesuffix(", scaled")
+    return "<tr>" if method == BASE else f'<tr data-method="{markup.page(method)}">'
+
+
+_LOOK = Path(__file__).with_name("look")
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -205,42 +251,7 @@ _PAGE = """<!doctype html>
 <main>
 {body}
 </main>
+<script>{script}</script>
 </body>
 </html>
-"""
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1c1c1c;
-  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .75rem; }
-h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; }
-p { max-width: 46rem; margin: .6rem 0; }
-.lead { font-size: 1.08rem; }
-code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: #f2f2f2;
-  padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
-figure { margin: 1.2rem 0; }
-img { max-width: 100%; height: auto; display: block; }
-figcaption, .about { color: #595959; font-size: .92rem; }
-.about { margin: 1.3rem 0 .4rem; }
-.gallery { list-style: none; padding: 0; margin: .4rem 0 1.4rem; display: grid; gap: .8rem;
-  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
-.gallery li { border: 1px solid #e4e4e4; border-radius: 6px; padding: .5rem; font-size: .85rem; overflow-wrap: anywhere; }
-.gallery img { height: 8.5rem; width: 100%; object-fit: contain; margin-bottom: .35rem; }
-.gallery p { margin: 0 0 .35rem; font-weight: 600; }
-.gallery span { color: #595959; }
-.gallery b { margin-left: .3em; }
-.right b { color: #00714f; } .wrong b { color: #b04a00; }
-.wide { overflow-x: auto; margin: .4rem 0 1.6rem; }
-.wide:focus-visible { outline: 2px solid #0072b2; outline-offset: 3px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .38rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
-thead th { border-bottom: 2px solid #9a9a9a; vertical-align: bottom; white-space: normal; }
-th:first-child { text-align: left; padding-left: 0; }
-tbody th { font-weight: 600; }
-summary { cursor: pointer; margin-top: 2rem; }
-summary h2 { display: inline; margin: 0; }
-@media print { .wide { overflow: visible; } details { display: none; } }
 """

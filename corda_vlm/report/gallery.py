@@ -148,7 +148,7 @@ def _tile(change: Change, names: tuple[str, str], stored: _Stored) -> Tile:
     lines = [
         (names[0], _said(before), before.correct >= 0.5),
         (names[1], _said(after), after.correct >= 0.5),
-        ("right", _right(after), None),
+        ("right answer", _right(after), None),
     ]
     title = "" if after.question is None else shortened(after.question, 160)
     return Tile(stored.picture(after), title, tuple(lines), place=printable(after.place))

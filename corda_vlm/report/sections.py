@@ -25,6 +25,7 @@ from corda_vlm.report.gallery import gallery_sections
 from corda_vlm.report.markup import bold, code
 from corda_vlm.report.pictures import keep_pictures, kept_pictures
 from corda_vlm.report.plots.forecast import forecast_picture
+from corda_vlm.report.plots.live import tradeoff_svg
 from corda_vlm.report.plots.plan import heatmap_picture
 from corda_vlm.report.plots.tradeoff import tradeoff
 from corda_vlm.report.plots.training import training_curves
@@ -83,6 +84,7 @@ class Sections:
                     "Accuracy on the new task, left to right, against knowledge kept, bottom to top, "
                     f"for {listed(list(results.trained))}. {sentences}",
                     "Up and to the right is better. Compare the curves at one task accuracy, never single points.",
+                    live=tradeoff_svg(results),
                 )
             )
         if not drawn and not self.comparisons:

@@ -60,7 +60,7 @@ def test_examples_are_spread_over_the_data_and_carry_their_own_picture(tmp_path,
     assert (numbers[0], numbers[-1]) == (20, 29), "from the first to the last of them"
     assert numbers == sorted(set(numbers))
     for number, tile in zip(numbers, gained.tiles, strict=True):
-        assert list(tile.lines) == [("base", "dark", False), ("lora", "light", True), ("right", "light", None)]  # fmt: skip
+        assert list(tile.lines) == [("base", "dark", False), ("lora", "light", True), ("right answer", "light", None)]  # fmt: skip
         assert tile.image is not None
         assert Image.open(io.BytesIO(tile.image)).getpixel((0, 0)) == (6 * number,) * 3
     assert list(lost.tiles[0].lines)[:2] == [("base", "dark", True), ("lora", "light", False)]
@@ -114,7 +114,7 @@ def test_questions_without_pictures_are_a_table_in_markdown(tmp_path) -> None:
     after = said(tmp_path / "lora.jsonl", "lora", [1], count=2, scale=0.5, **asked)
     (section,) = gallery_sections(tmp_path, [base, after])
     text = markdown(Report("Title", [], [section]), tmp_path)
-    assert "| question | base | lora, scale 0.5 | right |" in text
+    assert "| question | base | lora, scale 0.5 | right answer |" in text
     assert "| Who wrote \\<it> \\| and why? | light | dark | dark |" in text
     html = page(Report("Title", [], [section]))
     assert "<p>Who wrote &lt;it&gt; | and why?</p>" in html

@@ -73,7 +73,7 @@ def _together(results: Results, points: _Placed, base: Point) -> Figure:
     axes.yaxis.set_major_formatter(percent_axis())
     axes.margins(x=0.08, y=0.08)
     _limit(axes, bottom, top, chance_is_far)
-    axes.set_xlabel(_new_task(results))
+    axes.set_xlabel(new_task(results))
     axes.set_ylabel("knowledge kept (base model 100%, chance 0%)")
     several = any(len(by_seed) > 1 for settings in points.values() for by_seed in settings.values())
     title = "one curve a method over its learning rates"
@@ -115,7 +115,7 @@ def _draw_curves(
             marker=marker, markersize=7.5, color=color, linewidth=2, markeredgecolor="white", zorder=3,
         )  # fmt: skip
         if len(means) > len(unscaled):
-            frontier = _envelope(means, base)
+            frontier = envelope(means, base)
             ink[method].append(np.array([(p.task, p.kept) for p in frontier]))
             axes.plot(
                 [p.task for p in frontier], [p.kept for p in frontier],
@@ -220,7 +220,7 @@ def _panels(results: Results, points: _Placed, base: Point) -> Figure:
     first.set_ylim(
         min(-0.05, float(marks[:, 1].min()) - 0.02), max(1.08, float(marks[:, 1].max()) + 0.03)
     )
-    figure.supxlabel(_new_task(results), fontsize=10.5)
+    figure.supxlabel(new_task(results), fontsize=10.5)
     figure.supylabel("knowledge kept (base model 100%, chance 0%)", fontsize=10.5)
     letters = int(12.5 * figure.get_figwidth())  # of this size on a line
     lines_of_text = (wrap(line, letters) for line in _explained(results, kept, aim).splitlines())
@@ -300,7 +300,7 @@ def _one(
         markeredgewidth=0.5, zorder=2 if quiet else 3,
     )  # fmt: skip
     if _is_scaled(means):
-        frontier = _envelope(means, base)
+        frontier = envelope(means, base)
         panel.plot(
             [p.task for p in frontier], [p.kept for p in frontier], color=color,
             linestyle=(0, (4, 2)), linewidth=1.0 if quiet else 1.4, zorder=2,
@@ -311,14 +311,15 @@ def _is_scaled(means: Mapping[Setting, Point]) -> bool:
     return any(setting.scale != 1.0 for setting in means)
 
 
-def _envelope(means: Mapping[Setting, Point], base: Point) -> list[Point]:
+def envelope(means: Mapping[Setting, Point], base: Point) -> list[Point]:
     """The frontier over learning rates and scales: the most that is kept at each task accuracy."""
     grid = np.linspace(base.task, max(p.task for p in means.values()), 200)
     kept = Curve(means, base).at(grid)
     return [Point(float(t), float(k)) for t, k in zip(grid, kept, strict=True) if np.isfinite(k)]
 
 
-def _new_task(results: Results) -> str:
+def new_task(results: Results) -> str:
+    """What the axis of the new task is called."""
     of_text = {results.primary[task] for task in results.gain} == {"token_probability"}
     what = "token probability" if of_text else "accuracy"
     names = listed([shortened(task, 30) for task in results.gain], most=2)
