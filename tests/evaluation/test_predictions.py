@@ -115,7 +115,7 @@ def test_what_has_no_predictions_says_so(tiny_llm, document, tmp_path, caplog) -
         evaluate(tiny_llm, {"name": "s", "version": 1, "tasks": [text]}, predictions=file)
     asked = tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"question": "is", "answer": "yes"}))
-    qa = {
+    qa: dict[str, Any] = {
         "name": "qa",
         "role": "gain",
         "kind": "qa",
