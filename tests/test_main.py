@@ -26,6 +26,7 @@ DRAWINGS = "parquet:model_zoo/emoji-clip/data/noto.parquet"
 
 def test_the_verbs_are_those_of_the_design():
     assert list(VERBS) == [
+        "new",
         "run",
         "sites",
         "calibrate",

@@ -39,7 +39,7 @@ def load_records(
             `max_bad_share` allows.
     """
     spec = parse_spec(spec)
-    table = _read(spec, beside)
+    table = read_table(spec, beside)
     columns = {kind: pick_column(table, kind, asked, spec) for kind, asked in _asked(spec).items()}
     splits = spec.splits or (None if "split" in table.columns or table.split else table.splits)
     rows = select_rows(table, _filter(table, spec, splits), spec)
@@ -74,7 +74,7 @@ def load_records(
     return records
 
 
-def _read(spec: DataSpec, beside: str | Path | None) -> Table:
+def read_table(spec: DataSpec, beside: str | Path | None) -> Table:
     """All rows of a source, as its format has them."""
     source = SOURCES[spec.kind]
     table = source.read(spec, beside)
