@@ -10,9 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from corda_vlm.report.write import write_report
-from tests.report.invented import DEMO, study, write_run
+from tests.report.invented import DEMO, large_study, study, write_run
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
@@ -34,7 +35,9 @@ for (const press of ["first", "second", "third"]) {
   heading.querySelector("button").click();
   seen[press] = [heading.getAttribute("aria-sort"), ...rows(table)];
 }
-const shown = () => [...document.querySelectorAll("[data-method]")].filter((e) => e.checkVisibility()).map((e) => e.dataset.method);
+heading.querySelector("button").focus();
+seen.reached = document.activeElement.closest("th") === heading;
+const shown = () => [...document.querySelectorAll("[data-method]")].filter((e) => getComputedStyle(e).display !== "none").map((e) => e.dataset.method);
 const box = document.querySelector(".filter input[value=full]");
 box.click();
 seen.hidden = !shown().includes("full") && shown().includes("lora");
@@ -79,4 +82,20 @@ def test_a_reader_sorts_filters_and_points(tmp_path: Path) -> None:
     assert seen["back"]
     assert seen["value"] == "base model: new task 10.0%, kept 100.0%"
     assert seen["pointed"]
+    assert seen["reached"], "a heading takes the keyboard's focus"
     assert seen["wide"], "a phone scrolls tables, not the page"
+
+
+@pytest.mark.parametrize("look", ["light", "dark"])
+def test_many_methods_and_a_gallery_fit_a_phone(tmp_path: Path, look: str) -> None:
+    """The picture is kept beside the page, to be looked at."""
+    rows = large_study(seeds=1, scales=(0.5,))
+    page = write_report(write_run(tmp_path, rows))
+    dark = (
+        ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"] if look == "dark" else []
+    )
+    file = tmp_path / f"{look}.png"
+    _, console = opened(page, f"--screenshot={file}", "--hide-scrollbars", *dark)
+    assert console == ""
+    paper = Image.open(file).convert("RGB").getpixel((2, 400))
+    assert paper == ((22, 24, 27) if look == "dark" else (255, 255, 255))
