@@ -116,6 +116,10 @@ def test_from_sites_to_a_plain_open_clip_model(tmp_path, monkeypatch, capsys):
     assert (told["kept"]["records"], told["term"]) == (96, "distill")
     assert "where 50% was asked for" in capsys.readouterr().out
 
+    main(["export", "emoji-clip", "plan.json", "start", "--format=lora"])
+    told = json.loads((tmp_path / "start" / "adapter_config.json").read_text())
+    assert (told["peft_type"], told["r"]) == ("LORA", 8), "[0, B0] [A0; 0] of a plan of rank 4"
+
     main(["export", "emoji-clip", "adapter/weights", "merged"])
     plain = (
         "import open_clip, torch, sys\n"

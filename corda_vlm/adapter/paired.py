@@ -250,6 +250,16 @@ class PairedModel(LoraModel):
             )
         refuse_second_residual([c.base for c in self.peft_config.values()])  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+        # An adapter that is added under another's own configuration is made for a copy of its A and B, as TRL's DPOTrainer
+        # makes its reference: without the pair it would not be the model that it copies.
+        same = [n for n, c in self.peft_config.items() if c is lora_config and n != adapter_name]
+        if same and isinstance(target, PairedLinear) and same[0] in target.lora_init_A:
+            target.set_pair(adapter_name, *target.pair(same[0]))
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise CordaError(
             "PEFT would combine A and B without the frozen pair; export each adapter with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from corda_vlm.experiment import checks
@@ -26,16 +27,24 @@ def export(
 
     Args:
         model: The model that the adapter was trained on.
-        adapter: Folder of the trained adapter.
+        adapter: Folder of the trained adapter; or a plan, the file that the verb `plan` wrote: then what other tools start
+            to train from.
         output: Folder to write.
         format: lora (on the original base), residual (base and adapter), or merged (a plain model).
         rank: With lora: recompress to this rank.
     """
     checks.check_source(model)
-    checks.check_folder(adapter, "training's", "make it by corda-vlm train")
+    planned = Path(adapter).is_file()
+    if not planned:
+        checks.check_folder(adapter, "training's", "make it by corda-vlm train")
     checks.check_output(output, folder=True)
-    from corda_vlm.adapter import export_adapter, load_adapter
+    from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter
+    from corda_vlm.plan import AdapterPlan
 
-    trained = load_adapter(load_source(model, load).model, adapter)
+    bare = load_source(model, load).model
+    if planned:
+        trained = attach_adapter(bare, AdapterPlan.load(adapter, model=bare))
+    else:
+        trained = load_adapter(bare, adapter)
     written = export_adapter(trained, output, format=format, rank=rank, source=model)
     print(f"wrote {written}")

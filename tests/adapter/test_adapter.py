@@ -688,3 +688,24 @@ def test_a_second_adapter_needs_a_name_of_its_own(tiny_clip_hf):
         CordaError, match=r"adapter named 'default' already; restore\(model\) first"
     ):
         attach_adapter(model, plan)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_copy_of_an_adapter_is_the_model_that_it_copies(tiny_clip_hf):
+    """As TRL's DPOTrainer makes its reference: under the same configuration, then A and B are copied."""
+    outputs = embed(tiny_clip_hf)
+    attached = attach_adapter(tiny_clip_hf, plan_of(tiny_clip_hf, "milora"))
+    attached.add_adapter("ref", attached.peft_config["default"])
+    for name, parameter in attached.named_parameters():
+        if ".default." in name:
+            copy = attached.get_parameter(name.replace(".default.", ".ref."))
+            copy.data.copy_(parameter.data)
+    with torch.no_grad():
+        for layer in paired_layers(attached).values():
+            B, _ = factors_of(layer, "default")
+            B.add_(0.01)
+    changed = embed(attached)
+    assert relative(changed, outputs) > 1e-4
+    attached.set_adapter("ref")
+    assert torch.equal(embed(attached), outputs)
+    attached.set_adapter("default")
+    assert torch.equal(embed(attached), changed)

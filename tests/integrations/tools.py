@@ -105,5 +105,9 @@ TOOLS = {
     for tool in (
         Tool("trainer", (), ("transformers", "peft")),
         Tool("accelerate", (), ("accelerate", "peft")),
+        Tool("trl", ("trl",), ("trl", "transformers", "peft")),
+        Tool("open_clip_train", ("open_clip_torch[training]",), ("open_clip_torch", "peft")),
+        Tool("llamafactory", ("llamafactory",), ("llamafactory", "transformers", "peft")),
+        Tool("swift", ("ms-swift",), ("ms-swift", "transformers", "peft")),
     )
 }

@@ -1,0 +1,52 @@
+"""ms-swift from both exports of a start, in an environment of its own, with the PEFT that it pins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from corda_vlm import asset
+from tests.integrations.plain import departure
+from tests.integrations.starts import export_starts, logits, write_task
+
+pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
+RECIPE = asset("configs/integrations/swift.yaml")
+
+
+def losses(folder: Path, step: int) -> list[float]:
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def starts(smollm2_4, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("starts")
+    write_task(folder)
+    return export_starts(smollm2_4, folder)
+
+
+@pytest.mark.parametrize("format", ["residual", "lora"])
+def test_recipe(tool, starts, smollm2_4, format, tmp_path, measured):
+    """starts at the base, trains, resumes, and its own PEFT loads the result"""
+    start = starts[format]
+    base = start / "base" if format == "residual" else smollm2_4
+    before = logits(tool, smollm2_4, None, tmp_path)
+    at_start = departure(logits(tool, base, start, tmp_path), before)
+    assert at_start < 1e-4
+    words = ["-m", "swift.cli.main", "sft", RECIPE, "--model", base, "--adapters", start, "--model_type", "llama",
+             "--template", "default", "--dataset", start.parent / "task.json", "--gradient_accumulation_steps", "1",
+             "--save_steps", "2", "--max_length", "64", "--lr_scheduler_type", "constant", "--torch_dtype", "float32",
+             "--use_cpu", "true", "--dataloader_num_workers", "0", "--dataset_num_proc", "1", "--use_hf", "true",
+             "--split_dataset_ratio", "0"]  # fmt: skip
+    tool.run(*words, "--max_steps", "2", cwd=tmp_path)
+    first = losses(tmp_path / "trained", 2)
+    again = ["--max_steps", "4", "--resume_from_checkpoint", tmp_path / "trained" / "checkpoint-2"]
+    tool.run(*words, *again, cwd=tmp_path)
+    whole = losses(tmp_path / "trained", 4)
+    assert whole[:2] == first
+    assert len(whole) == 4
+    after = departure(logits(tool, base, tmp_path / "trained" / "checkpoint-4", tmp_path), before)
+    assert after > 10 * at_start
+    measured(f"{format}: start off by {at_start:.0e}, loss {whole[0]:.3f} to {whole[-1]:.3f}")
