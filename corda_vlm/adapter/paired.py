@@ -251,7 +251,12 @@ class PairedModel(LoraModel):
         refuse_second_residual([c.base for c in self.peft_config.values()])  # pyright: ignore[reportAttributeAccessIssue]
 
     def _create_and_replace(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+        self,
+        lora_config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
         # An adapter that is added under another's own configuration is made for a copy of its A and B, as TRL's DPOTrainer

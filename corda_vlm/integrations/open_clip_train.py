@@ -224,9 +224,16 @@ class Training:
         folder = Path(args.logs) / args.name
         self.model.eval()
         self.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-        source = args.model if ":" in args.model else f"{args.model}/{args.pretrained}"
-        export_adapter(self.model, folder / "merged", format="merged", source=source)
+        export_adapter(self.model, folder / "merged", format="merged", source=_source(args.model))
         return folder
+
+
+def _source(model: str) -> str | None:
+    """Where the configuration of a model is read from; None for off the model itself."""
+    schema, colon, rest = model.partition(":")
+    if not colon:
+        return model
+    return rest if schema == "local-dir" else None
 
 
 class Holding(nn.Module):

@@ -11,7 +11,9 @@ from tests.integrations.__main__ import HERE, Row, main, table
 from tests.integrations.tools import TOOLS
 
 RECIPES = sorted(
-    path for path in asset("configs/integrations").iterdir() if path.suffix in (".py", ".yaml", ".sh")
+    path
+    for path in asset("configs/integrations").iterdir()
+    if path.suffix in (".py", ".yaml", ".sh")
 )
 
 
