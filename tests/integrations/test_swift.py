@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from corda_vlm import asset
-from tests.integrations.plain import departure
-from tests.integrations.starts import export_starts, logits, write_task
+from corda_vlm import asset, load_adapter, load_model
+from tests.integrations.plain import departure, outputs
+from tests.integrations.starts import ASKED, export_starts, logits, write_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 RECIPE = asset("configs/integrations/swift.yaml")
@@ -18,6 +18,14 @@ RECIPE = asset("configs/integrations/swift.yaml")
 def losses(folder: Path, step: int) -> list[float]:
     state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def sft(base: Path, data: Path) -> list[str | Path]:
+    """The command of the recipe on a CPU, with little data."""
+    return ["-m", "swift.cli.main", "sft", RECIPE, "--model", base, "--model_type", "llama", "--template", "default",
+            "--dataset", data / "task.json", "--gradient_accumulation_steps", "1", "--save_steps", "2", "--max_length", "64",
+            "--lr_scheduler_type", "constant", "--torch_dtype", "float32", "--use_cpu", "true", "--dataloader_num_workers", "0",
+            "--dataset_num_proc", "1", "--use_hf", "true", "--split_dataset_ratio", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +43,7 @@ def test_recipe(tool, starts, smollm2_4, format, tmp_path, measured):
     before = logits(tool, smollm2_4, None, tmp_path)
     at_start = departure(logits(tool, base, start, tmp_path), before)
     assert at_start < 1e-4
-    words = ["-m", "swift.cli.main", "sft", RECIPE, "--model", base, "--adapters", start, "--model_type", "llama",
-             "--template", "default", "--dataset", start.parent / "task.json", "--gradient_accumulation_steps", "1",
-             "--save_steps", "2", "--max_length", "64", "--lr_scheduler_type", "constant", "--torch_dtype", "float32",
-             "--use_cpu", "true", "--dataloader_num_workers", "0", "--dataset_num_proc", "1", "--use_hf", "true",
-             "--split_dataset_ratio", "0"]  # fmt: skip
+    words = [*sft(base, start.parent), "--adapters", start]
     tool.run(*words, "--max_steps", "2", cwd=tmp_path)
     first = losses(tmp_path / "trained", 2)
     again = ["--max_steps", "4", "--resume_from_checkpoint", tmp_path / "trained" / "checkpoint-2"]
@@ -50,3 +54,26 @@ def test_recipe(tool, starts, smollm2_4, format, tmp_path, measured):
     after = departure(logits(tool, base, tmp_path / "trained" / "checkpoint-4", tmp_path), before)
     assert after > 10 * at_start
     measured(f"{format}: start off by {at_start:.0e}, loss {whole[0]:.3f} to {whole[-1]:.3f}")
+
+
+def test_tuner(tool, starts, smollm2_4, tmp_path, measured):
+    """tuners_map: our tuner starts at the base, resumes, and load_adapter loads the checkpoint"""
+    folder = starts["lora"].parent
+    words = [*sft(smollm2_4, folder), "--external_plugins", asset("configs/integrations/swift_plugin.py"),
+             "--tuner_type", "corda"]  # fmt: skip
+    plan = str(folder / "plan.json")
+    tool.run(*words, "--max_steps", "2", cwd=tmp_path, CORDA_PLAN=plan)
+    first = losses(tmp_path / "trained", 2)
+    again = ["--max_steps", "4", "--resume_from_checkpoint", tmp_path / "trained" / "checkpoint-2"]
+    tool.run(*words, *again, cwd=tmp_path, CORDA_PLAN=plan)
+    whole = losses(tmp_path / "trained", 4)
+    assert whole[:2] == first
+    assert len(whole) == 4
+    loaded = load_model(str(smollm2_4))
+    batch = loaded.processor.collate([loaded.processor.encode(ASKED)])
+    before = outputs(loaded.model, batch)
+    trained = load_adapter(loaded.model, tmp_path / "trained" / "checkpoint-4")
+    assert departure(outputs(trained, batch), before) > 1e-6
+    with trained.disable_adapter():
+        assert departure(outputs(trained, batch), before) == 0.0
+    measured(f"loss {whole[0]:.3f} to {whole[-1]:.3f}")

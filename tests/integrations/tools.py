@@ -108,6 +108,7 @@ TOOLS = {
         Tool("trl", ("trl",), ("trl", "transformers", "peft")),
         Tool("open_clip_train", ("open_clip_torch[training]",), ("open_clip_torch", "peft")),
         Tool("llamafactory", ("llamafactory",), ("llamafactory", "transformers", "peft")),
+        Tool("axolotl", ("axolotl",), ("axolotl", "transformers", "peft")),
         Tool("swift", ("ms-swift",), ("ms-swift", "transformers", "peft")),
     )
 }
