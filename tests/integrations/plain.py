@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,11 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     model.eval()
     with torch.no_grad():
         return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
+def batch_of(text: str, processor: Any) -> dict[str, Tensor]:
+    """One text as a batch of a model that generates text."""
+    return processor.collate([processor.encode(text)])
 
 
 def departure(one: Tensor, other: Tensor) -> float:

@@ -12,6 +12,7 @@ from corda_vlm import asset, load_adapter, load_model
 from corda_vlm.__main__ import main as verb
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import CordaError
+from corda_vlm.families.clip_open import CLIP_OPEN
 from corda_vlm.integrations.open_clip_train import OpenClipOptions, main, split
 from tests.integrations.plain import departure
 
@@ -55,12 +56,13 @@ def test_training(tool, tmp_path, monkeypatch, measured):
 
     folder = tmp_path / "logs" / "digits"
     plain = open_clip.create_model(f"local-dir:{folder / 'merged'}").eval()
+    encode = CLIP_OPEN.need_contrastive(plain).encode_image
     loaded = load_model("emoji-clip")
     pixels = next(iter(make_batches(digits, loaded.processor, batch_size=8)))["pixel_values"]
     with torch.no_grad():
-        before = loaded.model.encode_image(pixels)
-        after = load_adapter(loaded.model, folder / "adapter").eval().encode_image(pixels)
-        error = departure(plain.encode_image(pixels), after)
+        before = encode(loaded.model, pixels)
+        after = encode(load_adapter(loaded.model, folder / "adapter").eval(), pixels)
+        error = departure(encode(plain, pixels), after)
     assert error < 1e-4
     assert departure(after, before) > 100 * error
     losses = [float(loss) for loss in re.findall(r" Loss: (\S+)", said)]

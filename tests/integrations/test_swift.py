@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from corda_vlm import asset, load_adapter, load_model
-from tests.integrations.plain import departure, outputs
+from tests.integrations.plain import batch_of, departure, outputs
 from tests.integrations.starts import ASKED, export_starts, logits, write_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
@@ -70,7 +70,7 @@ def test_tuner(tool, starts, smollm2_4, tmp_path, measured):
     assert whole[:2] == first
     assert len(whole) == 4
     loaded = load_model(str(smollm2_4))
-    batch = loaded.processor.collate([loaded.processor.encode(ASKED)])
+    batch = batch_of(ASKED, loaded.processor)
     before = outputs(loaded.model, batch)
     trained = load_adapter(loaded.model, tmp_path / "trained" / "checkpoint-4")
     assert departure(outputs(trained, batch), before) > 1e-6

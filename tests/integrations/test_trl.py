@@ -10,7 +10,7 @@ import pytest
 
 from corda_vlm import asset, load_model
 from corda_vlm.data import load_records, make_batches
-from tests.integrations.plain import departure, outputs
+from tests.integrations.plain import batch_of, departure, outputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 SMALL = ["--samples=16", "--batch-size=2"]
@@ -97,6 +97,6 @@ def changed(source: str | Path, adapter: Path, *, digits: bool = False) -> float
         asked = {"source": "sklearn:digits", "format": "qa", "question": "Which digit?", "answer": "{label}"}  # fmt: skip
         batch = next(iter(make_batches(load_records(asked), base.processor, batch_size=2)))
     else:
-        batch = base.processor.collate([base.processor.encode("What is one plus one?")])
+        batch = batch_of("What is one plus one?", base.processor)
     before = outputs(base.model, batch)
     return departure(outputs(PeftModel.from_pretrained(base.model, str(adapter)), batch), before)
