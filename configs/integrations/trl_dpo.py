@@ -16,9 +16,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import load_dataset
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from corda_vlm import (
     AnchorMixin,
@@ -50,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> HeldTrainer:
     asked = parser.parse_args(words)
 
     loaded = load_model(asked.model)
+    processor: Any = loaded.processor
     known = load_records(parse_spec(parse_yaml(asked.knowledge, "--knowledge")))
     batches = make_batches(
         known, loaded.processor, batch_size=asked.batch_size, shuffle=True, limit=asked.samples, must_learn=True
@@ -74,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> HeldTrainer:
             report_to=[],
         ),
         train_dataset=load_dataset("json", data_files=asked.data, split="train"),
-        processing_class=loaded.processor.tokenizer,
+        processing_class=processor.tokenizer,
     )
     trainer.anchor_to(store, weight=10.0)
     trainer.distill_from(batches, weight=3.0)

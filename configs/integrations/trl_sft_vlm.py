@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from corda_vlm import (
     AnchorMixin,
@@ -66,6 +66,7 @@ def main(words: Sequence[str] | None = None) -> HeldTrainer:
     asked = parser.parse_args(words)
 
     loaded = load_model(asked.model)
+    processor: Any = loaded.processor
     batches = make_batches(
         load_records(KNOWLEDGE), loaded.processor, batch_size=asked.batch_size, shuffle=True,
         limit=asked.samples, must_learn=True,
@@ -94,7 +95,7 @@ def main(words: Sequence[str] | None = None) -> HeldTrainer:
             report_to=[],
         ),
         train_dataset=digits(asked.limit),
-        processing_class=loaded.processor.hf_processor,  # transformers' own
+        processing_class=processor.hf_processor,  # transformers' own
     )
     trainer.anchor_to(store, weight=10.0)
     trainer.distill_from(batches, weight=3.0)

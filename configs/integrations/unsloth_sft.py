@@ -22,7 +22,7 @@ import sys
 def main(start: str, data: str) -> None:
     from unsloth import FastLanguageModel  # first: it patches the others  # isort: skip  # pyright: ignore[reportMissingImports]
     from datasets import load_dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     model, tokenizer = FastLanguageModel.from_pretrained(start, max_seq_length=1024, load_in_4bit=False)  # fmt: skip
     trainer = SFTTrainer(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from corda_vlm import evaluate, export_adapter, load_model
@@ -56,7 +57,8 @@ def start(way: str, folder: Path, rank: int, seed: int) -> Any:
     loaded = load_model(MODEL)
     if way.startswith("plain"):
         width = rank if way.endswith(" r") else 2 * rank
-        sites = sorted(LoraConfig.from_pretrained(str(folder / "lora")).target_modules or ())
+        saved: Any = LoraConfig.from_pretrained(str(folder / "lora"))
+        sites = sorted(saved.target_modules)
         config = LoraConfig(r=width, lora_alpha=width, target_modules=anchored(sites))
         return loaded, get_peft_model(loaded.model, config)
     place = folder / ("residual" if way == "residual" else "lora")
@@ -79,8 +81,8 @@ def state(loaded: Any, model: PeftModel, pixels: dict[str, Tensor]) -> Changes:
     """What is compared, as it is now: B A of every layer, and embeddings."""
     weights = {}
     for name, layer in base_of(model).named_modules():
-        if hasattr(layer, "lora_A"):
-            B, A = trained(layer, "default")  # pyright: ignore[reportArgumentType]
+        if isinstance(layer, LoraLayer):
+            B, A = trained(layer, "default")
             weights[name] = layer.scaling["default"] * (B.detach().double() @ A.detach().double())
     encode = detect_family(loaded.model).need_contrastive(loaded.model).encode_image
     model.eval()
@@ -169,7 +171,8 @@ def measure(rank: int, rates: list[float], seeds: list[int], steps: tuple[int, .
                         row["apart"][step] = departure(change, reference[step])
                         row["loss"][step] = loss
                         if step == max(steps):
-                            row["scores"] = scores(*parts, limit)
+                            loaded, model = parts
+                            row["scores"] = scores(loaded, model, limit)
                     rows.append(row)
                     print(row, flush=True)
     return rows

@@ -49,7 +49,7 @@ def language_model() -> nn.Module:
     """A plain Llama with the language weights of shapes-llava: its layers are named as those of the repository's class are."""
     from transformers import LlamaForCausalLM
 
-    whole = load_model("shapes-llava").model
+    whole: Any = load_model("shapes-llava").model
     model = LlamaForCausalLM(whole.config.text_config).eval()
     model.model.load_state_dict(whole.model.language_model.state_dict())
     model.lm_head.load_state_dict(whole.lm_head.state_dict())
@@ -65,7 +65,8 @@ def test_the_recipe_starts_its_training_at_the_base(start, tmp_path, monkeypatch
     def train() -> None:
         from peft import LoraConfig, get_peft_model  # where it is called, as the repository does
 
-        model, ids = language_model(), torch.arange(3, 11)[None]
+        model: Any = language_model()
+        ids = torch.arange(3, 11)[None]
         before = model(input_ids=ids).logits
         model = get_peft_model(model, LoraConfig(r=128, target_modules=["q_proj"]))
         seen["apart"] = float((model(input_ids=ids).logits - before).abs().max())
