@@ -16,7 +16,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from corda_vlm.adapter import adapt, attach_adapter, export_adapter, load_adapter, restore
+    from corda_vlm.adapter import (
+        adapt,
+        attach_adapter,
+        export_adapter,
+        import_adapter,
+        load_adapter,
+        restore,
+    )
     from corda_vlm.anchor import anchor_penalty
     from corda_vlm.covariance import (
         Covariance,
@@ -67,6 +74,7 @@ _HOME = {
     "evaluate": "evaluation",
     "export_adapter": "adapter",
     "find_sites": "sites",
+    "import_adapter": "adapter",
     "load_adapter": "adapter",
     "load_model": "families",
     "load_suite": "evaluation",

@@ -9,6 +9,7 @@ from corda_vlm.lazy import names_of
 if TYPE_CHECKING:
     from corda_vlm.adapter.attach import attach_adapter
     from corda_vlm.adapter.export import export_adapter
+    from corda_vlm.adapter.imported import import_adapter
     from corda_vlm.adapter.interpolate import at_scale, interpolated, scaled
     from corda_vlm.adapter.load import load_adapter
     from corda_vlm.adapter.one_call import adapt
@@ -22,6 +23,7 @@ _HOMES = {
     "attach_adapter": "attach",
     "check_scale": "options",
     "export_adapter": "export",
+    "import_adapter": "imported",
     "interpolated": "interpolate",
     "load_adapter": "load",
     "restore": "wrap",

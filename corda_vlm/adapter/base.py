@@ -35,6 +35,13 @@ def base_fingerprint(model: nn.Module) -> str:
     return model_fingerprint(model)
 
 
+def origin_of(model: PeftModel, adapter_name: str) -> dict[str, Any]:
+    """What an export notes of the model that it began with: its fingerprint, and the plan that the adapter came from."""
+    config = model.peft_config[adapter_name]
+    noted: Any = getattr(config, "origin", None)
+    return {**(noted or {}), "model_fingerprint": base_fingerprint(model)}
+
+
 def save_base(fingerprint: str, directory: Path) -> None:
     """Note beside weights which model they were trained from."""
     write_json(directory / BASE_NOTE, {"model_fingerprint": fingerprint})
@@ -60,13 +67,13 @@ def check_base(
     if HEADER in header:
         check_fingerprint(header[HEADER], model, directory)
     if (directory / BASE_NOTE).is_file():
-        check_fingerprint(_noted(directory), model, directory)
+        check_fingerprint(noted_fingerprint(directory), model, directory)
     elif HEADER not in header and config is not None:
         name = config.get("base_model_name_or_path") or ""
-        places = _places(name, directory)
+        places = places_of(name, directory)
         base = next((place for place in places if _is_there(place / BASE_NOTE)), None)
         if base is not None:
-            check_fingerprint(_noted(base), model, directory, base)
+            check_fingerprint(noted_fingerprint(base), model, directory, base)
         elif _names_a_folder(name) and not any(map(_is_there, places)):
             logger.warning(
                 "%s was trained on the model in %s, which is not there: whether it belongs on this model cannot be checked",
@@ -82,7 +89,7 @@ def absolute(name: str | Path | None) -> str | None:
     return str(Path(name).resolve() if Path(name).is_dir() else name)
 
 
-def _places(name: str, directory: Path) -> list[Path]:
+def places_of(name: str, directory: Path) -> list[Path]:
     """Where the base model may lie that an adapter names: a relative path is one from where the training ran."""
     if not name:
         return []
@@ -108,23 +115,30 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _noted(folder: Path) -> object:
+def noted_fingerprint(folder: Path) -> object:
+    """Which model the note in a folder says."""
     noted = read_json(folder / BASE_NOTE, "note of the base model")
     return noted.get("model_fingerprint") if isinstance(noted, dict) else None
 
 
 def check_fingerprint(
-    made_for: object, model: nn.Module, directory: Path, base: Path | None = None
+    made_for: object,
+    model: nn.Module,
+    directory: Path,
+    base: Path | None = None,
+    *,
+    of_export: bool = False,
 ) -> None:
     """Raise `ForeignFileError` unless `made_for` is the fingerprint of the model before any adapter.
 
     Args:
         directory: where what was made for it lies.
         base: the folder of the right model, where that is known.
+        of_export: it was made from the original model, whatever lies beside it.
     """
     if made_for == (fingerprint := base_fingerprint(model)):
         return
-    beside = directory / "base" if (directory / "base").is_dir() else base
+    beside = directory / "base" if (directory / "base").is_dir() and not of_export else base
     remedy = (
         f"Load the model that it was trained on, {shown(beside)}."
         if beside is not None

@@ -4,6 +4,7 @@
 |------------|------------------------------------------------------------------------|----------------------|
 | `lora`     | plain LoRA on the *original* base, alpha = rank everywhere             | peft                 |
 | `residual` | the base with `W₀ = W − B₀A₀` in `base/`, and the adapter `B`, `A`     | peft                 |
+|            | `layout="peft"`: the base at the root, the pair in `corda_init/`       | peft                 |
 | `merged`   | the whole model with the change merged into its weights                | transformers, open_clip |
 
 The model in memory stays as it is. A folder appears whole or not at all.
@@ -12,26 +13,31 @@ The model in memory stays as it is. A folder appears whole or not at all.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from corda_vlm.adapter.base import absolute, base_fingerprint
+from corda_vlm.adapter.base import absolute, base_fingerprint, origin_of, save_base
+from corda_vlm.adapter.card import write_export_card
 from corda_vlm.adapter.factors import Factors, adapted_layers, changes, plain, recompress
 from corda_vlm.adapter.folder import (
     REPORT,
+    START,
     located,
     new_folder,
     save_converted,
     save_model,
 )
-from corda_vlm.adapter.paired import PairedLinear, trained
+from corda_vlm.adapter.paired import PairedLinear, base_of, trained
 from corda_vlm.adapter.plain_lora import LoraBase, save_lora
 from corda_vlm.adapter.twin import less_pair, original, twin_of, with_change
 from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.families.loading import convert
 from corda_vlm.files import write_json
@@ -48,6 +54,7 @@ def export_adapter(
     format: str = "lora",
     rank: int | None = None,
     source: str | Path | None = None,
+    layout: str = "ours",
 ) -> Path:
     """Write the active adapter to `directory` so that plain peft, transformers or open_clip loads it.
 
@@ -57,7 +64,10 @@ def export_adapter(
       load it right. Where sites are parts of packed attention (open_clip's), which a plain LoRA cannot
       address, an open_clip CLIP is written under transformers' names, with the converted original in `base/`.
     - "residual": to go on training with plain PEFT from where the adapter is now; right after attaching
-      that is the initial pair. `W₀` is rounded to the model's precision.
+      that is the initial pair. `W₀` is rounded to the model's precision. With `layout="peft"` the base is at the root of the
+      folder, as in PEFT's examples, and the initial pair in `corda_init/`: PEFT turns what is trained from there into a LoRA on the
+      original model by `save_pretrained(…, path_initial_model_for_weight_conversion="FOLDER/corda_init")`. What has been learned
+      already is in `corda_trained/` then.
     - "merged": rounded to the model's precision, attention packed.
 
     `corda_export.json` beside it says what was written, how to load it, and the error of a recompression.
@@ -67,12 +77,13 @@ def export_adapter(
         rank: of "lora"; None keeps it exact.
         source: what the model was loaded from (a folder, a built-in name, an open_clip name): its configuration and
             its tokenizer's and processor's files are copied. Without it the configuration is read off the model.
+        layout: of "residual": "ours" or "peft".
 
     Returns:
         `directory`.
 
     Raises:
-        UnknownNameError: unknown format.
+        UnknownNameError: unknown format or layout.
         CordaError: no `PeftModel`; the folder holds something else; a plain LoRA cannot express the sites (take
             "merged"); a rank that is not positive; NaN or Inf among what was learned; not enough space.
     """
@@ -82,6 +93,10 @@ def export_adapter(
         raise CordaError(f"export takes a model with an adapter, not a {type(peft_model).__name__}")
     if rank is not None and format != "lora":
         raise CordaError(f"rank= recompresses format 'lora' only, not {format!r}")
+    if layout not in LAYOUTS:
+        raise UnknownNameError("layout", layout, LAYOUTS)
+    if layout == "peft" and format != "residual":
+        raise CordaError(f"layout='peft' is of format 'residual', not {format!r}")
     active = peft_model.active_adapters
     if len(active) != 1:
         raise CordaError(f"{len(active)} adapters are active ({active}); choose one by set_adapter")
@@ -94,9 +109,33 @@ def export_adapter(
         )
     directory = Path(directory) if Path(directory).name else Path(directory).resolve()
     with new_folder(directory) as folder:
-        report = EXPORTS[format](peft_model, active[0], folder, directory, rank, located(source))
-        write_json(folder / REPORT, {"format": format, **report})
+        write = _residual_as_peft if layout == "peft" else EXPORTS[format]
+        report = write(peft_model, active[0], folder, directory, rank, located(source))
+        report = _about(peft_model, active[0], source) | {
+            "format": format, "layout": layout, "name": directory.name, **report,
+        }  # fmt: skip
+        write_json(folder / REPORT, report)
+        write_export_card(folder, report)
     return directory
+
+
+def _about(model: PeftModel, name: str, source: str | Path | None) -> dict[str, Any]:
+    """What a card says of any export: the model that it began with, and what that is for."""
+    bare = base_of(model)
+    generative = any_family(bare).generative
+    if generative is None:
+        task = None if any_family(bare).contrastive is None else "zero-shot-image-classification"
+    else:
+        sees = generative.projector(bare) is not None
+        task = "image-text-to-text" if sees else "text-generation"
+    named = str(source or model.peft_config[name].base_model_name_or_path or "")
+    # the hub takes ids alone
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", named) is not None and not Path(named).exists()
+    return {
+        "original": origin_of(model, name),
+        "base_model": named if is_id else None,
+        "pipeline_tag": task,
+    }
 
 
 def _lora(
@@ -125,7 +164,37 @@ def _lora(
 def _residual(
     model: PeftModel, name: str, folder: Path, final: Path, rank: int | None, source: Any
 ) -> dict[str, Any]:
-    factors: Factors = {}
+    _, now = _pairs(model, name)
+    base = twin_of(model, less_pair)
+    renamed = _renamed(base, now, "residual")
+    lora_base = _save_residual(base, folder / "base", final / "base", source, bool(renamed))
+    width = save_lora(_under(renamed, now), folder, lora_base, model, name)
+    return {"rank": width, "load": _how_to_load(True)}
+
+
+def _residual_as_peft(
+    model: PeftModel, name: str, folder: Path, final: Path, rank: int | None, source: Any
+) -> dict[str, Any]:
+    start, now = _pairs(model, name)
+    base = twin_of(model, less_pair)
+    renamed = _renamed(base, now, "residual")
+    lora_base = _save_residual(base, folder, final, source, bool(renamed))
+    save_base(lora_base.fingerprint, folder)  # for what is trained on it and lies elsewhere
+    (folder / START).mkdir()
+    width = save_lora(_under(renamed, start), folder / START, lora_base, model, name)
+    go_on = START
+    if any(not torch.equal(a, b) for s in now for a, b in zip(start[s], now[s], strict=True)):
+        (folder / (go_on := NOW)).mkdir()
+        save_lora(_under(renamed, now), folder / NOW, lora_base, model, name)
+    load = f"peft.PeftModel.from_pretrained(base, HERE, subfolder={go_on!r}, is_trainable=True), where base is loaded from HERE"
+    convert_with = f"save_pretrained(…, path_initial_model_for_weight_conversion='HERE/{START}')"
+    return {"rank": width, "load": load, "as_lora_on_the_original": convert_with}
+
+
+def _pairs(model: PeftModel, name: str) -> tuple[Factors, Factors]:
+    """The initial pair of every site, and the trained one."""
+    start: Factors = {}
+    now: Factors = {}
     for site, layer in adapted_layers(model, name).items():
         if not isinstance(layer, PairedLinear):
             raise CordaError(
@@ -135,22 +204,26 @@ def _residual(
             raise CordaError(
                 f"site {site!r} is scaled by {layer.scaling[name]:g}; set it to 1 first"
             )
-        B, A = trained(layer, name)
-        factors[site] = (plain(B), plain(A))
+        (B0, A0), (B, A) = layer.pair(name), trained(layer, name)
+        start[site], now[site] = (plain(B0), plain(A0)), (plain(B), plain(A))
+    return start, now
 
-    base = twin_of(model, less_pair)
-    renamed = _renamed(base, factors, "residual")
-    if renamed:
-        save_converted(base, folder / "base")
-        factors = {renamed[site]: pair for site, pair in factors.items()}
+
+def _save_residual(
+    base: nn.Module, folder: Path, final: Path, source: Any, converted: bool
+) -> LoraBase:
+    if converted:
+        save_converted(base, folder)
         fingerprint = model_fingerprint(convert.open_clip_to_hf(base))
     else:
-        save_model(base, folder / "base", source)
+        save_model(base, folder, source)
         fingerprint = model_fingerprint(base)
-    base_name = str((final / "base").resolve())
-    lora_base = LoraBase(base, base_name, fingerprint, converted=bool(renamed))
-    width = save_lora(factors, folder, lora_base, model, name)
-    return {"rank": width, "load": _how_to_load(True)}
+    return LoraBase(base, str(final.resolve()), fingerprint, converted)
+
+
+def _under(renamed: Mapping[str, str], factors: Factors) -> Factors:
+    """The factors under the names that the model is written with."""
+    return {renamed.get(site, site): pair for site, pair in factors.items()}
 
 
 def _merged(
@@ -165,6 +238,11 @@ EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {
     "residual": _residual,
     "merged": _merged,
 }
+"""What `export_adapter` writes, by format."""
+
+LAYOUTS = ("ours", "peft")
+NOW = "corda_trained"
+"""Where in it what has been learned already is, if anything has."""
 
 
 def _how_to_load(with_base: bool) -> str:

@@ -30,6 +30,8 @@ from corda_vlm.tensors import add_checksums_in, save_tensors
 REPORT = "corda_export.json"  # marks a folder as ours, so that a later export may replace it
 
 
+START = "corda_init"
+"""Where the initial pair is in a residual export of `layout="peft"`, beside PEFT's `pissa_init`."""
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TRAINED = "trained.safetensors"
 STATE = "model.safetensors"

@@ -13,11 +13,51 @@ from torch import Tensor, nn
 
 from corda_vlm.adapter.base import HEADER, save_base
 from corda_vlm.adapter.factors import Factors, plain
-from corda_vlm.adapter.folder import ADAPTER
+from corda_vlm.adapter.folder import ADAPTER, CONFIG
 from corda_vlm.adapter.targets import anchored
 from corda_vlm.errors import CordaError
+from corda_vlm.families import any_family
 from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.files import write_json
 from corda_vlm.tensors import save_tensors
+
+KNOWN = frozenset(
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+    ]
+)
+"""The fields of `LoraConfig` in PEFT 0.17, the earliest that LLaMA-Factory, ms-swift and vLLM are found with."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +87,8 @@ def save_lora(
         raise CordaError(
             f"the names of {full[0]!r} are not converted to transformers'; take format='merged'"
         )
-    _config(factors, width, base, full).save_pretrained(
-        str(folder),
-        auto_mapping_dict={
-            "base_model_class": "CLIPModel" if base.converted else type(base.model).__name__,
-            "parent_library": "transformers" if base.converted else type(base.model).__module__,
-        },
-    )
+    config = _config(factors, width, base, full)
+    write_json(folder / CONFIG, _lean(config, base))
     tensors = _padded(factors, width) | _full_weights(model, adapter_name, full)
     save_tensors(folder / ADAPTER, tensors, {HEADER: base.fingerprint})
     save_base(base.fingerprint, folder)
@@ -98,7 +133,31 @@ def _config(factors: Factors, width: int, base: LoraBase, full: Sequence[str]) -
         inference_mode=True,
         modules_to_save=list(full) or None,
         base_model_name_or_path=base.name,
+        task_type=None if base.converted else _task_type(base.model),
     )
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what a model that generates text is; it has none for one that compares images with texts."""
+    generates = any_family(model).generative is not None
+    return "CAUSAL_LM" if generates and hasattr(model, "prepare_inputs_for_generation") else None
+
+
+def _lean(config: LoraConfig, base: LoraBase) -> dict[str, Any]:
+    """The configuration without what PEFT 0.17 does not know and is at its default: former PEFTs warn of each such key."""
+    usual = LoraConfig().to_dict()
+    kept = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+        if key in KNOWN or value != usual.get(key)
+    }
+    kept.pop("peft_version", None)
+    if config.task_type is None:
+        kept["auto_mapping"] = {
+            "base_model_class": "CLIPModel" if base.converted else type(base.model).__name__,
+            "parent_library": "transformers" if base.converted else type(base.model).__module__,
+        }
+    return kept
 
 
 def _targets(factors: Mapping[str, Any], base: nn.Module) -> list[str] | str:

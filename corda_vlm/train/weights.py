@@ -24,9 +24,11 @@ HEAD = "head.safetensors"
 _CARD = """# An adapter of corda_vlm
 
 Its layers start from a frozen pair of factors, which plain PEFT does not know. `corda_vlm.load_adapter(model, folder)` puts it
-on the model that it was trained on; for plain PEFT, or for a model without an adapter:
+on the model that it was trained on. Tools that load adapters by plain PEFT get it in one of two ways:
 
-    corda-vlm export MODEL FOLDER NEW_FOLDER --format lora      # or: merged
+- as a plain LoRA, or merged into a whole model: `corda-vlm export MODEL FOLDER NEW_FOLDER --format lora` (or `merged`);
+- as it is, where corda_vlm is installed: `import corda_vlm.adapter.paired` before the tool calls `PeftModel.from_pretrained`, which
+  then knows the kind. Without that import it stops with `KeyError: 'CORDA_VLM'`.
 """
 
 

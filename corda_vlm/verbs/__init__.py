@@ -1,4 +1,4 @@
-"""The verbs of the command line: new, run, sites, calibrate, gradient, plan, train, evaluate, export, report.
+"""The verbs of the command line: new, run, sites, calibrate, gradient, plan, train, evaluate, export, import, report.
 
 Each is a thin function over the classes of options: it refuses what can be told to be wrong before PyTorch is imported, calls
 the library, and says what there is now. Each reads the file that the verb before it wrote, and refuses one made from
@@ -11,6 +11,7 @@ from corda_vlm.verbs.calibrate import calibrate
 from corda_vlm.verbs.evaluate import evaluate
 from corda_vlm.verbs.export import export
 from corda_vlm.verbs.gradient import gradient
+from corda_vlm.verbs.import_ import import_
 from corda_vlm.verbs.new import new
 from corda_vlm.verbs.plan import plan
 from corda_vlm.verbs.report import report
@@ -19,7 +20,9 @@ from corda_vlm.verbs.sites import sites
 from corda_vlm.verbs.train import train
 
 VERBS = {
-    verb.__name__: verb
-    for verb in (new, run, sites, calibrate, gradient, plan, train, evaluate, export, report)
+    verb.__name__.rstrip("_"): verb  # import is a word of Python's
+    for verb in (
+        new, run, sites, calibrate, gradient, plan, train, evaluate, export, import_, report,
+    )  # fmt: skip
 }
 VERBS["init"] = plan  # what it was called

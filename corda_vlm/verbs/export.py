@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from corda_vlm.errors import CordaError
 from corda_vlm.experiment import checks
 from corda_vlm.families.options import LoadOptions
 from corda_vlm.options import Count
@@ -17,6 +18,9 @@ def export(
     output: str,
     format: Literal["lora", "residual", "merged"] = "merged",
     rank: Count | None = None,
+    layout: Literal["ours", "peft"] = "ours",
+    scores: str | None = None,
+    method: str | None = None,
     *,
     load: LoadOptions,
 ) -> None:
@@ -32,19 +36,30 @@ def export(
         output: Folder to write.
         format: lora (on the original base), residual (base and adapter), or merged (a plain model).
         rank: With lora: recompress to this rank.
+        layout: With residual: ours has the base in base/; peft has it at the root, and the initial pair in corda_init/, from which
+            PEFT converts what is trained into a lora on the original base.
+        scores: A file of scores (JSON lines, as evaluate writes it), whose numbers go into the card, README.md.
+        method: With scores of several models: which of them it is.
     """
     checks.check_source(model)
     planned = Path(adapter).is_file()
     if not planned:
         checks.check_folder(adapter, "training's", "make it by corda-vlm train")
     checks.check_output(output, folder=True)
+    if method is not None and scores is None:
+        raise CordaError("method says which of the scores are meant; give --scores too")
     from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter
+    from corda_vlm.evaluation.score_file import read_rows
     from corda_vlm.plan import AdapterPlan
+    from corda_vlm.report import write_card
 
+    rows = None if scores is None else read_rows(scores)
     bare = load_source(model, load).model
     if planned:
         trained = attach_adapter(bare, AdapterPlan.load(adapter, model=bare))
     else:
         trained = load_adapter(bare, adapter)
-    written = export_adapter(trained, output, format=format, rank=rank, source=model)
+    written = export_adapter(trained, output, format=format, rank=rank, source=model, layout=layout)
+    if rows is not None:
+        write_card(written, rows, method=method)
     print(f"wrote {written}")

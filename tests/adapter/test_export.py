@@ -324,7 +324,7 @@ class TestMerged:
         attached = trained(tiny_open_clip)
         folder = export_adapter(attached, tmp_path / "merged", format="merged")
         assert sorted(p.name for p in folder.iterdir()) == [
-            "corda_export.json", "open_clip_config.json", "open_clip_model.safetensors",
+            "README.md", "corda_export.json", "open_clip_config.json", "open_clip_model.safetensors",
         ]  # fmt: skip
         loaded = load_model(folder).model
         assert any(is_packed(m) for m in loaded.modules())
@@ -465,7 +465,7 @@ class TestFolder:
         export_adapter(attached, tmp_path / "out", format="merged")
         export_adapter(attached, tmp_path / "out", format="lora")
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-            "adapter_config.json", "adapter_model.safetensors", "base.json", "corda_export.json",
+            "README.md", "adapter_config.json", "adapter_model.safetensors", "base.json", "corda_export.json",
         ]  # fmt: skip
 
     def test_a_full_disk_leaves_the_former_export(self, tiny_clip_hf, tmp_path, monkeypatch):
