@@ -122,12 +122,11 @@ def export_adapter(
 def _about(model: PeftModel, name: str, source: str | Path | None) -> dict[str, Any]:
     """What a card says of any export: the model that it began with, and what that is for."""
     bare = base_of(model)
-    generative = any_family(bare).generative
-    if generative is None:
-        task = None if any_family(bare).contrastive is None else "zero-shot-image-classification"
-    else:
-        sees = generative.projector(bare) is not None
-        task = "image-text-to-text" if sees else "text-generation"
+    family, task = any_family(bare), None
+    if family.generative is not None:
+        task = "image-text-to-text" if "vision" in family.towers(bare) else "text-generation"
+    elif family.contrastive is not None:
+        task = "zero-shot-image-classification"
     named = str(source or model.peft_config[name].base_model_name_or_path or "")
     # the hub takes ids alone
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", named) is not None and not Path(named).exists()
