@@ -110,5 +110,7 @@ TOOLS = {
         Tool("llamafactory", ("llamafactory",), ("llamafactory", "transformers", "peft")),
         Tool("axolotl", ("axolotl",), ("axolotl", "transformers", "peft")),
         Tool("swift", ("ms-swift",), ("ms-swift", "transformers", "peft")),
+        Tool("peft_own", (), ("peft",)),
+        Tool("peft_old", ("peft==0.17.1", "transformers==4.57.*"), ("peft", "transformers")),
     )
 }
