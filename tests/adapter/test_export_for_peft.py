@@ -144,7 +144,7 @@ def test_the_card_says_how_to_load_it(llama, tiny_clip_hf, tmp_path):
     folder = export_adapter(
         attach_adapter(llama, plan_of(llama)), tmp_path / "start", format="residual", layout="peft"
     )
-    card = ModelCard.load(folder / "README.md")
+    card: Any = ModelCard.load(folder / "README.md")
     assert "path_initial_model_for_weight_conversion='HERE/corda_init'" in card.text
     assert "corda-vlm import" in card.text
     assert card.data.pipeline_tag == "text-generation"

@@ -31,6 +31,10 @@ from tests.adapter.test_export import embed, relative
 from tests.adapter.test_export_for_peft import IDS, learn, llama, logits, plan_of  # noqa: F401
 
 
+def of(model: Any) -> Any:
+    return model.peft_config["default"]
+
+
 def by_plain_peft(
     base: nn.Module, adapter: Path, out: Path, **where: Any
 ) -> tuple[Path, PeftModel]:
@@ -63,7 +67,7 @@ def test_it_gives_what_the_tool_gives_and_is_one_of_ours(llama, tmp_path, format
         assert torch.equal(logits(home), before)
     layers = paired_layers(home)
     assert {layer.r["default"] for layer in layers.values()} == {6 if format == "lora" else 3}
-    assert home.peft_config["default"].origin["method"] == "pissa"
+    assert of(home).origin["method"] == "pissa"
 
     store = collect_covariance(original_of(tmp_path), [{"input_ids": IDS}], show_progress=False)
     assert 0 < float(anchor_penalty(home, store)()) < 10
@@ -149,7 +153,7 @@ def test_pefts_own_start_before_training(llama, tmp_path):  # noqa: F811
     """Not from an export: PEFT's own CorDA or PiSSA, of which the adapter was saved before training."""
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa")
     model = get_peft_model(llama, config)
-    model.peft_config["default"].init_lora_weights = True
+    of(model).init_lora_weights = True
     model.save_pretrained(tmp_path / "init")
     learn(model)
     model.save_pretrained(tmp_path / "theirs")

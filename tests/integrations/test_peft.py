@@ -130,6 +130,18 @@ class Wrapped(nn.Module):
         return self.head(self.bert(**batch).last_hidden_state[:, 0])
 
 
+class Own(nn.Module):
+    """A model that no family knows, whose parts see no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 16)
+        self.first = nn.Linear(16, 12)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.first(self.embedding(input_ids))
+
+
 def test_a_model_of_no_family_and_a_mask_that_only_a_part_of_it_sees(tmp_path):
     model, file = Wrapped().eval(), tmp_path / "covariance"
     asked = config(covariance_file=str(file), target_modules=["query", "head", "pooler.dense"], r=2)
@@ -304,6 +316,20 @@ class TestInitialize:
         assert {n for n, p in peft_model.named_parameters() if p.requires_grad} == {
             n for n in ours if "lora_" in n
         }
+
+    def test_padding_that_only_the_model_as_a_whole_is_told_of(self):
+        model = Own().eval()
+        other: Any = copy.deepcopy(model)
+        one: dict[str, Any] = {"target_modules": ["first"]}
+        preprocess_corda(other, config(**one), run_on(other))
+        alone = [{"input_ids": i[m.bool()][None], "attention_mask": None} for b in BATCHES for i, m in zip(*b.values(), strict=True)]  # fmt: skip
+        third: Any = copy.deepcopy(model)
+        preprocess_corda(third, config(**one), run_on(third, alone))
+        peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, **one))
+        initialize_lora_corda_weights(peft_model, BATCHES, show_progress_bar=False)
+        started = peft_model.get_parameter("base_model.model.first.lora_A.default.weight")
+        assert torch.equal(started, other.first.eigens.V_WC.mT)
+        assert torch.allclose(started, third.first.eigens.V_WC.mT, rtol=1e-3, atol=1e-5)
 
     def test_forward_fn_and_method(self, llama):
         model = get_peft_model(llama, LoraConfig(r=4, target_modules=TARGETS))

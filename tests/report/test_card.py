@@ -45,7 +45,7 @@ def folder(tmp_path) -> Path:
 
 def test_before_and_after_and_the_share_that_was_kept(folder):
     write_card(folder, ROWS)
-    card = ModelCard.load(folder / "README.md")
+    card: Any = ModelCard.load(folder / "README.md")
     text = card.text
     assert "| digits | gain | top1 | 10.0% | 95.0% | 94.0% to 96.0% | – |" in text
     assert "| emoji | retention | top1 | 90.0% | 70.0% | 69.0% to 71.0% | 75.0% |" in text

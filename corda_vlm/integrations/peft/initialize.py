@@ -58,7 +58,8 @@ def initialize_lora_corda_weights(
     bare = base_of(model)
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
     with showing(show_progress_bar), model.disable_adapter():
-        with watching(bare, bases, sites_of(bare, bases), asked.precision) as watch:
+        sites = sites_of(bare, bases)
+        with watching(bare, bases, sites, asked.precision, called=model) as watch:
             for batch in track(dataloader, "calibrate", unit="batch"):
                 forward_fn(model, _moved(batch, device_of(bare)))
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}

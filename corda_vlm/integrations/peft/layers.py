@@ -27,7 +27,7 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 
     Raises:
         NoSitesError: there is none.
-        CordaError: one is a part of packed attention, or its weight is quantized.
+        CordaError: one is a part of packed attention, or its weight is quantized or not in memory.
     """
     resolved = _resolved(model, config)
     layers = {
@@ -47,6 +47,10 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             raise CordaError(
                 f"{name!r} is a part of nn.MultiheadAttention, which plain PEFT cannot adapt; leave it out of target_modules, "
                 "or take corda_vlm.adapt, which can"
+            )
+        if weight_of(layer).is_meta:
+            raise CordaError(
+                f"the weight of {name!r} is not in memory (on the device 'meta'); load the model without offloading to the disk"
             )
         if not weight_of(layer).is_floating_point():
             raise CordaError(

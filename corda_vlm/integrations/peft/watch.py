@@ -149,9 +149,18 @@ class Watch:
 
 @contextmanager
 def watching(
-    model: nn.Module, layers: Mapping[str, nn.Module], sites: Sequence[Site], precision: str
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    sites: Sequence[Site],
+    precision: str,
+    *,
+    called: nn.Module | None = None,
 ) -> Iterator[Watch]:
-    """Hooks on the layers for the length of the block, exceptions included; the model is in eval mode meanwhile."""
+    """Hooks on the layers for the length of the block, exceptions included; the model is in eval mode meanwhile.
+
+    Args:
+        called: what is called in the block, if it is a wrapper of PEFT's, which passes by the hooks of the model itself.
+    """
     watch = Watch(sites, precision)
     handles: list[RemovableHandle] = []
     try:
@@ -159,7 +168,7 @@ def watching(
             handles.append(
                 layers[site.name].register_forward_pre_hook(watch.hook(site), with_kwargs=True)
             )
-        for module, masks in _maskers(model, sites):
+        for module, masks in _maskers(model, called or model, sites):
             handles += _mask_hooks(watch, module, masks)
         with evaluating(model), torch.no_grad():
             yield watch
@@ -172,11 +181,13 @@ Masker = Callable[[dict[str, Any]], Masks]
 """The arguments of a call -> tower -> its mask."""
 
 
-def _maskers(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[nn.Module, Masker]]:
+def _maskers(
+    model: nn.Module, called: nn.Module, sites: Sequence[Site]
+) -> Iterator[tuple[nn.Module, Masker]]:
     """The model, with its family's own idea of padding, and those parts of it that a script may call alone with a mask."""
     family = family_or_generic(model)
     of_family = token_masks(family, model)
-    yield model, lambda batch: {**_for_all({TOWER}, batch), **of_family(batch)}
+    yield called, lambda batch: {**_for_all({TOWER}, batch), **of_family(batch)}
     for name, module in model.named_modules():
         inside = {site.tower for site in sites if name and site.name.startswith(f"{name}.")}
         arguments = _arguments(module)
