@@ -23,7 +23,7 @@ from corda_vlm.adapter import (
     load_adapter,
     restore,
 )
-from corda_vlm.adapter.paired import paired_layers
+from corda_vlm.adapter.paired import paired_layers, trained
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError
@@ -114,7 +114,7 @@ def test_a_lora_that_had_learned_before_it_left(tiny_clip_hf, tmp_path):
     attached = attach_adapter(tiny_clip_hf, plan_of(tiny_clip_hf))
     with torch.no_grad():
         for layer in paired_layers(attached).values():
-            layer.lora_B["default"].weight.mul_(1.3)
+            trained(layer, "default")[0].mul_(1.3)
     start = export_adapter(attached, tmp_path / "start")
     theirs = changed(start, tmp_path / "theirs")
     plain = PeftModel.from_pretrained(copy.deepcopy(bare), str(theirs)).eval()
