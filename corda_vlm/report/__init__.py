@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from corda_vlm.report.analysis.results import Results
     from corda_vlm.report.before_after.options import BeforeAfterOptions, Roles
     from corda_vlm.report.before_after.write import write_comparison
-    from corda_vlm.report.formats.registry import FORMATS, read_results, register_format
     from corda_vlm.report.card import write_card
+    from corda_vlm.report.formats.registry import FORMATS, read_results, register_format
     from corda_vlm.report.overview import write_overview
     from corda_vlm.report.write import summary_table, write_report
 
@@ -36,8 +36,8 @@ _HOMES = {
     "register_format": "formats.registry",
     "steps_to_loss": "analysis.convergence",
     "summary_table": "write",
-    "write_comparison": "before_after.write",
     "write_card": "card",
+    "write_comparison": "before_after.write",
     "write_overview": "overview",
     "write_report": "write",
 }
