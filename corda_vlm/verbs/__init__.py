@@ -22,7 +22,8 @@ from corda_vlm.verbs.train import train
 VERBS = {
     verb.__name__.rstrip("_"): verb  # import is a word of Python's
     for verb in (
-        new, run, sites, calibrate, gradient, plan, train, evaluate, export, import_, report,
-    )  # fmt: skip
+        *(new, run, sites, calibrate, gradient, plan, train),
+        *(evaluate, export, import_, report),
+    )
 }
 VERBS["init"] = plan  # what it was called
