@@ -69,6 +69,7 @@ bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@$(BIN)/python eval/benchmarks/anchor_step.py --out runs/bench/anchor_step.json
 	@$(BIN)/python eval/benchmarks/terms_step.py | tee runs/bench/terms_step.txt
 	@$(BIN)/python eval/benchmarks/blockwise_memory.py $(SMOLLM2) --out runs/bench/blockwise_memory.json
+	@$(BIN)/python eval/benchmarks/lora_start.py --out runs/bench/lora_start.json
 
 reliability: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.campaign --seconds $(SECONDS) --seed $(SEED)
