@@ -32,6 +32,7 @@ def start(tmp_path_factory):
 
 
 def test_there_and_back(start, tmp_path):
+    """a LoRA gets the names of the original repository, and those of transformers back"""
     main([str(start), str(tmp_path / "llava")])
     there = load_file(tmp_path / "llava" / "adapter_model.safetensors")
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in there
@@ -57,6 +58,7 @@ def language_model() -> nn.Module:
 
 
 def test_the_recipe_starts_its_training_at_the_base(start, tmp_path, monkeypatch):
+    """the recipe starts at the base, with a stand-in of the repository's training, which was not installed but read"""
     import peft
 
     rename_adapter(str(start), str(tmp_path / "llava"))

@@ -112,5 +112,6 @@ TOOLS = {
         Tool("swift", ("ms-swift",), ("ms-swift", "transformers", "peft")),
         Tool("peft_own", (), ("peft",)),
         Tool("peft_old", ("peft==0.17.1", "transformers==4.57.*"), ("peft", "transformers")),
+        Tool("llava", (), ("transformers", "peft")),
     )
 }
