@@ -113,5 +113,12 @@ TOOLS = {
         Tool("peft_own", (), ("peft",)),
         Tool("peft_old", ("peft==0.17.1", "transformers==4.57.*"), ("peft", "transformers")),
         Tool("llava", (), ("transformers", "peft")),
+        Tool("lm_eval", ("lm_eval",), ("lm_eval", "transformers")),
+        # float() of an array of one number, which it takes, is an error since NumPy 2.4
+        Tool(
+            "clip_benchmark",
+            ("clip_benchmark", "numpy<2.4"),
+            ("clip_benchmark", "open_clip_torch", "numpy"),
+        ),
     )
 }

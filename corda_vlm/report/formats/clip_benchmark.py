@@ -62,7 +62,9 @@ def _name(content: dict[str, Any]) -> str:
     pretrained, model = str(content["pretrained"]), str(content["model"])
     if "/" in pretrained:
         place = Path(pretrained)
-        return place.parent.name if place.stem.startswith(("open_clip", "epoch")) else place.stem
+        if place.parent.name == "checkpoints":  # as open_clip_train writes them
+            return f"{place.parent.parent.name}, {place.stem}"
+        return place.parent.name if place.stem.startswith("open_clip") else place.stem
     if model.startswith("local-dir:"):
         return Path(model.removeprefix("local-dir:")).name
     return f"{model}, {pretrained}" if pretrained else model

@@ -1,0 +1,126 @@
+"""lm-eval: a live model of ours, its adapter attached, in its `simple_evaluate`.
+
+    from corda_vlm.integrations.lm_eval import evaluate
+
+    evaluate(model, ["gsm8k", "corda_retention"], processor=loaded.processor, output="results/after")
+
+writes the files that `lm_eval --log_samples` writes, which `corda-vlm report --before results/before --after results/after`
+reads. `corda_retention` is a group of the knowledge that CorDA measures, TriviaQA, NQ-open and WebQuestions; it lies in
+`TASKS`, which lm-eval's own command takes as `--include_path`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from corda_vlm.errors import CordaError, brief
+from corda_vlm.files import asset, home_path
+from corda_vlm.names import check_name
+
+RETENTION = "corda_retention"
+"""The name of the group of retention tasks."""
+
+Task = str | Mapping[str, Any]
+
+
+def tasks_folder() -> Path:
+    """The folder of the task files that ship with the package, for `lm_eval --include_path`."""
+    return asset("eval/lm_eval")
+
+
+def as_lm(model: nn.Module, processor: Any, *, batch_size: int = 8, **options: Any) -> Any:
+    """A live model as lm-eval's `HFLM`, weights and adapter as they are.
+
+    Args:
+        model: a language model, or a vision-language model that is asked without images; bare or a `PeftModel`.
+        processor: the model's.
+        options: further ones of `HFLM`, e.g. `max_length`.
+
+    Raises:
+        CordaError: lm-eval is not installed, or the model writes no text.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or not hasattr(model, "generate"):
+        raise CordaError(
+            f"lm-eval asks models that write text, and this {type(model).__name__} does not; evaluate it with "
+            "corda_vlm.evaluate"
+        )
+    return _lm_eval("models.huggingface").HFLM(
+        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, **options
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    tasks: Sequence[Task] = (RETENTION,),
+    *,
+    processor: Any,
+    output: str | Path | None = None,
+    batch_size: int = 8,
+    include_path: str | Path | None = None,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Measure a live model with lm-eval; its mode, train or eval, is as before afterwards.
+
+    Args:
+        tasks: names of lm-eval's tasks and of those in `tasks_folder()`, or mappings as its task files hold them.
+        processor: the model's.
+        output: a folder for results_DATE.json and samples_TASK_DATE.jsonl; the model is called by its name.
+        include_path: a folder of further task files.
+        keywords: further ones of `lm_eval.simple_evaluate`, e.g. `limit`, `num_fewshot` or `apply_chat_template`.
+
+    Returns:
+        what `simple_evaluate` returns.
+
+    Raises:
+        CordaError: lm-eval is not installed, or the model writes no text.
+    """
+    folders = [str(tasks_folder())] + ([str(include_path)] if include_path is not None else [])
+    lm = as_lm(model, processor, batch_size=batch_size)
+    tracker = None if output is None else _tracker(home_path(output))
+    named = "" if output is None else check_name(Path(output).resolve().name, "the model's name")
+    mode = model.training
+    try:
+        results = _lm_eval("evaluator").simple_evaluate(
+            model=lm,
+            model_args={"pretrained": named},
+            tasks=[one if isinstance(one, str) else dict(one) for one in tasks],
+            task_manager=_lm_eval("tasks").TaskManager(include_path=folders),
+            evaluation_tracker=tracker,
+            batch_size=batch_size,
+            log_samples=True,
+            **keywords,
+        )
+    finally:
+        model.train(mode)
+    if tracker is not None:
+        _save(tracker, results)
+    return results
+
+
+def _tracker(folder: Path) -> Any:
+    return _lm_eval("loggers").EvaluationTracker(output_path=str(folder))
+
+
+def _save(tracker: Any, results: dict[str, Any]) -> None:
+    """The files that its command writes. Its tracker takes samples apart while it writes, so it gets a shallow copy."""
+    samples = {task: [dict(one) for one in of] for task, of in results["samples"].items()}
+    told = {key: value for key, value in results.items() if key != "samples"}
+    tracker.save_results_aggregated(results=told, samples=samples)
+    for task in results["configs"]:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+
+
+def _lm_eval(module: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(f"lm_eval.{module}")
+    except ModuleNotFoundError as error:
+        raise CordaError(
+            f"this needs lm-eval, and {brief(error.name)} is not installed: pip install lm_eval"
+        ) from error

@@ -1,0 +1,68 @@
+"""CLIP_benchmark itself, with emoji-clip as one of its models and on webdatasets as it lays them out."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from corda_vlm.data import load_records
+from corda_vlm.report import read_results
+
+pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """200 of scikit-learn's digits as a webdataset in CLIP_benchmark's layout."""
+    folder = tmp_path / "data" / "digits"
+    (folder / "test").mkdir(parents=True)
+    records = load_records({"source": "sklearn:digits", "split": "test"})
+    with tarfile.open(folder / "test" / "0.tar", "w") as archive:
+        for number in range(200):
+            record, picture = records[number], io.BytesIO()
+            record["image"].save(picture, "PNG")
+            for ending, content in (
+                ("png", picture.getvalue()),
+                ("cls", str(record["label"]).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number:06d}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "classnames.txt").write_text("\n".join(DIGITS) + "\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("the digit {c}\nthe number {c}\n")
+    return folder
+
+
+def test_acc1_is_ours_and_the_report_reads_it(tool, data, tmp_path, measured):
+    """acc1, acc5 and mean_per_class_recall of emoji-clip are ours on the same data (--no_amp)"""
+    out = tmp_path / "results"
+    out.mkdir()
+    tool.run(
+        "-m", "corda_vlm.integrations.clip_benchmark", "eval", "--model", "emoji-clip", "--pretrained", "", "--dataset", "wds/digits",
+        "--dataset_root", data.parent / "{dataset}", "--no_amp", "--num_workers", "0", "--output", out / "{dataset}.json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    tool.run(
+        Path(__file__).with_name("clip_live.py"),
+        "emoji-clip",
+        data,
+        tmp_path / "ours.json",
+        cwd=tmp_path,
+    )
+    ours = json.loads((tmp_path / "ours.json").read_text())
+    (model,) = read_results(out)
+    assert model.name == "emoji-clip"
+    for theirs, own in (
+        ("acc1", "top1"),
+        ("acc5", "top5"),
+        ("mean_per_class_recall", "mean_per_class"),
+    ):
+        measure = model.of("wds/digits", theirs)
+        assert measure.value == pytest.approx(ours[own], abs=1e-6), theirs
+    measured(f"acc1 {ours['top1']:.1%} both, acc5 {ours['top5']:.1%} both")

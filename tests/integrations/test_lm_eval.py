@@ -1,0 +1,97 @@
+"""lm-eval itself, on SmolLM2 cut to 4 layers: a live model with an adapter is measured as its export is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from corda_vlm.report import BeforeAfterOptions, read_results, write_comparison
+
+pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{q}}}}"
+{more}
+metadata: {{version: 1.0}}
+"""
+CHOICE = """doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"""
+LIKELIHOOD = """doc_to_target: "{{a}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}]"""
+CAPITALS = ("Paris", "Rome", "Madrid", "Berlin", "Vienna", "Athens")
+COUNTRIES = ("France", "Italy", "Spain", "Germany", "Austria", "Greece")
+
+
+@pytest.fixture
+def tasks(tmp_path) -> Path:
+    """Two small tasks: one of choice, and one of likelihood, whose numbers tell models apart finely."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    capitals = [
+        {"q": f"The capital of {country} is", "choices": list(CAPITALS), "gold": number}
+        for number, country in enumerate(COUNTRIES)
+    ]
+    sums = [{"q": f"{n} and {n} is", "a": f" {2 * n}"} for n in range(2, 8)]
+    for name, rows, kind, more in (
+        ("capitals", capitals, "multiple_choice", CHOICE),
+        ("sums", sums, "loglikelihood", LIKELIHOOD),
+    ):
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(
+            TASK.format(name=name, file=file, kind=kind, more=more)
+        )
+    return folder
+
+
+def likelihoods(folder: Path, task: str) -> np.ndarray:
+    """What the model gave to each answer of each sample."""
+    (file,) = folder.rglob(f"samples_{task}_*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return np.array([[float(one[0]) for one in row["filtered_resps"]] for row in rows])
+
+
+def test_a_live_adapter_is_measured_as_its_export_and_the_report_reads_both(
+    tool, tasks, smollm2_4, tmp_path, measured
+):
+    """a live adapter's likelihoods are those of its export; the report reads lm-eval's files"""
+    script = Path(__file__).with_name("lm_eval_live.py")
+    tool.run(script, smollm2_4, tasks, tmp_path, cwd=tmp_path, HF_DATASETS_OFFLINE="1")
+    tool.run(
+        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'exported'},dtype=float32", "--device", "cpu",
+        "--include_path", tasks, "--tasks", "capitals,sums", "--batch_size", "8", "--log_samples",
+        "--output_path", tmp_path / "plain", cwd=tmp_path, HF_DATASETS_OFFLINE="1",
+    )  # fmt: skip
+    apart = 0.0
+    for task in ("capitals", "sums"):
+        live, plain = (likelihoods(tmp_path / name, task) for name in ("live", "plain"))
+        before = likelihoods(tmp_path / "before", task)
+        apart = max(apart, float(np.abs(live - plain).max()))
+        assert np.abs(live - before).max() > 0.05
+    assert apart < 1e-3
+    page, _ = write_comparison(
+        BeforeAfterOptions(
+            before=[str(tmp_path / "before")],
+            after=[str(tmp_path / "live")],
+            output=str(tmp_path / "report"),
+            gain=["sums"],
+        )
+    )
+    card = json.loads(page.with_name("card.json").read_text())
+    capitals = next(one for one in card["after"][0]["tasks"] if one["task"] == "capitals")
+    assert (capitals["interval"], capitals["n"], capitals["chance"]) == (
+        "paired",
+        6,
+        pytest.approx(1 / 6),
+    )
+    (plain,) = read_results(tmp_path / "plain")
+    assert plain.of("capitals").value == pytest.approx(capitals["after"])
+    measured(f"log-likelihoods within {apart:.0e} of those of the export")
