@@ -23,7 +23,7 @@ def main(source: str, tasks: str, output: str) -> None:
         loaded.model, TASKS, processor=loaded.processor, output=out / "before", include_path=tasks
     )
     torch.manual_seed(0)
-    plan = plan_adapter(loaded.model, mode="pissa", rank=4)
+    plan = plan_adapter(loaded.model, None, method="pissa", rank=4, show_progress=False)
     model = attach_adapter(loaded.model, plan)
     with torch.no_grad():  # as if it had been trained
         for name, parameter in model.named_parameters():
