@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,12 +51,13 @@ def test_clip_benchmark_that_is_not_installed_is_named(monkeypatch):
 
 def test_a_model_of_ours_is_called_as_theirs():
     loaded = load_model("emoji-clip")
+    plain: Any = loaded.model
     model, transform, tokenizer = clip_benchmark.as_theirs(loaded.model, loaded.processor)
     pixels = transform(Image.new("RGB", (40, 30), "red"))[None]
     with torch.no_grad():
         image = model.encode_image(pixels)
         text = model.encode_text(tokenizer(["a cat", "a dog"]).to("cpu"))
-        assert torch.equal(image, loaded.model.encode_image(pixels))
+        assert torch.equal(image, plain.encode_image(pixels))
     assert (image.shape[0], text.shape[0], image.shape[1]) == (1, 2, text.shape[1])
 
 
