@@ -57,6 +57,8 @@ def run(folder: Path) -> subprocess.CompletedProcess[str]:
     (changed / "test_initialization.py").write_text(text, encoding="utf-8")
     (changed / "testing_utils.py").write_bytes((tests / "testing_utils.py").read_bytes())
     (changed / "conftest.py").write_text(GPT2, encoding="utf-8")
+    # its own settings: without a file of them those of this repository would hold
+    (changed / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", ".", "-k", "TestCordaInitialization"]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, "test_initialization.py"],
