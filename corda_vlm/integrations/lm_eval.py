@@ -80,13 +80,12 @@ def evaluate(
         CordaError: lm-eval is not installed, or the model writes no text.
     """
     folders = [str(tasks_folder())] + ([str(include_path)] if include_path is not None else [])
-    lm = as_lm(model, processor, batch_size=batch_size)
-    tracker = None if output is None else _tracker(home_path(output))
     named = "" if output is None else check_name(Path(output).resolve().name, "the model's name")
-    mode = model.training
+    tracker = None if output is None else _tracker(home_path(output))
+    modes = [(module, module.training) for module in model.modules()]  # which HFLM changes
     try:
         results = _lm_eval("evaluator").simple_evaluate(
-            model=lm,
+            model=as_lm(model, processor, batch_size=batch_size),
             model_args={"pretrained": named},
             tasks=[one if isinstance(one, str) else dict(one) for one in tasks],
             task_manager=_lm_eval("tasks").TaskManager(include_path=folders),
@@ -96,7 +95,8 @@ def evaluate(
             **keywords,
         )
     finally:
-        model.train(mode)
+        for module, training in modes:
+            module.training = training
     if tracker is not None:
         _save(tracker, results)
     return results

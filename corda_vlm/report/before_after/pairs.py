@@ -22,7 +22,7 @@ from corda_vlm.files import shown
 from corda_vlm.names import quoted
 from corda_vlm.report.formats.base import Measure, Samples
 
-PAIRED, OWN, UNPAIRED, NONE = "paired", "paired by the run itself", "unpaired", "none"
+PAIRED, OWN, UNPAIRED, NONE = "paired", "by the run", "unpaired", "none"
 """How the interval of a change was found: over the same samples; by the run that measured both, which told the gain alone; from
 the two intervals; or not at all."""
 

@@ -35,9 +35,11 @@ def summary_table(comparisons: Sequence[Comparison]) -> Table:
     headings = [f"{task} (gain)" for task in gained] + ["kept share"]
     if len(kept) < 2:
         rows, kept = [row[: 2 + len(gained)] for row in rows], []
+    count = len(comparisons[0].retained)
     caption = (
         "Gain: the score before → after. Kept share: (after − chance) / (before − chance), 100% is the model before training and 0% "
-        f"is chance; its mean over {len(comparisons[0].retained)} retention tasks, then each by itself."
+        "is chance"
+        + (f"; its mean over {count} retention tasks, then each by itself." if count > 1 else ".")
     )
     return Table(caption, ["model", *headings, *(f"{task} kept" for task in kept)], rows)
 
