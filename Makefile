@@ -68,6 +68,7 @@ bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@$(BIN)/python eval/benchmarks/base_modes.py --model vit-b32 --out runs/bench/base_modes.json
 	@$(BIN)/python eval/benchmarks/anchor_step.py --out runs/bench/anchor_step.json
 	@$(BIN)/python eval/benchmarks/terms_step.py | tee runs/bench/terms_step.txt
+	@$(BIN)/python eval/benchmarks/holding_cost.py --out runs/bench/holding_cost.json
 	@$(BIN)/python eval/benchmarks/blockwise_memory.py $(SMOLLM2) --out runs/bench/blockwise_memory.json
 	@$(BIN)/python eval/benchmarks/lora_start.py --out runs/bench/lora_start.json
 

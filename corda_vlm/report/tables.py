@@ -292,8 +292,9 @@ def rankings_table(ranked: Sequence[Ranking]) -> Table:
         rows.insert(at, ["within a method, mean", str(count), *_correlations(mean, names)])
     return Table(
         "Which of the predictors ranks models best: Spearman's and Kendall's rank correlation with the knowledge kept, over the "
-        "models that carry all of them; −1 is the order in which they forgot, and the best of a line is bold. Within a method, "
-        "only learning rate and seed differ.",
+        "models that carry all of them; −1 is the order in which they forgot, and the best of a line is bold. In brackets, by how much "
+        "Spearman's is behind the best one's, with the 95 % interval over the same resamples of the models: one that holds 0 is a tie. "
+        "Within a method, only learning rate and seed differ.",
         ["models", "how many", *(PREDICTORS[name].removeprefix("the ") for name in names)],
         rows,
     )
@@ -305,9 +306,15 @@ def _correlations(ranking: Ranking, names: Sequence[str]) -> list[str]:
     cells = []
     for name in names:
         pair = (ranking.spearman[name], ranking.kendall[name])
-        text = " / ".join(ABSENT if np.isnan(v) else f"{v:.2f}".replace("-", "−") for v in pair)
+        text = " / ".join(ABSENT if np.isnan(v) else _two(v) for v in pair)
+        if (behind := ranking.behind.get(name)) is not None:
+            text += f" (+{_two(behind.value)}, {_two(behind.low)} to {_two(behind.high)})"
         cells.append(bold(text) if name == best else text)
     return cells
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
 
 
 def _mean(values: Sequence[float]) -> float:

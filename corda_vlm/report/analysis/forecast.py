@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float
 
+from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.report.analysis.results import PREDICTORS, Results
+
+_RESAMPLES = 1000
 
 _ENOUGH = 3
 """Models of which an order says something."""
@@ -44,12 +47,15 @@ class Ranking:
         of: the method, None for all models of all methods.
         count: of models.
         spearman, kendall: predictor -> rank correlation with the kept share, −1 for the right order.
+        behind: predictor -> by how much its Spearman's correlation is above that of the best, with its paired interval over
+            models; none of the best itself.
     """
 
     of: str | None
     count: int
     spearman: Mapping[str, float]
     kendall: Mapping[str, float]
+    behind: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def forecasts_of(results: Results, predictor: str = PREDICTORS[0]) -> Forecasts:
@@ -95,12 +101,36 @@ def _ranking(of: str | None, every: Sequence[Forecasts]) -> Ranking:
     """Of the models of one method, or of all."""
     chosen = np.array([of in (None, method) for method in every[0].methods], dtype=bool)
     values = {one.predictor: (one.forecasts[chosen], one.kept[chosen]) for one in every}
+    correlations = {name: spearman(*both) for name, both in values.items()}
     return Ranking(
         of,
         int(chosen.sum()),
-        {name: spearman(*both) for name, both in values.items()},
+        correlations,
         {name: kendall(*both) for name, both in values.items()},
+        _behind(values, correlations) if of is None else {},
     )
+
+
+def _behind(
+    values: Mapping[str, tuple[np.ndarray, np.ndarray]], correlations: Mapping[str, float]
+) -> dict[str, Interval]:
+    """How far each predictor is behind the best, over resamples of the models that all of them share."""
+    told = {name: value for name, value in correlations.items() if not np.isnan(value)}
+    if len(told) < 2:
+        return {}
+    best = min(told, key=lambda name: told[name])
+    count = len(values[best][0])
+    drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+    resampled = {
+        name: np.array([spearman(values[name][0][d], values[name][1][d]) for d in drawn])
+        for name in told
+    }
+    found = {}
+    for name in told:
+        if name != best:
+            low, high = np.nanquantile(resampled[name] - resampled[best], [0.025, 0.975])
+            found[name] = Interval(told[name] - told[best], float(low), float(high))
+    return found
 
 
 def spearman(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:

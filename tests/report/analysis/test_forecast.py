@@ -81,6 +81,15 @@ def test_the_predictors_of_forgetting_are_ranked(invented: Any) -> None:
     assert every.spearman["update_size"] < -0.95 < every.spearman["kl_new"]
     assert every.kendall["update_size"] < every.kendall["kl_new"]
     assert all(r.spearman["kl_new"] == pytest.approx(r.spearman["forecast"]) for r in within)
+    (tie,) = (every.behind[n] for n in ("forecast", "update_size") if n in every.behind)
+    assert (tie.value, tie.low, tie.high) == pytest.approx((0, 0, 0)), (
+        "the same order in every resample"
+    )
+    worse = every.behind["kl_new"]
+    assert 0 < worse.low < worse.value < worse.high
+    assert all(not ranking.behind for ranking in within)
+    cell = rankings_table([every]).rows[0][3]
+    assert f"(+{worse.value:.2f}, {worse.low:.2f} to {worse.high:.2f})" in cell
 
 
 def test_rows_without_the_other_predictors_count_for_the_forecast_alone(invented: Any) -> None:
