@@ -21,13 +21,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
-from corda_vlm.options import current_name, described, fitted, help_of
+from corda_vlm.options import BY_PLACE, current_name, described, fitted, help_of
 from corda_vlm.yaml_file import parse_yaml
 
 Verb = Callable[..., None]
 HELP = ("-h", "--help")
-BY_PLACE = "by place"
-"""In the `Annotated` type of a verb's argument that is given by its place, and may be left out."""
 _TRUTH = {"true": True, "false": False}
 _WIDTH = 100
 
@@ -90,7 +88,6 @@ class Command:
         self.parser._negative_number_matcher = re.compile(r"-\.?\d")
         self.arguments: list[_Argument] = []
         self.former: dict[str, type] = {}
-        self.optional: set[str] = set()  # of those that are given by their place
         places = self.parser.add_argument_group("arguments")
         own = self.parser.add_argument_group("options")
         hints = get_type_hints(verb, include_extras=True)
@@ -100,16 +97,12 @@ class Command:
                 assert isinstance(kind, type)
                 self._add_options(one.name, kind)
             elif one.default is one.empty or BY_PLACE in getattr(kind, "__metadata__", ()):
-                self.optional |= {one.name} if one.default is not one.empty else set()
                 self._add(places, one.name, kind, told.get(one.name, ""))
             else:
                 name = "--" + one.name.replace("_", "-")
                 self._add(own, name, kind, told.get(one.name, ""), one.default)
-        words = [
-            f"[{one.shown}]" if one.dest in self.optional else one.shown
-            for one in self.arguments
-            if not one.option_strings
-        ]
+        by_place = [one for one in self.arguments if not one.option_strings]
+        words = [f"[{one.shown}]" if one.is_optional else one.shown for one in by_place]
         self.parser.usage = " ".join([self.prog, *words, "[OPTIONS]"])
 
     def _add_options(self, parameter: str, kind: type) -> None:
@@ -142,7 +135,7 @@ class Command:
         """What `words` stand for, by the names of the function's parameters; raises as `call`."""
         options = {one.shown: one for one in self.arguments if one.option_strings}
         try:
-            found, more = self.parser.parse_known_args(list(self._spelled(words, options)))
+            found, more = self.parser.parse_known_args(_places_first(self._spelled(words, options)))
         except argparse.ArgumentError as error:
             option = error.argument_name or ""
             raise CordaError(
@@ -154,7 +147,7 @@ class Command:
         if more:
             raise CordaError(f"{brief(more[0])} is one word too many for {self.prog}; {usage}")
         for one in self.arguments:
-            if not one.option_strings and one.dest not in {*vars(found), *self.optional}:
+            if not (one.option_strings or one.is_optional or one.dest in found):
                 raise CordaError(f"{self.prog} needs {one.shown}; {usage}")
         return self._sorted(vars(found))
 
@@ -192,6 +185,20 @@ class Command:
                 yield f"{option}=true"
 
 
+def _places_first(words: Iterator[str]) -> list[str]:
+    """The words with those that are given by their place before all options: between options argparse takes an argument that may
+    be left out for left out."""
+    places, options = [], []
+    for word in words:
+        if not word.startswith("--"):
+            places.append(word)
+            continue
+        options.append(word)
+        if "=" not in word and (value := next(words, None)) is not None:
+            options.append(value)
+    return places + options
+
+
 def _distance(kind: type, name: str) -> int:
     """How many parents lie between a class and the one that declares an option of it."""
     return next(n for n, one in enumerate(kind.__mro__) if name in get_annotations(one))
@@ -204,6 +211,7 @@ class _Argument(argparse.Action):
         self.kind = kind
         self.kinds = _alternatives(kind)
         self.is_switch = bool in self.kinds
+        self.is_optional = BY_PLACE in getattr(kind, "__metadata__", ())
         lists = [one for one in self.kinds if get_origin(one) in (list, Sequence, tuple)]
         # of a text with commas or a list the text is what is usually written
         self.items = _alternatives(get_args(lists[0])[0]) if lists else []
@@ -213,7 +221,7 @@ class _Argument(argparse.Action):
             self.words += map(str, get_args(one)) if get_origin(one) is Literal else []
         self.shown = option_strings[0] if option_strings else dest.upper()
         rest["required"] = False  # what is missing is told in our words
-        rest["nargs"] = "?" if self.is_switch else None
+        rest["nargs"] = "?" if self.is_switch or self.is_optional else None
         rest["metavar"] = "|".join(self.words) or dest.upper()
         super().__init__(option_strings, dest, **rest)
 

@@ -70,6 +70,8 @@ class Items:
 
 Text = Annotated[str, Items(least=1)]
 """Not empty."""
+BY_PLACE = "by place"
+"""In a verb's `Annotated[str | None, BY_PLACE]`: given by its place among the words, as what has no default is, and may be left out."""
 Count = Annotated[int, Range(at_least=1)]
 CountOrZero = Annotated[int, Range(at_least=0)]
 Seed = Annotated[int, Range(at_least=0, below=2**32)]

@@ -34,6 +34,7 @@ def test_the_verbs_are_those_of_the_design():
         "plan",
         "train",
         "evaluate",
+        "ask",
         "export",
         "import",
         "report",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
+    from corda_vlm.evaluation.answers import ask, classify
     from corda_vlm.evaluation.bootstrap import Interval, paired_difference
     from corda_vlm.evaluation.measure import TaskResult, evaluate, task_data
     from corda_vlm.evaluation.models.encoder import Cache, Encoder
@@ -44,7 +45,9 @@ _HOMES = {
     "TaskResult": "measure",
     "add_result": "score_file",
     "append_rows": "score_file",
+    "ask": "answers",
     "changes": "predictions",
+    "classify": "answers",
     "done": "score_file",
     "evaluate": "measure",
     "load_suite": "suite",

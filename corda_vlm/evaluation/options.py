@@ -9,6 +9,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
+from corda_vlm.data.text.chat_options import TemplateOptions
 from corda_vlm.families.options import Names
 from corda_vlm.options import Count, CountOrZero, check_options
 from corda_vlm.precision import Bf16
@@ -43,6 +44,20 @@ class EvalOptions:
     bf16: Bf16 = "auto"
     resamples: Count = RESAMPLES
     workers: CountOrZero = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(TemplateOptions):
+    """How a model is asked a question.
+
+    Attributes:
+        max_new_tokens: The most tokens of the answer.
+    """
+
+    max_new_tokens: Count = 64
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corda_vlm.errors import CordaError, UnknownNameError, brief
+from corda_vlm.evaluation.one_task import data_of, suite_of
 from corda_vlm.evaluation.scores import TASK_ROLES
 from corda_vlm.evaluation.shipped import find_shipped
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
@@ -89,7 +90,7 @@ class Suite:
 
 
 def load_suite(source: str | Path | Mapping[str, Any] | Suite) -> Suite:
-    """A suite by the name of a file in eval/suites, by path, or from a mapping.
+    """A suite by the name of a file in eval/suites, by path, or from a mapping; or of data alone, e.g. "folder:photos/test".
 
     A suite may extend another, by name or path: it then has that one's tasks too, and its own take the place of
     those with the same name.
@@ -100,6 +101,8 @@ def load_suite(source: str | Path | Mapping[str, Any] | Suite) -> Suite:
     """
     if isinstance(source, Suite):
         return source
+    if (data := data_of(source)) is not None:
+        return _parse(suite_of(data), f"the task made of {brief(data)}", None, ())
     if isinstance(source, Mapping):
         return _parse(source, "the suite given", None, ())
     return _read(find_shipped(source, "suites/*.yaml", "suite", (), None), ())

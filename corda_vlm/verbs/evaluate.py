@@ -29,7 +29,8 @@ def evaluate(
 
     Args:
         model: A built-in name, a folder, or an id on a hub; with --adapter the model before training.
-        suite: The name of a shipped suite, or a YAML file.
+        suite: The name of a shipped suite, or a YAML file; or data alone, e.g. folder:photos/test, or
+            "{source: 'jsonl:qa.jsonl', format: qa}".
         adapter: Folder of a training: an adapter, or a full fine-tune.
         scales: Strengths of what was trained, from 0 to 2, e.g. 0.25,0.5,0.75,1 (WiSE-FT); 0 is the model before
             training, 1 the trained one, and above 1 it goes further than training did.
