@@ -59,10 +59,17 @@ def ask(
 
     loaded = load_source(model, load)
     trained = loaded.model if adapter is None else load_trained(loaded.model, adapter).model
-    given = {"processor": loaded.processor}
     if question is not None:
-        how = {"chat_template": options.chat_template, "max_new_tokens": options.max_new_tokens}
-        print(answer(trained, question, image, **how, **given))
+        print(
+            answer(
+                trained,
+                question,
+                image,
+                processor=loaded.processor,
+                chat_template=options.chat_template,
+                max_new_tokens=options.max_new_tokens,
+            )
+        )
         return
     if classes is not None and len(classes) == 1 and "," in classes[0]:
         classes = [name.strip() for name in classes[0].split(",")]
@@ -71,5 +78,7 @@ def ask(
     names = list(names.values() if isinstance(names, dict) else names)
     prompts = load_templates(listed_or_file(templates) or [TEMPLATE])
     assert image is not None
-    for name, chance in classify(trained, image, names, prompts, **given)[:_SHOWN]:
+    for name, chance in classify(trained, image, names, prompts, processor=loaded.processor)[
+        :_SHOWN
+    ]:
         print(f"{chance:6.1%}  {name}")
