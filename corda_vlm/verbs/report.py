@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from corda_vlm.command_line import BY_PLACE
 from corda_vlm.errors import CordaError
 from corda_vlm.experiment import checks
 from corda_vlm.extras import check_installed
+from corda_vlm.options import BY_PLACE
 from corda_vlm.report.before_after.options import BeforeAfterOptions
 
 
