@@ -22,7 +22,8 @@ FILE = "average.safetensors"
 class MovingAverage:
     """PyTorch's exponential moving average of some parameters, in float32.
 
-    After n steps the decay is at most (1 + n) / (10 + n): of a short training, too, the first steps are then forgotten.
+    The weights of step n count in proportion to `decay ** (last − n)`, from the first step on: the average has no part in where the
+    training started, and in a training that is short against 1 / (1 − decay) steps it is near the mean of all.
 
     Args:
         parameters: what is averaged; others take no memory.
@@ -73,8 +74,10 @@ class MovingAverage:
             value.copy_(saved[name])
 
     def _mix(self, means: Tensors, values: Tensors, count: Tensor | int) -> None:
-        seen = int(count)
-        decay = min(self.decay, (1 + seen) / (10 + seen))
+        seen, d = int(count), self.decay
+        decay = (
+            d * (1 - d**seen) / (1 - d ** (seen + 1))
+        )  # of weights d ** (last − n) that add up to 1
         get_ema_multi_avg_fn(decay)(means, values, count)
 
     def _now(self) -> nn.ParameterList:
