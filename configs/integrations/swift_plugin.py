@@ -7,8 +7,8 @@
 
 The plan is made of the model in the precision that it is trained in: `--torch_dtype` here is `--dtype` there.
 
-Versions: ms-swift 4.6.0 with transformers 5.19.0 and PEFT 0.20.0, which it pins, and this package beside it
-(`pip install --no-deps corda-vlm jaxtyping wadler-lindig`).
+Versions: ms-swift 4.6.0 pins PEFT below 0.21, with which this tuner trains but is not saved ("Unknown PEFT type"); it takes PEFT 0.21,
+against the pin (`pip install --no-deps "peft>=0.21" corda-vlm jaxtyping wadler-lindig`). It has not been run to its end so.
 
 Expect: the first loss is that of the model itself; `--resume_from_checkpoint` goes on. `corda_vlm.load_adapter(model, checkpoint)` loads
 a checkpoint, and `corda-vlm export` writes it for PEFT and vLLM.

@@ -58,6 +58,8 @@ def test_recipe(tool, starts, smollm2_4, format, tmp_path, measured):
 
 def test_tuner(tool, starts, smollm2_4, tmp_path, measured):
     """tuners_map: our tuner starts at the base, resumes, and load_adapter loads the checkpoint"""
+    if (peft := tool.versions()["peft"]) < "0.21":
+        pytest.skip(f"the tuner is saved by PEFT 0.21 or later, and ms-swift pins {peft}")
     folder = starts["lora"].parent
     words = [*sft(smollm2_4, folder), "--external_plugins", asset("configs/integrations/swift_plugin.py"),
              "--tuner_type", "corda"]  # fmt: skip

@@ -108,7 +108,8 @@ TOOLS = {
         Tool("trl", ("trl",), ("trl", "transformers", "peft")),
         Tool("open_clip_train", ("open_clip_torch[training]",), ("open_clip_torch", "peft")),
         Tool("llamafactory", ("llamafactory",), ("llamafactory", "transformers", "peft")),
-        Tool("axolotl", ("axolotl",), ("axolotl", "transformers", "peft")),
+        # it pins PyTorch 2.13, which takes a torchvision of its own
+        Tool("axolotl", ("axolotl", "torchvision==0.28.*"), ("axolotl", "transformers", "peft")),
         Tool("swift", ("ms-swift",), ("ms-swift", "transformers", "peft")),
         Tool("peft_own", (), ("peft",)),
         Tool("peft_old", ("peft==0.17.1", "transformers==4.57.*"), ("peft", "transformers")),
