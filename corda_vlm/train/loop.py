@@ -50,6 +50,7 @@ from corda_vlm.train.steps import StepBatches
 from corda_vlm.train.terms.make import KnowledgeData, TaskData, held_to, known_of
 from corda_vlm.train.terms.teacher import written_later
 from corda_vlm.train.terms.term import Penalty, Term, check_names
+from corda_vlm.train.trackers import tracked
 from corda_vlm.train.trainer import make_trainer
 from corda_vlm.train.watch import Watch
 from corda_vlm.train.weights import (
@@ -181,7 +182,7 @@ def train(
     if budget is not None:
         trainer.steer(budget)
     checkpoint = last_checkpoint(output)
-    with as_it_was(model), less_memory, watch.interrupts:
+    with as_it_was(model), less_memory, watch.interrupts, tracked(options.report_to):
         _run(trainer, watch, checkpoint)
     for warning in data_warnings(builder):
         if warning not in known:  # of an earlier training on the same records

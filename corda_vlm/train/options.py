@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.families.options import SiteOptions
-from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Share, check_options
+from corda_vlm.options import Count, Items, NotNegative, Positive, Range, Seed, Share, check_options
 from corda_vlm.precision import Bf16
 
 if TYPE_CHECKING:
     from corda_vlm.train.budget.spent import Spent
     from corda_vlm.train.heads import Head
 
+Trackers = Annotated[Sequence[Literal["tensorboard", "wandb", "trackio"]], Items(distinct=True)]
 Loss = Literal["auto", "prompt", "linear", "contrastive", "next_token"]
 Schedule = Literal["cosine", "linear", "constant"]
 Augment = Literal["none", "light"]
@@ -114,6 +116,8 @@ class TrainOptions(LossOptions):
         eval_every: Steps between two evaluations on `eval_data`; the default is only at the end.
         save_every: Steps between checkpoints; the default is every two minutes.
         log_every: Steps between entries of the history.
+        report_to: Trackers that get the history too, the terms of the loss and what the probe keeps with it, through transformers:
+            "tensorboard" (into `runs/` of the training's folder, or TENSORBOARD_LOGGING_DIR), "wandb", "trackio".
         seed: Of the data order, the augmentation and dropout.
         cache_mb: Preprocessed images are kept in memory when all of them take at most so many MiB.
         workers: Threads that decode and preprocess images that are not kept.
@@ -140,6 +144,7 @@ class TrainOptions(LossOptions):
     eval_every: Count | None = None
     save_every: Count | None = None
     log_every: Count = 10
+    report_to: Trackers = ()
     seed: Seed = 0
     cache_mb: NotNegative = 512.0
     workers: Workers = 0
@@ -166,7 +171,15 @@ class TrainOptions(LossOptions):
 _EPOCHS = 3.0
 
 RESUME_SAFE_OPTIONS = frozenset(
-    {"eval_every", "save_every", "log_every", "cache_mb", "workers", "gradient_checkpointing"}
+    {
+        "eval_every",
+        "save_every",
+        "log_every",
+        "report_to",
+        "cache_mb",
+        "workers",
+        "gradient_checkpointing",
+    }
 )
 """Options that may differ between a training and its resumption, as they do not change the weights."""
 

@@ -26,6 +26,7 @@ from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
 from corda_vlm.train.penalty import AnchorMixin
 from corda_vlm.train.steps import StepBatches
+from corda_vlm.train.trackers import check_trackers
 from corda_vlm.train.weights import all_finite, load_weights, save_weights
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -286,6 +287,7 @@ def make_trainer(
     """A trainer on the device where the model is."""
     from transformers import PrinterCallback
 
+    check_trackers(options.report_to)
     device = next(model.parameters()).device
     steps = math.ceil(len(batches) / options.gradient_accumulation)
     args = TrainingArguments(
@@ -303,7 +305,8 @@ def make_trainer(
         save_total_limit=KEPT,
         seed=options.seed,
         use_cpu=device.type == "cpu",
-        report_to=[],
+        report_to=list(options.report_to),
+        run_name=f"{output_dir.resolve().parent.name}/{output_dir.resolve().name}",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -313,6 +316,8 @@ def make_trainer(
             f"started in {args.world_size} processes; training runs in one process, on one device. "
             "Start it without torchrun or accelerate launch."
         )
+    if getattr(args, "trackio_space_id", None) == "trackio":
+        args.trackio_space_id = None  # the default of transformers 4, which uploads
     # With several GPUs in sight the Trainer would replicate the model over them.
     args._n_gpu = min(args.n_gpu, 1)
     trainer = CordaTrainer(

@@ -94,6 +94,8 @@ class Watch(TrainerCallback):
                     **found,
                 }
             )
+            if options.report_to:
+                self.trainer.log(dict(found))
         due = (
             now - self._saved > SAVE_SECONDS
             if options.save_every is None
