@@ -95,7 +95,9 @@ class Watch(TrainerCallback):
                 }
             )
             if options.report_to:
+                due_to_log = control.should_log
                 self.trainer.log(dict(found))
+                control.should_log = due_to_log  # which an entry of its own clears
         due = (
             now - self._saved > SAVE_SECONDS
             if options.save_every is None

@@ -15,6 +15,7 @@ from corda_vlm.covariance import collect_covariance
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import CordaError
 from corda_vlm.methods import prepare_method
+from corda_vlm.sites import find_sites
 from corda_vlm.train import TrainOptions, forgetting_budget, trackers, train
 from corda_vlm.train.folder import training_plan
 from tests.train.terms.conftest import OPTIONS
@@ -48,7 +49,7 @@ def test_the_terms_and_the_probe_are_curves(
     monkeypatch.setattr(trackers, "find_spec", lambda name: True)
     bare = copy.deepcopy(tiny_open_clip)
     known = make_batches(held_out, processor, batch_size=8, towers="vision")
-    store = collect_covariance(bare, known)
+    store = collect_covariance(bare, known, find_sites(bare, towers=["vision"]))
     model = prepare_method("lora", bare, rank=4, towers="vision")
     anchor = anchor_penalty(model, store)
     probe = load_records({"source": "sklearn:digits", "split": "val", "limit": 150})
