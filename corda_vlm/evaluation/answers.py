@@ -15,10 +15,9 @@ from corda_vlm.evaluation.measure import encoder_of
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import generate
 from corda_vlm.evaluation.models.text_model import TextGenerator
+from corda_vlm.evaluation.one_task import TEMPLATES
 from corda_vlm.evaluation.options import AskOptions
 from corda_vlm.families.base import Loaded, Processor
-
-TEMPLATE = "a photo of a {}."
 
 
 def ask(
@@ -72,7 +71,7 @@ def classify(
     model: nn.Module | Loaded,
     image: Any,
     classes: Sequence[str],
-    templates: Sequence[str] = (TEMPLATE,),
+    templates: Sequence[str] = TEMPLATES,
     *,
     processor: Processor | None = None,
 ) -> list[tuple[str, float]]:

@@ -371,7 +371,9 @@ class AnchorMixin(PenaltyMixin):
         if budget.term is not None:
             self.add_callback(Steering(self, budget.term, *looks))  # type: ignore[attr-defined]
         elif budget.stops:
-            self.add_callback(Stopping(self, *looks, len(budget.telling)))  # type: ignore[attr-defined]
+            # before those that do something at the last step: they are to see that this is it
+            stopping = Stopping(self, *looks, len(budget.telling))
+            self.callback_handler.callbacks.insert(1, stopping)  # type: ignore[attr-defined]
 
 
 class _Spending(TrainerCallback):

@@ -82,7 +82,8 @@ class Watch(TrainerCallback):
                 "loss" not in self._meter.facts
             ):  # until the first entry, which on a slow machine takes minutes
                 self._meter.update(0, loss=f"{float(self.trainer.loss_seen[-1]):.3f}")
-        last = step >= state.max_steps
+        stopped = control.should_training_stop and self.interrupts.asked is None  # for a budget
+        last = step >= state.max_steps or stopped
         control.should_log |= last  # a training shorter than `log_every` has a history too
         if self.measure and (last or (options.eval_every and step % options.eval_every == 0)):
             found = {name: round(value, 6) for name, value in self.measure().items()}

@@ -52,9 +52,10 @@ def ask(
         checks.check_file(image, "picture", "give the file of one")
     if adapter is not None:
         checks.check_folder(adapter, "training's", "make it by corda-vlm train")
-    from corda_vlm.evaluation.answers import TEMPLATE, classify
     from corda_vlm.evaluation.answers import ask as answer
+    from corda_vlm.evaluation.answers import classify
     from corda_vlm.evaluation.class_names import load_class_names, load_templates
+    from corda_vlm.evaluation.one_task import TEMPLATES
     from corda_vlm.train.trained import load_trained
 
     loaded = load_source(model, load)
@@ -76,7 +77,7 @@ def ask(
     named = listed_or_file(classes)
     names = load_class_names(named) if isinstance(named, str) else named or ()
     names = list(names.values() if isinstance(names, dict) else names)
-    prompts = load_templates(listed_or_file(templates) or [TEMPLATE])
+    prompts = load_templates(listed_or_file(templates) or TEMPLATES)
     assert image is not None
     for name, chance in classify(trained, image, names, prompts, processor=loaded.processor)[
         :_SHOWN

@@ -112,7 +112,7 @@ class Stopping(TrainerCallback):
                 "stopped at step %d of %d: %.1f%% of what the model knew is kept, and %.1f%% were asked for",
                 step, state.max_steps, 100 * kept, 100 * self.keep,
             )  # fmt: skip
-            control.should_training_stop = True
+            control.should_training_stop = control.should_log = True
             control.should_save = False  # a checkpoint from here would go on with one more step
 
 

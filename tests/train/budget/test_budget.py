@@ -52,7 +52,8 @@ def run(tiny_open_clip, digits, held_out, many, processor, lora):
             every=every,
         )
         result = train(model, digits, processor, options=options, output_dir=folder, terms=[distill],
-                       budget=budget, callbacks=callbacks, show_progress=False)  # fmt: skip
+                       budget=budget, callbacks=callbacks, show_progress=False,
+                       eval_data=held_out if stop else None)  # fmt: skip
         return model, result
 
     return run
@@ -133,6 +134,9 @@ def test_a_training_stops_early_and_so_it_does_when_it_is_gone_on_with(run, tmp_
     assert result.steps == looks[-1][0] < OPTIONS["steps"]
     assert all("keep_weight" not in e for e in result.history)
     assert looks[-1][1] < 0.8 <= result.budget.kept.share
+    (last,) = (e["step"] for e in result.history if "eval_loss" in e)
+    assert last == result.steps, "as at the end of a training that goes all the way"
+    assert [e["step"] for e in result.history if "loss" in e][-1] == result.steps
     assert result.budget.term is None
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path / "cut", Stop(1), stop=True)
