@@ -19,7 +19,9 @@ from corda_vlm.command_line import Command
 from corda_vlm.errors import CordaError
 from corda_vlm.experiment.load import is_study, load_experiment, load_study
 from corda_vlm.files import asset
+from corda_vlm.jsonl import append_jsonl
 from corda_vlm.train.terms.options import DISTILL
+from tests.report.invented import rows_of
 
 DRAWINGS = "parquet:model_zoo/emoji-clip/data/noto.parquet"
 
@@ -328,6 +330,30 @@ def test_a_typo_is_told_before_anything_heavy_is_imported(words, message, tmp_pa
     assert told.returncode == 2, told.stderr
     assert message in told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_export_asks_which_scores_are_meant_before_it_reads_the_model(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    rows = [row for rate in (0.1, 0.2) for row in rows_of("lora", {"old": 0.3}, rate=rate, seed=0)]
+    append_jsonl(tmp_path / "scores.jsonl", rows, "score")
+    export = ["export", "emoji-clip", "adapter", "new"]
+    for words, message in (
+        (["--scores=scores.jsonl"], "scores of several: method='lora', learning_rate=0.1, seed=0"),
+        (["--scores=scores.jsonl", "--learning-rate=0.3"], "there are no scores of it"),
+        (["--scores=scores.jsonl", "--learning-rate=0.1", "--seed=1"], "there are no scores of it"),
+        (
+            ["--scores=scores.jsonl", "--learning-rate=0.1", "--scale=2"],
+            "there are no scores of it",
+        ),
+        (["--seed=0"], "seed says which of the scores are meant; give --scores too"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*export, *words])
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

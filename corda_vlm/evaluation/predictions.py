@@ -227,7 +227,9 @@ def _is_share(value: Any) -> bool:
 
 
 def _are_records(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("spec"), dict)
+    if not isinstance(value, dict) or not isinstance(value.get("spec"), dict):
+        return False
+    return all(value.get(n) is None or _is_text(value[n]) for n in ("beside", "fingerprint"))
 
 
 _NEEDED = {

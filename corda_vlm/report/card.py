@@ -14,6 +14,7 @@ from corda_vlm.adapter.folder import REPORT
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.scores import BASE, value_text
 from corda_vlm.files import read_json, shown, write_text
+from corda_vlm.report.analysis.kept import kept_share
 
 EVAL_RESULTS = Path(".eval_results") / "corda_vlm.yaml"
 """Where the hub looks for scores on benchmarks that it has."""
@@ -46,7 +47,11 @@ def write_card(
     if not isinstance(report, dict) or "name" not in report or "load" not in report:
         raise CordaError(f"{shown(folder)} is no export with a card; export the adapter again")
     wanted = {"method": method, "learning_rate": learning_rate, "seed": seed, "scale": scale}
-    trained = _of_one_model(rows, wanted)
+    trained = rows_of_one_model(rows, wanted)
+    tasks = {row["task"] for row in trained}
+    for task in datasets or ():
+        if task not in tasks:
+            raise UnknownNameError("task", task, tasks)
     base = {(row["task"], row["metric"]): row for row in rows if row["method"] == BASE}
     results = [_eval_result(row, report) for row in trained]
     head = {"model_name": report["name"], "eval_results": results}
@@ -55,10 +60,18 @@ def write_card(
         _write_entries(Path(folder), trained, datasets)
 
 
-def _of_one_model(
+def rows_of_one_model(
     rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]
 ) -> list[Mapping[str, Any]]:
-    """The rows of the trained model that is meant, the last of those measured twice."""
+    """The rows of the trained model that is meant, the last of those measured twice.
+
+    Args:
+        rows: of scores.jsonl, those of the base model among them.
+        wanted: method, learning_rate, seed and scale; None where any will do.
+
+    Raises:
+        CordaError: no such scores, or those of several models; lists them.
+    """
     fitting = [
         row
         for row in rows
@@ -105,10 +118,10 @@ def _table(
 
 def _kept(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> float | None:
     """The share of what the base model has above chance; None where that is nothing, or the task was to be learned."""
-    chance = float(row.get("chance") or 0.0)
-    if row["role"] != "retention" or before is None or float(before["value"]) <= chance:
+    if row["role"] != "retention" or before is None:
         return None
-    return (float(row["value"]) - chance) / (float(before["value"]) - chance)
+    chance, low = float(row.get("chance") or 0.0), before.get("low")
+    return kept_share(row["metric"], float(row["value"]), float(before["value"]), low, chance)
 
 
 def _eval_result(row: Mapping[str, Any], report: Mapping[str, Any]) -> EvalResult:
@@ -126,10 +139,6 @@ def _write_entries(
     folder: Path, trained: Sequence[Mapping[str, Any]], datasets: Mapping[str, str]
 ) -> None:
     """The file of `EvalResultEntry`s, which only huggingface_hub 1 has a class for."""
-    tasks = {row["task"] for row in trained}
-    for task in datasets:
-        if task not in tasks:
-            raise UnknownNameError("task", task, tasks)
     first = {row["task"]: row for row in reversed(trained)}  # a task's first metric is its own
     entries = [
         {

@@ -11,6 +11,8 @@ from typing import Any
 from PIL import Image
 
 from corda_vlm.data import load_records
+from corda_vlm.data.paths import find_one
+from corda_vlm.data.spec import parse_spec
 from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.predictions import (
     Change,
@@ -200,9 +202,12 @@ class _Stored:
 
 
 def _read(told: Mapping[str, Any], task: str) -> _Sources:
-    spec = {**told["spec"], "download": False}
+    beside = told.get("beside")
     try:
-        records = load_records(spec, beside=told.get("beside"))
+        spec = parse_spec({**told["spec"], "download": False})
+        if spec.kind == "hf":  # a report asks no hub, whatever a file of predictions names
+            find_one(spec.location, beside)
+        records = load_records(spec, beside=beside)
         same = records.fingerprint == told.get("fingerprint")
     except CordaError as error:
         return _Sources(why=f"The pictures of {task} are not shown: {error}")

@@ -112,7 +112,13 @@ def _about_trained(results: Results) -> str:
     )
     about += f"Gain: {listed(results.gain)}. Retention: {listed(results.retention)}. Kept share: 100% is "
     about += "the base model, 0% is chance, the mean over the retention tasks."
-    if unknown := [task for task in results.retention if task not in results.known]:
+    unmeasured = [task for task in results.retention if results.primary[task] in NO_SHARE]
+    if unmeasured:
+        about += (
+            f" The metric of {listed(unmeasured)} has no chance level, so it does not count there."
+        )
+    unknown = [t for t in results.retention if t not in results.known and t not in unmeasured]
+    if unknown:
         about += f" The base model does no better than chance on {listed(unknown)}, so it does not count there."
     if "token_probability" in results.primary.values():
         about += (

@@ -21,6 +21,9 @@ def export(
     layout: Literal["ours", "peft"] = "ours",
     scores: str | None = None,
     method: str | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    scale: float | None = None,
     *,
     load: LoadOptions,
 ) -> None:
@@ -40,20 +43,27 @@ def export(
             PEFT converts what is trained into a lora on the original base.
         scores: A file of scores (JSON lines, as evaluate writes it), whose numbers go into the card, README.md.
         method: With scores of several models: which of them it is.
+        learning_rate: With scores of several learning rates: the one that it was trained at.
+        seed: With scores of several seeds: the one that it was trained with.
+        scale: With scores of several strengths: the one that is meant; 1 is as it was trained.
     """
     checks.check_source(model)
     planned = Path(adapter).is_file()
     if not planned:
         checks.check_folder(adapter, "training's", "make it by corda-vlm train")
     checks.check_output(output, folder=True)
-    if method is not None and scores is None:
-        raise CordaError("method says which of the scores are meant; give --scores too")
+    which = {"method": method, "learning_rate": learning_rate, "seed": seed, "scale": scale}
+    if scores is None and (given := [name for name, value in which.items() if value is not None]):
+        raise CordaError(f"{given[0]} says which of the scores are meant; give --scores too")
     from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter
     from corda_vlm.evaluation.score_file import read_rows
     from corda_vlm.plan import AdapterPlan
     from corda_vlm.report import write_card
+    from corda_vlm.report.card import rows_of_one_model
 
     rows = None if scores is None else read_rows(scores)
+    if rows is not None:
+        rows_of_one_model(rows, which)  # before anything is written
     bare = load_source(model, load).model
     if planned:
         trained = attach_adapter(bare, AdapterPlan.load(adapter, model=bare))
@@ -61,5 +71,7 @@ def export(
         trained = load_adapter(bare, adapter)
     written = export_adapter(trained, output, format=format, rank=rank, source=model, layout=layout)
     if rows is not None:
-        write_card(written, rows, method=method)
+        write_card(
+            written, rows, method=method, learning_rate=learning_rate, seed=seed, scale=scale
+        )
     print(f"wrote {written}")

@@ -147,8 +147,12 @@ def test_a_model_measured_again_takes_its_former_place(
 
 
 @pytest.mark.parametrize(
-    "change", [{"correct": 1.5}, {"right": "yes"}, {"index": -1}, {"said": None}, {"records": 3}]
-)
+    "change",
+    [
+        {"correct": 1.5}, {"right": "yes"}, {"index": -1}, {"said": None}, {"records": 3},
+        {"records": {"spec": {}, "beside": 5}}, {"records": {"spec": {}, "fingerprint": ["x"]}},
+    ],
+)  # fmt: skip
 def test_a_line_that_is_no_prediction(tmp_path: Path, change: dict[str, Any]) -> None:
     row = {"task": "t", "method": "base", "index": 0, "place": "p", "said": "a", "right": ["a"], "correct": 1, "metric": "m"}  # fmt: skip
     file = tmp_path / "said.jsonl"

@@ -21,6 +21,7 @@ from corda_vlm.errors import (
     UnknownNameError,
 )
 from corda_vlm.integrations.peft import initialize_lora_corda_weights, preprocess_corda
+from corda_vlm.integrations.peft.starts import refuse_pickle
 from corda_vlm.plan import plan_adapter
 from tests.families.language_toy import LANGUAGE
 
@@ -244,6 +245,12 @@ class TestFiles:
         for field in ("cache_file", "covariance_file"):
             with pytest.raises(ForeignFileError, match="delete it"):
                 preprocess_corda(llama, config(**{field: str(tmp_path / "noise")}))
+
+    @pytest.mark.parametrize("begin", [b"PK", b"\x80\x02"])
+    def test_safetensors_whose_header_has_the_length_of_a_pickles_mark(self, tmp_path, begin):
+        file, header = tmp_path / "tensors", int.from_bytes(begin, "little")
+        file.write_bytes(header.to_bytes(8, "little") + b"{}".ljust(header))
+        refuse_pickle(file, "cache", "delete it")
 
     def test_covariances_of_another_model(self, llama, tmp_path):
         file = tmp_path / "covariance"

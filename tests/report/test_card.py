@@ -60,6 +60,19 @@ def test_before_and_after_and_the_share_that_was_kept(folder):
     assert not (folder / ".eval_results").exists()
 
 
+def test_nothing_is_kept_of_a_perplexity_or_of_what_was_not_surely_known(folder):
+    other = [
+        row("text", 10.0, metric="perplexity", chance=0.0),
+        row("text", 20.0, "kpm", metric="perplexity", chance=0.0),
+        row("hard", 0.105),
+        row("hard", 0.3, "kpm"),
+    ]
+    write_card(folder, [*ROWS, *other])
+    text = (folder / "README.md").read_text()
+    assert "| text | retention | perplexity | 10 | 20 | 19.99 to 20.01 | – |" in text
+    assert "| hard | retention | top1 | 10.5% | 30.0% | 29.0% to 31.0% | – |" in text
+
+
 def test_scores_on_data_sets_of_the_hub(folder):
     write_card(folder, ROWS, datasets={"emoji": "owner/emoji"})
     entries = yaml.safe_load((folder / ".eval_results" / "corda_vlm.yaml").read_text())
@@ -92,6 +105,7 @@ def test_one_model_of_several(folder):
 def test_what_is_refused(folder, tmp_path_factory):
     with pytest.raises(UnknownNameError, match=r"unknown task 'emojis'.*Did you mean 'emoji'"):
         write_card(folder, ROWS, datasets={"emojis": "owner/emoji"})
+    assert not (folder / "README.md").exists(), "nothing is written before all is checked"
     with pytest.raises(ForeignFileError, match=r"corda_export\.json"):
         write_card(tmp_path_factory.mktemp("other"), ROWS)
     (folder / "corda_export.json").write_text("{}")

@@ -16,6 +16,7 @@ from corda_vlm.data import load_records
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.evaluation.predictions import records_told
 from corda_vlm.jsonl import append_jsonl
+from corda_vlm.report import gallery
 from corda_vlm.report.document import Report, markdown, page
 from corda_vlm.report.gallery import SHOWN, gallery_sections, thumbnail
 from corda_vlm.report.write import write_report
@@ -106,6 +107,17 @@ def test_pictures_that_changed_are_not_shown(tmp_path, pictures) -> None:
     (section,) = gallery_sections(tmp_path, [base, after])
     assert all(tile.image is None for gallery in section.galleries for tile in gallery.tiles)
     assert "data has changed" in section.paragraphs[-1]
+
+
+def test_no_hub_is_asked_for_pictures(tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(gallery, "load_records", lambda *given, **_: asked.append(given))
+    records = {"spec": {"source": "hf:owner/name"}, "beside": None, "fingerprint": "f"}
+    base = said(tmp_path / "base.jsonl", "base", [0], records)
+    after = said(tmp_path / "lora.jsonl", "lora", [1], records)
+    (section,) = gallery_sections(tmp_path, [base, after])
+    assert not asked
+    assert "The pictures of shades are not shown" in section.paragraphs[-1]
 
 
 def test_questions_without_pictures_are_a_table_in_markdown(tmp_path) -> None:

@@ -158,7 +158,8 @@ def load_pairs(path: str | Path, ranks: Mapping[str, int], about: Mapping[str, A
 def refuse_pickle(path: str | Path, what: str, remedy: str) -> None:
     """Raise `ForeignFileError` for a file as `torch.save` writes it: reading it could run code."""
     with Path(path).open("rb") as file:
-        if file.read(2) in (b"PK", b"\x80\x02"):
+        begin = file.read(9)  # of safetensors: the header's length, of any bytes, and its "{"
+        if begin[:2] in (b"PK", b"\x80\x02") and begin[8:] != b"{":
             raise ForeignFileError(
                 f"{shown(path)} is a pickle, as PEFT's own preprocess_corda writes them, which may run code when it is read; "
                 f"this {what} is a file of safetensors: {remedy}"

@@ -30,6 +30,7 @@ from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.evaluation.diverged import TrainingKey, read_diverged
 from corda_vlm.evaluation.score_file import BASE, gain_of, interval_of, read_rows
 from corda_vlm.report.analysis.curve import Point, Setting
+from corda_vlm.report.analysis.kept import kept_share
 from corda_vlm.run_files import SCORES
 
 REFERENCE = "lora"
@@ -141,19 +142,23 @@ class Results:
 
     def kept_share(self, task: str, score: float) -> float:
         """(score − chance) / (base − chance); NaN where the base model itself does no better than chance."""
-        known = self.base[task] - self.chance[task]
-        return (score - self.chance[task]) / known if known > 0 else float("nan")
+        share = kept_share(self.primary[task], score, self.base[task], None, self.chance[task])
+        return float("nan") if share is None else share
 
     @cached_property
     def known(self) -> tuple[str, ...]:
         """The retention tasks on which the base model is above chance, also at the lower end of its interval: on others
-        nothing can be kept, or a hair above chance would be divided by."""
+        nothing can be kept (`kept_share`)."""
         low = dict(self.base)
         for row in self.base_rows:
             task = row["task"]
             if self.primary[task] == row["metric"] and row.get("low") is not None:
                 low[task] = min(low[task], float(row["low"]))
-        return tuple(t for t in self.retention if low.get(t, 0.0) > self.chance[t])
+        return tuple(t for t in self.retention if t in low and self._is_known(t, low[t]))
+
+    def _is_known(self, task: str, low: float) -> bool:
+        base = self.base[task]
+        return kept_share(self.primary[task], base, base, low, self.chance[task]) is not None
 
     def point(self, scores: Mapping[str, float]) -> Point | None:
         """Where a model lies, or None while some task is not yet measured."""

@@ -121,7 +121,7 @@ def _check_named(tasks: Sequence[str], roles: Roles) -> None:
 def _role(task: str, before: Measure, after: Measure, roles: Roles) -> str:
     if _is_named(task, roles.gain):
         return "gain"
-    if roles.gain is not None or _is_named(task, roles.retention):
+    if _is_named(task, roles.retention):
         return "retention"
     return "gain" if "gain" in (before.role, after.role) else "retention"
 

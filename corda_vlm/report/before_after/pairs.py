@@ -20,6 +20,7 @@ from corda_vlm.evaluation.bootstrap import (
 )
 from corda_vlm.files import shown
 from corda_vlm.names import quoted
+from corda_vlm.report.analysis.kept import kept_share
 from corda_vlm.report.formats.base import Measure, Samples
 
 PAIRED, OWN, UNPAIRED, NONE = "paired", "by the run", "unpaired", "none"
@@ -88,19 +89,16 @@ def change(
         if before.interval is None:
             low = float(np.percentile(draws[:, 0], 2.5))
     unknown = before.rises and low <= level
-    kept, shares = _kept(before.value, after.value, level, draws)
-    if unknown or not before.rises:
-        kept, shares = None, None
+    share = kept_share(before.metric, after.value, before.value, low, level)
+    kept, shares = _kept(share if before.rises else None, level, draws)
     return Change(before, after, role, level, chance is None, how, gain, kept, shares, unknown)
 
 
 def _kept(
-    before: float, after: float, chance: float, draws: np.ndarray | None
+    share: float | None, chance: float, draws: np.ndarray | None
 ) -> tuple[Interval | float | None, np.ndarray | None]:
-    if before <= chance:
-        return None, None
-    share = (after - chance) / (before - chance)
-    if draws is None:
+    """The share with its interval, and its resamples."""
+    if share is None or draws is None:
         return share, None
     known = draws[:, 0] - chance
     shares = np.where(known > 0, (draws[:, 1] - chance) / np.where(known > 0, known, 1.0), np.nan)

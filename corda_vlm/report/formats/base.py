@@ -15,9 +15,6 @@ from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.files import plain_file, read_json, shown, unreadable
 
-MOST_BYTES = 2_000_000_000
-"""Of one file of samples."""
-
 
 @dataclass(frozen=True)
 class Samples:

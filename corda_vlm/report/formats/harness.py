@@ -273,18 +273,13 @@ def _settings(content: Mapping[str, Any]) -> dict[str, str]:
 def _groups(content: Mapping[str, Any]) -> dict[str, list[str]]:
     """Group -> the tasks at its ends, of groups that have a score of their own."""
     children = {
-        name: list(of)
+        name: [str(one) for one in of]
         for name, of in _mapping(content, "group_subtasks").items()
         if isinstance(of, list) and of
     }
 
-    def leaves(name: str, depth: int = 0) -> Iterable[str]:
-        if name not in children or depth > 20:
-            return [name]
-        return [leaf for child in children[name] for leaf in leaves(str(child), depth + 1)]
-
     return {
-        name: list(dict.fromkeys(leaves(name)))
+        name: _leaves(name, children)
         for name in children
         if any(
             "," in key and number_of(v) is not None
@@ -293,9 +288,24 @@ def _groups(content: Mapping[str, Any]) -> dict[str, list[str]]:
     }
 
 
+def _leaves(group: str, children: Mapping[str, list[str]]) -> list[str]:
+    """The tasks at a group's ends, each once; the group itself where it names nothing but groups within each other."""
+    leaves, seen, left = [], set(), [group]
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in children:
+            left += reversed(children[name])
+        else:
+            leaves.append(name)
+    return leaves or [group]
+
+
 def _without_subtasks(measures: list[Measure], groups: Mapping[str, list[str]]) -> list[Measure]:
     """Of a group with a score the whole group alone, of groups within groups the outermost."""
-    inside = {task for of in groups.values() for task in of}
+    inside = {task for name, of in groups.items() for task in of if task != name}
     inside |= {
         small for small in groups for large in groups
         if small != large and set(groups[small]) < set(groups[large])

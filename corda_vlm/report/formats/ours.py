@@ -93,6 +93,7 @@ def _measure(row: Row, path: Path, examples: Mapping[tuple[str, str], Outcome]) 
         rises=metric not in _FALLING,
         role=row.get("role"),
         gain=gain_of(row),
+        conditions={} if row.get("n") is None else {"number of examples": str(row["n"])},
     )
 
 

@@ -173,17 +173,34 @@ def read_table(path: Path) -> Table:
     """
     if path.suffix == ".json":
         return _columns_of_json(path)
-    if path.suffix == ".xlsx":
-        rows = read_xlsx(path)
-    else:
-        text = read_text(path, "table")
-        rows = list(csv.reader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ","))
+    rows = read_xlsx(path) if path.suffix == ".xlsx" else _separated(path)
     rows = [row for row in rows if any(row)]
     if not rows:
         raise ForeignFileError(f"{shown(path)} is empty; run the evaluation again")
     headings, *rest = rows
-    rest = [row + [""] * (len(headings) - len(row)) for row in rest]
+    if path.suffix == ".xlsx":  # where cells that are empty need not be there
+        rest = [row + [""] * (len(headings) - len(row)) for row in rest]
+    for row in rest:
+        if len(row) != len(headings):
+            raise ForeignFileError(
+                f"{shown(path)}: the row that begins with {row[0][:50]!r} has {len(row)} cells, and there are {len(headings)} "
+                "headings; it may be truncated: copy it again, or run the evaluation again"
+            )
     return {heading: [row[place] for row in rest] for place, heading in enumerate(headings)}
+
+
+def _separated(path: Path) -> list[list[str]]:
+    text = read_text(path, "table")
+    before = csv.field_size_limit(max(len(text), 1))  # an answer may be longer than csv's own limit
+    try:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        return list(csv.reader(io.StringIO(text), delimiter=separator))
+    except csv.Error as error:
+        raise ForeignFileError(
+            f"{shown(path)} is no table ({shown(str(error))}); copy it again, or run the evaluation again"
+        ) from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _columns_of_json(path: Path) -> Table:
@@ -195,6 +212,10 @@ def _columns_of_json(path: Path) -> Table:
         isinstance(column, (list, dict)) for column in content.values()
     ):
         columns = {n: list(c.values()) if isinstance(c, dict) else c for n, c in content.items()}
+        if len({len(column) for column in columns.values()}) > 1:
+            raise ForeignFileError(
+                f"{shown(path)} has columns of several lengths; it may be truncated: run the evaluation again"
+            )
         return {name: [_text(cell) for cell in column] for name, column in columns.items()}
     raise ForeignFileError(f"{shown(path)} is no table: a list of rows was expected")
 

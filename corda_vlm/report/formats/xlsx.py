@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,6 +18,10 @@ from corda_vlm.files import plain_file, shown
 
 _MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _MOST_BYTES = 500_000_000
+_DAMAGES = (
+    zipfile.BadZipFile, zlib.error, ElementTree.ParseError, IndexError, ValueError, EOFError,
+    RuntimeError,  # encrypted; and NotImplementedError: packed in a way that zipfile does not know
+)  # fmt: skip
 _PLACE = re.compile(r"([A-Z]{1,3})\d+")
 
 
@@ -37,7 +42,7 @@ def read_xlsx(path: Path) -> list[list[str]]:
             texts = "xl/sharedStrings.xml"
             shared = list(_texts(_part(archive, texts, path))) if texts in names else []
             return list(_rows(_part(archive, first, path), shared))
-    except (zipfile.BadZipFile, ElementTree.ParseError, IndexError, ValueError, OSError) as error:
+    except (*_DAMAGES, OSError) as error:
         if isinstance(error, ForeignFileError):
             raise
         raise ForeignFileError(

@@ -71,6 +71,16 @@ def test_roles_of_the_results_count_where_none_are_given():
     assert [(of.task, of.role) for of in one.changes] == [("sums", "gain")]
 
 
+def test_roles_of_the_results_count_for_what_gain_does_not_name():
+    before = model(
+        "b", measure("sums", right(0.1), role="gain"), measure("new", right(0.1)), measure("old", right(0.8))
+    )  # fmt: skip
+    (one,) = compare_models(before, [before], Roles(gain=["new"]))
+    assert [of.task for of in one.gained] == ["sums", "new"]
+    (one,) = compare_models(before, [before], Roles(gain=["new"], retention=["sums", "old"]))
+    assert [of.task for of in one.gained] == ["new"], "what the user calls retention is that"
+
+
 def test_chance_is_the_zero_of_what_is_known_and_may_be_given():
     (one,) = compare_models(BEFORE, [AFTER], Roles(retention=["old"], chance={"old": 0.4}))
     assert interval(one.kept).value == pytest.approx(0.5)

@@ -116,6 +116,21 @@ def test_a_group_with_a_score_of_its_own_is_one_task(results):
     assert {"eu/0", "asia/0"} < set(world.samples.ids)
 
 
+@pytest.mark.parametrize(
+    "children", [["capitals", "capitals"], ["world", "world"], ["inner", "inner", "world"]]
+)
+def test_groups_that_hold_a_task_twice_or_each_other(results, children):
+    folder = results("grouped")
+    (file,) = folder.glob("results_*.json")
+    content = json.loads(file.read_text())
+    content["results"]["world"] = {"acc,none": 1 / 6, "acc_stderr,none": 0.1, "alias": "world"}
+    content["group_subtasks"] = {"world": children, "inner": ["world", "world"]}
+    file.write_text(json.dumps(content))
+    (model,) = read_results(folder)
+    assert "world" in model.tasks
+    assert ("capitals" in model.tasks) == ("capitals" not in children)
+
+
 def test_of_a_task_measured_twice_the_last_counts(results):
     folder = results("twice", [1, 1, 1, 1, 1, 1])
     for file in results("first", [0, 0, 0, 0, 0, 0]).glob("*20*"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import zipfile
 from pathlib import Path
@@ -148,6 +149,55 @@ def test_a_damaged_spreadsheet(tmp_path, content, expected):
     path.write_bytes(content)
     with pytest.raises(ForeignFileError, match=expected):
         read_xlsx(path)
+
+
+@pytest.mark.parametrize("place", ["flags", "content", "method"])
+def test_a_spreadsheet_that_is_encrypted_or_packed_otherwise(tmp_path, place):
+    path = tmp_path / "t.xlsx"
+    write_xlsx(path, [("index", "hit"), *((number, 1) for number in range(99))])
+    content = bytearray(path.read_bytes())
+    name = b"xl/worksheets/sheet1.xml"
+    local, central = content.find(name), content.rfind(name)
+    if place == "flags":
+        content[local - 24] |= 1
+        content[central - 38] |= 1
+    elif place == "method":
+        content[local - 22], content[central - 36] = 99, 99
+    else:
+        content[local + len(name) : local + len(name) + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(ForeignFileError, match=r"no \.xlsx file, or a truncated one"):
+        read_xlsx(path)
+
+
+def test_a_long_answer_is_read(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(quoted([("index", "prediction"), (1, "x" * 140_000)], ","))
+    assert read_table(path)["prediction"] == ["x" * 140_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.csv", "index,hit\n1,1\n2", "the row that begins with '2' has 1 cells, and there are 2 headings"),
+        ("t.tsv", "index\thit\n1\t1\t1\n", "has 3 cells, and there are 2 headings"),
+        ("t.json", '{"index": [1, 2], "hit": [1]}', "columns of several lengths"),
+    ],
+)  # fmt: skip
+def test_rows_of_several_lengths_are_refused(tmp_path, name, content, expected):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ForeignFileError, match=expected):
+        read_table(tmp_path / name)
+
+
+def test_a_table_that_csv_cannot_part(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise csv.Error("line contains NUL")
+
+    monkeypatch.setattr(csv, "reader", fail)
+    (tmp_path / "t.csv").write_text("index,hit\n")
+    with pytest.raises(ForeignFileError, match=r"is no table \(line contains NUL"):
+        read_table(tmp_path / "t.csv")
 
 
 def test_entities_are_not_expanded(tmp_path):
