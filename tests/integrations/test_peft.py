@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
+from safetensors.torch import load_file
 from torch import nn
 
 from corda_vlm.covariance import CovarianceStore, collect_covariance
@@ -21,6 +22,7 @@ from corda_vlm.errors import (
     UnknownNameError,
 )
 from corda_vlm.integrations.peft import initialize_lora_corda_weights, preprocess_corda
+from corda_vlm.integrations.peft.starts import refuse_pickle
 from corda_vlm.plan import plan_adapter
 from tests.families.language_toy import LANGUAGE
 
@@ -244,6 +246,14 @@ class TestFiles:
         for field in ("cache_file", "covariance_file"):
             with pytest.raises(ForeignFileError, match="delete it"):
                 preprocess_corda(llama, config(**{field: str(tmp_path / "noise")}))
+
+    def test_safetensors_whose_length_looks_like_a_pickle(self, tmp_path):
+        file = tmp_path / "covariance"
+        for length in (0x0280, 0x4B50):  # little-endian, what pickles and zip archives begin with
+            text = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+            file.write_bytes(length.to_bytes(8, "little") + text + bytes(4))
+            assert load_file(file)["a"].tolist() == [0.0]
+            refuse_pickle(file, "covariance_file", "delete it")
 
     def test_covariances_of_another_model(self, llama, tmp_path):
         file = tmp_path / "covariance"

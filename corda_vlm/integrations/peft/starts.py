@@ -158,7 +158,12 @@ def load_pairs(path: str | Path, ranks: Mapping[str, int], about: Mapping[str, A
 def refuse_pickle(path: str | Path, what: str, remedy: str) -> None:
     """Raise `ForeignFileError` for a file as `torch.save` writes it: reading it could run code."""
     with Path(path).open("rb") as file:
-        if file.read(2) in (b"PK", b"\x80\x02"):
+        begun = file.read(9)
+        # safetensors begin with the length of a header in JSON, whose bytes may be those that pickles begin with
+        plain = (
+            begun[8:] == b"{" and int.from_bytes(begun[:8], "little") < Path(path).stat().st_size
+        )
+        if begun[:2] in (b"PK", b"\x80\x02") and not plain:
             raise ForeignFileError(
                 f"{shown(path)} is a pickle, as PEFT's own preprocess_corda writes them, which may run code when it is read; "
                 f"this {what} is a file of safetensors: {remedy}"
