@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -14,10 +15,13 @@ import yaml
 from corda_vlm.data import load_records
 from corda_vlm.data.load import read_table
 from corda_vlm.data.sources.images import IMAGE_SUFFIXES
+from corda_vlm.data.sources.libraries import hf_splits
 from corda_vlm.data.sources.registry import SOURCES
 from corda_vlm.data.spec import parse_spec
 from corda_vlm.data.text.registry import FORMATS
 from corda_vlm.errors import CordaError, DataError
+from corda_vlm.evaluation import load_suite
+from corda_vlm.experiment.load import load_experiment
 from corda_vlm.files import check_path, shown, write_text
 
 CLASSES, CAPTIONS, TALK, CHOICES, LONG, TEXT = (
@@ -141,22 +145,12 @@ def look_at(given: str) -> Looked:
     Raises:
         DataError: it cannot be read, or nothing in it can be learned; as of `source_of` too.
     """
-    spec = source_of(given)
-    parts = _folder_parts(spec)
-    if "split" in spec:  # of a hub
-        parts, spec = {"train": {"split": "train"}}, {"source": spec["source"]}
-    first = {**spec, **(parts or {"train": {}})["train"]}
+    source, parts = _own_parts(source_of(given)["source"])
+    spec: dict[str, Any] = {"source": source}
+    first = {**spec, **(parts["train"] if parts else {})}
     table = read_table(parse_spec(first), None)
     spec = {**spec, **_format_of(table.columns, bool(table.images), spec)}
-    if not parts:
-        parts = _column_parts(table.columns.get("split")) or {
-            name: {"split": name, "splits": dict(_SPLITS)} for name in _SPLITS
-        }
-    elif "test" not in parts:
-        own = parts["train"]
-        parts = {name: {**own, "splits": dict(_SPLITS)} for name in _SPLITS} if not own else parts
-    if "test" not in parts:
-        raise DataError(f"{given} has no part to measure on; give it a folder test/ beside train/")
+    parts = parts or _column_parts(table.columns.get("split")) or _cut_parts()
     records = load_records({**spec, **parts["train"]})
     return Looked(
         spec,
@@ -168,13 +162,37 @@ def look_at(given: str) -> Looked:
     )
 
 
-def _folder_parts(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parts of a folder that has folders train/, val/, test/; none where its folders are classes."""
-    kind, _, where = spec["source"].partition(":")
-    if kind != "folder":
-        return {}
-    names = [path.name for path in Path(where).iterdir() if path.is_dir()]
-    return _named(names) if any(name.lower() in _TRAIN for name in names) else {}
+def _own_parts(source: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """What is read, and the parts that it comes in: folders train/, val/, test/, or the splits of a Hugging Face data set.
+
+    There are none where its folders are classes, or for other kinds of sources. Where there is none to measure on, all are
+    cut out of the one to learn from.
+
+    Raises:
+        DataError: it has several splits, and it cannot be told which is which.
+    """
+    kind, _, where = source.partition(":")
+    if kind == "folder":
+        names = [path.name for path in Path(where).iterdir() if path.is_dir()]
+        parts = _named(names) if any(name.lower() in _TRAIN for name in names) else {}
+        if parts and "test" not in parts:
+            return f"{source}/{parts['train']['split']}", _cut_parts()
+        return source, parts
+    names = hf_splits(parse_spec(source)) if kind == "hf" else []
+    parts = _named(names)
+    if not names or {"train", "test"} <= parts.keys():
+        return source, parts
+    # A part that the data set does not have is cut out of its first split.
+    if len(names) > 1 and parts.get("train") != {"split": names[0]}:
+        raise DataError(
+            f"{source} has the splits {', '.join(names)}, of which none is called train and another test; save the one to "
+            "learn from as a file, and give that"
+        )
+    return source, _cut_parts()
+
+
+def _cut_parts() -> dict[str, dict[str, Any]]:
+    return {name: {"split": name, "splits": dict(_SPLITS)} for name in _SPLITS}
 
 
 def _column_parts(column: Sequence[Any] | None) -> dict[str, dict[str, Any]]:
@@ -277,7 +295,8 @@ def starter(
     if knowledge is None:
         suite["extends"], kept = OWN_SUITE[model], OWN_KNOWLEDGE[model]
     else:
-        tasks.append(task_of("knowledge", "retention", knowledge.part("test"), knowledge))
+        known = "knowledge" if name != "knowledge" else "knowledge-kept"  # two tasks need two names
+        tasks.append(task_of(known, "retention", knowledge.part("test"), knowledge))
         kept = knowledge.part("train")
     suite["tasks"] = tasks
     return _experiment(name, looked, kept, model, machine, quick, folder), suite
@@ -333,8 +352,17 @@ def write_starter(
 
     Args:
         command: what was typed, for the first lines.
+
+    Raises:
+        CordaError: what would be written is no experiment or no suite; nothing is written then.
     """
     config = folder / "experiment.yaml"
+    with TemporaryDirectory() as place:
+        tried = {**experiment, "suite": f"{place}/suite.yaml"}
+        write_text(Path(place) / "suite.yaml", _written(suite))
+        write_text(Path(place) / "experiment.yaml", _written(tried))
+        load_experiment(Path(place) / "experiment.yaml")
+        load_suite(Path(place) / "suite.yaml")
     head = f"# corda-vlm run {config}\n#\n# Written by: {command}\n"
     head += (
         "# Quick: limits everywhere, which show that it works and measure nothing. Write it again without --quick for numbers.\n"

@@ -23,6 +23,7 @@ from corda_vlm.errors import CordaError, brief
 from corda_vlm.families import family_of, load_model
 from corda_vlm.families.base import Family, Processor
 from corda_vlm.files import home_path, read_text
+from corda_vlm.integrations.command import run_command
 from corda_vlm.train.trained import load_trained
 
 NAME = "corda_vlm"
@@ -142,7 +143,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """CLIP_benchmark's own command, in which models of ours are the usual type."""
     given = list(sys.argv[1:] if words is None else words)
     register()
-    usual = [] if "--model_type" in given or given[:1] != ["eval"] else ["--model_type", NAME]
+    told = any(word.partition("=")[0] == "--model_type" for word in given)
+    usual = [] if told or given[:1] != ["eval"] else ["--model_type", NAME]
     before, sys.argv = sys.argv, ["clip_benchmark", *given, *usual]
     try:
         _theirs("cli").main()
@@ -151,4 +153,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("corda_vlm.integrations.clip_benchmark", main)

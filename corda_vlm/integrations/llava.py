@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from peft.utils.other import get_pattern_key
+
 from corda_vlm.command_line import Command
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families.llava_names import rename
 from corda_vlm.files import atomic_folder, write_json
-from corda_vlm.tensors import load_tensors, save_tensors
+from corda_vlm.integrations.command import run_command
+from corda_vlm.tensors import CHECKSUMS, load_tensors, read_header, save_tensors
 
 Naming = Literal["llava", "transformers", "transformers4"]
 
@@ -39,7 +42,8 @@ def rename_adapter(adapter: str | Path, output: str | Path, naming: Naming = "ll
     config = _config(folder)
     if final.exists():
         raise CordaError(f"{final} is there already; name a new folder")
-    tensors = load_tensors(folder / "adapter_model.safetensors", "adapter weights", "export again")
+    told = folder / "adapter_model.safetensors", "adapter weights", "export again"
+    tensors, (_, header) = load_tensors(*told), read_header(*told)
     parts: dict[str, tuple[str, str]] = {}
     for key in tensors:
         if (found := _KEY.fullmatch(key)) is None:
@@ -53,9 +57,28 @@ def rename_adapter(adapter: str | Path, output: str | Path, naming: Naming = "ll
         save_tensors(
             partial / "adapter_model.safetensors",
             {f"{_PREFIX}{names[site]}.{rest}": tensors[key] for key, (site, rest) in parts.items()},
+            {entry: text for entry, text in header.items() if entry != CHECKSUMS},
         )
-        config["target_modules"] = sorted(names.values())
-        write_json(partial / "adapter_config.json", config)
+        write_json(partial / "adapter_config.json", {**config, **_renamed(config, names, naming)})
+
+
+def _renamed(config: dict[str, Any], names: dict[str, str], naming: Naming) -> dict[str, Any]:
+    """The fields of a `LoraConfig` that name layers, with the new names."""
+    fields: dict[str, Any] = {"target_modules": sorted(names.values())}
+    for field in ("rank_pattern", "alpha_pattern"):
+        if patterns := config.get(
+            field
+        ):  # regular expressions, of which PEFT takes the first that fits
+            own = {site: get_pattern_key(patterns, site) for site in names}
+            fields[field] = {
+                f"^{re.escape(names[site])}": patterns[key]
+                for site, key in own.items()
+                if key in patterns
+            }
+    if saved := config.get("modules_to_save"):
+        new = rename(saved, naming)
+        fields["modules_to_save"] = [new[name] for name in saved]
+    return fields
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -90,4 +113,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("corda_vlm.integrations.llava", main)

@@ -6,7 +6,7 @@
 
 writes the files that `lm_eval --log_samples` writes, which `corda-vlm report --before results/before --after results/after`
 reads. `corda_retention` is a group of the knowledge that CorDA measures, TriviaQA, NQ-open and WebQuestions; it lies in
-`TASKS`, which lm-eval's own command takes as `--include_path`.
+`tasks_folder()`, which lm-eval's own command takes as `--include_path`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from corda_vlm.names import check_name
 
 RETENTION = "corda_retention"
 """The name of the group of retention tasks."""
+
+_SET_HERE = ("model_args", "task_manager", "evaluation_tracker", "log_samples")
 
 Task = str | Mapping[str, Any]
 
@@ -63,7 +65,7 @@ def evaluate(
     batch_size: int = 8,
     include_path: str | Path | None = None,
     **keywords: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Measure a live model with lm-eval; its mode, train or eval, is as before afterwards.
 
     Args:
@@ -74,11 +76,15 @@ def evaluate(
         keywords: further ones of `lm_eval.simple_evaluate`, e.g. `limit`, `num_fewshot` or `apply_chat_template`.
 
     Returns:
-        what `simple_evaluate` returns.
+        what `simple_evaluate` returns: None in the processes of a distributed run but the first.
 
     Raises:
-        CordaError: lm-eval is not installed, or the model writes no text.
+        CordaError: lm-eval is not installed, the model writes no text, or a keyword is one that is set here.
     """
+    if own := [name for name in _SET_HERE if name in keywords]:
+        raise CordaError(
+            f"{own[0]} is set by evaluate itself, which passes on other keywords of simple_evaluate; leave it out"
+        )
     folders = [str(tasks_folder())] + ([str(include_path)] if include_path is not None else [])
     named = "" if output is None else check_name(Path(output).resolve().name, "the model's name")
     tracker = None if output is None else _tracker(home_path(output))
@@ -97,7 +103,7 @@ def evaluate(
     finally:
         for module, training in modes:
             module.training = training
-    if tracker is not None:
+    if tracker is not None and results is not None:
         _save(tracker, results)
     return results
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from corda_vlm.adapter import attach_adapter, export_adapter
+from corda_vlm.adapter.base import base_fingerprint
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.command_line import Command
 from corda_vlm.covariance import CovarianceStore
@@ -30,9 +31,12 @@ from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import CordaError
 from corda_vlm.families.clip_open import processor
+from corda_vlm.files import atomic_folder
+from corda_vlm.integrations.command import run_command
 from corda_vlm.options import Count, NotNegative, Seed, check_options
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.train.terms import Term, distillation
+from corda_vlm.train.weights import save_weights
 
 OURS = "--corda-"
 
@@ -223,7 +227,9 @@ class Training:
             return None
         folder = Path(args.logs) / args.name
         self.model.eval()
-        self.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        # Not `new_folder`: a training that was resumed writes its adapter again, in place of the former.
+        with atomic_folder(folder / "adapter") as partial:
+            save_weights(self.model, None, partial, base=base_fingerprint(self.model))
         export_adapter(self.model, folder / "merged", format="merged", source=_source(args.model))
         return folder
 
@@ -248,4 +254,4 @@ class Holding(nn.Module):
 
 
 if __name__ == "__main__":
-    main()
+    run_command("corda_vlm.integrations.open_clip_train", main)

@@ -35,13 +35,13 @@ def new(
     name = _name(data)
     folder = Path(output or name)
     checks.check_output(folder, folder=True)
-    if (folder / "experiment.yaml").exists():
-        raise CordaError(f"{folder / 'experiment.yaml'} is there already; give another --output")
+    for file in (folder / "experiment.yaml", folder / "suite.yaml"):
+        if file.exists():
+            raise CordaError(f"{file} is there already; give another --output")
     if model is not None:
         checks.check_source(model)
     import torch
 
-    from corda_vlm.experiment.load import load_experiment
     from corda_vlm.experiment.starter import Machine, look_at, starter, write_starter
 
     looked = look_at(data)
@@ -53,10 +53,10 @@ def new(
     )
     words = ["corda-vlm", "new", data, *(["--model", model] if model else [])]
     words += ["--knowledge", knowledge] if knowledge else []
+    words += ["--output", output] if output else []
     config = write_starter(
         folder, experiment, suite, shlex.join([*words, *(["--quick"] if quick else [])]), quick
     )
-    load_experiment(config)
     classes = f", {len(looked.classes)} classes" if looked.classes else ""
     print(f"{data}: {looked.count:,} records to learn from, {looked.is_}{classes}")
     say_next(f"wrote {config} and suite.yaml beside it", "run", str(config))

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from PIL import Image
 
 from corda_vlm.__main__ import main
+from corda_vlm.data import load_records
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation import load_suite, read_rows
 from corda_vlm.experiment.load import load_experiment
@@ -78,6 +80,62 @@ def test_a_folder_of_pictures_has_classes_and_perhaps_parts(tmp_path) -> None:
     assert look_at(str(rows)).is_ == CAPTIONS
 
 
+def test_a_folder_with_train_alone_is_cut(tmp_path) -> None:
+    looked = look_at(str(photos(tmp_path / "half", ["train"])))
+    assert (looked.classes, looked.count) == (("blue", "green", "red"), 48)
+    assert [len(load_records(looked.part(name))) for name in ("val", "test")] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("splits", "counts"),
+    [
+        (["train", "validation", "test"], {"train": 20, "val": 20, "test": 20}),
+        (["train", "validation"], {"train": 20, "test": 20}),
+        (["train", "unsupervised"], {"train": 16, "val": 2, "test": 2}),
+        (["everything"], {"train": 16, "val": 2, "test": 2}),
+    ],
+)
+def test_a_data_set_of_a_hub(tmp_path, monkeypatch, splits, counts) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = datasets.Dataset.from_dict({"text": [f"Document {n}" for n in range(20)]})
+    whole = datasets.DatasetDict(dict.fromkeys(splits, one))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: whole)
+    looked = look_at("owner/name")
+    assert {name: len(load_records(looked.part(name))) for name in looked.parts} == counts
+
+
+def test_a_data_set_of_a_hub_whose_splits_say_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = datasets.DatasetDict(dict.fromkeys("ab", datasets.Dataset.from_dict({"text": ["x"]})))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: whole)
+    with pytest.raises(DataError, match="has the splits a, b, of which none is called train"):
+        look_at("owner/name")
+
+
+def test_nothing_is_written_that_cannot_be_read(tmp_path) -> None:
+    looked = look_at(str(lines(tmp_path / "rows.jsonl", {"text": "A document of some words."})))
+    experiment, suite = starter(
+        "knowledge", looked, looked, model=None, machine=Machine(False), quick=False, folder=tmp_path / "new"
+    )  # fmt: skip
+    assert len({task["name"] for task in suite["tasks"]}) == 3
+    twice = {**suite, "tasks": [*suite["tasks"], suite["tasks"][0]]}
+    with pytest.raises(CordaError, match="knowledge"):
+        write_starter(tmp_path / "new", experiment, twice, "corda-vlm new", False)
+    assert not (tmp_path / "new").exists()
+    write_starter(tmp_path / "new", experiment, suite, "corda-vlm new", False)
+
+
+def test_a_suite_that_is_there_is_left(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines(tmp_path / "rows.jsonl", {"text": "A document of some words."})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "suite.yaml").write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["new", "rows.jsonl", "--knowledge", "rows.jsonl", "--output", "own"])
+    assert "suite.yaml is there already" in capsys.readouterr().err
+    assert (tmp_path / "own" / "suite.yaml").read_text() == "mine"
+
+
 def test_what_is_no_data(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert source_of("some/name") == {"source": "hf:some/name", "split": "train"}
@@ -137,7 +195,10 @@ def test_a_quick_one_runs(tmp_path, monkeypatch, capsys) -> None:
     main(new)
     assert "48 records to learn from, pictures of classes, 3 classes" in capsys.readouterr().out
     text = (tmp_path / "own" / "experiment.yaml").read_text()
-    assert "# Written by: corda-vlm new colors --model emoji-clip --knowledge old --quick" in text
+    assert (
+        "# Written by: corda-vlm new colors --model emoji-clip --knowledge old --output own --quick"
+        in text
+    )
     assert yaml.safe_load(text)["training"]["steps"] == 8
     main(["run", "own/experiment.yaml", "--only", "corda-natural"])
     rows = read_rows("runs/colors/scores.jsonl")

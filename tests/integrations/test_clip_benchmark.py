@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from corda_vlm.data import load_records
+from corda_vlm.integrations import clip_benchmark
 from corda_vlm.report import read_results
 
-pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
+pytestmark = [pytest.mark.unchecked]
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -39,6 +42,25 @@ def data(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("words", "added"),
+    [
+        (["eval"], ["--model_type", "corda_vlm"]),
+        (["eval", "--model_type", "open_clip"], []),
+        (["eval", "--model_type=open_clip"], []),
+        (["build"], []),
+    ],
+)
+def test_models_of_ours_are_the_usual_type(words, added, monkeypatch):
+    seen = []
+    models = SimpleNamespace(TYPE2FUNC={}, MODEL_TYPES=[])
+    cli = SimpleNamespace(main=lambda: seen.extend(sys.argv[1:]))
+    monkeypatch.setattr(clip_benchmark, "_theirs", {"models": models, "cli": cli}.get)
+    clip_benchmark.main(words)
+    assert seen == [*words, *added]
+
+
+@pytest.mark.slow
 def test_acc1_is_ours_and_the_report_reads_it(tool, data, tmp_path, measured):
     """acc1, acc5 and mean_per_class_recall of emoji-clip are ours on the same data (--no_amp)"""
     out = tmp_path / "results"

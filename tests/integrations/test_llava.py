@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 from corda_vlm import asset, attach_adapter, export_adapter, load_model, plan_adapter
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.integrations.llava import main, rename_adapter
-from corda_vlm.tensors import save_tensors
+from corda_vlm.tensors import read_header, save_tensors
 
 pytestmark = [pytest.mark.sees, pytest.mark.unchecked]
 
@@ -44,6 +46,36 @@ def test_there_and_back(start, tmp_path):
     assert all(torch.equal(first[name], back[name]) for name in first)
     with pytest.raises(CordaError, match="is there already"):
         rename_adapter(str(start), str(tmp_path / "back"))
+
+
+def test_patterns_and_the_header_are_renamed_and_kept(start, tmp_path):
+    """ranks and alphas that differ stay with their layers, and what the header of the weights says is kept"""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = load_file(start / "adapter_model.safetensors")
+    save_tensors(folder / "adapter_model.safetensors", tensors, {"corda_vlm.base": "abc"})
+    config = json.loads((start / "adapter_config.json").read_text())
+    site = r"^model\.language_model\.layers\.0\.self_attn\.q_proj"
+    config |= {"rank_pattern": {site: 7}, "alpha_pattern": {"v_proj": 5, "k_proj": 3}}
+    config |= {"modules_to_save": ["model.language_model.norm"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    rename_adapter(folder, tmp_path / "new")
+    told = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert told["rank_pattern"] == {r"^model\.layers\.0\.self_attn\.q_proj": 7}
+    values = [site for site in told["target_modules"] if site.endswith("v_proj")]
+    assert told["alpha_pattern"] == {f"^{re.escape(site)}": 5 for site in values}
+    assert told["modules_to_save"] == ["model.norm"]
+    _, header = read_header(tmp_path / "new" / "adapter_model.safetensors", "adapter", "")
+    assert header["corda_vlm.base"] == "abc"
+
+
+def test_a_command_that_cannot_be_ends_in_words(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["llava", "--corda-plann", "x"])
+    with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that it was imported before
+        runpy.run_module("corda_vlm.integrations.llava", run_name="__main__")
+    assert ended.value.code == 2
+    assert "corda_vlm.integrations.llava: " in capsys.readouterr().err
 
 
 def language_model() -> nn.Module:

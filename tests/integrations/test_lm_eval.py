@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
+from corda_vlm.errors import CordaError
+from corda_vlm.integrations import lm_eval
 from corda_vlm.report import BeforeAfterOptions, read_results, write_comparison
 
-pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
+pytestmark = [pytest.mark.unchecked]
 
 TASK = """task: {name}
 dataset_path: json
@@ -59,6 +64,27 @@ def likelihoods(folder: Path, task: str) -> np.ndarray:
     return np.array([[float(one[0]) for one in row["filtered_resps"]] for row in rows])
 
 
+def test_a_keyword_that_is_set_here_is_refused():
+    with pytest.raises(CordaError, match="log_samples is set by evaluate itself"):
+        lm_eval.evaluate(nn.Linear(2, 2), processor=None, log_samples=False)
+
+
+def test_a_process_without_results_writes_none(tmp_path, monkeypatch):
+    """in a distributed run lm-eval gives results to the first process alone"""
+    theirs = SimpleNamespace(
+        simple_evaluate=lambda **_: None,
+        TaskManager=lambda **_: None,
+        EvaluationTracker=lambda **_: SimpleNamespace(),
+        HFLM=lambda **_: None,
+    )
+    monkeypatch.setattr(lm_eval, "_lm_eval", lambda module: theirs)
+    model: Any = nn.Linear(2, 2)
+    model.generate = None
+    processor = SimpleNamespace(tokenizer="its")
+    assert lm_eval.evaluate(model, processor=processor, output=tmp_path / "results") is None
+
+
+@pytest.mark.slow
 def test_a_live_adapter_is_measured_as_its_export_and_the_report_reads_both(
     tool, tasks, smollm2_4, tmp_path, measured
 ):

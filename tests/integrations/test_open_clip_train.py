@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from corda_vlm import asset, load_adapter, load_model
+from corda_vlm import asset, attach_adapter, load_adapter, load_model, plan_adapter
 from corda_vlm.__main__ import main as verb
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.errors import CordaError
 from corda_vlm.families.clip_open import CLIP_OPEN
-from corda_vlm.integrations.open_clip_train import OpenClipOptions, main, split
+from corda_vlm.integrations.open_clip_train import OpenClipOptions, Training, main, split
+from corda_vlm.tensors import read_header
 from tests.integrations.plain import departure
 
 pytestmark = [pytest.mark.unchecked]
@@ -69,6 +72,31 @@ def test_training(tool, tmp_path, monkeypatch, measured):
     measured(
         f"loss {losses[0]:.2f} to {losses[-1]:.2f} in an epoch of 4 steps; open_clip's outputs within {error:.0e}"
     )
+
+
+def test_an_adapter_is_written_as_a_whole_and_again(tmp_path, monkeypatch):
+    """a later end of the training that fails leaves the former adapter; the model that it is of is noted"""
+    model = load_model("emoji-clip").model
+    plan = plan_adapter(model, None, method="pissa", rank=2, towers="vision", roles="q")
+    adapted = attach_adapter(model, plan)
+    args = SimpleNamespace(save_logs=True, logs=str(tmp_path), name="own", model=f"local-dir:{MODEL}")  # fmt: skip
+    training = Training(OpenClipOptions(), model=adapted, args=args)
+    for _ in range(2):  # a training that was resumed ends again
+        assert training.finish() == tmp_path / "own"
+    weights = tmp_path / "own" / "adapter" / "adapter_model.safetensors"
+    _, header = read_header(weights, "adapter", "")
+    assert header["corda_vlm.base"] == plan.model_fingerprint
+    load_adapter(load_model("emoji-clip").model, weights.parent)
+
+    def full(folder: str, **_: object) -> None:
+        (Path(folder) / weights.name).write_bytes(b"half")
+        raise OSError("no space left")
+
+    before = weights.read_bytes()
+    monkeypatch.setattr(adapted, "save_pretrained", full)
+    with pytest.raises(CordaError, match="no space left"):
+        training.finish()
+    assert weights.read_bytes() == before
 
 
 def test_the_flags_are_told_apart():

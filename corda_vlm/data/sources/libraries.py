@@ -76,6 +76,12 @@ def read_hf(spec: DataSpec, beside: str | Path | None = None) -> Table:
     )
 
 
+def hf_splits(spec: DataSpec, beside: str | Path | None = None) -> list[str]:
+    """The splits of a Hugging Face data set; none where it is a single table. Raises `DataError` if it cannot be loaded."""
+    loaded = _load_hf(spec, _local_folder(spec, beside))
+    return [str(name) for name in loaded] if isinstance(loaded, Mapping) else []
+
+
 def _local_folder(spec: DataSpec, beside: str | Path | None) -> Path | None:
     """The folder that a data set lies in; None for one of a hub."""
     try:
