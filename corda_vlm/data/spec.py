@@ -129,6 +129,12 @@ def parse_spec(spec: str | Mapping[str, Any] | DataSpec) -> DataSpec:
     return parsed
 
 
+def names_source(text: str) -> bool:
+    """Does a text name data by its kind, e.g. "folder:photos"? A path or a hub's id does not."""
+    kind, colon, _ = text.partition(":")
+    return bool(colon) and kind in SOURCES
+
+
 def _read(spec: str | Mapping[str, Any]) -> DataSpec:
     """A spec of what a user wrote, each option of its type."""
     if not isinstance(spec, (str, Mapping)):

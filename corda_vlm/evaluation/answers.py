@@ -11,11 +11,11 @@ from torch import nn
 
 from corda_vlm.data import Chat, to_rgb
 from corda_vlm.errors import CordaError
+from corda_vlm.evaluation.class_names import DEFAULT_TEMPLATES
 from corda_vlm.evaluation.measure import encoder_of
 from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.generate import generate
 from corda_vlm.evaluation.models.text_model import TextGenerator
-from corda_vlm.evaluation.one_task import TEMPLATES
 from corda_vlm.evaluation.options import AskOptions
 from corda_vlm.families.base import Loaded, Processor
 
@@ -71,7 +71,7 @@ def classify(
     model: nn.Module | Loaded,
     image: Any,
     classes: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
     *,
     processor: Processor | None = None,
 ) -> list[tuple[str, float]]:

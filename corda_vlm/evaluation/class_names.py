@@ -20,6 +20,9 @@ from corda_vlm.yaml_file import read_small_text, read_yaml
 OPENAI = "openai_imagenet"
 SIMPLE = "simple_imagenet"
 
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+"""The prompts where none are named."""
+
 
 @dataclass(frozen=True)
 class ClassNames:

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from corda_vlm.data.sources.registry import SOURCES
-from corda_vlm.data.spec import DataSpec, parse_spec
+from corda_vlm.data.spec import DataSpec, names_source, parse_spec
+from corda_vlm.evaluation.class_names import DEFAULT_TEMPLATES
 from corda_vlm.yaml_file import parse_yaml
-
-TEMPLATES = ("a photo of a {}.",)
 
 DataText = str | Mapping[str, Any]
 
@@ -26,8 +24,7 @@ def data_of(source: object) -> DataText | None:
         source = parse_yaml(source, "the data to measure on")
     if isinstance(source, Mapping):
         return source if "source" in source else None
-    named = isinstance(source, str) and source.partition(":")[0] in SOURCES and ":" in source
-    return source if named and isinstance(source, str) else None
+    return source if isinstance(source, str) and names_source(source) else None
 
 
 def suite_of(data: DataText) -> dict[str, Any]:
@@ -45,7 +42,11 @@ def suite_of(data: DataText) -> dict[str, Any]:
 
 def _measured(spec: DataSpec) -> dict[str, Any]:
     if spec.format is None:
-        return {"kind": "zero_shot", "classes": {"from": "data"}, "templates": list(TEMPLATES)}
+        return {
+            "kind": "zero_shot",
+            "classes": {"from": "data"},
+            "templates": list(DEFAULT_TEMPLATES),
+        }
     if spec.format == "text" or spec.source.partition(":")[0] == "text":
         return {"kind": "perplexity"}
     return {"kind": "qa"}

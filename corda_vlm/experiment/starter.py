@@ -16,11 +16,11 @@ from corda_vlm.data import load_records
 from corda_vlm.data.load import read_table
 from corda_vlm.data.sources.images import IMAGE_SUFFIXES
 from corda_vlm.data.sources.libraries import hf_splits
-from corda_vlm.data.sources.registry import SOURCES
-from corda_vlm.data.spec import parse_spec
+from corda_vlm.data.spec import names_source, parse_spec
 from corda_vlm.data.text.registry import FORMATS
 from corda_vlm.errors import CordaError, DataError
 from corda_vlm.evaluation import load_suite
+from corda_vlm.evaluation.class_names import DEFAULT_TEMPLATES
 from corda_vlm.experiment.load import load_experiment
 from corda_vlm.files import check_path, shown, write_text
 
@@ -105,8 +105,7 @@ def source_of(given: str) -> dict[str, Any]:
     Raises:
         DataError: nothing of the sort.
     """
-    kind = given.partition(":")[0]
-    if kind in SOURCES and ":" in given:
+    if names_source(given):
         return {"source": given}
     path = check_path(given).expanduser()
     if path.is_dir():
@@ -248,7 +247,7 @@ def _what(records: Any, columns: Mapping[str, Any]) -> str:
 def task_of(name: str, role: str, data: Mapping[str, Any], looked: Looked) -> dict[str, Any]:
     """A task of a suite that measures what is in some data."""
     more: dict[str, Any] = {
-        CLASSES: {"kind": "zero_shot", "classes": list(looked.classes), "templates": ["a photo of a {}."]},
+        CLASSES: {"kind": "zero_shot", "classes": list(looked.classes), "templates": list(DEFAULT_TEMPLATES)},
         CAPTIONS: {"kind": "retrieval", "metrics": ["image_to_text_recall@1", "text_to_image_recall@1"]},
         TALK: {"kind": "qa"},
         CHOICES: {"kind": "multiple_choice"},

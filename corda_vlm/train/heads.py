@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
+from corda_vlm.evaluation.class_names import DEFAULT_TEMPLATES as DEFAULT_TEMPLATES
 from corda_vlm.families.base import Contrastive, Processor
 from corda_vlm.tensors import load_tensors, read_header, save_tensors
 
 Template = str | Callable[[str], str]
 """A prompt with `{}` where the class name goes, or a function of the name, as in open_clip's lists."""
-
-DEFAULT_TEMPLATES: tuple[Template, ...] = ("a photo of a {}.",)
 
 KINDS = ("prompt", "linear")
 _FORMAT = "corda_vlm.head"

@@ -54,8 +54,7 @@ def ask(
         checks.check_folder(adapter, "training's", "make it by corda-vlm train")
     from corda_vlm.evaluation.answers import ask as answer
     from corda_vlm.evaluation.answers import classify
-    from corda_vlm.evaluation.class_names import load_class_names, load_templates
-    from corda_vlm.evaluation.one_task import TEMPLATES
+    from corda_vlm.evaluation.class_names import DEFAULT_TEMPLATES, load_class_names, load_templates
     from corda_vlm.train.trained import load_trained
 
     loaded = load_source(model, load)
@@ -77,7 +76,7 @@ def ask(
     named = listed_or_file(classes)
     names = load_class_names(named) if isinstance(named, str) else named or ()
     names = list(names.values() if isinstance(names, dict) else names)
-    prompts = load_templates(listed_or_file(templates) or TEMPLATES)
+    prompts = load_templates(listed_or_file(templates) or DEFAULT_TEMPLATES)
     assert image is not None
     for name, chance in classify(trained, image, names, prompts, processor=loaded.processor)[
         :_SHOWN

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from corda_vlm import asset
+from tests.integrations.starts import export_starts, write_task
 from tests.integrations.tools import ROOT, TOOLS, Tool
 
 SMOLLM2 = ROOT / "runs" / "bench" / "SmolLM2-135M-Instruct.gguf"
@@ -67,3 +68,11 @@ def smollm2_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return kept
+
+
+@pytest.fixture(scope="module")
+def starts(smollm2_4: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Format -> an export of one start, beside the records of a task, `task.json`."""
+    folder = tmp_path_factory.mktemp("starts")
+    write_task(folder)
+    return export_starts(smollm2_4, folder)

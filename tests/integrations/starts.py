@@ -40,6 +40,12 @@ def write_task(folder: Path) -> Path:
     return path
 
 
+def losses(folder: Path, step: int) -> list[float]:
+    """The losses that a Trainer's checkpoint tells of."""
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
 LOGITS = """
 import sys, torch
 from safetensors.torch import save_file

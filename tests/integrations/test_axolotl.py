@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,13 @@ import yaml
 
 from corda_vlm import asset
 from tests.integrations.plain import departure
-from tests.integrations.starts import ASKED, export_starts, logits, write_task
+from tests.integrations.starts import ASKED, logits, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 RECIPE = asset("configs/integrations/axolotl.yaml")
 SMALL = {"gradient_accumulation_steps": 1, "save_steps": 2, "sequence_len": 64, "lr_scheduler": "constant",
          "special_tokens": {"pad_token": "<|endoftext|>"}, "bf16": False, "dataset_num_proc": 1,
          "dataset_prepared_path": "prepared", "num_epochs": 2}  # fmt: skip
-
-
-def losses(folder: Path, step: int) -> list[float]:
-    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-@pytest.fixture(scope="module")
-def starts(smollm2_4, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("starts")
-    write_task(folder)
-    return export_starts(smollm2_4, folder)
 
 
 def train(tool: Any, folder: Path, **changed: Any) -> None:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from corda_vlm import asset
 from tests.integrations.plain import departure
-from tests.integrations.starts import export_starts, logits, write_task
+from tests.integrations.starts import logits, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 RECIPE = asset("configs/integrations/llamafactory.yaml")
 
 
-def losses(folder: Path, step: int) -> list[float]:
-    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
-@pytest.fixture(scope="module")
-def starts(smollm2_4, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("starts")
-    write_task(folder)
-    (folder / "dataset_info.json").write_text(json.dumps({"task": {"file_name": "task.json"}}))
-    return export_starts(smollm2_4, folder)
+@pytest.fixture(autouse=True)
+def listed(starts) -> None:
+    """The tool looks a data set up by its name."""
+    about = json.dumps({"task": {"file_name": "task.json"}})
+    (starts["lora"].parent / "dataset_info.json").write_text(about)
 
 
 @pytest.mark.parametrize("format", ["residual", "lora"])

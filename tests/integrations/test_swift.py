@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from corda_vlm import asset, load_adapter, load_model
 from tests.integrations.plain import batch_of, departure, outputs
-from tests.integrations.starts import ASKED, export_starts, logits, write_task
+from tests.integrations.starts import ASKED, logits, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.unchecked]
 RECIPE = asset("configs/integrations/swift.yaml")
-
-
-def losses(folder: Path, step: int) -> list[float]:
-    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
 def sft(base: Path, data: Path) -> list[str | Path]:
@@ -26,13 +20,6 @@ def sft(base: Path, data: Path) -> list[str | Path]:
             "--dataset", data / "task.json", "--gradient_accumulation_steps", "1", "--save_steps", "2", "--max_length", "64",
             "--lr_scheduler_type", "constant", "--torch_dtype", "float32", "--use_cpu", "true", "--dataloader_num_workers", "0",
             "--dataset_num_proc", "1", "--use_hf", "true", "--split_dataset_ratio", "0"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def starts(smollm2_4, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("starts")
-    write_task(folder)
-    return export_starts(smollm2_4, folder)
 
 
 @pytest.mark.parametrize("format", ["residual", "lora"])

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.report.formats import harness
+from corda_vlm.report.formats import dated, harness
 from corda_vlm.report.formats.base import Format, Measured
 
 NAME = "lm-eval"
@@ -24,31 +24,7 @@ def find(files: list[Path]) -> list[Path]:
 
 def read(files: list[Path]) -> list[Measured]:
     """One model for each folder of results."""
-    by_folder: dict[Path, list[Path]] = {}
-    for one in files:
-        by_folder.setdefault(one.parent, []).append(one)
-    return [_model(of) for of in by_folder.values()]
-
-
-def _model(files: list[Path]) -> Measured:
-    samples: dict[str, dict[str, harness.Documents]] = {}
-    for one in files:
-        if match := _SAMPLES.fullmatch(one.name):
-            of_date = samples.setdefault(match["date"], {})
-            of_date[match["task"]] = harness.read_documents(one, _is_metric)
-    runs, name = [], ""
-    dated = {match["date"]: one for one in files if (match := _RESULTS.fullmatch(one.name))}
-    for date in sorted(dated.keys() | samples.keys()):
-        documents = samples.get(date, {})
-        if date not in dated:
-            runs.append(
-                [m for task, of in documents.items() for m in harness.measures_of_samples(task, of)]
-            )
-            continue
-        content = harness.read_results(dated[date])
-        name = str(content.get("model_name") or name)
-        runs.append(harness.measures_of(content, documents, dated[date]))
-    return harness.merged(Path(name).name, NAME, runs)
+    return dated.models(NAME, files, _RESULTS, _SAMPLES, _is_metric)
 
 
 def _is_metric(key: str, row: harness.Row) -> bool:

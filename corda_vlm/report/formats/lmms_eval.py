@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from corda_vlm.report.formats import harness
+from corda_vlm.report.formats import dated, harness
 from corda_vlm.report.formats.base import Format, Measure, Measured
 
 NAME = "lmms-eval"
@@ -26,31 +26,11 @@ def find(files: list[Path]) -> list[Path]:
 
 def read(files: list[Path]) -> list[Measured]:
     """One model for each folder of results."""
-    by_folder: dict[Path, list[Path]] = {}
-    for one in files:
-        by_folder.setdefault(one.parent, []).append(one)
-    return [_model(of) for of in by_folder.values()]
+    return dated.models(NAME, files, _RESULTS, _SAMPLES, _is_metric, _without_guess)
 
 
-def _model(files: list[Path]) -> Measured:
-    samples: dict[str, dict[str, harness.Documents]] = {}
-    for one in files:
-        if match := _SAMPLES.fullmatch(one.name):
-            documents = harness.read_documents(one, lambda key, _: key not in _OTHERS)
-            samples.setdefault(match["date"], {})[match["task"]] = documents
-    runs, name = [], ""
-    dated = {match["date"]: one for one in files if (match := _RESULTS.fullmatch(one.name))}
-    for date in sorted(dated.keys() | samples.keys()):
-        documents = samples.get(date, {})
-        if date in dated:
-            content = harness.read_results(dated[date])
-            name = str(content.get("model_name") or name)
-            measures = harness.measures_of(content, documents, dated[date])
-        else:
-            alone = [harness.measures_of_samples(task, of) for task, of in documents.items()]
-            measures = [measure for of in alone for measure in of]
-        runs.append([_without_guess(measure) for measure in measures])
-    return harness.merged(Path(name).name, NAME, runs)
+def _is_metric(key: str, _: harness.Row) -> bool:
+    return key not in _OTHERS
 
 
 def _without_guess(measure: Measure) -> Measure:
