@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from corda_vlm.errors import NoSitesError
 from corda_vlm.families import Family, any_family, family_of, unwrap
 from corda_vlm.families.layers.attention import is_packed, packed_parts
-from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
+from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.families.layers.matrix import Matrix, matrix_of, stored
 from corda_vlm.families.options import ROLES, TOWERS, chosen_names, listed_names
 from corda_vlm.text_table import text_table
 
@@ -75,7 +76,7 @@ def find_sites(
     wanted = chosen_names("tower", towers, TOWERS)
     only = chosen_names("role", roles, ROLES)
     bare = unwrap(model)
-    sites = [site for name in _weights(bare) if (site := site_of(found, bare, name)) is not None]
+    sites = [site for name in _matrices(bare) if (site := site_of(found, bare, name)) is not None]
     present = list(dict.fromkeys(site.tower for site in sites))
     for tower in wanted if wanted is not None else found.towers(bare):
         if tower not in present:
@@ -155,19 +156,41 @@ def site_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
     Raises:
         NoSitesError: the model has no such layer.
     """
-    weights = _weights(unwrap(model))
-    shapes = {}
-    for name in names:
-        if name not in weights:
-            raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
-        out, inp = weights[name].shape
-        shapes[name] = (out, inp)
-    return shapes
+    return {name: matrix.shape for name, matrix in _of(model, names).items()}
 
 
 def site_shape(model: nn.Module, name: str) -> tuple[int, int]:
     """(out, in) of one site's weight; raises as `site_shapes` does."""
     return site_shapes(model, [name])[name]
+
+
+def site_weights(model: nn.Module, names: Iterable[str]) -> SiteWeights:
+    """Name -> weight of these sites, packed or not; raises as `site_shapes` does."""
+    return SiteWeights(_of(model, names))
+
+
+class SiteWeights(Mapping[str, Tensor]):
+    """Site name -> weight (out, inp), detached, read each time it is looked up.
+
+    A weight that is stored as a matrix is a view of its storage. One that is stored otherwise is made dense, and kept by nobody: all
+    at once would take the memory that the storage saves.
+
+    Attributes:
+        shapes: site name -> (out, inp), for which nothing is read.
+    """
+
+    def __init__(self, matrices: Mapping[str, Matrix]) -> None:
+        self._matrices = matrices
+        self.shapes = {name: matrix.shape for name, matrix in matrices.items()}
+
+    def __getitem__(self, name: str) -> Float[Tensor, "out inp"]:
+        return self._matrices[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._matrices)
+
+    def __len__(self) -> int:
+        return len(self._matrices)
 
 
 def model_fingerprint(model: nn.Module, family: str | Family = "auto") -> str:
@@ -177,20 +200,19 @@ def model_fingerprint(model: nn.Module, family: str | Family = "auto") -> str:
     keeps every sign, negative zeros included, while training turns some. Adapters of PEFT are not looked at.
     """
     bare = unwrap(model)
-    weights = _weights(bare)
+    matrices = _matrices(bare)
     digest = hashlib.sha256()
     of = any_family(bare) if family == "auto" else family
     for site in find_sites(bare, of):
-        weight = weights[site.name]
-        digest.update(f"{site.name}:{tuple(weight.shape)};".encode())
-        digest.update(bytes(_signs(weight)))
+        matrix = matrices[site.name]
+        digest.update(f"{site.name}:{matrix.shape};".encode())
+        digest.update(bytes(_signs(matrix.read())))
     return digest.hexdigest()[:32]
 
 
 def sites_table(model: nn.Module, sites: Sequence[Site], *, full: bool = False) -> str:
     """The sites as a table: one row for each role of a tower, its blocks collapsed; `full` gives one a site."""
-    weights = _weights(unwrap(model))
-    shapes = {site.name: tuple(weights[site.name].shape) for site in sites}
+    shapes = site_shapes(model, [site.name for site in sites])
     headers = ("tower", "blocks", "role", "out × in", "stream", "sites", "parameters")
     rows: list[tuple[object, ...]] = []
     for group in _groups(sites, shapes, full):
@@ -238,23 +260,32 @@ def site_of(family: Family, model: nn.Module, name: str) -> Site | None:
     return None
 
 
-def _weights(model: nn.Module) -> dict[str, Float[Tensor, "out inp"]]:
+def _of(model: nn.Module, names: Iterable[str]) -> dict[str, Matrix]:
+    """Name -> weight of these sites; the model is walked once for all of them."""
+    bare = unwrap(model)
+    matrices, found = _matrices(bare), {}
+    for name in names:
+        if name not in matrices:
+            raise NoSitesError(f"{type(bare).__name__} has no layer {name!r}")
+        found[name] = matrices[name]
+    return found
+
+
+def _matrices(model: nn.Module) -> dict[str, Matrix]:
     """Base name -> weight of every linear layer, the parts of packed attention and wrapped layers included."""
     return dict(_walk(model, "", set()))
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Matrix]]:
     module = inner_layer(module)
     if id(module) in seen:  # a shared layer is one site, under its first name
         return
     seen.add(id(module))
     if is_packed(module):
         for part, (weight, _) in packed_parts(module).items():
-            yield f"{prefix}.{part}", weight
-    elif isinstance(module, nn.Linear):
-        yield prefix, module.weight.detach()
-    elif is_conv1d(module):
-        yield prefix, linear_weight(module)
+            yield f"{prefix}.{part}", stored(weight)
+    elif (matrix := matrix_of(module)) is not None:
+        yield prefix, matrix
     else:
         for key, child in module.named_children():
             yield from _walk(child, f"{prefix}.{key}" if prefix else key, seen)

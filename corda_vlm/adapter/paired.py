@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.layers.attention import pack
+from corda_vlm.families.layers.matrix import Matrix, matrix_of, write_matrix
 
 BASES = ("untouched", "residual")
 
@@ -78,7 +79,7 @@ class PairedLinear(Linear):
         if "lora_init_A" not in self._modules:  # PEFT's constructor comes here before it returns
             self.lora_init_A = BufferDict(persistent=True)
             self.lora_init_B = BufferDict(persistent=True)
-        out, inp = base_weight(self).shape
+        out, inp = base_matrix(self).shape
         self.lora_init_A[adapter_name] = torch.zeros(r, inp)
         self.lora_init_B[adapter_name] = torch.zeros(out, r)
         super().update_layer(adapter_name, r, *args, **kwargs)
@@ -121,9 +122,7 @@ class PairedLinear(Linear):
             return  # nothing to shift, so nothing to round
         if self.is_residual(adapter_name):
             shift = old_B.double() @ old_A.double() - B.double() @ A.double()
-            weight = base_weight(self)
-            # in place: an unpacked attention's weight is a view of the packed storage
-            weight.data.copy_(weight.double() + shift)
+            write_matrix(self.get_base_layer(), base_matrix(self).read().double() + shift)
         self.lora_init_A[adapter_name], self.lora_init_B[adapter_name] = A.clone(), B.clone()
 
     def drop_pair(self, adapter_name: str) -> None:
@@ -303,11 +302,11 @@ def difference(
     return torch.cat([B - B0, B0], dim=-1), torch.cat([A, A - A0], dim=-2)
 
 
-def base_weight(layer: LoraLayer) -> Float[Tensor, "out inp"]:
-    """The weight of the `nn.Linear` that a LoRA layer wraps."""
-    linear = layer.get_base_layer()
-    assert isinstance(linear, nn.Linear)
-    return linear.weight
+def base_matrix(layer: LoraLayer) -> Matrix:
+    """The weight (out, inp) of the layer that a LoRA layer wraps, whatever it is stored as."""
+    matrix = matrix_of(layer.get_base_layer())
+    assert matrix is not None
+    return matrix
 
 
 def keep_a_frozen(layer: LoraLayer, adapter_name: str) -> None:

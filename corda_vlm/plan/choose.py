@@ -104,15 +104,15 @@ def choose_covariances(
     rounds: dict[str, int | None] = dict.fromkeys(weights)
     if store is None:
         return ChosenCovariances(None, rounds, {}, damping)
-    streams: dict[str, dict[str, Tensor]] = {}
-    for site, weight in weights.items():
+    streams: dict[str, list[str]] = {}
+    for site in weights:
         if site not in store.site_streams:
             known = ", ".join(sorted(store.site_streams)[:4])
             raise CordaError(
                 f"site {site!r} was not calibrated (the store has {len(store.site_streams)} sites: {known}, …); "
                 "collect covariances for it too, or leave it out with towers= or roles="
             )
-        streams.setdefault(store.stream_of(site), {})[site] = weight
+        streams.setdefault(store.stream_of(site), []).append(site)
     selections: dict[str, ranks.Selection] = {}
     if dynamic:
         if store.round_count == 1:
@@ -123,10 +123,12 @@ def choose_covariances(
         for stream, members in track(streams.items(), "rounds", unit="stream"):
             try:
                 selections |= ranks.select_covariance(
-                    _candidates(store, stream), members, damping=damping
+                    _candidates(store, stream),
+                    {site: weights[site] for site in members},
+                    damping=damping,
                 )
             except CordaError as error:
-                raise CordaError(f"site {next(iter(members))!r}: {error}") from error
+                raise CordaError(f"site {members[0]!r}: {error}") from error
         rounds = {site: selections[site].index for site in weights}
     return ChosenCovariances(store, rounds, selections, damping)
 

@@ -41,7 +41,7 @@ from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.plan.share import ceilings, choose_ranks
 from corda_vlm.progress import showing, track
 from corda_vlm.ranks.rules import get_rank_rule
-from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
+from corda_vlm.sites import Site, SiteWeights, find_sites, model_fingerprint, site_weights
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def plan_adapter(
             check_made_from(fingerprint, given, of)
     with showing(show_progress), unpacked(model):
         sites = _reached(find_sites(model, **as_keywords(asked, SiteOptions)), gradient)
-        weights = {s.name: get_linear(model, s.name).weight.detach() for s in sites}
+        weights = site_weights(model, [site.name for site in sites])
         chosen = _choose(weights, asked, store, task_store, gradient)
         planned = [
             _plan_site(site, weights[site.name], asked, chosen)
@@ -156,7 +156,7 @@ class _Choices:
 
 
 def _choose(
-    weights: Mapping[str, Tensor],
+    weights: SiteWeights,
     asked: PlanOptions,
     store: CovarianceStore | None,
     task_store: CovarianceStore | None,
@@ -164,7 +164,7 @@ def _choose(
 ) -> _Choices:
     basis = PLAN_METHODS[asked.method]
     components = basis.components or MODES[asked.mode]
-    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+    shapes = weights.shapes
     if asked.budget is None:
         check_rank(shapes, asked.rank)
     budget = rank_budget(

@@ -20,6 +20,7 @@ from corda_vlm.plan.choose import ChosenCovariances
 from corda_vlm.plan.options import PlanOptions
 from corda_vlm.progress import track
 from corda_vlm.ranks.rules import Need
+from corda_vlm.sites import SiteWeights
 
 MOST = 8
 """Times the rank that all would have if all had the same: the most that the gradient's rule gives without a `max_rank`, so that
@@ -27,7 +28,7 @@ of a large matrix only so many components have to be found. On emoji-clip it gav
 
 
 def choose_ranks(
-    weights: Mapping[str, Tensor],
+    weights: SiteWeights,
     covariances: ChosenCovariances,
     gradient: GradientStore | None,
     asked: PlanOptions,
@@ -44,7 +45,7 @@ def choose_ranks(
         CordaError: as `ranks.share_out`; or a site without a gradient, for a rule that looks at it.
     """
     needs = ranks.get_rank_rule(rule).needs
-    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items()}
+    shapes = weights.shapes
     equal = max(1, budget // sum(map(sum, shapes.values())))
     bounds = {"min_rank": asked.min_rank, "max_rank": ceilings(asked, shapes)}
     if bounds["max_rank"] is None and "gradient" in needs:

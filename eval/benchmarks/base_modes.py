@@ -56,7 +56,7 @@ def measure(
 ) -> dict[str, float]:
     """All numbers of one mode."""
     from corda_vlm.adapter import attach_adapter, restore
-    from corda_vlm.adapter.paired import base_weight, paired_layers
+    from corda_vlm.adapter.paired import base_matrix, paired_layers
     from corda_vlm.families import detect_family, load_model
     from corda_vlm.families.layers.attention import unpacked
     from corda_vlm.plan import plan_adapter
@@ -88,7 +88,7 @@ def measure(
 
     def effective(name: str) -> torch.Tensor:
         layer = paired_layers(attached)[name]
-        weight = base_weight(layer).detach().double()
+        weight = base_matrix(layer).read().double()
         if base == "residual":
             B, A = layer.pair("default")
             weight = weight + B.double() @ A.double()

@@ -17,7 +17,8 @@ from corda_vlm.errors import CordaError, NoSitesError
 from corda_vlm.families import Family, any_family
 from corda_vlm.families.generic import GENERIC
 from corda_vlm.families.layers.attention import is_packed
-from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
+from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.families.layers.matrix import matrix_of
 from corda_vlm.plan.make import check_rank
 from corda_vlm.sites import Site, model_fingerprint, site_of
 
@@ -90,10 +91,9 @@ def ranks_of(layers: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, i
 
 def weight_of(layer: nn.Module) -> Float[Tensor, "out inp"]:
     """The weight of an `nn.Linear` or `Conv1D` as a matrix that multiplies tokens; shares its storage."""
-    if is_conv1d(layer):
-        return linear_weight(layer)
-    assert isinstance(layer, nn.Linear)  # see `target_layers`
-    return layer.weight.detach()
+    matrix = matrix_of(layer)
+    assert matrix is not None  # see `target_layers`
+    return matrix.read()
 
 
 def family_or_generic(model: nn.Module) -> Family:

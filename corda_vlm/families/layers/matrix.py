@@ -1,0 +1,54 @@
+"""The weight of a layer as a matrix (out, inp) that multiplies tokens, whatever it is stored as.
+
+Everything above this file (sites, fingerprints, bases, plans, the paired adapter) asks here, and so knows of no storage. A further
+kind of layer is one more branch of `matrix_of` and of `write_matrix`, or, where one module holds several matrices, parts that
+`sites` walks through as it does through packed attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that has not been read yet: what is stored otherwise takes its size in memory only once it is.
+
+    Attributes:
+        shape: (out, inp).
+        read: the weight, detached: a view of the storage where that is a matrix, else a copy.
+    """
+
+    shape: tuple[int, int]
+    read: Callable[[], Float[Tensor, "out inp"]]
+
+
+def stored(weight: Float[Tensor, "out inp"]) -> Matrix:
+    """A weight that is stored as the matrix that it is."""
+    out, inp = weight.shape
+    return Matrix((out, inp), weight.detach)
+
+
+def matrix_of(layer: Any) -> Matrix | None:
+    """The weight of a bare layer; None of a module that is no layer with one matrix."""
+    if is_conv1d(layer):
+        return stored(linear_weight(layer))
+    if isinstance(layer, nn.Linear):
+        return stored(layer.weight)
+    return None
+
+
+def write_matrix(layer: Any, matrix: Float[Tensor, "out inp"]) -> None:
+    """Give a layer that `matrix_of` knows these values, rounded to what it is stored as.
+
+    In place: the weight of an unpacked attention is a view of the packed storage.
+    """
+    weight = linear_weight(layer) if is_conv1d(layer) else layer.weight.data
+    weight.copy_(matrix)
