@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from corda_vlm.command_line import call
+from corda_vlm.distributed.launch import check_processes, in_processes, launched, say_error
 from corda_vlm.errors import CordaError
 from corda_vlm.plugins import of_command, without_plugins
 from corda_vlm.progress import Meter, be_quiet
@@ -32,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. Wrong input ends with its message and status 2, Ctrl-C with status 130."""
     given = list(sys.argv[1:] if args is None else args)
     quiet = "--quiet" in given
-    be_quiet(quiet)
+    be_quiet(quiet or launched()[0] > 0)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _show_warning
@@ -44,10 +45,12 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with Meter(" ".join(["corda-vlm", *given[:1]]), bar=False):
             words, plugins = without_plugins([word for word in given if word != "--quiet"])
-            with of_command(plugins):
+            check_processes(words)
+            with in_processes(), of_command(plugins):
                 call(VERBS, words, _ABOUT)
     except CordaError as error:
-        print(f"corda-vlm: {error}", file=sys.stderr)
+        if not error.is_relayed:
+            say_error(error)
         raise SystemExit(2) from None
     except BrokenPipeError:  # who reads it has read enough, e.g. head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,9 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
     ) as error:  # the machine's own no: a folder without permission, a bad disk
         reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
         about = getattr(error, "filename", None)
-        print(
-            f"corda-vlm: {reason[:1000]}" + (f": {about!s:.500}" if about else ""), file=sys.stderr
-        )
+        say_error(f"{reason[:1000]}" + (f": {about!s:.500}" if about else ""))
         raise SystemExit(2) from None
     except KeyboardInterrupt as stopped:
         print(f"\n{stopped or 'stopped; run the same command again to go on'}", file=sys.stderr)

@@ -34,7 +34,13 @@ def first_line(error: BaseException) -> str:
 
 
 class CordaError(ValueError):
-    """Base class: the input or the request is wrong, and the message says how to put it right."""
+    """Base class: the input or the request is wrong, and the message says how to put it right.
+
+    Attributes:
+        is_relayed: is it that of another process of the run, which says it itself?
+    """
+
+    is_relayed = False
 
     def __init__(self, message: object = "") -> None:
         text = str(message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.covariance.checkpoint import Calibration
+from corda_vlm.covariance.observer import Observer
 from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks
+from corda_vlm.distributed.agree import (
+    AT_WORK,
+    made_by_first,
+    made_everywhere,
+    same_everywhere,
+    told_everywhere,
+)
 from corda_vlm.errors import CordaError
 from corda_vlm.families import Batch, unwrap
 from corda_vlm.families.layers.attention import unpacked
@@ -32,8 +40,8 @@ _TOWER = "language"
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Step = tuple[Masks, Callable[[], None]]
-"""The masks of a batch, and what runs it."""
+Step = tuple[int, Masks, Callable[[], None]]
+"""The number of a batch, its masks, and what runs it."""
 
 
 @dataclass
@@ -46,6 +54,7 @@ class Call:
         device: where the model computes.
         autocast: whether the blocks were called under autocast, and to which precision.
         masks: of the language model, see `tokens.Masks`.
+        number: of the batch.
     """
 
     hidden: Float[Tensor, "b l d"]
@@ -53,10 +62,18 @@ class Call:
     device: torch.device
     autocast: tuple[bool, torch.dtype]
     masks: Masks
+    number: int = 0
 
 
-def collect_blockwise(job: Calibration, folder: Path, interrupts: Interrupts) -> CovarianceStore:
+def collect_blockwise(
+    job: Calibration, folder: Path, interrupts: Interrupts, *, own_folder: bool = False
+) -> CovarianceStore:
     """What running `job` in one go gives; the store reads from a file for each block in `folder`.
+
+    Of several processes each takes its batches through all blocks, and after each block their sums become one.
+
+    Args:
+        own_folder: has each process a folder of its own, rather than one that they share?
 
     Raises:
         CordaError: the sites are not in the blocks of a language model, or those cannot run one by one.
@@ -69,7 +86,16 @@ def collect_blockwise(job: Calibration, folder: Path, interrupts: Interrupts) ->
         name = f"{chain.path}.{number}"
         parts[name] = [site for site in job.sites if site.name.startswith(f"{name}.")]
     files = {name: folder / f"{name}.safetensors" for name, members in parts.items() if members}
-    missing = [name for name, file in files.items() if not _finished(job, file, parts[name])]
+    finished = made_everywhere(
+        "the finished blocks",
+        lambda: [name for name, file in files.items() if _finished(job, file, parts[name])],
+    )
+    same_everywhere(
+        "the finished blocks",
+        ", ".join(finished),
+        "Give a path on a file system that all of them share",
+    )
+    missing = [name for name in files if name not in finished]
     # Blocks finished before an interruption run once more for the sake of those after them, without being observed.
     names = list(parts)[: list(parts).index(missing[-1]) + 1] if missing else []
     calls: list[Call] = []
@@ -83,20 +109,54 @@ def collect_blockwise(job: Calibration, folder: Path, interrupts: Interrupts) ->
             steps = _advance(chain, number - 1, calls) if number else _record(job, chain, calls)
             observing = job.observing(parts[name], scratch=folder)
             with observing if name in missing else nullcontext() as observer:
-                for masks, run in steps:
-                    if interrupts.asked:
-                        raise KeyboardInterrupt(
-                            f"calibration stopped within part {number + 1} of {len(parts)}, {name}; those before it are "
-                            f"saved in {folder}. Run the same command again to go on from there"
-                        )
-                    with nullcontext() if observer is None else observer.step(masks):
-                        run()
-                    meter.update()
-                job.check_batches(len(calls))
+                work = partial(_run_part, steps, observer, interrupts, meter)
+                every = told_everywhere(f"the batches of {name}", work, AT_WORK)
+                if any(stopped for _, stopped in every):
+                    raise KeyboardInterrupt(
+                        f"calibration stopped within part {number + 1} of {len(parts)}, {name}; those before it are "
+                        f"saved in {folder}. Run the same command again to go on from there"
+                    )
+                reached = max(reached for reached, _ in every)
+                job.check_batches(reached)
                 if observer is not None:
-                    observer.store(data=job.source.fingerprint, base=job.base).save(files[name])
+                    _save_part(job, observer, reached, files[name], own_folder)
             del observing, observer  # the sums with them, before the next block's are made
     return _joined(job, [CovarianceStore.load(file) for file in files.values()])
+
+
+def _run_part(
+    steps: Iterator[Step], observer: Observer | None, interrupts: Interrupts, meter: Meter
+) -> tuple[int, bool]:
+    """The number after the last batch, and whether somebody asked to stop before it."""
+    reached = 0
+    for number, masks, run in steps:
+        if interrupts.asked:
+            return reached, True
+        with nullcontext() if observer is None else observer.step(masks, number):
+            run()
+        meter.update()
+        reached = number + 1
+    return reached, False
+
+
+def _save_part(
+    job: Calibration, observer: Observer, reached: int, file: Path, own_folder: bool
+) -> None:
+    """Write what a block has, once, or into each process's own folder."""
+
+    def save() -> None:
+        observer.store(data=job.source.fingerprint, base=job.base).save(file)
+
+    if job.share.is_all:
+        save()
+        return
+    observer.pool(reached)
+    if own_folder:
+        made_by_first("the covariances", observer.check_reached)
+        observer.share_out()
+        made_everywhere("the file of a block", save)
+    else:
+        made_by_first("the file of a block", save)
 
 
 def folder_of(path: str | Path) -> Path:
@@ -140,20 +200,23 @@ def _joined(job: Calibration, parts: Sequence[CovarianceStore]) -> CovarianceSto
 
 def _record(job: Calibration, chain: Chain, calls: list[Call]) -> Iterator[Step]:
     """Run the model up to its blocks, batch by batch; fills `calls`."""
-    for batch in job.batches():
+    for number, batch in job.batches():
+        if batch is None:
+            continue
         masks = job.masks(batch)
 
-        def run(batch: Batch = batch, masks: Masks = masks) -> None:
+        def run(number: int = number, batch: Batch = batch, masks: Masks = masks) -> None:
             kept = {tower: mask.cpu() for tower, mask in masks.items() if tower == _TOWER}
-            calls.append(chain.record(partial(job.forward, job.model, batch), kept))
+            call = chain.record(partial(job.forward, job.model, batch), kept)
+            calls.append(replace(call, number=number))
 
-        yield masks, run
+        yield number, masks, run
 
 
 def _advance(chain: Chain, number: int, calls: Sequence[Call]) -> Iterator[Step]:
     """Run a block, batch by batch; each call then holds what the next one reads."""
     for call in calls:
-        yield call.masks, partial(chain.run, number, call)
+        yield call.number, call.masks, partial(chain.run, number, call)
 
 
 class Chain:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from corda_vlm.covariance.observer import Observer, observe
 from corda_vlm.covariance.output_observer import OutputSide
 from corda_vlm.covariance.store import CovarianceStore
 from corda_vlm.covariance.tokens import Masks
+from corda_vlm.distributed.deal import ALONE, Share
 from corda_vlm.errors import CalibrationError, ForeignFileError
 from corda_vlm.families import Batch
 from corda_vlm.families.base import device_of, on_device
@@ -49,6 +50,7 @@ class Source:
             self.total = None
         if self.total == 0:
             raise no_batches()
+        self._by_number: Callable[[int], Any] | None = getattr(batches, "batch_at", None)
         named = getattr(batches, "fingerprint", None)
         self.fingerprint = named if isinstance(named, str) else self._hash_first()
 
@@ -60,20 +62,37 @@ class Source:
         self._iterator = chain([first], iterator)
         return _hash(first, self.total)
 
-    def batches(self, done: int, device: torch.device) -> Iterator[Batch]:
-        """Those after the first `done`, on a device.
+    def batches(
+        self, done: int, device: torch.device, share: Share = ALONE
+    ) -> Iterator[tuple[int, Batch | None]]:
+        """The number of each batch after the first `done` that is in the share, and the batch on a device.
+
+        Of `make_batches` the others are not even built. A batch is None of which no record was of use.
 
         Raises:
             CalibrationError: a batch that is no mapping.
         """
-        remaining = islice(self._iterator or iter(self._batches), done, None)
-        for number, batch in enumerate(map(self.as_mapping, remaining), done):
+        useful = False
+        for number, item in self._numbered(done, share):
+            batch = self.as_mapping(item)
             if not isinstance(batch, Mapping):
                 raise CalibrationError(
                     f"batch {number} (from 0) is a {type(batch).__name__}, not a mapping of the model's arguments such as "
                     "{'pixel_values': ..., 'input_ids': ...}"
                 )
-            yield on_device(batch, device)
+            useful = useful or bool(batch)
+            yield number, on_device(batch, device) if batch or not self._by_number else None
+        if self._by_number is not None and not useful:
+            next(iter(self._batches), None)  # raises where no record of all is of use
+
+    def _numbered(self, done: int, share: Share) -> Iterator[tuple[int, Any]]:
+        first = share.from_on(done)
+        if (batch_at := self._by_number) is not None:
+            assert self.total is not None
+            yield from ((n, batch_at(n)) for n in range(first, self.total, share.size))
+        else:
+            remaining = islice(self._iterator or iter(self._batches), first, None, share.size)
+            yield from zip(count(first, share.size), remaining)
 
 
 def no_batches() -> CalibrationError:
@@ -106,6 +125,7 @@ class Calibration:
     Attributes:
         store: the one to add to, or None.
         output_side: what of the output side is collected too.
+        share: of the batches, where several processes collect together.
     """
 
     model: nn.Module
@@ -118,19 +138,20 @@ class Calibration:
     device: torch.device | str | None
     store: CovarianceStore | None
     output_side: OutputSide | None = None
+    share: Share = ALONE
 
     @property
     def base(self) -> tuple[str, ...]:
         """Fingerprints of the data of the store that is added to."""
         return () if self.store is None else self.store.data_fingerprints
 
-    def batches(self, done: int = 0) -> Iterator[Batch]:
-        """Those after the first `done`, on the model's device.
+    def batches(self, done: int = 0) -> Iterator[tuple[int, Batch | None]]:
+        """Those of the share after the first `done`, on the model's device; otherwise as `Source.batches`.
 
         Raises:
             CalibrationError: a batch that is no mapping.
         """
-        yield from self.source.batches(done, device_of(self.model))
+        yield from self.source.batches(done, device_of(self.model), self.share)
 
     @contextmanager
     def observing(
@@ -152,18 +173,21 @@ class Calibration:
             output_side=self.output_side,
         ) as observer:
             if saved is not None:
-                observer.start_from(saved, resume=True)
+                observer.start_from(saved, resume=True, share=self.share)
             elif self.store is not None:
-                observer.start_from(self.store, resume=False)
+                observer.start_from(self.store, resume=False, share=self.share)
             yield observer
 
-    def run(self, observer: Observer, batch: Batch) -> None:
-        """Count one batch."""
-        with observer.step(self.masks(batch)):
+    def run(self, observer: Observer, batch: Batch | None, number: int) -> None:
+        """Count one batch; of none there is nothing to count."""
+        if batch is None:
+            observer.batches = number + 1
+            return
+        with observer.step(self.masks(batch), number):
             if observer.outputs is None:
                 self.forward(self.model, batch)
             else:
-                observer.outputs.run(self.model, batch, observer.batches)
+                observer.outputs.run(self.model, batch, number)
 
     def check_batches(self, count: int) -> None:
         """Raise `CalibrationError` unless so many batches are enough."""
@@ -248,8 +272,15 @@ class Checkpoint:
         if self._path is not None:
             sweep(self._path.parent)
 
+    @property
+    def is_due(self) -> bool:
+        """May the sums be written again, by the share of the time that this takes?"""
+        if self._path is None:
+            return False
+        return self._took <= self._share * (time.monotonic() - self._ended) or self._share == 1
+
     def after_batch(self) -> None:
-        if self._took <= self._share * (time.monotonic() - self._ended) or self._share == 1:
+        if self.is_due:
             self.write()
 
     def write(self) -> None:

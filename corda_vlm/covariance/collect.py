@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,19 +25,22 @@ from corda_vlm.covariance.observer import Observer
 from corda_vlm.covariance.options import CollectKeywords, CollectOptions
 from corda_vlm.covariance.output_observer import OutputSide
 from corda_vlm.covariance.store import CovarianceStore
+from corda_vlm.covariance.together import PooledCheckpoint, pooled_result, run_together
 from corda_vlm.covariance.tokens import Masks
-from corda_vlm.distributed import (
-    gathered,
+from corda_vlm.distributed.agree import (
     has_group,
+    made_by_first,
     made_everywhere,
     same_everywhere,
+    told_by_first,
     world_size,
 )
+from corda_vlm.distributed.deal import Share
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, Family, any_family, token_masks
 from corda_vlm.families.base import evaluating
 from corda_vlm.families.options import SiteOptions
-from corda_vlm.files import check_path
+from corda_vlm.files import check_path, text_digest
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.locks import locked
 from corda_vlm.names import quoted
@@ -71,8 +75,11 @@ def collect_covariance(
     flight and write; a second one stops at once. A finished file is returned without running the model. One
     process at a time may use a path.
 
-    In a distributed run every process collects from the batches that it is given, and nothing is summed over them: all
-    have to be given the same, which is checked, and none may write a file that another writes too.
+    In a distributed run (torchrun, `accelerate launch`) the batches are dealt out: of the batches that all processes are given,
+    which have to be the same, each runs every n-th. Their sums become one, which the first process writes and all get: those of a single
+    process to rounding, and to the bit dealt to the same `rounds`. Another number of processes can go on from a checkpoint. What one
+    of them fails by is an error on all, and the checkpoint stays as it was last written. Batches of `make_batches` and of a list are only
+    built where they are run; others are gone through by every process. A `path` is the same for all, on a file system that they share.
 
     Args:
         batches: mappings as the model takes them, moved to the model's device here; e.g. of `make_batches`. Of a model that no
@@ -100,7 +107,7 @@ def collect_covariance(
 
     Raises:
         CordaError: an output side of a model that has none; blockwise, and the sites are not in blocks of a language model that can run one by one; a distributed
-            run whose processes were given different batches, or that cannot compare them.
+            run whose processes were given different batches, options or paths, have no process group, or of which one failed.
         CalibrationError: no batches, a batch that is no mapping, NaN or Inf in an input (names site and batch), a
             site that no token reached, padding that cannot be told, more rounds than batches.
         ForeignFileError: `path` holds something else, or a calibration of another model, of other data or settings.
@@ -114,33 +121,60 @@ def collect_covariance(
     if path is not None:
         check_path(path)
         path = Path(path)
-    _check_processes(job.source, path)
-    saved = None
-    if path is not None and path.exists():
-        saved = CovarianceStore.load(path, model=model, unfinished=True)
+    _check_processes(job, asked, path)
+    job = replace(job, share=Share.here())
+    saved = made_everywhere("the file of covariances", lambda: _begun(path, model))
     if asked.precision == "auto":
         begun = saved or (_first_block(path) if asked.blockwise and path is not None else None)
-        job = replace(job, precision=_precision(begun, device or next(model.parameters()).device))
+        there = device or next(model.parameters()).device
+        precision = told_by_first("the precision", lambda: _precision(begun, there))
+        job = replace(job, precision=precision)
     if saved is not None and _is_complete(saved, job, path, asked.blockwise):
         _log.info("%s is finished already", path)
-        _tidy(path)
+        if job.share.is_first:
+            _tidy(path)
         return saved
-    # Only now: the processes of a distributed run had to agree before one of them may be turned away.
-    lock = nullcontext() if path is None else locked(path)
     interruptible = Interrupts(
         "finishing the batch in flight, then saving", active=path is not None
     )
-    with lock, showing(show_progress), interruptible as interrupts, evaluating(model):
+    # Only now: the processes of a distributed run had to agree before one of them may be turned away.
+    with (
+        _locked_by_first(path),
+        showing(show_progress and job.share.is_first),
+        interruptible as interrupts,
+        evaluating(model),
+    ):
         result = _collected(job, path, saved, asked, interrupts)
-        _warn_if_scarce(result)
+        if job.share.is_first:
+            _warn_if_scarce(result)
         if path is None:
             return result
-        result.save(path)
-        if asked.blockwise:
-            discard(folder_of(path))
+        made_by_first("the file of covariances", lambda: _write(result, path, asked.blockwise))
         if interrupts.asked:
             raise KeyboardInterrupt(f"the calibration was finished, and saved in {path}")
-    return CovarianceStore.load(path)
+    return made_everywhere("the finished covariances", lambda: CovarianceStore.load(path))
+
+
+def _begun(path: Path | None, model: nn.Module) -> CovarianceStore | None:
+    """What there is at the path: nothing, a checkpoint, or a finished calibration."""
+    if path is None or not path.exists():
+        return None
+    return CovarianceStore.load(path, model=model, unfinished=True)
+
+
+def _write(result: CovarianceStore, path: Path, blockwise: bool) -> None:
+    result.save(path)
+    if blockwise:
+        discard(folder_of(path))
+
+
+@contextmanager
+def _locked_by_first(path: Path | None) -> Iterator[None]:
+    """The path's lock, which the first process holds for all."""
+    with ExitStack() as stack:
+        if path is not None:
+            made_by_first("the lock", lambda: stack.enter_context(locked(path)))
+        yield
 
 
 def _job(
@@ -246,7 +280,7 @@ def _collected(
         return collect_blockwise(job, folder_of(path), interrupts)
     # The store holds its files open; where open files cannot be removed, they stay.
     with TemporaryDirectory(prefix="corda_vlm-", ignore_cleanup_errors=True) as folder:
-        return collect_blockwise(job, Path(folder), interrupts)
+        return collect_blockwise(job, Path(folder), interrupts, own_folder=True)
 
 
 def _first_block(path: Path) -> CovarianceStore | None:
@@ -274,7 +308,11 @@ def _in_one_go(
     """Observe all sites at once, writing checkpoints to the path."""
     scratch = None if path is None else path.absolute().parent
     with job.observing(job.sites, scratch=scratch, saved=saved) as observer:
-        checkpoint = Checkpoint(path, checkpoint_share, observer, job.source, job.base)
+        kind = Checkpoint if job.share.is_all else PooledCheckpoint
+        checkpoint = kind(path, checkpoint_share, observer, job.source, job.base)
+        if not job.share.is_all:
+            run_together(job, observer, checkpoint, interrupts)
+            return pooled_result(job, observer, everywhere=path is None)
         try:
             _run(job, observer, checkpoint, interrupts)
         except Exception as error:
@@ -307,7 +345,8 @@ def _run(
             batch = next(remaining, None)
             if batch is None or interrupts.asked:
                 break
-            job.run(observer, batch)
+            number, inputs = batch
+            job.run(observer, inputs, number)
             speed = observer.tokens / (time.monotonic() - began)
             meter.update(tokens=f"{speed:,.0f}/s")
             checkpoint.after_batch()
@@ -316,33 +355,43 @@ def _run(
 # ------------------------------------------------------------------ checks
 
 
-def _check_processes(source: Source, path: Path | None) -> None:
+def _check_processes(job: Calibration, asked: CollectOptions, path: Path | None) -> None:
     """Raise `CordaError`, on every process alike, unless all of a distributed run collect the same."""
     processes = world_size()
     if processes == 1:
         return
-    once = (
-        "Calibrate before the run, in one process (collect_covariance(..., path=...) or `corda-vlm calibrate`), and let "
-        "every process load the file: CovarianceStore.load(path)"
-    )
     if not has_group():
         raise CordaError(
-            f"this is one of {processes} processes, whose batches cannot be compared, as torch.distributed has no process "
-            f"group yet. {once}"
+            f"this is one of {processes} processes, which cannot deal the batches out to each other, as torch.distributed has no "
+            "process group yet: call torch.distributed.init_process_group() first. Or calibrate before the run, in one process "
+            "(collect_covariance(..., path=...) or `corda-vlm calibrate`), and let every process load the file: "
+            "CovarianceStore.load(path)"
         )
-    same_everywhere("the calibration batches", source.fingerprint, once)
-    finished = made_everywhere("the file of covariances", lambda: _is_finished(path))
-    written = "" if path is None or finished else str(path.absolute())
-    paths = gathered("the path of the covariances", written)
-    if any(paths.count(other) > 1 for other in paths if other):
-        raise CordaError(f"{processes} processes would write {path} at the same time. {once}")
-
-
-def _is_finished(path: Path | None) -> bool:
-    if path is None or not path.is_file():
-        return False
-    progress = CovarianceStore.load(path, unfinished=True).progress
-    return progress is not None and progress.complete
+    same_everywhere(
+        "the calibration batches",
+        job.source.fingerprint,
+        "Each takes its share by itself: give all of them the same batches in the same order, without a DistributedSampler and not "
+        "through accelerate's prepare()",
+    )
+    same_everywhere(
+        "the model",
+        model_fingerprint(job.model),
+        "Load the same weights on all, and do not train before",
+    )
+    chosen = [asdict(asked), sorted(site.name for site in job.sites), job.base]
+    digest = text_digest(json.dumps(chosen, default=str))
+    same_everywhere(
+        "what is to be collected", digest, "Give all of them the same options, sites and store"
+    )
+    same_everywhere(
+        "the path of the covariances",
+        "none" if path is None else str(path.absolute()),
+        "The first writes for all: give all the same path, on a file system that they share",
+    )
+    there = "nothing" if path is None or not path.exists() else f"{path.stat().st_size} bytes"
+    same_everywhere(
+        f"what they see at {path}", there, "Give a path on a file system that all of them share"
+    )
 
 
 def _check_base(

@@ -170,8 +170,11 @@ class _Job:
         remaining = self.source.batches(self.done, device_of(self.model))
         meter = Meter("gradient", self.source.total, unit="batch", initial=self.done)
         with meter, self._watched():
-            while (batch := self._next(remaining, stop)) is not None:
-                self._add(batch)
+            while (item := self._next(remaining, stop)) is not None:
+                number, batch = item
+                if batch is not None:
+                    self._add(batch)
+                self.done = number + 1
                 meter.update()
                 if stop.asked is not None:
                     self._stop()
@@ -188,7 +191,9 @@ class _Job:
         self.complete = True
         self._save()
 
-    def _next(self, remaining: Iterator[Batch], stop: Interrupts) -> Batch | None:
+    def _next(
+        self, remaining: Iterator[tuple[int, Batch | None]], stop: Interrupts
+    ) -> tuple[int, Batch | None] | None:
         try:
             return next(remaining, None)
         except Exception:
@@ -231,7 +236,6 @@ class _Job:
                     "the loss does not depend on any of the chosen weights; choose the towers that it runs through"
                 )
             value.backward()
-        self.done += 1
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

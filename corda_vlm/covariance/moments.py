@@ -122,17 +122,25 @@ class SecondMoment:
 
     def shifted(self, shift: Float[Tensor, " d"]) -> SecondMoment:
         """The same rows about another shift; loses nothing when the two shifts are close."""
-        moved = SecondMoment(self.size, self.dtype, self.packed.device)
-        moved.count = self.count
-        moved.shift.copy_(shift)
-        delta = self.shift.double() - moved.shift.double()  # z' = z + delta
-        for i, j, panel in moved._views():
-            panel.copy_(
-                torch.outer(delta[i:j] + self.mean[i:j], delta[i:]).addr_(delta[i:j], self.mean[i:])
-            )
-        moved.packed.add_(self.packed)
-        moved.mean.copy_(self.mean + delta)
+        moved = self.to()
+        moved.recenter(shift)
         return moved
+
+    def recenter(self, shift: Float[Tensor, " d"]) -> None:
+        """Let this be about another shift, in place; otherwise as `shifted`."""
+        delta = self.shift.double() - shift.to(self.shift).double()  # z' = z + delta
+        for i, j, panel in self._views():
+            change = torch.outer(delta[i:j] + self.mean[i:j], delta[i:])
+            panel.add_(change.addr_(delta[i:j], self.mean[i:]).to(panel.dtype))
+        self.mean.add_(delta)
+        self.shift.copy_(shift)
+
+    def clear(self) -> None:
+        """Forget all rows; the first that come fix the shift anew."""
+        self.count = 0
+        self.packed.zero_()
+        self.mean.zero_()
+        self.release()
 
     def merged(self, other: SecondMoment) -> SecondMoment:
         """The rows of both, as one running mean."""

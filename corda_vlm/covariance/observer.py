@@ -16,9 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from corda_vlm.covariance.entries import Empty, Entry, placed
 from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
 from corda_vlm.covariance.output_observer import OutputObserver, OutputSide
+from corda_vlm.covariance.pooled import home_of, pool, share_out
 from corda_vlm.covariance.sharing import Sharing
 from corda_vlm.covariance.store import CovarianceStore, Progress
 from corda_vlm.covariance.tokens import Masks, TokenSelector
+from corda_vlm.distributed.deal import ALONE, Share
 from corda_vlm.errors import CalibrationError, UnknownNameError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
@@ -83,7 +85,8 @@ class Observer:
     """What `observe` yields.
 
     Attributes:
-        batches: batches counted in full.
+        batches: where in the sequence of batches this is: all before it are counted in full, by this process or, of
+            several, by all of them together.
         tokens: tokens counted by this observer, the towers added up.
         outputs: what looks at the output side, None where nothing is asked of it.
     """
@@ -123,6 +126,7 @@ class Observer:
         for site in self.sites:
             self._streams.setdefault(site.stream, []).append(site)
         self._widths: dict[str, int] = {}
+        self._homes: dict[str, torch.device] = {}  # where sums without rows are
         # stream -> a sum for each round, none before its first rows
         self._sums: dict[str, list[Entry]] = {stream: [] for stream in self._streams}
         self._placed: set[str] = set()  # streams whose sums are on their device
@@ -130,6 +134,7 @@ class Observer:
         self._sharing: dict[str, Sharing] = {}
         # of the batch in flight
         self._running = False
+        self._number = 0  # in the sequence of batches
         self._selector = TokenSelector(loose_towers)
         self._calls: Counter[str] = Counter()  # stream -> calls so far
         self._ahead: dict[str, int] = {}  # stream -> calls that are counted already
@@ -152,6 +157,7 @@ class Observer:
                     f"{names} are declared to read one input, but their widths are {sorted(sizes)}"
                 )
             self._widths[stream] = sizes.pop()
+            self._homes[stream] = home_of(linears[members[0].name], self._device)
             sharing = Sharing(stream, [site.name for site in members]) if len(members) > 1 else None
             for site in members:
                 # The first site counts for the stream; the others only prove, once, that they read the same.
@@ -194,12 +200,16 @@ class Observer:
     # ------------------------------------------------------------------ batches
 
     @contextmanager
-    def step(self, masks: Masks | None = None) -> Iterator[None]:
+    def step(self, masks: Masks | None = None, number: int | None = None) -> Iterator[None]:
         """One batch: run its forward pass in the block. Calls outside of a step are not counted.
 
         An exception leaves what was counted in place, and what that is on record: repeating the batch counts the
         rest of it.
+
+        Args:
+            number: of the batch, from 0, which deals it to its round; None for that after the last one.
         """
+        self._number = self.batches if number is None else number
         self._selector.begin(masks)
         self._calls.clear()
         self._rows.clear()
@@ -215,7 +225,7 @@ class Observer:
                 sharing.forget()
         self.tokens += self._tokens()
         self._ahead.clear()
-        self.batches += 1
+        self.batches = self._number + 1
 
     def _tokens(self) -> int:
         """Of the batch: those of the busiest stream of every tower."""
@@ -245,16 +255,15 @@ class Observer:
         if stream not in self._placed:  # not before the device of the activations is known
             # mps has no float64, which the means are kept in
             here = "cpu" if rows.device.type == "mps" else rows.device
-            device = here if self._device is None else self._device
-            dtype = PRECISIONS[self.precision]
-            self._sums[stream] = [
-                placed(entry, dtype, device, self._scratch) for entry in self._sums[stream]
-            ] or [
-                SecondMoment(rows.shape[1], dtype, device, self._scratch)
-                for _ in range(self.rounds)
-            ]
-            self._placed.add(stream)
-        return self._sums[stream][self.batches % self.rounds].read()
+            self._place(stream, rows.shape[1], here if self._device is None else self._device)
+        return self._sums[stream][self._number % self.rounds].read()
+
+    def _place(self, stream: str, width: int, device: torch.device | str) -> None:
+        dtype = PRECISIONS[self.precision]
+        self._sums[stream] = [
+            placed(entry, dtype, device, self._scratch) for entry in self._sums[stream]
+        ] or [SecondMoment(width, dtype, device, self._scratch) for _ in range(self.rounds)]
+        self._placed.add(stream)
 
     def _check_finite(self, site: Site, rows: Float[Tensor, "n d"]) -> None:
         low, high = (float(value) for value in torch.aminmax(rows))  # NaN goes through both
@@ -266,7 +275,7 @@ class Observer:
         readers = quoted([member.name for member in self._streams[site.stream]])
         bad = ~(rows.abs() < limit)
         raise CalibrationError(
-            f"the input of {readers} has NaN, Inf or values too large to square in batch {self.batches} (from 0): "
+            f"the input of {readers} has NaN, Inf or values too large to square in batch {self._number} (from 0): "
             f"{bad.double().mean().item():.2%} of the values, in {int(bad.any(1).sum())} of {len(rows)} tokens. None "
             "of them was counted. Look at that batch's inputs; if they are fine, run the model in float32 or bfloat16"
         )
@@ -304,20 +313,54 @@ class Observer:
         outputs = {} if self.outputs is None else self.outputs.ahead
         return self._ahead | {f"{_OUTPUT}{site}": number for site, number in outputs.items()}
 
-    def start_from(self, store: CovarianceStore, *, resume: bool) -> None:
-        """Go on from the sums of `store`; with `resume` also from its place in the data."""
-        for stream in self._streams:
+    def start_from(self, store: CovarianceStore, *, resume: bool, share: Share = ALONE) -> None:
+        """Go on from the sums of `store`; with `resume` also from its place in the data.
+
+        Args:
+            share: of several processes the first goes on from the sums, and the one whose batch was counted half way from there.
+        """
+        for stream in self._streams if share.is_first else ():
             entries = store.entries(stream)
             if any(entry.count for entry in entries):
                 self._sums[stream] = entries
+        ahead: Mapping[str, int] = {}
         if resume and store.progress is not None:
             self.batches = store.progress.batches
-            self._ahead = {s: n for s, n in store.progress.ahead.items() if s in self._streams}
+            ahead = store.progress.ahead if share.owns(self.batches) else {}
+            self._ahead = {s: n for s, n in ahead.items() if s in self._streams}
         if self.outputs is not None:
-            ahead = store.progress.ahead if resume and store.progress is not None else {}
             prefixed = {f"{_OUTPUT}{site.name}": site.name for site in self.sites}
             within = {prefixed[key]: n for key, n in ahead.items() if key in prefixed}
-            self.outputs.start_from(store.need_output_side(), within)
+            self.outputs.start_from(store.need_output_side() if share.is_first else None, within)
+
+    # ------------------------------------------------------------------ several processes
+
+    def pool(self, batches: int) -> None:
+        """Let the first process have what all have counted, and the others nothing; `batches` are counted in full.
+
+        All processes have to call this.
+        """
+        self._whole = False
+        pool(self._every())
+        if self.outputs is not None:
+            self.outputs.pool_counts()
+        self.batches = batches
+        self._whole = True
+
+    def share_out(self) -> None:
+        """Let all processes have what the first has, as the result; all of them have to call this."""
+        share_out(self._every())
+        if self.outputs is not None:
+            self.outputs.share_out_counts()
+
+    def _every(self) -> list[SecondMoment]:
+        """All sums, in one order for all processes; made where there is none yet."""
+        sums: list[SecondMoment] = []
+        for stream, width in self._widths.items():
+            if stream not in self._placed:
+                self._place(stream, width, self._homes[stream])
+            sums += [entry.read() for entry in self._sums[stream]]
+        return sums if self.outputs is None else sums + self.outputs.every()
 
     def check_reached(self) -> None:
         """Raise `CalibrationError` naming the sites that no token reached, in any round or in one."""

@@ -19,6 +19,8 @@ from corda_vlm.covariance.entries import Empty, Entry, placed
 from corda_vlm.covariance.model_output import Output, Outputs, generator_of
 from corda_vlm.covariance.moments import PRECISIONS, SecondMoment
 from corda_vlm.covariance.output_side import OutputMoments
+from corda_vlm.covariance.pooled import home_of
+from corda_vlm.distributed.agree import is_first, told_by_first, told_everywhere
 from corda_vlm.errors import CalibrationError
 from corda_vlm.families import Batch
 from corda_vlm.families.base import requiring
@@ -54,6 +56,7 @@ class OutputObserver:
         self.precision, self._device = precision, device
         self.consistent = True
         self._widths: dict[str, int] = {}
+        self._homes: dict[str, torch.device] = {}
         self._sums: dict[str, Entry] = {}
         self._placed: set[str] = set()
         self._counts: Counter[str] = Counter()
@@ -67,6 +70,7 @@ class OutputObserver:
         """Put the hooks on; site name -> layer."""
         for name, linear in linears.items():
             self._widths[name] = linear.out_features
+            self._homes[name] = home_of(linear, self._device)
             self._handles.append(linear.register_forward_hook(self._hook(name)))
 
     def detach(self) -> None:
@@ -136,11 +140,13 @@ class OutputObserver:
     def _sum(self, name: str, rows: Tensor) -> SecondMoment:
         if name not in self._placed:  # not before the device of the activations is known
             here = "cpu" if rows.device.type == "mps" else rows.device
-            device = here if self._device is None else self._device
-            entry = self._sums.get(name, Empty(rows.shape[1]))
-            self._sums[name] = placed(entry, PRECISIONS[self.precision], device, None)
-            self._placed.add(name)
+            self._place(name, rows.shape[1], here if self._device is None else self._device)
         return self._sums[name].read()
+
+    def _place(self, name: str, width: int, device: torch.device | str) -> None:
+        entry = self._sums.get(name, Empty(width))
+        self._sums[name] = placed(entry, PRECISIONS[self.precision], device, None)
+        self._placed.add(name)
 
     # ------------------------------------------------------------------ the result
 
@@ -150,11 +156,36 @@ class OutputObserver:
         counts = {name: self._counts[name] for name in self._widths}
         return OutputMoments(entries, counts, self.asked.draws)
 
-    def start_from(self, moments: OutputMoments, ahead: Mapping[str, int]) -> None:
-        """Go on from these sums, and from this place in a batch."""
-        self._sums = {name: moments.entries[name] for name in self.sites}
-        self._counts = Counter({name: moments.counts[name] for name in self.sites})
+    def start_from(self, moments: OutputMoments | None, ahead: Mapping[str, int]) -> None:
+        """Go on from these sums, if any, and from this place in a batch."""
+        if moments is not None:
+            self._sums = {name: moments.entries[name] for name in self.sites}
+            self._counts = Counter({name: moments.counts[name] for name in self.sites})
         self.ahead = dict(ahead)
+
+    # ------------------------------------------------------------------ several processes
+
+    def every(self) -> list[SecondMoment]:
+        """All sums, in one order for all processes; made where there is none yet."""
+        for name, width in self._widths.items():
+            if name not in self._placed:
+                self._place(name, width, self._homes[name])
+        return [self._sums[name].read() for name in self._widths]
+
+    def pool_counts(self) -> None:
+        """Let the first process have the counts of all, and the others none."""
+        every = told_everywhere(
+            "the outputs counted", lambda: [self._counts[n] for n in self._widths]
+        )
+        total = [sum(counts) if is_first() else 0 for counts in zip(*every, strict=True)]
+        self._counts = Counter(dict(zip(self._widths, total, strict=True)))
+
+    def share_out_counts(self) -> None:
+        """Let all processes have the counts of the first."""
+        total = told_by_first(
+            "the outputs counted", lambda: [self._counts[n] for n in self._widths]
+        )
+        self._counts = Counter(dict(zip(self._widths, total, strict=True)))
 
     def check_reached(self) -> None:
         """Raise `CalibrationError` where no gradient reached any site."""

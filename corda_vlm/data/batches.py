@@ -36,10 +36,15 @@ class BatchLoader:
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
+    def batch_at(self, number: int) -> dict[str, Tensor]:
+        """The batch of this number, from 0; {} if none of its records is of use, which iterating leaves out."""
+        start = number * self.batch_size
+        return self.builder.batch(self.indices[start : start + self.batch_size])
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         empty = True
-        for start in range(0, len(self.indices), self.batch_size):
-            batch = self.builder.batch(self.indices[start : start + self.batch_size])
+        for number in range(len(self)):
+            batch = self.batch_at(number)
             if batch:
                 empty = False
                 yield batch

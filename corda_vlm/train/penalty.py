@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.anchor.options import AnchorMetric, OutputSide
 from corda_vlm.covariance import CovarianceStore
-from corda_vlm.distributed import alike_everywhere, made_everywhere
+from corda_vlm.distributed.agree import alike_everywhere, made_everywhere
 from corda_vlm.errors import CordaError, NotFiniteError, UnknownNameError
 from corda_vlm.sites import Site
 from corda_vlm.train.budget.budget import Budget

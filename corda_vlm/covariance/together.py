@@ -1,0 +1,144 @@
+"""Several processes collect covariances together: each runs its share of the batches, and the first writes.
+
+They go on in spans of a few batches each, after each of which all tell each other how far they have come. So a checkpoint is
+always of all batches up to one of them, and another number of processes can go on from it; and an error, a stop, or a process
+that has died on one of them is known to all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from corda_vlm.covariance.checkpoint import Calibration, Checkpoint
+from corda_vlm.covariance.observer import Observer
+from corda_vlm.covariance.store import CovarianceStore
+from corda_vlm.distributed.agree import made_by_first, told_everywhere
+from corda_vlm.families import Batch
+from corda_vlm.interrupts import Interrupts
+from corda_vlm.progress import Meter
+
+_SPAN = 2.0
+"""Seconds that a span takes, about."""
+
+_MOST = 64
+"""Batches of a span, of each process, at most."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a process tells at the end of a span.
+
+    Attributes:
+        reached: the number after its last batch, or the span's start.
+        ended: did it come to the end of the batches?
+        stop: was it asked to stop?
+        write: of the first, is a checkpoint due?
+        seconds: a batch took it.
+        tokens: it has counted so far.
+    """
+
+    reached: int
+    ended: bool
+    stop: bool
+    write: bool
+    seconds: float
+    tokens: int
+
+
+def run_together(
+    job: Calibration, observer: Observer, checkpoint: Checkpoint, interrupts: Interrupts
+) -> None:
+    """Run the batches that are left; at the end the first process has all sums.
+
+    Raises:
+        CordaError: a process failed, has ended, or does not come; what was written before is whole.
+        KeyboardInterrupt: one was asked to stop, once the checkpoint is written.
+    """
+    start, began, each = observer.batches, time.monotonic(), 1
+    remaining = job.batches(start)
+    meter = Meter("covariance", job.source.total, unit="batch", initial=start)
+    with meter, torch.no_grad():
+        while True:
+            end = start + each * job.share.size
+            every = _span(job, observer, remaining, start, end, checkpoint, interrupts)
+            ended = any(told.ended for told in every)
+            reached = max(told.reached for told in every) if ended else end
+            speed = sum(told.tokens for told in every) / (time.monotonic() - began)
+            meter.update(reached - start, tokens=f"{speed:,.0f}/s")
+            stop, start = any(told.stop for told in every), reached
+            if ended:
+                observer.pool(reached)
+                return
+            if stop or every[0].write:
+                observer.pool(reached)
+                checkpoint.write()
+            if stop:
+                raise KeyboardInterrupt(checkpoint.stopped())
+            slowest = max(told.seconds for told in every)
+            each = int(min(_MOST, max(1.0, _SPAN / max(slowest, 1e-3))))
+
+
+def _span(
+    job: Calibration,
+    observer: Observer,
+    remaining: Iterator[tuple[int, Batch | None]],
+    start: int,
+    end: int,
+    checkpoint: Checkpoint,
+    interrupts: Interrupts,
+) -> list[_Told]:
+    """Run the own batches from `start` to before `end`; what all processes tell of theirs."""
+
+    def work() -> dict[str, object]:
+        own = range(job.share.from_on(start), end, job.share.size)
+        reached, ended, began = start, False, time.monotonic()
+        for number in own:
+            found = next(remaining, None)
+            if ended := found is None:
+                break
+            assert found is not None
+            assert found[0] == number
+            job.run(observer, found[1], number)
+            reached = number + 1
+        total = job.source.total
+        seconds = (time.monotonic() - began) / max(1, len(own))
+        told = _Told(
+            reached,
+            ended or (total is not None and end >= total),
+            interrupts.asked is not None,
+            job.share.is_first and checkpoint.is_due,
+            seconds,
+            observer.tokens,
+        )
+        return asdict(told)
+
+    return [_Told(**told) for told in told_everywhere("the batches", work)]
+
+
+class PooledCheckpoint(Checkpoint):
+    """A checkpoint that the first process writes, once it has the sums of all; all processes have to call its `write`."""
+
+    def write(self) -> None:
+        made_by_first("the checkpoint", super().write)
+
+
+def pooled_result(job: Calibration, observer: Observer, *, everywhere: bool) -> CovarianceStore:
+    """What all have counted, once they have come to their end: on every process, or on the first for it to write.
+
+    Raises:
+        CalibrationError: no batches, or a site that was not reached, or not in every round.
+    """
+
+    def check() -> None:
+        job.check_batches(observer.batches)
+        observer.check_reached()
+
+    made_by_first("the covariances", check)
+    if everywhere:
+        observer.share_out()
+    complete = everywhere or job.share.is_first
+    return observer.store(data=job.source.fingerprint, base=job.base, complete=complete)
