@@ -33,6 +33,7 @@ from corda_vlm.distributed.agree import (
     made_everywhere,
     same_everywhere,
     told_by_first,
+    told_everywhere,
     world_size,
 )
 from corda_vlm.distributed.deal import Share
@@ -150,7 +151,7 @@ def collect_covariance(
         if path is None:
             return result
         made_by_first("the file of covariances", lambda: _write(result, path, asked.blockwise))
-        if interrupts.asked:
+        if any(told_everywhere("the end", lambda: interrupts.asked is not None)):
             raise KeyboardInterrupt(f"the calibration was finished, and saved in {path}")
     return made_everywhere("the finished covariances", lambda: CovarianceStore.load(path))
 

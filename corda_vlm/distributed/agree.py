@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -98,7 +99,8 @@ def gathered(what: str, text: str, patience: timedelta | None = None) -> list[st
             f"other, most often rank 0, has ended ({errors.first_line(error)}). Its own message says why"
         ) from error
     if is_first():  # it may be the one that keeps the store, and may end as soon as this returns
-        _have_come(store, [f"{key}/read" for key in keys], _GOODBYE)
+        with suppress(RuntimeError):
+            _have_come(store, [f"{key}/read" for key in keys], _GOODBYE)
     return texts
 
 
@@ -138,10 +140,13 @@ def _is_gone(store: Any, other: int) -> bool:
 
 
 def _have_come(store: Any, keys: list[str], patience: timedelta) -> bool:
-    try:
-        store.wait(keys, patience)
-    except RuntimeError:  # of many kinds, one for each sort of store
-        return False
+    # Not the store's own wait, which writes of each time that it waited for nothing.
+    pause, until = 0.001, time.monotonic() + patience.total_seconds()
+    while not store.check(keys):
+        if time.monotonic() > until:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
     return True
 
 

@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from corda_vlm.distributed import agree as distributed
 from corda_vlm.anchor import Anchor
 from corda_vlm.covariance import CovarianceStore, collect_covariance
+from corda_vlm.distributed import agree as distributed
 from corda_vlm.errors import CordaError
 from corda_vlm.methods import prepare_method
 from corda_vlm.sites import find_sites
