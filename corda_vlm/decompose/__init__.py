@@ -35,9 +35,11 @@ from corda_vlm.decompose.gradient import (
     decompose_lora_ga,
     gradient_spectrum,
 )
+from corda_vlm.decompose.orient import Root
 
 __all__ = [
     "Decomposition",
+    "Root",
     "check_beta",
     "check_damping_and_norm",
     "damp",

@@ -31,6 +31,7 @@ LIGHT_ROUNDS = 15  # at most in float32, before float64 takes over
 SQUARED_LIMIT = 1e-10
 # A triangular factor whose diagonal falls below this share of its largest entry is not taken from `W^T W`.
 GRAM_LIMIT = 1e-4
+GRAM_PANEL = 192  # its rows that are multiplied at once
 # Float32 rounding of G may reach this share of the chosen energy. It adds in quadrature: half a percent at most.
 LIGHT_LIMIT = 0.1
 
@@ -76,7 +77,7 @@ class _Tall:
         self.reflectors = None
         if self.out >= 2 * self.inp:
             # The Cholesky factor of W^T W is R too, at half the time, where squaring W costs no digits that count.
-            self.r, failed = torch.linalg.cholesky_ex(w.mT @ w, upper=True)
+            self.r, failed = torch.linalg.cholesky_ex(_gram(w), upper=True)
             diagonal = self.r.diagonal()
             if not failed and float(diagonal.min()) > GRAM_LIMIT * float(diagonal.max()):
                 return
@@ -91,6 +92,14 @@ class _Tall:
         padded = x.new_zeros(self.out, x.shape[1])
         padded[: self.inp] = x
         return torch.ormqr(self.reflectors, self.tau, padded)
+
+
+def _gram(w: Float[Tensor, "out inp"]) -> Float[Tensor, "inp inp"]:
+    """The upper triangle of `W^T W`, in row panels; what is below it is not defined."""
+    gram = w.new_empty(w.shape[1], w.shape[1])
+    for i in range(0, len(gram), GRAM_PANEL):
+        torch.mm(w[:, i : i + GRAM_PANEL].mT, w[:, i:], out=gram[i : i + GRAM_PANEL, i:])
+    return gram
 
 
 def output_exact(

@@ -64,7 +64,7 @@ class Decomposition:
 
 def decompose(
     weight: Float[Tensor, "out inp"],
-    covariance: Float[Tensor, "inp inp"] | None = None,
+    covariance: Float[Tensor, "inp inp"] | Root | None = None,
     *,
     rank: int,
     components: Components = "smallest",
@@ -79,7 +79,8 @@ def decompose(
 
     Args:
         weight: `W`, any floating dtype.
-        covariance: mean second moment of the layer's inputs, symmetric; None only with power 0.
+        covariance: mean second moment of the layer's inputs, symmetric, or its `Root` of this power and damping, which the
+            weights that read one stream share; None only with power 0.
         rank: r, from 1 to min(out, inp).
         components: "smallest" (knowledge preserved, MiLoRA) or "largest" (instruction previewed, PiSSA).
         power: `W` is oriented by `C'^power`: 0, 0.5 or 1.
@@ -107,7 +108,7 @@ def decompose(
     w = weight.detach().to(device, torch.float64, copy=True)
     norm = float(torch.linalg.norm(w)) or 1.0
     w.div_(norm)
-    root = Root(covariance, power, damping, device)
+    root = Root.of(covariance, power, damping, device)
     # Without C the sides agree: W P P^T = Q Q^T W for the singular vectors of W itself.
     on_input = side == "input" and root.c is not None
     basis = find_basis(w, root, rank, components, route, seed, on_input=on_input)
@@ -153,7 +154,7 @@ def find_basis(
 
 def _check(
     weight: Tensor,
-    covariance: Tensor | None,
+    covariance: Tensor | Root | None,
     rank: int,
     components: str,
     power: float,
@@ -202,7 +203,11 @@ def check_damping_and_norm(damping: float, a_norm: float | None) -> None:
         )
 
 
-def check_covariance(name: str, covariance: Tensor, weight: Tensor) -> None:
+def check_covariance(name: str, covariance: Tensor | Root, weight: Tensor) -> None:
+    if isinstance(covariance, Root):
+        if covariance.c is None:
+            return
+        covariance = covariance.c
     out, inp = weight.shape
     if covariance.shape != (inp, inp):
         raise CordaError(

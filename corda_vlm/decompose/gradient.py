@@ -45,7 +45,7 @@ _NOTHING = torch.finfo(torch.float32).eps
 
 def decompose_gradient(
     gradient: Float[Tensor, "out inp"],
-    covariance: Float[Tensor, "inp inp"] | None = None,
+    covariance: Float[Tensor, "inp inp"] | Root | None = None,
     *,
     rank: int,
     damping: float,
@@ -59,7 +59,8 @@ def decompose_gradient(
 
     Args:
         gradient: `G`, any floating dtype.
-        covariance: mean second moment of the layer's inputs on the knowledge; None takes the gradient as it is.
+        covariance: mean second moment of the layer's inputs on the knowledge, or its `Root` of power -1/2 and this damping, which
+            the weights that read one stream share; None takes the gradient as it is.
         rank: r, from 1 to min(out, inp).
         damping: δ in `C' = C + δ mean(diag C) I`.
         a_norm: None is `A_NORM`.
@@ -73,7 +74,7 @@ def decompose_gradient(
         CordaError: shapes, rank, NaN or Inf, damping or a_norm out of range, or a gradient of zeros.
     """
     g, norm = _unit(gradient, covariance, rank, damping, a_norm)
-    root = Root(covariance, -0.5, damping, g.device)
+    root = Root.of(covariance, -0.5, damping, g.device)
     basis = find_basis(g, root, rank, "largest", route, seed)
     dead = basis.values <= _NOTHING * basis.total_energy
     seen = _alive(basis.vectors.mT @ g, dead, seed)  # (r, inp)
@@ -190,7 +191,7 @@ def gradient_spectrum(
 
 def _unit(
     gradient: Tensor,
-    covariance: Tensor | None,
+    covariance: Tensor | Root | None,
     rank: int,
     damping: float,
     a_norm: float | None,

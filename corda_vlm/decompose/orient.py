@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from corda_vlm.errors import CordaError
+
 _ROUNDING = torch.finfo(torch.float32).eps  # of the activations that C was summed from
 _PANEL = 2048  # columns converted to another dtype at a time
 
@@ -22,7 +24,10 @@ class Root:
         unit: v.
         scale: `v^power`: what `C'^power` has more than `K`.
         norm: `‖K‖_F` (at power 1 without the damping); None for the identity, whose size is not known here.
+        damping, device: δ, and where it computes.
         resolution: what rounding alone gives `K` in a direction in which C has nothing.
+
+    Weights that read one stream share its root, and so the one factor of its covariance.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class Root:
     ) -> None:
         self.c, self.power, self.scale, self.resolution = None, 0.0, 1.0, 0.0
         self.norm: float | None = None
+        self.damping, self.device = damping, device
         self._factor: Tensor | None = None
         self._light: Tensor | None = None
         if covariance is None or power == 0:
@@ -50,6 +56,28 @@ class Root:
         # Rounding each entry to the dtype it came in perturbs the eigenvalues by about this much.
         rounding = torch.finfo(covariance.dtype).eps * norm / len(c) ** 0.5
         self.resolution = rounding**power if power > 0 else 0.0
+
+    @classmethod
+    def of(
+        cls,
+        covariance: Float[Tensor, "inp inp"] | Root | None,
+        power: float,
+        damping: float,
+        device: torch.device,
+    ) -> Root:
+        """The root of a covariance, or the one that was made of it beforehand.
+
+        Raises:
+            CordaError: that one has another power or damping.
+        """
+        if not isinstance(covariance, Root):
+            return cls(covariance, power, damping, device)
+        if (covariance.power, covariance.damping) != (power, damping):
+            raise CordaError(
+                f"the root was made with power {covariance.power} and damping {covariance.damping}, and power {power} and damping "
+                f"{damping} are asked for; make one with these"
+            )
+        return covariance
 
     def damped(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "inp inp"]:
         """`C' / v`."""

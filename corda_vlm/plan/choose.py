@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore
+from corda_vlm.decompose import Root
 from corda_vlm.errors import CordaError
 from corda_vlm.progress import track
-
-WIDEST = 1024  # inputs whose compactness is computed without being asked for: a tenth of a second a stream
 
 Key = tuple[str, int | None]  # stream, and its round or None for all pooled
 
@@ -38,6 +38,7 @@ class ChosenCovariances:
         self.rounds, self.selections = rounds, selections
         self._store, self._damping = store, damping
         self._last: tuple[Key, Tensor] | None = None
+        self._root: Root | None = None  # of the last
         self._compactness: dict[Key, float] = {}  # of a weight of one row
 
     def __getitem__(self, site: str) -> Float[Tensor, "inp inp"] | None:
@@ -46,7 +47,7 @@ class ChosenCovariances:
         key = self._key(site)
         if self._last is None or self._last[0] != key:
             stream, index = key
-            self._last = None  # freed before the next is made
+            self._last = self._root = None  # freed before the next is made
             if index is None:
                 matrix = self._store[site].matrix
             else:
@@ -54,16 +55,28 @@ class ChosenCovariances:
             self._last = (key, matrix)  # q, k and v follow one another and share it
         return self._last[1]
 
+    def root(self, site: str, power: float, device: torch.device) -> Root | None:
+        """The root of the site's covariance; sites of one stream that follow one another share it, and so its factor."""
+        covariance = self[site]
+        if covariance is None:
+            return None
+        if self._root is None or (self._root.power, self._root.device) != (power, device):
+            self._root = None  # freed before the next is made
+            self._root = Root(covariance, power, self._damping, device)
+        return self._root
+
     def scores(self, site: str) -> tuple[float, ...] | None:
         """`ranks.selection_score` of every candidate round; None where there was no choice."""
         return self.selections[site].scores if site in self.selections else None
 
-    def compactness(self, site: str, out: int, *, thorough: bool) -> float | None:
+    def compactness(self, site: str, out: int) -> float | None:
         """π of the site's covariance, see `SitePlan.compactness`; all eigenvalues of C', once for each stream.
 
         Args:
             out: rows of the site's weight.
-            thorough: also where the inputs are wide.
+
+        Raises:
+            CordaError: C' is singular, as without damping it may be.
         """
         if self._store is None:
             return None
@@ -71,16 +84,12 @@ class ChosenCovariances:
             return self.selections[site].compactness
         key = self._key(site)
         if key not in self._compactness:
-            if self._store.entries(key[0])[0].size > WIDEST and not thorough:
-                return None
             covariance = self[site]
             assert covariance is not None
             try:
                 self._compactness[key] = ranks.compactness(covariance, 1, damping=self._damping)
             except CordaError as error:
-                if thorough:
-                    raise CordaError(f"site {site!r}: {error}") from error
-                return None  # singular without damping: nothing that was asked for needs it
+                raise CordaError(f"site {site!r}: {error}") from error
         return self._compactness[key] * math.sqrt(out)
 
     def _key(self, site: str) -> Key:

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from corda_vlm.covariance import CovarianceStore, GradientStore
 from corda_vlm.decompose import (
     Decomposition,
+    Root,
     damp,
     decompose,
     decompose_contrast,
@@ -23,6 +24,7 @@ from corda_vlm.decompose import (
     decompose_lora_ga,
     knowledge_energy,
 )
+from corda_vlm.decompose.basis import float64_device
 from corda_vlm.decompose.gradient import check_pair_rank
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
@@ -209,6 +211,7 @@ def _plan_site(
     covariance, basis, rank = chosen.covariances[site.name], chosen.basis, chosen.ranks[site.name]
     shape = (weight.shape[0], weight.shape[1])
     factor = _decomposed(site, weight, covariance, asked, chosen)
+    # all eigenvalues of C': for wide inputs that costs more than the fast route's whole decomposition
     thorough = chosen.route == "exact" or asked.dynamic_covariance
     plan = SitePlan(
         site=site,
@@ -224,7 +227,7 @@ def _plan_site(
         chosen_energy=factor.chosen_energy,
         total_energy=factor.total_energy,
         route=factor.route,
-        compactness=chosen.covariances.compactness(site.name, shape[0], thorough=thorough),
+        compactness=chosen.covariances.compactness(site.name, shape[0]) if thorough else None,
         scores=chosen.covariances.scores(site.name),
         gradient_share=factor.energy_share if basis.of_gradient else None,
     )
@@ -245,7 +248,7 @@ def _decomposed(
         return _olora(weight, rank, asked.a_norm)
     if chosen.gradient is not None:
         gradient = chosen.gradient[site.name].to(weight.device)
-        return _from_gradient(site, weight, gradient, covariance, asked, chosen)
+        return _from_gradient(site, weight, gradient, asked, chosen)
     if chosen.beta is not None:
         task = _there(chosen.tasks[site.name])
         return decompose_contrast(
@@ -253,7 +256,7 @@ def _decomposed(
         )
     return decompose(
         weight,
-        covariance if basis.needs_store else None,
+        _root(site, weight, chosen),
         rank=rank,
         components=chosen.components,
         power=basis.power,
@@ -264,11 +267,17 @@ def _decomposed(
     )
 
 
+def _root(site: Site, like: Tensor, chosen: _Choices) -> Root | None:
+    """The root of the site's covariance at the power of the method, where `like` is computed with; None without one."""
+    if not chosen.basis.needs_store:
+        return None
+    return chosen.covariances.root(site.name, chosen.basis.power, float64_device(like))
+
+
 def _from_gradient(
     site: Site,
     weight: Float[Tensor, "out inp"],
     gradient: Float[Tensor, "out inp"],
-    covariance: Float[Tensor, "inp inp"] | None,
     asked: PlanOptions,
     chosen: _Choices,
 ) -> Decomposition:
@@ -284,9 +293,11 @@ def _from_gradient(
             case "gradient-pair":
                 return decompose_lora_ga(gradient, **how)
             case "gradient-rest":
-                return decompose_keep_lora(gradient, weight, _there(covariance), **how)
+                covariance = _there(chosen.covariances[site.name])
+                return decompose_keep_lora(gradient, weight, covariance, **how)
             case _:
-                return decompose_gradient(gradient, covariance, damping=asked.damping, **how)
+                root = _root(site, gradient, chosen)
+                return decompose_gradient(gradient, root, damping=asked.damping, **how)
     except CordaError as error:
         raise CordaError(f"site {site.name!r}: {error}") from error
 

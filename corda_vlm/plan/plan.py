@@ -46,8 +46,8 @@ class SitePlan:
         chosen_energy, total_energy: `‖B A C'^p‖` and `‖W C'^p‖` (Frobenius).
         route: "exact" or "fast"; "fast" knows the chosen values only, not the rest of the spectrum.
         compactness: `π(C') = √(out · σ_max) / σ_min` of the damped covariance at mean diagonal 1. None without data,
-            and for inputs wider than 1,024 unless a dynamic option or route="exact" was asked for: it takes all
-            eigenvalues of C', which for wide inputs costs more than the fast route's whole decomposition.
+            and unless a dynamic option or route="exact" was asked for: it takes all eigenvalues of C', which cost a good
+            part of the fast route's whole decomposition.
         scores: of each calibration round, under `dynamic_covariance`; `round` is the one of the lowest.
         gradient_share: of a method that starts from the new task's gradient: the share of its energy, in the method's
             metric, that lies in the adapted directions, 0 to 1; else None, and in plans of former versions.

@@ -137,7 +137,7 @@ class _Look:
         return ranks.spectrum(self.weight, covariance, damping=self.asked.damping)
 
     def _compactness(self) -> float:
-        found = self.covariances.compactness(self.site, len(self.weight), thorough=True)
+        found = self.covariances.compactness(self.site, len(self.weight))
         assert found is not None
         return found
 

@@ -13,10 +13,10 @@ import torch
 
 from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covariance
-from corda_vlm.decompose import damp, knowledge_energy
+from corda_vlm.decompose import Root, damp, knowledge_energy
 from corda_vlm.errors import CordaError, ForeignFileError, NoSitesError, UnknownNameError
 from corda_vlm.families.layers.attention import unpacked
-from corda_vlm.plan import PLAN_METHODS, AdapterPlan, choose, plan_adapter
+from corda_vlm.plan import PLAN_METHODS, AdapterPlan, plan_adapter
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint
 
 MODELS = ("tiny_clip_hf", "tiny_open_clip", "tiny_siglip")
@@ -314,23 +314,39 @@ class TestDynamic:
         with pytest.raises(CordaError, match=r"hold one; collect them with rounds=4"):
             plan_of(*clip, dynamic_covariance=True)
 
-    def test_compactness_is_recorded_where_it_is_cheap(self, clip, monkeypatch):
+    def test_compactness_is_recorded_where_whole_spectra_are_taken(self, clip, monkeypatch):
         model, store = clip
         seen = []
         compactness = ranks.compactness
         monkeypatch.setattr(
             ranks, "compactness", lambda *a, **o: seen.append(0) or compactness(*a, **o)
         )
-        plan = plan_of(model, store)
+        plan = plan_of(model, store, route="exact")
         assert len(seen) == len(set(store.site_streams.values()))
         for site in plan.sites:
             expected = compactness(store[site.site.name].matrix, site.shape[0], damping=1e-4)
             assert site.compactness == pytest.approx(expected, rel=1e-5)
-        assert all(s.compactness is None for s in plan_of(model, None, method="milora").sites)
-        monkeypatch.setattr(choose, "WIDEST", 40)
-        for options, known in (({}, False), ({"route": "fast"}, False), ({"route": "exact"}, True)):
-            for site in plan_of(model, store, **options).sites:
-                assert (site.compactness is not None) == (known or site.shape[1] <= 40)
+        for plan in (
+            plan_of(model, None, method="milora"),
+            plan_of(model, store),
+            plan_of(model, store, route="fast"),
+        ):
+            assert all(site.compactness is None for site in plan.sites)
+
+
+@pytest.mark.parametrize("method", ["corda", "lora-null"])
+def test_sites_of_one_stream_share_one_factor(clip, monkeypatch, method):
+    model, store = clip
+    roots = []
+    init = Root.__init__
+
+    def counted(self, covariance, *args):
+        init(self, covariance, *args)
+        roots.append(self.c)
+
+    monkeypatch.setattr(Root, "__init__", counted)
+    plan_of(model, store, method=method, route="exact")
+    assert len(roots) == len(set(store.site_streams.values())) < len(store)
 
 
 class TestFiles:
