@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.errors import NoSitesError
-from corda_vlm.families import Family, any_family, family_of, unwrap
+from corda_vlm.families import Family, Rule, any_family, family_of, unwrap
 from corda_vlm.families.layers.attention import is_packed, packed_parts
 from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.families.layers.matrix import Matrix, matrix_of, stored
@@ -76,7 +76,8 @@ def find_sites(
     wanted = chosen_names("tower", towers, TOWERS)
     only = chosen_names("role", roles, ROLES)
     bare = unwrap(model)
-    sites = [site for name in _matrices(bare) if (site := site_of(found, bare, name)) is not None]
+    rules = found.rules_of(bare)
+    sites = [site for name in _matrices(bare) if (site := _resolved(rules, found, bare, name))]
     present = list(dict.fromkeys(site.tower for site in sites))
     for tower in wanted if wanted is not None else found.towers(bare):
         if tower not in present:
@@ -245,8 +246,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def site_of(family: Family, model: nn.Module, name: str) -> Site | None:
     """The site of a layer, from the family's first rule that matches its whole path; None where none does."""
+    return _resolved(family.rules_of(model), family, model, name)
+
+
+def _resolved(rules: Sequence[Rule], family: Family, model: nn.Module, name: str) -> Site | None:
     known_as = family.canonical(model, name)
-    for rule in family.rules:
+    for rule in rules:
         if match := _compiled(rule.pattern).fullmatch(known_as):
             groups = match.groupdict()
             block = groups.get("block")

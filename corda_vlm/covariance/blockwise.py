@@ -53,7 +53,7 @@ class Call:
         others: the further arguments of each block; a tensor that several are given is kept once.
         device: where the model computes.
         autocast: whether the blocks were called under autocast, and to which precision.
-        masks: of the language model, see `tokens.Masks`.
+        masks: see `tokens.Masks`.
         number: of the batch.
     """
 
@@ -206,7 +206,7 @@ def _record(job: Calibration, chain: Chain, calls: list[Call]) -> Iterator[Step]
         masks = job.masks(batch)
 
         def run(number: int = number, batch: Batch = batch, masks: Masks = masks) -> None:
-            kept = {tower: mask.cpu() for tower, mask in masks.items() if tower == _TOWER}
+            kept = {which: mask.cpu() for which, mask in masks.items()}
             call = chain.record(partial(job.forward, job.model, batch), kept)
             calls.append(replace(call, number=number))
 

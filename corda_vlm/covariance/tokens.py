@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from jaxtyping import Float
@@ -10,14 +11,15 @@ from torch import Tensor
 from corda_vlm.errors import CalibrationError
 
 Masks = Mapping[str, Tensor]
-"""Tower -> (B, L), True (or 1) on tokens that count; a tower without an entry has no padding."""
+"""Tower, or stream whose inputs are not those of its tower, -> (B, L), True (or 1) on tokens that count; without an entry
+there is no padding."""
 
 
 class TokenSelector:
     """Selects the rows of inputs that count.
 
-    Inputs are (B, L, d), (B, L, h, d), (B, H, W, d) with H·W = L, flattened (B·L, d), or pooled: (B, d) or
-    (B, 1, d), where a row counts unless the whole sample is padding. (L, B, d) is taken as such where the mask
+    Inputs are (B, L, d), (B, L, h, d), (B, H, W, d) with H·W = L or more such axes, flattened (B·L, d), or pooled: (B, d)
+    or (B, 1, d), where a row counts unless the whole sample is padding. (L, B, d) is taken as such where the mask
     tells it from (B, L, d), and remembered for the batches in which it does not (as many rows as tokens).
 
     Args:
@@ -42,11 +44,11 @@ class TokenSelector:
         Raises:
             CalibrationError: an input of another shape; names the site.
         """
-        if not 2 <= x.dim() <= 4:
+        if x.dim() < 2:
             raise CalibrationError(
                 f"the input of {site} has shape {tuple(x.shape)}; expected (tokens, d), (B, L, d) or (B, H, W, d)"
             )
-        mask = self._masks.get(tower)
+        mask = self._masks.get(stream, self._masks.get(tower))
         if mask is None:
             return x.reshape(-1, x.shape[-1])
         layout = layout_of(x.shape[:-1], *mask.shape)
@@ -86,7 +88,7 @@ def layout_of(lead: Sequence[int], batch: int, length: int) -> str | None:
     if lead[:2] == (length, batch):
         return "sequence"
     if lead == (batch * length,) or (
-        len(lead) == 3 and (lead[0], lead[1] * lead[2]) == (batch, length)
+        len(lead) >= 3 and (lead[0], math.prod(lead[1:])) == (batch, length)
     ):
         return "flat"
     if lead in ((batch,), (batch, 1)):

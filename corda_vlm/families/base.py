@@ -28,7 +28,10 @@ them, with what belongs to them (`image_sizes`, `image_grid_thw`, …), and `lab
 """
 
 Masking = Callable[[Batch], Mapping[str, Bool[Tensor, "b l"]]]
-"""batch -> tower -> (B, L) True on tokens that count, or no entry where every token counts."""
+"""batch -> tower -> (B, L) True on tokens that count, or no entry where every token counts.
+
+An entry may also be named as a stream, whose inputs it is then the mask of, instead of that of their tower.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,11 @@ class Generative:
 
     Attributes:
         choose_tokens: (model, tokens) -> the masks of the tokens that count, `tokens` being one of `TOKENS`.
-        projector: model -> the dotted path (canonical) of what leads from its vision tower to its language
-            model, or None.
+        projector: model -> the dotted paths (canonical) of what leads from its vision tower to its language model.
     """
 
     choose_tokens: Callable[[nn.Module, str], Masking]
-    projector: Callable[[nn.Module], str | None] = lambda model: None
+    projector: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
 
 
 def call(model: nn.Module, batch: Batch) -> object:
@@ -113,7 +115,7 @@ class Family:
     Attributes:
         name: key in `FAMILIES`, e.g. "clip_hf".
         matches: does this model belong to the family? Sees the bare model (never a PEFT wrapper).
-        rules: the weight matrices, in the model's own order.
+        rules: the weight matrices, in the model's own order; or model -> those, where they depend on what it is made of.
         forward: run one batch so that every tower the batch has inputs for is executed (for calibration).
         masks: batch -> tower -> (B, L) True on tokens that count, or no entry where every token counts. Families
             that generate text choose their tokens instead.
@@ -136,7 +138,7 @@ class Family:
 
     name: str
     matches: Callable[[nn.Module], bool]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] | Callable[[nn.Module], tuple[Rule, ...]]
     forward: Callable[[nn.Module, Batch], object] = call
     masks: Masking = lambda batch: {}
     contrastive: Contrastive | None = None
@@ -151,6 +153,10 @@ class Family:
     as_mapping: Callable[[nn.Module, Any], Any] = lambda model, batch: batch
     loose_towers: tuple[str, ...] = ()
     save: Callable[[nn.Module, Path, str | Path | None], str] | None = None
+
+    def rules_of(self, model: nn.Module) -> tuple[Rule, ...]:
+        """The rules of a bare model."""
+        return self.rules(model) if callable(self.rules) else self.rules
 
     def need_contrastive(self, model: nn.Module) -> Contrastive:
         """What compares images with texts.
@@ -207,7 +213,7 @@ class Loaded:
 
 
 Layers = tuple[tuple[str, str, str], ...]
-"""(path in a block, role, stream in the block) of each weight matrix."""
+"""(path in a block, role, stream in the block) of each weight matrix; a stream that begins with / is of the whole model."""
 
 
 def block_rules(path: str, tower: str, layers: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
@@ -224,7 +230,12 @@ def block_rules(path: str, tower: str, layers: Iterable[tuple[str, str, str]]) -
 def part_rules(path: str, tower: str, layers: Iterable[tuple[str, str, str]]) -> tuple[Rule, ...]:
     """The rules of the part `<path>` of a tower, e.g. its pooling head; `layers` as of `block_rules`."""
     return tuple(
-        Rule(rf"(?P<prefix>{path})\.{re.escape(layer)}", tower, role, f"{{prefix}}.{stream}")
+        Rule(
+            rf"(?P<prefix>{path})\.{re.escape(layer)}",
+            tower,
+            role,
+            stream[1:] if stream.startswith("/") else f"{{prefix}}.{stream}",
+        )
         for layer, role, stream in layers
     )
 

@@ -102,13 +102,21 @@ _M2M: Layers = (
     ("fc2", "down", "mlp.mid"),
 )
 
+
+def timm_rules(trunk: str) -> tuple[Rule, ...]:
+    """The rules of a vision tower of timm whose dotted path is `trunk`, a regular expression."""
+    return (
+        *block_rules(rf"{trunk}\.blocks", "vision", _TIMM),
+        *part_rules(rf"{trunk}\.(?:stages|layers)\.\d+\.blocks\.\d+", "vision", _TIMM),
+        *part_rules(rf"{trunk}\.attn_pool", "vision", _TIMM_POOL),
+        Rule(rf"(?P<prefix>{trunk})\.head(?:\.fc)?", "vision", "proj", "{prefix}.head.in"),
+    )
+
+
 _RULES = (
     *block_rules(r"visual\.transformer\.resblocks", "vision", _OWN),
     *part_rules(r"visual\.attn_pool(?:_contrastive)?", "vision", _POOL),
-    *block_rules(r"visual\.trunk\.blocks", "vision", _TIMM),
-    *part_rules(r"visual\.trunk\.(?:stages|layers)\.\d+\.blocks\.\d+", "vision", _TIMM),
-    *part_rules(r"visual\.trunk\.attn_pool", "vision", _TIMM_POOL),
-    Rule(r"visual\.trunk\.head(?:\.fc)?", "vision", "proj", "visual.trunk.head.in"),
+    *timm_rules(r"visual\.trunk"),
     Rule(r"visual\.head\.proj", "vision", "proj", "visual.head.in"),
     Rule(r"visual\.head\.mlp\.fc1", "vision", "proj", "visual.head.in"),
     Rule(r"visual\.head\.mlp\.fc2", "vision", "proj", "visual.head.mid"),

@@ -1,4 +1,4 @@
-"""Language models of transformers: Llama and those built like it, Phi, Phi-3, GPT-2.
+"""Language models of transformers, from GPT-2 to Qwen3.5: see `architectures.decoders.DECODERS`.
 
 An architecture is the list of its blocks' weight matrices, as data. To add one:
 
@@ -13,89 +13,38 @@ Embeddings and the output layer (often one matrix) are no sites.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from corda_vlm.families.base import Family, Generative, Layers, Rule, block_rules, class_of
+from corda_vlm.families.architectures.decoders import DECODERS, LLAMA
+from corda_vlm.families.base import Family, Generative, Rule, block_rules, class_of
 from corda_vlm.families.generative import decoder
 from corda_vlm.families.loading.hub import reads
 
-QKV: Layers = tuple((f"self_attn.{role}_proj", role, "attn.in") for role in ("q", "k", "v"))
-
-LLAMA: Layers = (
-    *QKV,
-    ("self_attn.o_proj", "o", "attn.out"),
-    ("mlp.gate_proj", "gate", "mlp.in"),
-    ("mlp.up_proj", "up", "mlp.in"),
-    ("mlp.down_proj", "down", "mlp.mid"),
-)
-PHI3: Layers = (
-    ("self_attn.qkv_proj", "qkv", "attn.in"),
-    ("self_attn.o_proj", "o", "attn.out"),
-    ("mlp.gate_up_proj", "gate_up", "mlp.in"),
-    ("mlp.down_proj", "down", "mlp.mid"),
-)
-PHI: Layers = (
-    *QKV,
-    ("self_attn.dense", "o", "attn.out"),
-    # beside the attention, not after it: both read one normalized input
-    ("mlp.fc1", "up", "attn.in"),
-    ("mlp.fc2", "down", "mlp.mid"),
-)
-GPT2: Layers = (
-    ("attn.c_attn", "qkv", "attn.in"),
-    ("attn.c_proj", "o", "attn.out"),
-    ("mlp.c_fc", "up", "mlp.in"),
-    ("mlp.c_proj", "down", "mlp.mid"),
-)
-
-# model_type -> where its blocks are within the decoder, and what is in one
-ARCHITECTURES: dict[str, tuple[str, Layers]] = {
-    **dict.fromkeys(
-        (
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "smollm3",
-            "olmo2",
-        ),
-        ("layers", LLAMA),
-    ),
-    "phi": ("layers", PHI),
-    "phi3": ("layers", PHI3),
-    "gpt2": ("h", GPT2),
-}
+__all__ = ["LLAMA", "LLM", "family", "rules"]
 
 
-def rules(prefix: str) -> tuple[Rule, ...]:
-    """The rules of all architectures, of a decoder whose dotted path begins with `prefix` (a regular expression).
-
-    Architectures that name a layer alike read the same input with it, so their rules do not contradict each other.
-    """
-    found = (
-        rule
-        for blocks, layers in dict.fromkeys(ARCHITECTURES.values())
-        for rule in block_rules(prefix + blocks, "language", layers)
-    )
-    return tuple(dict.fromkeys(found))
+def rules(
+    model_type: str, prefix: str = r"(?:(?:model|transformer|gpt_neox)\.)?"
+) -> tuple[Rule, ...]:
+    """The rules of an architecture, of a decoder whose dotted path begins with `prefix`, a regular expression."""
+    blocks, layers = DECODERS[model_type]
+    return block_rules(prefix + blocks, "language", layers)
 
 
 def family(
     name: str,
     model_types: tuple[str, ...],
-    rules: tuple[Rule, ...],
+    rules: tuple[Rule, ...] | Callable[[Any], tuple[Rule, ...]],
     **fields: Any,
 ) -> Family:
     """A family of models of transformers that generate text, to `register_family`.
 
     Args:
         model_types: `model_type` of their configurations.
-        rules: of `base.block_rules`.
+        rules: of `base.block_rules`, or model -> those.
         fields: of `Family`, in place of those that language models have.
     """
 
@@ -123,6 +72,6 @@ def family(
 
 LLM = family(
     "llm",
-    tuple(ARCHITECTURES),
-    rules(r"(?:model\.|transformer\.)?"),
+    tuple(DECODERS),
+    lambda model: rules(model.config.model_type),
 )

@@ -11,6 +11,7 @@ from corda_vlm.anchor import Anchor
 from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family
 from corda_vlm.families.base import unwrap
+from corda_vlm.sites import lies_in
 from corda_vlm.train.objectives import Objective
 from corda_vlm.train.options import TrainOptions
 from corda_vlm.train.terms.term import check_weight
@@ -92,11 +93,9 @@ def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What is trained of the projector: of its adapters, of its trained copy, or its own weights."""
     bare = unwrap(model)
     family = detect_family(bare)
-    path = None if family.generative is None else family.generative.projector(bare)
+    paths = () if family.generative is None else family.generative.projector(bare)
     return [
         parameter
         for name, parameter in bare.named_parameters()
-        if parameter.requires_grad
-        and path is not None
-        and family.canonical(bare, name).startswith(f"{path}.")
+        if parameter.requires_grad and lies_in(family.canonical(bare, name), paths)
     ]

@@ -15,7 +15,7 @@ from corda_vlm.adapter import attach_adapter, export_adapter
 from corda_vlm.data import Chat
 from corda_vlm.errors import CordaError
 from corda_vlm.families import FAMILIES, block_rules, detect_family, load_model, register_family
-from corda_vlm.families.llm import LLAMA, family
+from corda_vlm.families.llm import family
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites
 from tests.families.language_toy import TEXT, make, picture, tokenizer, with_processor
@@ -209,12 +209,21 @@ class TestUnknownArchitectures:
             detect_family(model)
 
     def test_and_that_works(self, registry):
-        model = t.GraniteForCausalLM(t.GraniteConfig(**TEXT))
-        register_family(
-            family("mine", ("granite",), block_rules(r"model\.layers", "language", LLAMA))
+        model = t.FalconForCausalLM(
+            t.FalconConfig(
+                vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+            )
         )
+        layers = (
+            ("self_attention.query_key_value", "qkv", "attn.in"),
+            ("self_attention.dense", "o", "attn.out"),
+            ("mlp.dense_h_to_4h", "up", "attn.in"),  # beside the attention
+            ("mlp.dense_4h_to_h", "down", "mlp.mid"),
+        )
+        rules = block_rules(r"transformer\.h", "language", layers)
+        register_family(family("mine", ("falcon",), rules))
         assert detect_family(model).name == "mine"
-        assert len(find_sites(model)) == 14
+        assert len(find_sites(model)) == 8
 
     def test_the_decoder_alone_has_the_same_sites(self):
         whole = make("llama")

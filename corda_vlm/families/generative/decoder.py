@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, DataError
@@ -46,9 +46,7 @@ def forward(model: nn.Module, batch: Batch) -> object:
 
 
 def choose_tokens(model: nn.Module, tokens: str) -> Masking:
-    """See `base.token_masks`. Vision towers and projectors see whole images; where a model pads those (Idefics3,
-    SmolVLM) the padded patches of the tower are left out. Models that pack the patches of all images into one
-    sequence (Qwen2-VL) have no padding there.
+    """See `base.token_masks`; of the language model alone.
 
     Raises:
         CordaError: image tokens of a model without images; later, response tokens of a batch without `labels`.
@@ -57,16 +55,10 @@ def choose_tokens(model: nn.Module, tokens: str) -> Masking:
     image = image_token_id(config)
     if tokens == "image" and image is None:
         raise CordaError(f"{type(unwrap(model)).__name__} reads text alone: no token is an image's")
-    patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
 
     def chosen(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
-        found = {}
         kept = _kept(batch)
-        if kept is not None:
-            found["language"] = kept & _chosen(batch, tokens, image)
-        if (padded := batch.get("pixel_attention_mask")) is not None and isinstance(patch, int):
-            found["vision"] = _patch_mask(batch["pixel_values"], padded, patch)
-        return found
+        return {} if kept is None else {"language": kept & _chosen(batch, tokens, image)}
 
     return chosen
 
@@ -91,18 +83,6 @@ def _chosen(batch: Batch, tokens: str, image: int | None) -> Bool[Tensor, "b l"]
     if tokens in ("image", "text") and image is not None:
         return (ids == image) == (tokens == "image")
     return torch.ones_like(ids, dtype=torch.bool)
-
-
-def _patch_mask(
-    pixels: Float[Tensor, "b n 3 h w"], mask: Tensor, size: int
-) -> Bool[Tensor, "images patches"]:
-    """Which patches the tower sees of the images that are there: as Idefics3 does, images of zeros are none."""
-    real = pixels.flatten(0, 1).flatten(1).ne(0).any(1)  # (B·N,)
-    seen = mask.flatten(0, 1)[real].bool()  # (images, H, W)
-    rows, columns = seen.shape[1] // size, seen.shape[2] // size
-    cut = seen[:, : rows * size, : columns * size]
-    cut = cut.unflatten(1, (rows, size)).unflatten(3, (columns, size))  # (images, R, P, C, P)
-    return cut.any(4).any(2).flatten(1)
 
 
 # ------------------------------------------------------------------ refusals
