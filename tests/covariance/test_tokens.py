@@ -39,18 +39,32 @@ def test_selecting_tokens() -> None:
     assert torch.equal(select(x[:, :1]), x[[0, 1, 3], 0])
     assert torch.equal(select(x[..., None, :].expand(4, 3, 2, 2))[::2], expected)  # (B, L, h, d)
     assert select(x, tower="vision").data_ptr() == x.data_ptr()  # no mask: no copy
-    for wrong in (torch.ones(4, 4, 2), torch.ones(5, 2)):
+    for wrong in (torch.ones(4, 4, 2), torch.ones(5, 2), torch.ones(1, 1, 1, 1, 1)):
         with pytest.raises(
             CalibrationError, match=r"input of site has shape.*padding cannot be told"
         ):
             select(wrong)
-    for wrong in (torch.ones(3), torch.ones(1, 1, 1, 1, 1)):
-        with pytest.raises(CalibrationError, match=r"expected \(tokens, d\)"):
-            select(wrong)
+    with pytest.raises(CalibrationError, match=r"expected \(tokens, d\)"):
+        select(torch.ones(3))
     selector.begin({"text": torch.ones(4, 3, dtype=torch.long)})
     assert select(torch.ones(5, 2)).shape == (5, 2)  # nothing is padding, so nothing has to be told
     with pytest.raises(CalibrationError, match="mask of the text tower has shape"):
         selector.begin({"text": torch.ones(4)})
+
+
+def test_tiles_of_images_are_told_and_a_stream_may_have_a_mask_of_its_own() -> None:
+    tiles = torch.arange(24.0).reshape(2, 1, 2, 3, 2)  # (B, images, tiles, patches, d)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    selector = TokenSelector()
+    selector.begin({"vision": mask, "states": mask[:, :3]})
+
+    def select(x: torch.Tensor, stream: str) -> torch.Tensor:
+        return selector.select(x, tower="vision", stream=stream, site="site")
+
+    assert torch.equal(select(tiles, "s"), tiles.reshape(-1, 2)[mask.reshape(-1)])
+    assert torch.equal(select(tiles[:, 0, 0], "states"), tiles[:, 0, 0].reshape(-1, 2))
+    with pytest.raises(CalibrationError, match="padding cannot be told"):
+        select(tiles[:, 0, 0], "s")
 
 
 def test_as_many_rows_as_tokens_is_settled_or_refused() -> None:
