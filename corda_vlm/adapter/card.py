@@ -62,6 +62,8 @@ def _loading(report: Mapping[str, Any]) -> str:
     lines = ["## How to load it", "", f"`{report['load']}`, HERE being this folder."]
     if convert := report.get("as_lora_on_the_original"):
         lines += ["", "What PEFT trains from there becomes a LoRA on the original model by", "", f"`{convert}`"]  # fmt: skip
+    if commands := report.get("serve_commands"):
+        lines += ["", f"It is served with {report['serve']} by", "", "```sh", *commands, "```"]
     if report["format"] == "residual":
         lines += [
             "",

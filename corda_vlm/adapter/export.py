@@ -35,6 +35,7 @@ from corda_vlm.adapter.folder import (
 )
 from corda_vlm.adapter.paired import PairedLinear, base_of, trained
 from corda_vlm.adapter.plain_lora import LoraBase, save_lora
+from corda_vlm.adapter.serving import BASE, Written, check_served, served
 from corda_vlm.adapter.twin import less_pair, original, twin_of, with_change
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import any_family
@@ -55,6 +56,7 @@ def export_adapter(
     rank: int | None = None,
     source: str | Path | None = None,
     layout: str = "ours",
+    serve: str | None = None,
 ) -> Path:
     """Write the active adapter to `directory` so that plain peft, transformers or open_clip loads it.
 
@@ -78,14 +80,16 @@ def export_adapter(
         source: what the model was loaded from (a folder, a built-in name, an open_clip name): its configuration and
             its tokenizer's and processor's files are copied. Without it the configuration is read off the model.
         layout: of "residual": "ours" or "peft".
+        serve: "vllm" or "llama.cpp": what that server would refuse, or leave out of what was learned, is refused here, and
+            `corda_export.json` and the card have the commands that serve the folder. See `corda_vlm.adapter.serving`.
 
     Returns:
         `directory`.
 
     Raises:
-        UnknownNameError: unknown format or layout.
+        UnknownNameError: unknown format, layout or server.
         CordaError: no `PeftModel`; the folder holds something else; a plain LoRA cannot express the sites (take
-            "merged"); a rank that is not positive; NaN or Inf among what was learned; not enough space.
+            "merged"), or its server does not take them; a rank that is not positive; NaN or Inf among what was learned; not enough space.
     """
     if format not in EXPORTS:
         raise UnknownNameError("export format", format, EXPORTS)
@@ -107,6 +111,8 @@ def export_adapter(
         raise CordaError(
             f"{strange} holds NaN or Inf, so that there is nothing to export; train again with a lower learning rate"
         )
+    if serve is not None:
+        check_served(serve, peft_model, active[0], format, layout)
     directory = Path(directory) if Path(directory).name else Path(directory).resolve()
     with new_folder(directory) as folder:
         write = _residual_as_peft if layout == "peft" else EXPORTS[format]
@@ -114,9 +120,24 @@ def export_adapter(
         report = _about(peft_model, active[0], source) | {
             "format": format, "layout": layout, "name": directory.name, **report,
         }  # fmt: skip
+        if serve is not None:
+            report |= served(serve, _written(report, directory, peft_model, active[0], source))
         write_json(folder / REPORT, report)
         write_export_card(folder, report)
     return directory
+
+
+def _written(
+    report: dict[str, Any], final: Path, model: PeftModel, name: str, source: str | Path | None
+) -> Written:
+    """What an export has written, as a server sees it."""
+    place, format = final.resolve(), report["format"]
+    if format == "residual":
+        base = str(place / "base")
+    else:
+        named = located(model.peft_config[name].base_model_name_or_path or source)
+        base = absolute(named) or BASE
+    return Written(place, format, base, report.get("rank"))
 
 
 def _about(model: PeftModel, name: str, source: str | Path | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def export(
     format: Literal["lora", "residual", "merged"] = "merged",
     rank: Count | None = None,
     layout: Literal["ours", "peft"] = "ours",
+    serve: Literal["vllm", "llama.cpp"] | None = None,
     scores: str | None = None,
     method: str | None = None,
     learning_rate: float | None = None,
@@ -41,6 +42,7 @@ def export(
         rank: With lora: recompress to this rank.
         layout: With residual: ours has the base in base/; peft has it at the root, and the initial pair in corda_init/, from which
             PEFT converts what is trained into a lora on the original base.
+        serve: The server that is to read the folder: what it would refuse is refused, and the commands that serve it are printed.
         scores: A file of scores (JSON lines, as evaluate writes it), whose numbers go into the card, README.md.
         method: With scores of several models: which of them it is.
         learning_rate: With scores of several learning rates: the one that it was trained at.
@@ -56,7 +58,9 @@ def export(
     if scores is None and (given := [name for name, value in which.items() if value is not None]):
         raise CordaError(f"{given[0]} says which of the scores are meant; give --scores too")
     from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter
+    from corda_vlm.adapter.folder import REPORT
     from corda_vlm.evaluation.score_file import read_rows
+    from corda_vlm.files import read_json
     from corda_vlm.plan import AdapterPlan
     from corda_vlm.report import write_card
     from corda_vlm.report.card import rows_of_one_model
@@ -69,9 +73,13 @@ def export(
         trained = attach_adapter(bare, AdapterPlan.load(adapter, model=bare))
     else:
         trained = load_adapter(bare, adapter)
-    written = export_adapter(trained, output, format=format, rank=rank, source=model, layout=layout)
+    written = export_adapter(
+        trained, output, format=format, rank=rank, source=model, layout=layout, serve=serve
+    )
     if rows is not None:
         write_card(
             written, rows, method=method, learning_rate=learning_rate, seed=seed, scale=scale
         )
     print(f"wrote {written}")
+    if serve is not None:
+        print(*read_json(written / REPORT, "export")["serve_commands"], sep="\n")

@@ -25,11 +25,15 @@ class Tool:
         requirements: what pip is asked for; what the tests' own environment has is there too, unless pip has to take
             another version of it. None for the tests' own environment.
         packages: whose versions the table tells.
+        alone: what is installed without what it requires itself: `requirements` has the part of that which is needed.
+        sources: whose source distributions are unpacked into the environment's folder `sources`, and not built.
     """
 
     name: str
     requirements: tuple[str, ...]
     packages: tuple[str, ...]
+    alone: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def place(self) -> Path:
@@ -61,7 +65,22 @@ class Tool:
             (site / "base.pth").write_text("\n".join(below) + "\n", encoding="utf-8")
         pip = [str(self.python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         _checked([*pip, *self.requirements])
+        if self.alone:
+            _checked([*pip, "--no-deps", *self.alone])
+        for source in self.sources:
+            self._unpack(source)
         (self.place / "ready").touch()
+
+    def _unpack(self, source: str) -> None:
+        folder = self.place / "sources"
+        shutil.rmtree(folder, ignore_errors=True)
+        _checked([
+            str(self.python), "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--no-binary", ":all:",
+            "-d", str(folder), source,
+        ])  # fmt: skip
+        for archive in folder.glob("*.tar.gz"):
+            shutil.unpack_archive(archive, folder, filter="data")
+            archive.unlink()
 
     def versions(self) -> dict[str, str]:
         """Of each of `packages`, as the environment has it; nothing where it is not there."""
@@ -115,6 +134,38 @@ TOOLS = {
         Tool("peft_old", ("peft==0.17.1", "transformers==4.57.*"), ("peft", "transformers")),
         Tool("llava", (), ("transformers", "peft")),
         Tool("lm_eval", ("lm_eval",), ("lm_eval", "transformers")),
+        Tool("lmms_eval", ("lmms_eval",), ("lmms_eval", "transformers")),
+        # its checks of an adapter, which need no GPU; all that it requires would be some 8 GB
+        Tool(
+            "vllm",
+            (
+                "aiohttp",
+                "cachetools",
+                "cbor2",
+                "einops",
+                "fastapi",
+                "llguidance",
+                "msgspec",
+                "openai",
+                "openai-harmony",
+                "partial-json-parser",
+                "prometheus_client",
+                "py-cpuinfo",
+                "pybase64",
+                "pyzmq",
+                "uvloop",
+                "xgrammar",
+            ),
+            ("vllm", "transformers"),
+            alone=("vllm==0.33.0",),
+        ),
+        # the converter is in no wheel; the sources of llama-cpp-python have it
+        Tool(
+            "llama_cpp",
+            ("xllamacpp", "sentencepiece", "gguf"),
+            ("xllamacpp", "gguf"),
+            sources=("llama-cpp-python==0.3.36",),
+        ),
         # float() of an array of one number, which it takes, is an error since NumPy 2.4
         Tool(
             "clip_benchmark",
