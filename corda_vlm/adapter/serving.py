@@ -62,11 +62,13 @@ class Layers:
 
     def heads(self) -> list[str]:
         """The sites that give the logits, where their weight is that of the embeddings too."""
-        config = getattr(self.model, "config", None)
-        get = getattr(self.model, "get_output_embeddings", None)
-        if config is None or get is None or not config.get_text_config().tie_word_embeddings:
+        ends = [
+            getattr(self.model, f"get_{end}_embeddings", lambda: None)()
+            for end in ("input", "output")
+        ]
+        if any(end is None for end in ends) or ends[0].weight is not ends[1].weight:
             return []
-        return [name for name in self.sites if self.model.get_submodule(name) is get()]
+        return [name for name in self.sites if self.model.get_submodule(name) is ends[1]]
 
     def transposed(self) -> list[str]:
         """The sites whose weights transformers stores transposed."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
-
-import xllamacpp
 
 
 def main(model: str, adapter: str, ids: str, output: str) -> None:
+    xllamacpp = import_module("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_ctx = 256

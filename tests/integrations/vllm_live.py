@@ -6,22 +6,21 @@ python vllm_live.py FOLDER MAX_LORA_RANK OUTPUT
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from safetensors.torch import save_file
-from vllm.config.lora import LoRAConfig
-from vllm.lora import lora_model
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.peft_helper import PEFTHelper
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 """The names that vLLM's Llama has for its linear layers."""
 
 
 def main(folder: str, max_lora_rank: str, output: str) -> None:
-    helper = PEFTHelper.from_local_dir(folder, max_position_embeddings=None)
-    helper.validate_legal(LoRAConfig(max_lora_rank=int(max_lora_rank)))
-    lora_model.PIN_MEMORY = False  # there is no driver to pin it for
-    model = LoRAModel.from_local_checkpoint(
+    checks, loader = import_module("vllm.lora.peft_helper"), import_module("vllm.lora.lora_model")
+    helper = checks.PEFTHelper.from_local_dir(folder, max_position_embeddings=None)
+    told = import_module("vllm.config.lora").LoRAConfig(max_lora_rank=int(max_lora_rank))
+    helper.validate_legal(told)
+    loader.PIN_MEMORY = False  # there is no driver to pin it for
+    model = loader.LoRAModel.from_local_checkpoint(
         folder, LAYERS, helper, lora_model_id=1, device="cpu", model_vocab_size=None
     )
     changes = {}
