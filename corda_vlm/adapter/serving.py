@@ -62,13 +62,14 @@ class Layers:
 
     def heads(self) -> list[str]:
         """The sites that give the logits, where their weight is that of the embeddings too."""
-        ends = [
-            getattr(self.model, f"get_{end}_embeddings", lambda: None)()
+        get_in, get_out = (
+            getattr(self.model, f"get_{end}_embeddings", lambda: None)
             for end in ("input", "output")
-        ]
-        if any(end is None for end in ends) or ends[0].weight is not ends[1].weight:
+        )
+        tokens, head = get_in(), get_out()
+        if tokens is None or head is None or tokens.weight is not head.weight:
             return []
-        return [name for name in self.sites if self.model.get_submodule(name) is ends[1]]
+        return [name for name in self.sites if self.model.get_submodule(name) is head]
 
     def transposed(self) -> list[str]:
         """The sites whose weights transformers stores transposed."""

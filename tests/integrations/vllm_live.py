@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -15,7 +16,8 @@ LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def main(folder: str, max_lora_rank: str, output: str) -> None:
-    checks, loader = import_module("vllm.lora.peft_helper"), import_module("vllm.lora.lora_model")
+    loader: Any = import_module("vllm.lora.lora_model")
+    checks: Any = import_module("vllm.lora.peft_helper")
     helper = checks.PEFTHelper.from_local_dir(folder, max_position_embeddings=None)
     told = import_module("vllm.config.lora").LoRAConfig(max_lora_rank=int(max_lora_rank))
     helper.validate_legal(told)
