@@ -7,7 +7,7 @@
 writes the files that `lmms_eval --log_samples` writes, which `corda-vlm report --before results/before --after results/after`
 reads. The model gets a task's messages in its own chat template and answers greedily, as in `corda_vlm.evaluate`, so that
 one class stands for every family. Tasks that compare likelihoods, ask in several rounds or show videos are refused in words.
-Made after lmms-eval 0.7.3 (`api/model.py`, `evaluator.py`, `loggers/evaluation_tracker.py`).
+Made after lmms-eval 0.7.3, which needs filelock before 4 (`api/model.py`, `evaluator.py`, `loggers/evaluation_tracker.py`).
 """
 
 from __future__ import annotations

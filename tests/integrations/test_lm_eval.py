@@ -121,3 +121,67 @@ def test_a_live_adapter_is_measured_as_its_export_and_the_report_reads_both(
     (plain,) = read_results(tmp_path / "plain")
     assert plain.of("capitals").value == pytest.approx(capitals["after"])
     measured(f"log-likelihoods within {apart:.0e} of those of the export")
+
+
+HUB = {
+    "mandarjoshi/trivia_qa": ("rc.nocontext", "validation", lambda q, a: {"question": q, "answer": {"aliases": a}}),
+    "google-research-datasets/nq_open": ("nq_open", "validation", lambda q, a: {"question": q, "answer": a}),
+    "stanfordnlp/web_questions": ("default", "test", lambda q, a: {"question": q, "answers": a}),
+}  # fmt: skip
+"""The data sets of the group's tasks -> configuration, the split that is measured, and a record with a question and its answers."""
+
+LIVE = """
+import sys, torch
+from corda_vlm import load_model
+from corda_vlm.integrations.lm_eval import evaluate
+loaded = load_model(sys.argv[1], dtype=torch.float32)
+evaluate(loaded.model, processor=loaded.processor, output=sys.argv[2], limit=5)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path) -> Path:
+    """A folder in which the data sets of `corda_retention` are found by their names, with six records each."""
+    folder = tmp_path / "hub"
+    for name, (config, split, record) in HUB.items():
+        place = folder / name
+        place.mkdir(parents=True)
+        rows = [
+            json.dumps(record(f"what is the capital of {country}", [capital, f"{capital} city"]))
+            for country, capital in zip(COUNTRIES, CAPITALS, strict=True)
+        ]
+        (place / "rows.jsonl").write_text("\n".join(rows) + "\n")
+        files = "".join(f"  - {{split: {one}, path: rows.jsonl}}\n" for one in ("train", split))
+        (place / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n"
+        )
+    return folder
+
+
+@pytest.mark.slow
+def test_the_retention_group_runs_by_the_command_and_with_a_live_model(
+    tool, hub, smollm2_4, tmp_path, measured
+):
+    """corda_retention runs in lm-eval's command and with a live model, on local data, with equal scores that the report reads"""
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    tool.run("-c", LIVE, smollm2_4, tmp_path / "live", cwd=hub, **offline)
+    tool.run(
+        "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={smollm2_4},dtype=float32", "--device", "cpu",
+        "--include_path", lm_eval.tasks_folder(), "--tasks", lm_eval.RETENTION, "--batch_size", "8", "--limit", "5",
+        "--log_samples", "--output_path", tmp_path / "plain", cwd=hub, **offline,
+    )  # fmt: skip
+    (live,), (plain,) = read_results(tmp_path / "live"), read_results(tmp_path / "plain")
+    for task in ("triviaqa", "nq_open", "webqs"):
+        measure = live.of(task)
+        assert measure.n == 5
+        assert measure.value == plain.of(task).value
+    page, _ = write_comparison(
+        BeforeAfterOptions(
+            before=[str(tmp_path / "plain")], after=[str(tmp_path / "live")], output=str(tmp_path / "report")
+        )
+    )  # fmt: skip
+    card = json.loads(page.with_name("card.json").read_text())
+    tasks = {one["task"]: one for one in card["after"][0]["tasks"]}
+    assert tasks.keys() == {"triviaqa", "nq_open", "webqs"}
+    assert all(one["n"] == 5 for one in tasks.values())
+    measured("triviaqa, nq_open and webqs, 5 records each: equal scores by both ways")

@@ -134,7 +134,8 @@ TOOLS = {
         Tool("peft_old", ("peft==0.17.1", "transformers==4.57.*"), ("peft", "transformers")),
         Tool("llava", (), ("transformers", "peft")),
         Tool("lm_eval", ("lm_eval",), ("lm_eval", "transformers")),
-        Tool("lmms_eval", ("lmms_eval",), ("lmms_eval", "transformers")),
+        # lmms-eval 0.7.3 changes what filelock 4 no longer has
+        Tool("lmms_eval", ("lmms_eval", "filelock<4"), ("lmms_eval", "transformers", "filelock")),
         # its checks of an adapter, which need no GPU; all that it requires would be some 8 GB
         Tool(
             "vllm",
