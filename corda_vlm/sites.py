@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from corda_vlm.errors import NoSitesError
 from corda_vlm.families import Family, Rule, any_family, family_of, unwrap
 from corda_vlm.families.layers.attention import is_packed, packed_parts
 from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.families.layers.conv2d import is_conv2d, left_out
 from corda_vlm.families.layers.matrix import Matrix, matrix_of, stored
 from corda_vlm.families.options import ROLES, TOWERS, chosen_names, listed_names
+from corda_vlm.names import quoted
 from corda_vlm.text_table import text_table
 
 _SAMPLES = 256  # weights of each site that the fingerprint looks at
@@ -35,11 +38,11 @@ class Site:
     """One weight matrix.
 
     Attributes:
-        name: dotted path of the `nn.Linear` in the bare model with unpacked attention.
+        name: dotted path of the layer in the bare model with unpacked attention.
         tower: "vision", "text", "projector" or "language"; "model" of one that no family knows.
         block: index of the transformer block, None outside of them.
-        role: "q", "k", "v", "o", "up", "gate", "down", "proj", or fused: "qkv", "kv", "gate_up"; "linear" of a model
-            that no family knows.
+        role: "q", "k", "v", "o", "up", "gate", "down", "proj", "conv", or fused: "qkv", "kv", "gate_up"; "linear" or "conv"
+            of a model that no family knows.
         stream: sites that read the same input tensor share one stream, so one covariance.
     """
 
@@ -77,7 +80,11 @@ def find_sites(
     only = chosen_names("role", roles, ROLES)
     bare = unwrap(model)
     rules = found.rules_of(bare)
-    sites = [site for name in _matrices(bare) if (site := _resolved(rules, found, bare, name))]
+    sites = [
+        site
+        for name, matrix in _matrices(bare).items()
+        if (site := _resolved(rules, found, bare, name, matrix.kernel))
+    ]
     present = list(dict.fromkeys(site.tower for site in sites))
     for tower in wanted if wanted is not None else found.towers(bare):
         if tower not in present:
@@ -118,7 +125,15 @@ def _like(patterns: Sequence[str], sites: Sequence[Site], model: nn.Module) -> l
 
 
 def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.Linear:
-    """The base `nn.Linear` of a site, inside PEFT's wrappers too.
+    """The layer of a site as of `get_layer`, where that has to be an `nn.Linear`."""
+    layer = get_layer(model, name, as_trained=as_trained)
+    if not isinstance(layer, nn.Linear):
+        raise NoSitesError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
+    return layer
+
+
+def get_layer(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.Linear | nn.Conv2d:
+    """The base layer of a site, inside PEFT's wrappers too.
 
     Args:
         as_trained: of a module that `modules_to_save` trains whole, PEFT's trained copy, not the original.
@@ -141,9 +156,13 @@ def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.L
         raise NoSitesError(
             f"{name} is a Conv1D, which is no nn.Linear yet; work under corda_vlm.families.layers.attention.unpacked(model)"
         )
-    if not isinstance(module, nn.Linear):
-        raise NoSitesError(f"{name} is a {type(module).__name__}, not an nn.Linear")
-    return module
+    if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and is_conv2d(module)):
+        return module
+    why = left_out(module)
+    raise NoSitesError(
+        f"{name} is a {type(module).__name__}, "
+        + (f"{why}" if why else "neither an nn.Linear nor an nn.Conv2d")
+    )
 
 
 def lies_in(site: str, modules: Iterable[str]) -> bool:
@@ -198,7 +217,8 @@ def model_fingerprint(model: nn.Module, family: str | Family = "auto") -> str:
     """Hash of the sites' names, shapes and sampled weights: equal for one model in any dtype, packed or not.
 
     Of each weight matrix the signs of at most 256 evenly spaced entries go in: rounding to bfloat16 or float16
-    keeps every sign, negative zeros included, while training turns some. Adapters of PEFT are not looked at.
+    keeps every sign, negative zeros included, while training turns some. Adapters of PEFT are not looked at, and neither
+    is a convolution that reads the image itself, which of a model of no known family can be a site.
     """
     bare = unwrap(model)
     matrices = _matrices(bare)
@@ -206,34 +226,61 @@ def model_fingerprint(model: nn.Module, family: str | Family = "auto") -> str:
     of = any_family(bare) if family == "auto" else family
     for site in find_sites(bare, of):
         matrix = matrices[site.name]
+        if _reads_pixels(matrix):
+            continue
         digest.update(f"{site.name}:{matrix.shape};".encode())
         digest.update(bytes(_signs(matrix.read())))
     return digest.hexdigest()[:32]
 
 
+def _reads_pixels(matrix: Matrix) -> bool:
+    """A convolution that reads at most four channels: the patch embedding of a ViT, which was no site once and is in no hash."""
+    return matrix.kernel is not None and matrix.shape[1] <= 4 * math.prod(matrix.kernel)
+
+
 def sites_table(model: nn.Module, sites: Sequence[Site], *, full: bool = False) -> str:
-    """The sites as a table: one row for each role of a tower, its blocks collapsed; `full` gives one a site."""
-    shapes = site_shapes(model, [site.name for site in sites])
-    headers = ("tower", "blocks", "role", "out × in", "stream", "sites", "parameters")
-    rows: list[tuple[object, ...]] = []
-    for group in _groups(sites, shapes, full):
+    """The sites as a table: one row for each role of a tower, its blocks collapsed; `full` gives one a site.
+
+    Convolutions have their kernel beside their shape, and those that can be no sites are named below.
+    """
+    matrices = _of(model, [site.name for site in sites])
+    shapes = {name: matrix.shape for name, matrix in matrices.items()}
+    with_kernels = any(matrix.kernel for matrix in matrices.values())
+    where = "layer" if full else "stream"
+    headers = ["tower", "blocks", "role", "out × in", "kernel", where, "sites", "parameters"]
+    rows: list[list[object]] = []
+    for group in _groups(sites, matrices, full):
         first = group[0]
         out, inp = shapes[first.name]
-        rows.append((
+        rows.append([
             first.tower,
             _ranges([site.block for site in group]),
             first.role,
             f"{out} × {inp}",
+            "×".join(map(str, matrices[first.name].kernel or ())),
             first.name if full else _generic(first.stream),
             len(group),
             f"{sum(out * inp for _ in group):,}",
-        ))  # fmt: skip
-    if full:
-        headers = (*headers[:4], "layer", *headers[5:])
-    table = text_table(rows, headers, right=(False, False, False, True, False, True, True))
+        ])  # fmt: skip
+    if not with_kernels:
+        for row in (headers, *rows):
+            del row[4]
+    right = [header in ("out × in", "kernel", "sites", "parameters") for header in headers]
+    table = text_table(rows, headers, right=right)
     total = sum(out * inp for out, inp in shapes.values())
     streams = len({site.stream for site in sites})
-    return f"{table}\n\n{len(sites)} sites, {streams} streams, {total:,} parameters"
+    counts = f"{len(sites)} sites, {streams} streams, {total:,} parameters"
+    return "\n".join([f"{table}\n\n{counts}", *_told_left_out(unwrap(model))])
+
+
+def _told_left_out(model: nn.Module) -> Iterator[str]:
+    """A line for each reason why convolutions of the model are no sites."""
+    reasons: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if why := left_out(module):
+            reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        yield f"{len(names)} convolutions are no sites, {why}: {quoted(names)}"
 
 
 # ------------------------------------------------------------------ resolving
@@ -245,13 +292,21 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def site_of(family: Family, model: nn.Module, name: str) -> Site | None:
-    """The site of a layer, from the family's first rule that matches its whole path; None where none does."""
-    return _resolved(family.rules_of(model), family, model, name)
+    """The site of an `nn.Linear`, from the family's first rule that matches its whole path; None where none does."""
+    return _resolved(family.rules_of(model), family, model, name, None)
 
 
-def _resolved(rules: Sequence[Rule], family: Family, model: nn.Module, name: str) -> Site | None:
+def _resolved(
+    rules: Sequence[Rule],
+    family: Family,
+    model: nn.Module,
+    name: str,
+    kernel: tuple[int, int] | None,
+) -> Site | None:
     known_as = family.canonical(model, name)
     for rule in rules:
+        if rule.only == "conv" and kernel is None:
+            continue
         if match := _compiled(rule.pattern).fullmatch(known_as):
             groups = match.groupdict()
             block = groups.get("block")
@@ -277,7 +332,7 @@ def _of(model: nn.Module, names: Iterable[str]) -> dict[str, Matrix]:
 
 
 def _matrices(model: nn.Module) -> dict[str, Matrix]:
-    """Base name -> weight of every linear layer, the parts of packed attention and wrapped layers included."""
+    """Base name -> weight of every linear layer and convolution, the parts of packed attention and wrapped layers included."""
     return dict(_walk(model, "", set()))
 
 
@@ -323,17 +378,16 @@ def _no_sites(model: nn.Module, family: Family, tower: str, present: Sequence[st
     if tower not in have:
         return f"{kind} has no {tower} tower; it has: {', '.join(have)}"
     return (
-        f"no layer of the {tower} tower of {kind} matches a rule of family {family.name!r}: it has no nn.Linear "
-        f"that can be adapted (convolutional towers have none). Choose towers={','.join(present)!r}."
+        f"no layer of the {tower} tower of {kind} matches a rule of family {family.name!r}: it has no nn.Linear or nn.Conv2d "
+        "that is known to be one to adapt (grouped convolutions, stems and patch embeddings are none). Choose "
+        f"towers={','.join(present)!r}, or name layers of it in a Family of your own (docs/pages/extend.md)."
     )
 
 
 # ------------------------------------------------------------------ the table
 
 
-def _groups(
-    sites: Sequence[Site], shapes: dict[str, tuple[int, ...]], full: bool
-) -> list[list[Site]]:
+def _groups(sites: Sequence[Site], matrices: Mapping[str, Matrix], full: bool) -> list[list[Site]]:
     """Sites that share a row: one each, or the same role of all blocks, in the order of `ROLES`."""
     if full:
         return [[site] for site in sites]
@@ -342,9 +396,13 @@ def _groups(
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         place = (towers.index(site.tower), site.block is None, parts.index(_part(site)))
-        key = (*place, ROLES.index(site.role), shapes[site.name], _generic(site.stream))
+        key = (*place, ROLES.index(site.role), *_size(matrices[site.name]), _generic(site.stream))
         groups.setdefault(key, []).append(site)
     return [groups[key] for key in sorted(groups)]
+
+
+def _size(matrix: Matrix) -> tuple[tuple[int, int], tuple[int, int]]:
+    return matrix.shape, matrix.kernel or (0, 0)
 
 
 def _part(site: Site) -> str:

@@ -169,7 +169,7 @@ class TestGetLinear:
             site_shape(model, "no.such.layer")
 
     def test_a_module_that_is_no_linear(self, tiny_clip_hf):
-        with pytest.raises(NoSitesError, match=r"vision_model is a \w+, not an nn\.Linear"):
+        with pytest.raises(NoSitesError, match=r"vision_model is a \w+, neither an nn\.Linear"):
             get_linear(tiny_clip_hf, "vision_model")
 
 

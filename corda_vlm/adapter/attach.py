@@ -25,13 +25,13 @@ from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.adapter.options import AttachKeywords, AttachOptions
 from corda_vlm.adapter.paired import (
     PairedConfig,
-    PairedLinear,
+    PairedLayer,
     base_of,
     keep_a_frozen,
     refuse_second_residual,
-    trained,
+    start_from,
 )
-from corda_vlm.adapter.targets import check_wrapped, lora_targets
+from corda_vlm.adapter.targets import check_wrapped, lora_targets, unlike_in_peft
 from corda_vlm.adapter.wrap import base_modes, wrapping
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError
@@ -105,8 +105,12 @@ def _config(
         "modules_to_save": check_full_modules(model, asked.modules_to_save, ranks) or None,
     }
     origin = {name: getattr(plan, name) for name in _ORIGIN}
-    # beside an adapter of ours PEFT wants another of its kind
-    if plan.starts_at_zero and not isinstance(model, PeftModel):
+    # beside an adapter of ours PEFT wants another of its kind, and some convolutions it takes for others
+    if (
+        plan.starts_at_zero
+        and not isinstance(model, PeftModel)
+        and not unlike_in_peft(model, ranks)
+    ):
         config = LoraConfig(**given)
         config.origin = origin  # pyright: ignore[reportAttributeAccessIssue] # for who trains it: no field, so no file has it
         return config
@@ -132,13 +136,12 @@ def _fill(layer: nn.Module, adapter_name: str, factor: Decomposition, freeze_a: 
     """Copy a planned pair into a wrapped layer, as where training starts, and into one of ours as the frozen pair too."""
     assert isinstance(layer, LoraLayer)  # see `check_wrapped`
     start = factor.B, factor.A
-    if isinstance(layer, PairedLinear):
+    if isinstance(layer, PairedLayer):
         layer.set_pair(adapter_name, *start)
         start = layer.pair(adapter_name)
     elif freeze_a:
         keep_a_frozen(layer, adapter_name)
-    for trainable, value in zip(trained(layer, adapter_name), start, strict=True):
-        trainable.data.copy_(value)
+    start_from(layer, adapter_name, *start)
 
 
 def _warn_blind_basis(plan: AdapterPlan) -> None:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import EvaConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 
-from corda_vlm.adapter.targets import check_wrapped, lora_targets
+from corda_vlm.adapter.targets import check_wrapped, lora_targets, refuse_convolutions
 from corda_vlm.adapter.wrap import wrapping
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.covariance.moments import SecondMoment
@@ -60,6 +60,7 @@ def attach_eva(
         )
     check_made_from(model_fingerprint(model), store, "covariances")
     names = [site.name for site in find_sites(model, towers=towers, roles=roles, targets=targets)]
+    refuse_convolutions(model, names, "eva")
     check_rank(site_shapes(model, names), rank)
     directions, shares = _principal(store, names, round(rank * rho))
     ranks = share_out(shares, budget=rank * len(names))

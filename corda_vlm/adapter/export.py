@@ -33,7 +33,7 @@ from corda_vlm.adapter.folder import (
     save_converted,
     save_model,
 )
-from corda_vlm.adapter.paired import PairedLinear, base_of, trained
+from corda_vlm.adapter.paired import PairedLayer, base_of, trained
 from corda_vlm.adapter.plain_lora import LoraBase, save_lora
 from corda_vlm.adapter.serving import BASE, Written, check_served, served
 from corda_vlm.adapter.twin import less_pair, original, twin_of, with_change
@@ -216,7 +216,7 @@ def _pairs(model: PeftModel, name: str) -> tuple[Factors, Factors]:
     start: Factors = {}
     now: Factors = {}
     for site, layer in adapted_layers(model, name).items():
-        if not isinstance(layer, PairedLinear):
+        if not isinstance(layer, PairedLayer):
             raise CordaError(
                 "this adapter has no initial pair, so its base has no residual; take format 'lora'"
             )

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import MiCALinearVariant
 from torch import Tensor
 
-from corda_vlm.adapter.paired import PairedLinear, base_of, trained
+from corda_vlm.adapter.paired import PairedLayer, base_of, trained
 from corda_vlm.errors import CordaError
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # site name -> B (out, r), A (r, inp)
@@ -28,7 +28,7 @@ def changes(model: PeftModel, name: str) -> Factors:
     """The change of every site, scaling included, float32 on the CPU."""
     factors = {}
     for site, layer in adapted_layers(model, name).items():
-        if isinstance(layer, PairedLinear):
+        if isinstance(layer, PairedLayer):
             B, A = layer.change(name)
         elif name in layer.lora_variant and not isinstance(
             layer.lora_variant[name],

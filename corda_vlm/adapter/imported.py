@@ -42,12 +42,20 @@ from corda_vlm.adapter.folder import (
     read_config,
     weights_folder,
 )
-from corda_vlm.adapter.paired import PairedConfig, PairedLinear, PairedType, base_of, trained
+from corda_vlm.adapter.paired import (
+    PairedConfig,
+    PairedLayer,
+    PairedType,
+    base_of,
+    start_from,
+    trained,
+)
 from corda_vlm.adapter.targets import check_wrapped, lora_targets
 from corda_vlm.adapter.wrap import wrapping
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.layers.matrix import matrix_of
 from corda_vlm.families.loading import convert
 from corda_vlm.files import read_json, shown
 from corda_vlm.names import quoted
@@ -177,7 +185,8 @@ def _read(folder: Path) -> _Lora:
     full = {}
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
-            halves.setdefault(match["site"], {})[match["factor"]] = tensor.float()
+            # those of a convolution have the axes of its kernel
+            halves.setdefault(match["site"], {})[match["factor"]] = tensor.float().flatten(1)
         else:
             full[key.removeprefix("base_model.model.")] = tensor
     modules = config.get("modules_to_save") or []
@@ -287,8 +296,8 @@ def _own_names(original: nn.Module, names: list[str]) -> dict[str, str]:
     family = any_family(original)
     own: dict[str, str] = {}
     with unpacked(original):
-        linear = [name for name, m in original.named_modules() if isinstance(m, nn.Linear)]
-    for name in linear:
+        layers = [name for name, m in original.named_modules() if matrix_of(m) is not None]
+    for name in layers:
         for alias in (*_converted(original, name), family.canonical(original, name), name):
             own[alias] = name
     found = {}
@@ -321,7 +330,7 @@ def _fill(
     after: tuple[Tensor, Tensor],
 ) -> None:
     layer = base_of(model).get_submodule(site)
-    assert isinstance(layer, PairedLinear)  # see `check_wrapped`
+    assert isinstance(layer, PairedLayer)  # see `check_wrapped`
     layer.set_pair(adapter_name, *before)
     for parameter, value in zip(trained(layer, adapter_name), after, strict=True):
         if parameter.shape != value.shape:
@@ -329,7 +338,7 @@ def _fill(
                 f"{site!r} was trained with factors of {tuple(value.shape)}, and this model's are {tuple(parameter.shape)}: it "
                 "is another model"
             )
-        parameter.data.copy_(value)
+    start_from(layer, adapter_name, *after)
 
 
 def _fill_full(model: PeftModel, adapter_name: str, ours: _Lora) -> None:

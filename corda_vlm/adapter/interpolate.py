@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from corda_vlm.adapter.options import check_scale
-from corda_vlm.adapter.paired import PairedLinear, base_of
+from corda_vlm.adapter.paired import PairedLayer, base_of
 from corda_vlm.errors import CordaError
 
 # PEFT's starts that leave the base weight as it was. The others write a residual into it, so W is gone.
@@ -76,7 +76,7 @@ def scaled(peft_model: nn.Module, scale: float) -> Iterator[None]:
         for layer in layers if scale != 1.0 else ():
             for name in layer.active_adapters:
                 variant = layer.lora_variant.get(name)
-                if variant is not None and not isinstance(layer, PairedLinear):
+                if variant is not None and not isinstance(layer, PairedLayer):
                     layer.lora_variant[name] = _Partly(variant, scale)  # pyright: ignore[reportArgumentType]
                 elif name in layer.scaling:
                     layer.scaling[name] *= scale
@@ -157,10 +157,10 @@ class _Partly:
         self,
         module: LoraLayer,
         active_adapter: str,
-        x: Float[Tensor, "*b inp"],
-        result: Float[Tensor, "*b out"],
+        x: Float[Tensor, "*read"],
+        result: Float[Tensor, "*given"],
         **rest: Any,
-    ) -> Float[Tensor, "*b out"]:
+    ) -> Float[Tensor, "*given"]:
         if self.scale == 0.0:
             return result
         full = self.variant.forward(module, active_adapter, x, result, **rest)

@@ -27,12 +27,13 @@ from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as TUNERS
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.lora.layer import Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer, LoraVariant
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.layers.attention import pack
+from corda_vlm.families.layers.conv2d import as_kernel, convolved
 from corda_vlm.families.layers.matrix import Matrix, matrix_of, write_matrix
 
 BASES = ("untouched", "residual")
@@ -63,17 +64,17 @@ class PairedConfig(LoraConfig):
         if self.base not in BASES:
             raise UnknownNameError("base mode", self.base, BASES)
         self.peft_type = PairedType.CORDA_VLM  # pyright: ignore[reportAttributeAccessIssue]
-        self._register_custom_module({nn.Linear: PairedLinear})
+        self._register_custom_module({nn.Linear: PairedLinear, nn.Conv2d: PairedConv2d})
 
 
-class PairedLinear(Linear):
-    """`y = W x + scaling · (B A − B₀A₀) x` over an `nn.Linear`, see the module.
+class PairedLayer(nn.Module, LoraLayer):
+    """`y = W x + scaling · (B A − B₀A₀) x`, see the module; PEFT's class for a kind of layer comes after it.
 
     `scaling` is 1 unless PEFT's `set_scale` changes it; in both modes it interpolates between the original
     layer (0) and the trained one (1).
     """
 
-    other_param_names = (*Linear.other_param_names, "lora_init_A", "lora_init_B")
+    other_param_names = (*LoraLayer.other_param_names, "lora_init_A", "lora_init_B")
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         if "lora_init_A" not in self._modules:  # PEFT's constructor comes here before it returns
@@ -87,6 +88,12 @@ class PairedLinear(Linear):
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         assert isinstance(config, PairedConfig)  # `PairedModel` lets no other in
         return Untouched() if config.base == "untouched" else Residual()
+
+    def product(
+        self, x: Float[Tensor, "*read"], B: Float[Tensor, "out r"], A: Float[Tensor, "r inp"]
+    ) -> Float[Tensor, "*given"]:
+        """`B A x`, without their product."""
+        return F.linear(F.linear(x, A), B)
 
     def is_residual(self, adapter_name: str) -> bool:
         return isinstance(self.lora_variant[adapter_name], Residual)
@@ -142,14 +149,18 @@ class PairedLinear(Linear):
             return B - B0, A
         return difference(B, A, B0, A0)
 
-    def get_delta_weight(self, adapter: str) -> Float[Tensor, "out inp"]:
+    def get_delta_weight(self, adapter: str) -> Float[Tensor, " out *inp"]:
         """What merging adds to the base weight, in float32 or better; PEFT's name for it."""
         P, Q = self.change(adapter)
         delta = P.float() @ Q.float() * self.scaling[adapter]
         if self.is_residual(adapter):
             B0, A0 = self.pair(adapter)
             delta = delta + B0.float() @ A0.float()
-        return delta
+        return self.as_stored(delta)
+
+    def as_stored(self, matrix: Float[Tensor, "out inp"]) -> Float[Tensor, " out *inp"]:
+        """A matrix in the shape of the layer's weight."""
+        return matrix
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.lora_init_A:
@@ -168,6 +179,31 @@ class PairedLinear(Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class PairedLinear(PairedLayer, Linear):
+    """The carrier over an `nn.Linear`."""
+
+
+class PairedConv2d(PairedLayer, Conv2d):
+    """The carrier over an `nn.Conv2d`: as PEFT's, A is a k×k convolution to r channels and B a 1×1 one from there.
+
+    What is learned is computed by two such convolutions too, with the stride, the padding and its mode, and the dilation of the layer:
+    its patches are never made. PEFT's own know no dilation and no mode of padding.
+    """
+
+    def product(
+        self, x: Float[Tensor, "*read"], B: Float[Tensor, "out r"], A: Float[Tensor, "r inp"]
+    ) -> Float[Tensor, "*given"]:
+        return convolved(self._conv(), x, A, B)
+
+    def as_stored(self, matrix: Float[Tensor, "out inp"]) -> Float[Tensor, " out *inp"]:
+        return as_kernel(self._conv(), matrix)
+
+    def _conv(self) -> nn.Conv2d:
+        conv = self.get_base_layer()
+        assert isinstance(conv, nn.Conv2d)
+        return conv
+
+
 class Untouched(LoraVariant):
     """Forward and merge over the original weight `W`."""
 
@@ -175,7 +211,6 @@ class Untouched(LoraVariant):
     def init(
         module: LoraLayer, adapter_name: str, config: PairedConfig | None = None, **kwargs: Any
     ) -> None:
-        assert isinstance(module, PairedLinear)
         assert config is not None
         if config.freeze_a:
             keep_a_frozen(module, adapter_name)
@@ -184,19 +219,19 @@ class Untouched(LoraVariant):
     def forward(
         module: LoraLayer,
         active_adapter: str,
-        x: Float[Tensor, "*b inp"],
-        result: Float[Tensor, "*b out"],
+        x: Float[Tensor, "*read"],
+        result: Float[Tensor, "*given"],
         **kwargs: Any,
-    ) -> Float[Tensor, "*b out"]:
-        assert isinstance(module, PairedLinear)
+    ) -> Float[Tensor, "*given"]:
+        assert isinstance(module, PairedLayer)
         P, Q = module.change(active_adapter)
-        return result + F.linear(F.linear(x, Q), P) * module.scaling[active_adapter]
+        return result + module.product(x, P, Q) * module.scaling[active_adapter]
 
     @staticmethod
     def merge_safe(
-        module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, "out inp"]
-    ) -> Float[Tensor, "out inp"]:
-        assert isinstance(module, PairedLinear)
+        module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, " out *inp"]
+    ) -> Float[Tensor, " out *inp"]:
+        assert isinstance(module, PairedLayer)
         # PEFT's unmerge subtracts and rounds; this one puts the weight back to the bit, for its size in memory.
         module._cache_store(f"{active_adapter}-unmerged", orig_weight.detach().clone())
         merged = orig_weight.float() + module.get_delta_weight(active_adapter)
@@ -204,14 +239,14 @@ class Untouched(LoraVariant):
 
     @classmethod
     def merge_unsafe(  # pyright: ignore[reportIncompatibleMethodOverride] - one for both variants
-        cls, module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, "out inp"]
+        cls, module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, " out *inp"]
     ) -> None:
         orig_weight.data.copy_(cls.merge_safe(module, active_adapter, orig_weight.data))
 
     @staticmethod
     def unmerge(
-        module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, "out inp"]
-    ) -> Float[Tensor, "out inp"]:
+        module: LoraLayer, active_adapter: str, orig_weight: Float[Tensor, " out *inp"]
+    ) -> Float[Tensor, " out *inp"]:
         before = module._cache_pop(f"{active_adapter}-unmerged")
         return orig_weight.data.copy_(before)
 
@@ -223,18 +258,18 @@ class Residual(Untouched):
     def forward(
         module: LoraLayer,
         active_adapter: str,
-        x: Float[Tensor, "*b inp"],
-        result: Float[Tensor, "*b out"],
+        x: Float[Tensor, "*read"],
+        result: Float[Tensor, "*given"],
         **kwargs: Any,
-    ) -> Float[Tensor, "*b out"]:
-        assert isinstance(module, PairedLinear)
+    ) -> Float[Tensor, "*given"]:
+        assert isinstance(module, PairedLayer)
         B, A = trained(module, active_adapter)
         scaling = module.scaling[active_adapter]
-        result = result + F.linear(F.linear(x, A), B) * scaling
+        result = result + module.product(x, B, A) * scaling
         if scaling == 1:
             return result
         B0, A0 = module.pair(active_adapter)
-        return result + F.linear(F.linear(x, A0), B0) * (1 - scaling)
+        return result + module.product(x, B0, A0) * (1 - scaling)
 
 
 class PairedModel(LoraModel):
@@ -261,7 +296,7 @@ class PairedModel(LoraModel):
         # An adapter that is added under another's own configuration is made for a copy of its A and B, as TRL's DPOTrainer
         # makes its reference: without the pair it would not be the model that it copies.
         same = [n for n, c in self.peft_config.items() if c is lora_config and n != adapter_name]
-        if same and isinstance(target, PairedLinear) and same[0] in target.lora_init_A:
+        if same and isinstance(target, PairedLayer) and same[0] in target.lora_init_A:
             target.set_pair(adapter_name, *target.pair(same[0]))
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -285,11 +320,23 @@ class PairedModel(LoraModel):
 def trained(
     layer: LoraLayer, adapter_name: str
 ) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
-    """The parameters `B`, `A` of one adapter of any LoRA layer over an `nn.Linear`."""
+    """The parameters `B`, `A` of one adapter of any LoRA layer over an `nn.Linear` or `nn.Conv2d`, as matrices.
+
+    Through them a gradient reaches the parameters; `start_from` writes to those.
+    """
     B, A = layer.lora_B[adapter_name], layer.lora_A[adapter_name]
-    assert isinstance(B, nn.Linear)
-    assert isinstance(A, nn.Linear)
-    return B.weight, A.weight
+    assert isinstance(B, (nn.Linear, nn.Conv2d))
+    assert isinstance(A, (nn.Linear, nn.Conv2d))
+    return B.weight.flatten(1), A.weight.flatten(1)
+
+
+@torch.no_grad()
+def start_from(
+    layer: LoraLayer, adapter_name: str, B: Float[Tensor, "out r"], A: Float[Tensor, "r inp"]
+) -> None:
+    """Give one adapter of a LoRA layer these parameters."""
+    write_matrix(layer.lora_B[adapter_name], B)
+    write_matrix(layer.lora_A[adapter_name], A)
 
 
 def difference(
@@ -298,7 +345,7 @@ def difference(
     B0: Float[Tensor, "*n out r"],
     A0: Float[Tensor, "*n r inp"],
 ) -> tuple[Float[Tensor, "*n out k"], Float[Tensor, "*n k inp"]]:
-    """Factors `P Q = B A − B₀A₀` as in `PairedLinear.change`, of one layer or of many equal ones."""
+    """Factors `P Q = B A − B₀A₀` as in `PairedLayer.change`, of one layer or of many equal ones."""
     return torch.cat([B - B0, B0], dim=-1), torch.cat([A, A - A0], dim=-2)
 
 
@@ -316,9 +363,9 @@ def keep_a_frozen(layer: LoraLayer, adapter_name: str) -> None:
     layer._freeze_non_trainable_peft_weights(adapter_name)
 
 
-def paired_layers(model: nn.Module) -> dict[str, PairedLinear]:
+def paired_layers(model: nn.Module) -> dict[str, PairedLayer]:
     """Site name -> layer, by the names of the base model, in the model's order."""
-    return {n: m for n, m in base_of(model).named_modules() if isinstance(m, PairedLinear)}
+    return {n: m for n, m in base_of(model).named_modules() if isinstance(m, PairedLayer)}
 
 
 def base_of(model: nn.Module) -> nn.Module:

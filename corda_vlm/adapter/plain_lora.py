@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from corda_vlm.adapter.base import HEADER, save_base
 from corda_vlm.adapter.factors import Factors, plain
 from corda_vlm.adapter.folder import ADAPTER, CONFIG
-from corda_vlm.adapter.targets import anchored
+from corda_vlm.adapter.targets import anchored, unlike_in_peft
 from corda_vlm.errors import CordaError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.families.layers.conv2d import as_kernel
 from corda_vlm.files import write_json
 from corda_vlm.tensors import save_tensors
 
@@ -87,9 +88,15 @@ def save_lora(
         raise CordaError(
             f"the names of {full[0]!r} are not converted to transformers'; take format='merged'"
         )
+    if unlike := unlike_in_peft(base.model, factors):
+        site, why = next(iter(unlike.items()))
+        raise CordaError(
+            f"a plain LoRA cannot express {len(unlike)} sites, first {site!r}: PEFT's LoRA of a convolution has no "
+            f"{why.partition(' ')[0]}, and this one has {why}. Take format='merged', or leave those sites out when planning"
+        )
     config = _config(factors, width, base, full)
     write_json(folder / CONFIG, _lean(config, base))
-    tensors = _padded(factors, width) | _full_weights(model, adapter_name, full)
+    tensors = _padded(factors, width, base) | _full_weights(model, adapter_name, full)
     save_tensors(folder / ADAPTER, tensors, {HEADER: base.fingerprint})
     save_base(base.fingerprint, folder)
     if (folder / "base").is_dir():  # for adapters that other tools train on it and write elsewhere
@@ -97,14 +104,20 @@ def save_lora(
     return width
 
 
-def _padded(factors: Factors, width: int) -> dict[str, Tensor]:
-    """The factors by PEFT's names, zeros filling up their ranks to one width."""
+def _padded(factors: Factors, width: int, base: LoraBase) -> dict[str, Tensor]:
+    """The factors by PEFT's names and in its shapes, zeros filling up their ranks to one width."""
     tensors = {}
+    convolutions = {
+        name: module for name, module in base.model.named_modules() if isinstance(module, nn.Conv2d)
+    }
     for site, (B, A) in factors.items():
         spare = width - A.shape[0]
         prefix = f"base_model.model.{site}"
-        tensors[f"{prefix}.lora_A.weight"] = F.pad(A, (0, 0, 0, spare)).contiguous()  # (width, inp)
-        tensors[f"{prefix}.lora_B.weight"] = F.pad(B, (0, spare)).contiguous()  # (out, width)
+        A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))  # (width, inp), (out, width)
+        if (conv := convolutions.get(site)) is not None:
+            A, B = as_kernel(conv, A), B[:, :, None, None]
+        tensors[f"{prefix}.lora_A.weight"] = A.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = B.contiguous()
     return tensors
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
-from corda_vlm.adapter.paired import (
-    base_of,
-)
+from corda_vlm.adapter.paired import PairedLayer, base_of
 from corda_vlm.errors import CordaError
+from corda_vlm.families.layers.conv2d import not_in_peft
+from corda_vlm.sites import inner_layer
 
 
 def anchored(names: Iterable[str]) -> str:
@@ -43,8 +44,34 @@ def lora_targets(ranks: Mapping[str, int], rank: int | None = None) -> dict[str,
     }
 
 
+def unlike_in_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Those of these layers that PEFT's own LoRA takes for others, and what it leaves out."""
+    wanted = set(names)
+    layers = {
+        name: inner_layer(module)
+        for name, module in base_of(model).named_modules()
+        if name in wanted
+    }
+    return {
+        name: why
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Conv2d) and (why := not_in_peft(layer))
+    }
+
+
+def refuse_convolutions(model: nn.Module, names: Iterable[str], start: str) -> None:
+    """Raise a `CordaError` where one of these layers is a convolution, for which PEFT has no such start."""
+    wanted = set(names)
+    for name, module in model.named_modules():
+        if name in wanted and isinstance(module, nn.Conv2d):
+            raise CordaError(
+                f"PEFT starts {start!r} for nn.Linear alone, and {name!r} is a convolution; leave it out (towers=, roles=, "
+                "targets=), or take another method"
+            )
+
+
 def check_wrapped(peft_model: PeftModel, ranks: Mapping[str, int], adapter_name: str) -> None:
-    """Raise unless exactly these modules carry the adapter, with these ranks and scaling 1."""
+    """Raise unless exactly these modules carry the adapter, with these ranks and scaling 1, and as the layers that they are."""
     layers = {
         name: module
         for name, module in base_of(peft_model).named_modules()
@@ -62,3 +89,9 @@ def check_wrapped(peft_model: PeftModel, ranks: Mapping[str, int], adapter_name:
                 f"PEFT scales the adapter of {name!r} by {scaling} where the plan says 1; nothing was attached. Please "
                 "report this with the model's class."
             )
+    plain = [name for name, layer in layers.items() if not isinstance(layer, PairedLayer)]
+    for name, why in unlike_in_peft(peft_model, plain).items():
+        raise CordaError(
+            f"PEFT's LoRA of a convolution knows no {why.partition(' ')[0]}, which {name!r} has ({why}): leave that layer out "
+            "(targets=, roles=), or take a method of this package, such as corda-kpm, whose layer does"
+        )

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from corda_vlm.adapter.full_modules import unwrap_full_modules
-from corda_vlm.adapter.paired import PairedLinear, base_matrix, base_of
+from corda_vlm.adapter.paired import PairedLayer, base_matrix, base_of
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.attention import pack
 from corda_vlm.families.layers.matrix import write_matrix
@@ -62,13 +62,13 @@ def with_change(layer: LoraLayer) -> None:
 
 
 def original(layer: LoraLayer) -> None:
-    if isinstance(layer, PairedLinear):
+    if isinstance(layer, PairedLayer):
         for name in list(layer.lora_init_A):
             layer.drop_pair(name)
 
 
 def less_pair(layer: LoraLayer) -> None:
-    assert isinstance(layer, PairedLinear)
+    assert isinstance(layer, PairedLayer)
     name = layer.active_adapters[0]
     if not layer.is_residual(name):
         B0, A0 = layer.pair(name)

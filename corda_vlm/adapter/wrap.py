@@ -15,7 +15,7 @@ from torch import nn
 
 from corda_vlm.adapter.full_modules import unwrap_full_modules
 from corda_vlm.adapter.paired import (
-    PairedLinear,
+    PairedLayer,
     base_of,
 )
 from corda_vlm.errors import CordaError
@@ -44,7 +44,7 @@ def restore(peft_model: nn.Module) -> nn.Module:
     bare = base_of(peft_model)
     exact = "residual" not in base_modes(peft_model)
     for layer in bare.modules():
-        if isinstance(layer, LoraLayer) and not isinstance(layer, PairedLinear) and layer.merged:
+        if isinstance(layer, LoraLayer) and not isinstance(layer, PairedLayer) and layer.merged:
             layer.unmerge()
             exact = False
     unwrap_full_modules(bare)  # first: peft would leave the trained copies in place
@@ -84,7 +84,7 @@ def _wrapping(model: nn.Module) -> Iterator[None]:
         for parent in list(model.modules()):
             for key, child in list(parent._modules.items()):
                 if isinstance(child, BaseTunerLayer):
-                    if isinstance(child, PairedLinear):
+                    if isinstance(child, PairedLayer):
                         for name in list(child.lora_init_A):
                             child.drop_pair(name)
                     parent._modules[key] = child.get_base_layer()

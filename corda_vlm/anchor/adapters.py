@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant, MiCALinearVariant
-from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
+from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant, MiCALinearVariant
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corda_vlm.adapter.paired import PairedLinear, difference, trained
+from corda_vlm.adapter.paired import PairedLayer, base_matrix, difference, trained
 from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.errors import CordaError
+from corda_vlm.families.layers.matrix import matrix_of
+
+_DORA = (DoraLinearVariant, DoraConv2dVariant)
 
 
 class _Projected(torch.autograd.Function):
@@ -86,7 +88,7 @@ class Adapted:
 
     @property
     def is_ours(self) -> bool:
-        return isinstance(self.layer, PairedLinear)
+        return isinstance(self.layer, PairedLayer)
 
     @property
     def kind(self) -> tuple:
@@ -98,14 +100,14 @@ class Adapted:
     @property
     def a_is_fixed(self) -> bool:
         layer = self.layer
-        return isinstance(layer, PairedLinear) and all(map(layer.a_is_frozen, self.adapters))
+        return isinstance(layer, PairedLayer) and all(map(layer.a_is_frozen, self.adapters))
 
     def pair(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
         return _joined([trained(self.layer, name) for name in self.adapters])
 
     def first(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]] | None:
         """The pair that counts as no change; None where `B₀A₀` is zero."""
-        if isinstance(self.layer, PairedLinear):
+        if isinstance(self.layer, PairedLayer):
             return _joined([self.layer.pair(name) for name in self.adapters])
         return self.start
 
@@ -116,8 +118,8 @@ class Adapted:
 
     def reference(self) -> Float[Tensor, "out inp"]:
         """The weight before any change; for DoRA without the scale of its rows."""
-        weight = dequantize_module_weight(self.layer.get_base_layer()).detach().float()
-        if isinstance(self.layer, PairedLinear) and not self.layer.is_residual(self.adapters[0]):
+        weight = base_matrix(self.layer).read().float()
+        if isinstance(self.layer, PairedLayer) and not self.layer.is_residual(self.adapters[0]):
             return weight
         if (first := self.first()) is None:
             return weight
@@ -150,7 +152,8 @@ class Adapted:
         return replace(self, size=size, rows=(rows, norms), gain=gain)
 
     def magnitude(self) -> Float[Tensor, " out"]:
-        return self.layer.lora_magnitude_vector[self.adapters[0]].weight  # pyright: ignore[reportReturnType]
+        magnitude: Any = self.layer.lora_magnitude_vector[self.adapters[0]].weight
+        return magnitude.flatten()  # of a convolution (1, out, 1, 1)
 
 
 class Adapters:
@@ -268,21 +271,21 @@ def as_adapted(name: str, layer: LoraLayer) -> Adapted:
             f"the adapter of {name!r} is merged into the base, which the anchor needs apart; call "
             "`unmerge_adapter()` first"
         )
-    is_dora = any(isinstance(variant, DoraLinearVariant) for variant in variants)
+    is_dora = any(isinstance(variant, _DORA) for variant in variants)
     if is_dora and len(adapters) > 1:
         raise CordaError(
             f"{name!r} has several active adapters, of which one is DoRA: activate one"
         )
-    known = (DoraLinearVariant, MiCALinearVariant)  # MiCA is LoRA with B frozen
+    known = (*_DORA, MiCALinearVariant)  # MiCA is LoRA with B frozen
     strange = [v for v in variants if v is not None and not isinstance(v, known)]
-    if strange and not isinstance(layer, PairedLinear):
+    if strange and not isinstance(layer, PairedLayer):
         raise CordaError(
             f"{name!r} carries a {type(strange[0]).__name__}, whose change the anchor cannot tell; it knows LoRA, "
             "rsLoRA, DoRA, MiCA, the adapters of corda_vlm, and full fine-tuning"
         )
     site = Adapted(name, layer, adapters, None, is_dora)
-    if isinstance(layer, PairedLinear) or not isinstance(layer.get_base_layer(), nn.Linear):
-        return site  # a layer that is no nn.Linear has no covariance, which is said later
+    if isinstance(layer, PairedLayer) or matrix_of(layer.get_base_layer()) is None:
+        return site  # a layer without a matrix has no covariance, which is said later
     B, A = (factor.detach() for factor in site.pair())
     if bool(B.any()) and bool(A.any()):
         site = replace(site, start=(B * B.new_tensor(site.scales()), A.clone()))

@@ -16,7 +16,7 @@ from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.attention import is_packed, packed_weights
 from corda_vlm.precision import fast_dtype
-from corda_vlm.sites import find_sites, get_linear, inner_layer
+from corda_vlm.sites import find_sites, get_layer, inner_layer
 
 _BLOCK = 2**20
 """Entries at a time: what is written between the steps stays in a processor's cache."""
@@ -121,7 +121,7 @@ def _weights_below(
     if is_packed(module):  # split once, or each part's gradient would be as large as the whole
         parts = packed_weights(module)
         return [parts[name.rpartition(".")[2]] for name in names]
-    return [get_linear(model, name, as_trained=as_trained).weight for name in names]
+    return [get_layer(model, name, as_trained=as_trained).weight.flatten(1) for name in names]
 
 
 def trained_sites(bare: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:

@@ -35,7 +35,7 @@ from corda_vlm.locks import locked
 from corda_vlm.names import quoted
 from corda_vlm.options import as_keywords, options_from
 from corda_vlm.progress import Meter, showing
-from corda_vlm.sites import Site, find_sites, get_linear, model_fingerprint
+from corda_vlm.sites import Site, find_sites, get_layer, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class _Job:
         path: Path | None,
     ) -> None:
         self.model, self.source, self.loss, self.path = model, source, loss, path
-        self.weights = {site.name: get_linear(model, site.name).weight for site in sites}
+        self.weights = {site.name: get_layer(model, site.name).weight for site in sites}
         self.fingerprints = {
             "model_fingerprint": model_fingerprint(model),
             "data_fingerprint": f"{source.fingerprint}-{about or _name_of(loss)}",
@@ -259,6 +259,7 @@ class _Job:
         def take(weight: Tensor) -> None:
             assert weight.grad is not None
             gradient, weight.grad = weight.grad.detach().to("cpu", torch.float32), None
+            gradient = gradient.flatten(1)  # that of a convolution as its weight is
             if not bool(torch.isfinite(gradient).all()):
                 raise CalibrationError(
                     f"the gradient of {name} has NaN or Inf in batch {self.done} (from 0). Look at that batch's inputs; if they "

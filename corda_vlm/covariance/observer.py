@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from corda_vlm.distributed.deal import ALONE, Share
 from corda_vlm.errors import CalibrationError, UnknownNameError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.layers.conv2d import geometry, places_as_rows
+from corda_vlm.families.layers.matrix import shape_of
 from corda_vlm.names import quoted
-from corda_vlm.sites import Site, get_linear, model_fingerprint
+from corda_vlm.sites import Site, get_layer, model_fingerprint
 
 _OUTPUT = "output side of "
 
@@ -77,7 +79,7 @@ def observe(
         )
         stack.enter_context(unpacked(model))
         stack.callback(observer.detach)
-        observer.attach({site.name: get_linear(model, site.name) for site in sites})
+        observer.attach({site.name: get_layer(model, site.name) for site in sites})
         yield observer
 
 
@@ -125,6 +127,7 @@ class Observer:
         self._streams: dict[str, list[Site]] = {}
         for site in self.sites:
             self._streams.setdefault(site.stream, []).append(site)
+        self._layers: Mapping[str, nn.Linear | nn.Conv2d] = {}
         self._widths: dict[str, int] = {}
         self._homes: dict[str, torch.device] = {}  # where sums without rows are
         # stream -> a sum for each round, none before its first rows
@@ -147,30 +150,35 @@ class Observer:
 
     # ------------------------------------------------------------------ hooks
 
-    def attach(self, linears: Mapping[str, nn.Linear]) -> None:
+    def attach(self, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> None:
         """Put the hooks on; site name -> layer."""
+        self._layers = layers
         for stream, members in self._streams.items():
-            sizes = {linears[site.name].in_features for site in members}
+            names = quoted([site.name for site in members])
+            sizes = {shape_of(layers[site.name])[1] for site in members}
             if len(sizes) > 1:
-                names = quoted([site.name for site in members])
                 raise CalibrationError(
                     f"{names} are declared to read one input, but their widths are {sorted(sizes)}"
                 )
+            if len({geometry(layers[site.name]) for site in members}) > 1:
+                raise CalibrationError(
+                    f"{names} are declared to read one input, but take other patches of it; give them streams of their own"
+                )
             self._widths[stream] = sizes.pop()
-            self._homes[stream] = home_of(linears[members[0].name], self._device)
+            self._homes[stream] = home_of(layers[members[0].name], self._device)
             sharing = Sharing(stream, [site.name for site in members]) if len(members) > 1 else None
             for site in members:
                 # The first site counts for the stream; the others only prove, once, that they read the same.
                 counts = site is members[0]
                 hook = self._hook(site, sharing, counts)
-                handle = linears[site.name].register_forward_pre_hook(hook, with_kwargs=True)
+                handle = layers[site.name].register_forward_pre_hook(hook, with_kwargs=True)
                 self._handles.append(handle)
                 if sharing is not None and not counts:
                     sharing.handles.append(handle)
             if sharing is not None:
                 self._sharing[stream] = sharing
         if self.outputs is not None:
-            self.outputs.attach(linears)
+            self.outputs.attach(layers)
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -235,19 +243,30 @@ class Observer:
             towers[tower] = max(towers.get(tower, 0), rows)
         return sum(towers.values())
 
-    def _count(self, site: Site, x: Float[Tensor, "*axes d"]) -> None:
-        stream = site.stream
+    def _count(self, site: Site, x: Float[Tensor, "*axes"]) -> None:
+        stream, layer = site.stream, self._layers[site.name]
         self._calls[stream] += 1
-        rows = self._selector.select(x, tower=site.tower, stream=stream, site=site.name)
-        self._rows[stream] += len(rows)
-        if self._calls[stream] <= self._ahead.get(stream, 0):
-            return  # counted before the exception after which this batch is repeated
-        if len(rows):
-            self._check_finite(site, rows)
-        self._whole = False
-        moment = self._sum(stream, rows)
-        moment.add(rows, self.precision)
-        moment.release()  # its next turn is as many batches away as there are rounds
+        counted = self._calls[stream] <= self._ahead.get(stream, 0)
+        is_conv = isinstance(layer, nn.Conv2d)
+        if (
+            is_conv and not counted
+        ):  # before the first of its patches is counted, or the sum would be left half way
+            self._check_finite(site, x, places_as_rows)
+        moment = None
+        blocks = self._selector.blocks(layer, x, tower=site.tower, stream=stream, site=site.name)
+        for rows in blocks:
+            self._rows[stream] += len(rows)
+            if counted:
+                continue  # before the exception after which this batch is repeated
+            if not is_conv:
+                self._check_finite(site, rows)
+            self._whole = False
+            moment = self._sum(stream, rows)
+            moment.add(rows, self.precision)
+        if counted:
+            return
+        if moment is not None:
+            moment.release()  # its next turn is as many batches away as there are rounds
         self._ahead[stream] = self._calls[stream]
         self._whole = True
 
@@ -265,18 +284,25 @@ class Observer:
         ] or [SecondMoment(width, dtype, device, self._scratch) for _ in range(self.rounds)]
         self._placed.add(stream)
 
-    def _check_finite(self, site: Site, rows: Float[Tensor, "n d"]) -> None:
-        low, high = (float(value) for value in torch.aminmax(rows))  # NaN goes through both
+    def _check_finite(
+        self,
+        site: Site,
+        x: Float[Tensor, "*axes"],
+        as_rows: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        if not x.numel():
+            return
+        low, high = (float(value) for value in torch.aminmax(x))  # NaN goes through both
         largest = max(-low, high)
         # the squares have to be summed, too
         limit = torch.finfo(PRECISIONS[self.precision]).max ** 0.5 / 1e3
         if largest < limit:
             return
         readers = quoted([member.name for member in self._streams[site.stream]])
-        bad = ~(rows.abs() < limit)
+        bad = ~(as_rows(x).abs() < limit)
         raise CalibrationError(
             f"the input of {readers} has NaN, Inf or values too large to square in batch {self._number} (from 0): "
-            f"{bad.double().mean().item():.2%} of the values, in {int(bad.any(1).sum())} of {len(rows)} tokens. None "
+            f"{bad.double().mean().item():.2%} of the values, in {int(bad.any(1).sum())} of {len(bad)} tokens. None "
             "of them was counted. Look at that batch's inputs; if they are fine, run the model in float32 or bfloat16"
         )
 

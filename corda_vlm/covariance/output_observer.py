@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +25,8 @@ from corda_vlm.distributed.agree import is_first, told_by_first, told_everywhere
 from corda_vlm.errors import CalibrationError
 from corda_vlm.families import Batch
 from corda_vlm.families.base import requiring
+from corda_vlm.families.layers.conv2d import places_as_rows
+from corda_vlm.families.layers.matrix import shape_of
 from corda_vlm.sites import Site
 
 
@@ -66,12 +69,12 @@ class OutputObserver:
         self._calls: Counter[str] = Counter()  # site -> gradients so far
         self.ahead: dict[str, int] = {}  # site -> gradients that are counted already
 
-    def attach(self, linears: Mapping[str, nn.Linear]) -> None:
+    def attach(self, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> None:
         """Put the hooks on; site name -> layer."""
-        for name, linear in linears.items():
-            self._widths[name] = linear.out_features
-            self._homes[name] = home_of(linear, self._device)
-            self._handles.append(linear.register_forward_hook(self._hook(name)))
+        for name, layer in layers.items():
+            self._widths[name] = shape_of(layer)[0]
+            self._homes[name] = home_of(layer, self._device)
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -87,7 +90,8 @@ class OutputObserver:
                 start = output.new_zeros((), requires_grad=True)
                 self._starts.append(start)
                 output = output + start
-            output.register_hook(lambda gradient: self._count(name, gradient))
+            as_rows = places_as_rows if isinstance(module, nn.Conv2d) else _tokens_as_rows
+            output.register_hook(lambda gradient: self._count(name, as_rows(gradient.detach())))
             return output
 
         return hook
@@ -122,11 +126,10 @@ class OutputObserver:
         return [name for name, site in self.sites.items() if towers is None or site.tower in towers]
 
     @torch.no_grad()
-    def _count(self, name: str, gradient: Tensor) -> None:
+    def _count(self, name: str, rows: Float[Tensor, "n out"]) -> None:
         self._calls[name] += 1
         if self._calls[name] <= self.ahead.get(name, 0):
             return  # counted before the exception after which this batch is repeated
-        rows = gradient.detach().reshape(-1, gradient.shape[-1])
         if not bool(torch.isfinite(rows.abs().amax() if rows.numel() else torch.zeros(()))):
             raise CalibrationError(
                 f"the gradient of what the model gives out by the output of {name!r} is NaN or Inf. None of it was counted; "
@@ -194,3 +197,7 @@ class OutputObserver:
                 "what the model gives out does not depend on any of the sites, so they have no output side; leave "
                 "output_side out"
             )
+
+
+def _tokens_as_rows(y: Float[Tensor, "*tokens out"]) -> Float[Tensor, "n out"]:
+    return y.reshape(-1, y.shape[-1])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from corda_vlm.errors import CalibrationError
+from corda_vlm.families.layers.conv2d import patches
 
 Masks = Mapping[str, Tensor]
 """Tower, or stream whose inputs are not those of its tower, -> (B, L), True (or 1) on tokens that count; without an entry
@@ -35,6 +36,31 @@ class TokenSelector:
     def begin(self, masks: Masks | None) -> None:
         """A new batch."""
         self._masks = {tower: _or_none(tower, mask) for tower, mask in (masks or {}).items()}
+
+    def blocks(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        x: Float[Tensor, "*shape"],
+        *,
+        tower: str,
+        stream: str,
+        site: str,
+    ) -> Iterator[Float[Tensor, "n d"]]:
+        """The rows that a layer multiplies, of its input `x`: of an `nn.Linear` all at once, of a convolution its patches.
+
+        Raises:
+            CalibrationError: an input of another shape, or a convolution in a tower with padding; names the site.
+        """
+        if not isinstance(layer, nn.Conv2d):
+            yield self.select(x, tower=tower, stream=stream, site=site)
+            return
+        mask = self._masks.get(stream, self._masks.get(tower))
+        if mask is not None and tower not in self._loose:
+            raise CalibrationError(
+                f"{site} is a convolution, and the {tower} tower has a mask: which of its patches are padding cannot be told. "
+                "Leave that site out, or use batches without padding"
+            )
+        yield from patches(layer, x)
 
     def select(
         self, x: Float[Tensor, "*axes d"], *, tower: str, stream: str, site: str

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,19 +39,21 @@ class Rule:
     """A declared pattern of weight matrices.
 
     Attributes:
-        pattern: regular expression that matches the *whole* dotted path of the `nn.Linear` (as the family's
+        pattern: regular expression that matches the *whole* dotted path of the layer (as the family's
             `canonical` writes it). A named group `block` gives the block's index; further named groups may be
             used in `stream`.
         tower: "vision", "text", "projector" or "language".
-        role: "q", "k", "v", "o", "up", "gate", "down", "proj", or fused: "qkv", "kv", "gate_up".
+        role: "q", "k", "v", "o", "up", "gate", "down", "proj", "conv", or fused: "qkv", "kv", "gate_up".
         stream: format string over the named groups: sites whose formatted streams are equal read the same
             input tensor and share one covariance, e.g. `"{prefix}.attn.in"` for q, k and v.
+        only: "conv" for convolutions alone; None for any layer.
     """
 
     pattern: str
     tower: str
     role: str
     stream: str
+    only: Literal["conv"] | None = None
 
 
 @dataclass(frozen=True)

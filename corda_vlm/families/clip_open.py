@@ -1,7 +1,12 @@
-"""open_clip: `CLIP` and `CustomTextCLIP`, with its own transformers, timm image towers and Hugging Face text towers.
+"""open_clip: `CLIP` and `CustomTextCLIP`, with its own transformers and ResNets, timm image towers and Hugging Face text towers.
 
 Its own transformers pack q, k and v in one `nn.MultiheadAttention`: the rules name the parts
-(`….attn.q_proj`), which exist as modules while `attention.unpacked` is in force.
+(`….attn.q_proj`), which exist as modules while `attention.unpacked` is in force. So do those of a ResNet's attention pool.
+
+What reads the image itself is no site: the patch embedding of a transformer, and the stem of a convolutional tower. Its inputs are
+pixels, of which there is no direction that knowledge leaves unused, it has few of them (27 for a 3×3 convolution, which would
+bound the rank of all layers), and every later layer reads what it made. Neither are the gates of squeeze-and-excitation, which see
+one token an image and have a few units.
 """
 
 from __future__ import annotations
@@ -63,6 +68,14 @@ _POOL: Layers = (
     ("attn.out_proj", "o", "attn.out"),
 )
 
+# the attention pool of a ResNet: what it gives out is the embedding of one query, the mean of the tokens
+_RESNET_POOL: Layers = (
+    ("q_proj", "q", "attn.probe"),
+    ("k_proj", "k", "attn.in"),
+    ("v_proj", "v", "attn.in"),
+    ("c_proj", "o", "attn.out"),
+)
+
 # timm: plain, EVA and ViTamin transformers; the stages of Swin, ConvNeXt and FastViT; the latent pooling head
 _TIMM_MLP: Layers = (
     *((f"mlp.{name}", "gate", "mlp.in") for name in ("fc1_g", "w0")),
@@ -109,13 +122,23 @@ def timm_rules(trunk: str) -> tuple[Rule, ...]:
         *block_rules(rf"{trunk}\.blocks", "vision", _TIMM),
         *part_rules(rf"{trunk}\.(?:stages|layers)\.\d+\.blocks\.\d+", "vision", _TIMM),
         *part_rules(rf"{trunk}\.attn_pool", "vision", _TIMM_POOL),
+        *_stage_rules(trunk),
+        Rule(rf"(?P<path>{trunk}\.conv_head)", "vision", "conv", "{path}.in", only="conv"),
         Rule(rf"(?P<prefix>{trunk})\.head(?:\.fc)?", "vision", "proj", "{prefix}.head.in"),
     )
+
+
+def _stage_rules(trunk: str) -> tuple[Rule, ...]:
+    """What else is a convolution in the stages of a ResNet, ConvNeXt, EfficientNet or FastViT (MobileCLIP)."""
+    stages = rf"(?P<path>{trunk}\.(?:layer\d+|stages|blocks)\.(?:(?!se\.)[^.]+\.)*[^.]+)"
+    return (Rule(stages, "vision", "conv", "{path}.in", only="conv"),)
 
 
 _RULES = (
     *block_rules(r"visual\.transformer\.resblocks", "vision", _OWN),
     *part_rules(r"visual\.attn_pool(?:_contrastive)?", "vision", _POOL),
+    *_stage_rules("visual"),
+    *part_rules(r"visual\.attnpool", "vision", _RESNET_POOL),
     *timm_rules(r"visual\.trunk"),
     Rule(r"visual\.head\.proj", "vision", "proj", "visual.head.in"),
     Rule(r"visual\.head\.mlp\.fc1", "vision", "proj", "visual.head.in"),

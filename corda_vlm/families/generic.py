@@ -1,9 +1,9 @@
-"""Any model at all, where the user says which of its `nn.Linear` layers are meant.
+"""Any model at all, where the user says which of its `nn.Linear` and `nn.Conv2d` layers are meant.
 
     adapt(model, batches, targets=["encoder.layer.*.attention.self.query"])
 
 Nothing is known of such a model but its layers. So each of them has a covariance of its own, also where several read one
-tensor; all are in the tower "model", and have the role "linear". A batch's `attention_mask` is that of the layers whose
+tensor; all are in the tower "model", and have the role "linear" or "conv". A batch's `attention_mask` is that of the layers whose
 inputs have its length; of all others every row counts.
 """
 
@@ -20,6 +20,8 @@ from corda_vlm.errors import DataError
 from corda_vlm.families.base import Batch, Family, Rule, unwrap
 
 TOWER = "model"
+# the first number in a path is that of a block
+_IN_BLOCK = r"(?P<path>(?:[^.]*[^.\d][^.]*\.)+(?P<block>\d+)\..+)"
 
 
 def as_mapping(model: nn.Module, batch: object) -> object:
@@ -73,8 +75,9 @@ GENERIC = Family(
     "generic",
     matches=lambda model: False,  # it is asked for by `targets`, never found
     rules=(
-        # the first number in a path is that of a block
-        Rule(r"(?P<path>(?:[^.]*[^.\d][^.]*\.)+(?P<block>\d+)\..+)", TOWER, "linear", "{path}.in"),
+        Rule(_IN_BLOCK, TOWER, "conv", "{path}.in", only="conv"),
+        Rule(r"(?P<path>.+)", TOWER, "conv", "{path}.in", only="conv"),
+        Rule(_IN_BLOCK, TOWER, "linear", "{path}.in"),
         Rule(r"(?P<path>.+)", TOWER, "linear", "{path}.in"),
     ),
     forward=forward,

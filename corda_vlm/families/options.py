@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Tower = Literal["vision", "text", "projector", "language", "model"]
-Role = Literal["q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up", "linear"]
+Role = Literal[
+    "q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up", "conv", "linear"
+]
 Tokens = Literal["all", "prompt", "response", "image", "text"]
 """Which tokens of a language model count for a covariance."""
 
@@ -69,8 +71,8 @@ class SiteOptions:
 
     Attributes:
         towers: Only these of vision, text, projector and language (a model of no known family has one, model), e.g. vision,text; the default is all that the model has.
-        roles: Only these of q, k, v, o, up, gate, down, proj, qkv, kv and gate_up (in a model of no known family: linear), e.g. q,v; the default is all.
-        targets: Only the nn.Linear layers whose dotted names are like these patterns, in which * is any text, e.g.
+        roles: Only these of q, k, v, o, up, gate, down, proj, qkv, kv, gate_up and conv (in a model of no known family: linear and conv), e.g. q,v; the default is all.
+        targets: Only the nn.Linear and nn.Conv2d layers whose dotted names are like these patterns, in which * is any text, e.g.
             encoder.layer.*.attention.self.query; of a model that no family knows they say what is adapted at all.
     """
 

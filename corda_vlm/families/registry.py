@@ -11,6 +11,7 @@ from corda_vlm.families.base import Family, unwrap
 from corda_vlm.families.clip_hf import CLIP_HF, SIGLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
 from corda_vlm.families.generic import GENERIC
+from corda_vlm.families.layers.matrix import matrix_of
 from corda_vlm.families.llava import LLAVA
 from corda_vlm.families.llm import LLM
 from corda_vlm.registries import register
@@ -40,7 +41,7 @@ def detect_family(model: nn.Module) -> Family:
         return family
     known = "; ".join(f"{name} ({', '.join(family.classes)})" for name, family in FAMILIES.items())
     raise CordaError(
-        f"no family knows the model class {type(bare).__module__}.{type(bare).__name__}: say which of its nn.Linear layers to "
+        f"no family knows the model class {type(bare).__module__}.{type(bare).__name__}: say which of its nn.Linear or nn.Conv2d layers to "
         f"adapt, as targets=[{_example(bare)!r}] (--targets), or register_family(Family(...)) as docs/pages/extend.md shows.\n"
         f"Families: {known}."
     )
@@ -68,7 +69,7 @@ def known_family(bare: nn.Module) -> Family | None:
 def _example(bare: nn.Module) -> str:
     """A pattern of layers that the model has."""
     names = [
-        name for name, module in bare.named_modules() if name and isinstance(module, nn.Linear)
+        name for name, module in bare.named_modules() if name and matrix_of(module) is not None
     ]
     in_blocks = [name for name in names if re.search(r"\.\d+\.", name)]
     return re.sub(r"\.\d+\.", ".*.", next(iter(in_blocks or names), "layers.*.linear"))

@@ -11,8 +11,8 @@ from torch import nn
 
 from corda_vlm.adapter.eva import attach_eva
 from corda_vlm.adapter.full_modules import check_full_modules
-from corda_vlm.adapter.paired import keep_a_frozen, trained
-from corda_vlm.adapter.targets import check_wrapped, lora_targets
+from corda_vlm.adapter.paired import keep_a_frozen, start_from, trained
+from corda_vlm.adapter.targets import check_wrapped, lora_targets, refuse_convolutions
 from corda_vlm.adapter.wrap import wrapping
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.methods.method import MethodRequest
@@ -32,6 +32,8 @@ def plain(
     sites = find_sites(model, **as_keywords(request, SiteOptions))
     ranks = {site.name: request.rank for site in sites}
     check_rank(site_shapes(model, ranks), request.rank)
+    if init == "mica":
+        refuse_convolutions(model, ranks, "mica")
     config = LoraConfig(
         **lora_targets(ranks),
         use_dora=use_dora,
@@ -64,8 +66,8 @@ def _finished(peft_model: PeftModel, request: MethodRequest) -> PeftModel:
     for layer in peft_model.modules():
         if isinstance(layer, LoraLayer):
             if request.a_norm is not None:
-                _, A = trained(layer, "default")  # (r, inp)
-                A.data.mul_(request.a_norm / A.data.norm(dim=1, keepdim=True))
+                B, A = (factor.detach() for factor in trained(layer, "default"))
+                start_from(layer, "default", B, A * (request.a_norm / A.norm(dim=1, keepdim=True)))
             if request.freeze_a:
                 keep_a_frozen(layer, "default")
     return peft_model

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from corda_vlm.adapter import adapt, attach_adapter, load_adapter, restore, scaled
-from corda_vlm.adapter.paired import PairedLinear, paired_layers
+from corda_vlm.adapter.paired import PairedLayer, paired_layers
 from corda_vlm.adapter.paired import trained as factors_of
 from corda_vlm.adapter.targets import anchored, lora_targets
 from corda_vlm.covariance import collect_covariance
@@ -228,7 +228,7 @@ class TestTargets:
         )
         with pytest.raises(CordaError, match=re.escape(plan.sites[-1].site.name)):
             attach_adapter(model, plan, base="residual")
-        assert not any(isinstance(m, PairedLinear) for m in model.modules())
+        assert not any(isinstance(m, PairedLayer) for m in model.modules())
         assert [m for m in model.modules() if is_packed(m)] == packed
         assert all(p.requires_grad for p in model.parameters())
         assert before.keys() == model.state_dict().keys()
@@ -498,7 +498,7 @@ for folder in ("untouched", "residual"):
             with pytest.raises(ForeignFileError, match=match):
                 load_adapter(model, tmp_path)
             assert [m for m in model.modules() if is_packed(m)]
-            assert not any(isinstance(m, PairedLinear) for m in model.modules())
+            assert not any(isinstance(m, PairedLayer) for m in model.modules())
 
         file.write_bytes(data[:-50])
         refused("truncated")

@@ -2,7 +2,7 @@
 
 `nn.MultiheadAttention` (open_clip, the pooling head of SigLIP) and open_clip's own `Attention` keep the query,
 key and value weights in one `in_proj_weight` and never call them as modules: a forward hook on a part never
-fires, and PEFT cannot wrap one. `unpack` puts a module with `nn.Linear` children `q_proj`, `k_proj`, `v_proj`,
+fires, and PEFT cannot wrap one. Neither does the pool of open_clip's ResNets call its parts, though it has them. `unpack` puts a module with `nn.Linear` children `q_proj`, `k_proj`, `v_proj`,
 `out_proj` in their place; `pack` puts the *same* original module back, with the values of the parts.
 
 The weights of the parts are views of the packed storage, so nothing is copied and an in-place edit of a part
@@ -23,6 +23,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.conv1d import pack_conv1d, unpack_conv1d
 from corda_vlm.families.layers.packed import (
     PARTS,
+    is_attention_pool,
     is_open_clip_attention,
     is_packed,
     packed_parts,
@@ -31,6 +32,7 @@ from corda_vlm.families.layers.packed import (
 from corda_vlm.families.layers.unpacked import (
     Unpacked,
     UnpackedAttention,
+    UnpackedAttentionPool,
     UnpackedOpenClipAttention,
 )
 
@@ -94,12 +96,7 @@ def unpack(model: nn.Module) -> list[str]:
     for parent, key, _ in places:
         original: Any = parent._modules[key]
         if id(original) not in made:
-            kind = (
-                UnpackedAttention
-                if isinstance(original, nn.MultiheadAttention)
-                else UnpackedOpenClipAttention
-            )
-            made[id(original)] = kind(original)
+            made[id(original)] = _unpacked_kind(original)(original)
         parent._modules[key] = made[id(original)]
     names = [name for _, _, name in places]
     for name, module in model.named_modules():
@@ -107,6 +104,12 @@ def unpack(model: nn.Module) -> list[str]:
             vars(module).update(qkv_bias_separate=True, _corda_bypassed_qkv=True)
             names.append(name)
     return names + unpack_conv1d(model)
+
+
+def _unpacked_kind(packed: nn.Module) -> type[Unpacked]:
+    if isinstance(packed, nn.MultiheadAttention):
+        return UnpackedAttention
+    return UnpackedAttentionPool if is_attention_pool(packed) else UnpackedOpenClipAttention
 
 
 def pack(model: nn.Module) -> list[str]:
@@ -144,7 +147,9 @@ def _pack(model: nn.Module, only: Sequence[str] | None) -> list[str]:
     ]
     names, packed = [], set()
     for _, _, name, layer in places:
-        if wrapped := [part for part in PARTS if not isinstance(getattr(layer, part), nn.Linear)]:
+        if wrapped := [
+            part for part in layer.parts if not isinstance(getattr(layer, part), nn.Linear)
+        ]:
             if only is None:
                 raise CordaError(
                     f"{name}.{wrapped[0]} is a {type(getattr(layer, wrapped[0])).__name__}, not a plain nn.Linear: "
@@ -181,6 +186,11 @@ def _children(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
 def _copy_back(layer: Unpacked) -> None:
     """Give the packed original the state of the parts."""
     packed = layer.packed
+    if isinstance(layer, UnpackedAttentionPool):
+        packed._modules.update(layer._modules)
+        packed._parameters.update(layer._parameters)
+        packed.train(layer.training)
+        return
     packed._modules["out_proj"] = layer.out_proj
     linears = [getattr(layer, part) for part in PARTS[:3]]
     if packed.in_proj_weight is not None:

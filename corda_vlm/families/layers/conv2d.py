@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -103,16 +102,26 @@ def _as_patches(
     )
 
 
-def outputs_as_rows(y: Float[Tensor, "*b c h w"]) -> Float[Tensor, "n c"]:
-    """An output, or its gradient, with a row for each place."""
-    return y.movedim(-3, -1).reshape(-1, y.shape[-3])
+def places_as_rows(x: Float[Tensor, "*b c h w"]) -> Float[Tensor, "n c"]:
+    """What a convolution reads or gives out, with a row for each place."""
+    return x.movedim(-3, -1).reshape(-1, x.shape[-3])
+
+
+def geometry(layer: nn.Module) -> tuple[object, ...]:
+    """What decides which patches a convolution makes of its input; of other layers nothing."""
+    if not isinstance(layer, nn.Conv2d):
+        return ()
+    padding = (*layer._reversed_padding_repeated_twice, layer.padding_mode)
+    return layer.kernel_size, layer.stride, layer.dilation, padding
 
 
 def convolved(
     conv: nn.Conv2d, x: Tensor, A: Float[Tensor, "r inp"], B: Float[Tensor, "out r"]
 ) -> Tensor:
     """`B A` on the patches of `x`, as two convolutions: no patch is made, and no product of B and A."""
-    narrow = conv._conv_forward(x, as_kernel(conv, A), None)  # stride, padding and its mode, dilation
+    narrow = conv._conv_forward(
+        x, as_kernel(conv, A), None
+    )  # stride, padding and its mode, dilation
     return F.conv2d(narrow, B[:, :, None, None])
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
+from corda_vlm.families.layers.conv2d import as_kernel, conv_matrix, is_conv2d
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Matrix:
     Attributes:
         shape: (out, inp).
         read: the weight, detached: a view of the storage where that is a matrix, else a copy.
+        kernel: height and width of a convolution's patches; None of what multiplies tokens.
     """
 
     shape: tuple[int, int]
     read: Callable[[], Float[Tensor, "out inp"]]
+    kernel: tuple[int, int] | None = None
 
 
 def stored(weight: Float[Tensor, "out inp"]) -> Matrix:
@@ -42,7 +45,18 @@ def matrix_of(layer: Any) -> Matrix | None:
         return stored(linear_weight(layer))
     if isinstance(layer, nn.Linear):
         return stored(layer.weight)
+    if is_conv2d(layer):
+        out, channels, height, width = layer.weight.shape
+        shape = out, channels * height * width
+        return Matrix(shape, lambda: conv_matrix(layer).detach(), (height, width))
     return None
+
+
+def shape_of(layer: Any) -> tuple[int, int]:
+    """(out, inp) of a layer that `matrix_of` knows."""
+    matrix = matrix_of(layer)
+    assert matrix is not None
+    return matrix.shape
 
 
 def write_matrix(layer: Any, matrix: Float[Tensor, "out inp"]) -> None:
@@ -51,4 +65,4 @@ def write_matrix(layer: Any, matrix: Float[Tensor, "out inp"]) -> None:
     In place: the weight of an unpacked attention is a view of the packed storage.
     """
     weight = linear_weight(layer) if is_conv1d(layer) else layer.weight.data
-    weight.copy_(matrix)
+    weight.copy_(as_kernel(layer, matrix) if is_conv2d(layer) else matrix)

@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from corda_vlm.errors import CordaError
-from corda_vlm.families.layers.packed import packed_parts
+from corda_vlm.families.layers.packed import PARTS, POOL_PARTS, packed_parts
 
 
 class Unpacked(nn.Module):
-    """Holds the parts as `nn.Linear`, and the original, unregistered, to put it back."""
+    """Holds the parts as `nn.Linear`, and the original, unregistered, to put it back.
 
+    Attributes:
+        parts: their names.
+    """
+
+    parts: tuple[str, ...] = PARTS
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -25,12 +30,7 @@ class Unpacked(nn.Module):
 
     def __init__(self, packed: Any) -> None:
         super().__init__()
-        for part, (weight, bias) in packed_parts(packed).items():
-            if part != "out_proj":
-                self.add_module(
-                    part, _view_linear(weight, bias, trainable=_trainable(packed, part))
-                )
-        self.out_proj = packed.out_proj
+        self._add_parts(packed)
         # Not a child: its parameters would be listed twice, and `.to()` would move them apart.
         self.__dict__["packed"] = packed
         # Hooks that others put on the original keep firing, and their handles keep removing them.
@@ -48,6 +48,14 @@ class Unpacked(nn.Module):
         ):
             self.__dict__[flags] = getattr(packed, flags)
         self.train(packed.training)
+
+    def _add_parts(self, packed: Any) -> None:
+        for part, (weight, bias) in packed_parts(packed).items():
+            if part != "out_proj":
+                self.add_module(
+                    part, _view_linear(weight, bias, trainable=_trainable(packed, part))
+                )
+        self.out_proj = packed.out_proj
 
     def extra_repr(self) -> str:
         return f"unpacked {type(self.packed).__name__}"
@@ -171,6 +179,41 @@ class UnpackedOpenClipAttention(Unpacked):
         if self.head_scale is not None:
             x = x * self.head_scale
         return self.out_drop(self.out_proj(self.ln_inner(x.transpose(1, 2).flatten(2))))
+
+
+class UnpackedAttentionPool(Unpacked):
+    """The attention pool of open_clip's ResNets, calling its parts.
+
+    Of its outputs only that of the first query is used, the mean of the tokens: no other is computed here, so that what `q_proj`
+    and `c_proj` are seen to read is what has an effect.
+    """
+
+    parts = POOL_PARTS
+    c_proj: nn.Linear
+    positional_embedding: nn.Parameter
+
+    def __init__(self, packed: Any) -> None:
+        super().__init__(packed)
+        self.num_heads: int = packed.num_heads
+        self.positional_embedding = packed.positional_embedding
+
+    def _add_parts(self, packed: Any) -> None:
+        for part in self.parts:
+            self.add_module(part, getattr(packed, part))
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        """As `open_clip.modified_resnet.AttentionPool2d.forward`."""
+        tokens = x.flatten(2).transpose(1, 2)  # (N, HW, C)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.to(tokens.dtype)  # (N, HW + 1, C)
+        q, k, v = (
+            project(read).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, H, 1 | HW + 1, C/H)
+            for project, read in (
+                (self.q_proj, tokens[:, :1]), (self.k_proj, tokens), (self.v_proj, tokens),
+            )
+        )  # fmt: skip
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (N, H, 1, C/H)
+        return self.c_proj(mixed.flatten(1))
 
 
 def _alike(change: Callable[[Tensor], Tensor], *tensors: Tensor) -> list[Tensor]:

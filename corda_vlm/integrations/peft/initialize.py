@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from corda_vlm.adapter.interpolate import LEAVE_THE_BASE
-from corda_vlm.adapter.paired import PairedLinear, base_of, trained
+from corda_vlm.adapter.paired import PairedLayer, base_of, trained
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.base import device_of
 from corda_vlm.integrations.peft.layers import fingerprint, sites_of, weight_of
@@ -94,7 +94,7 @@ def _fresh_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
     for name, layer in layers.items():
-        if isinstance(layer, PairedLinear) or layer.lora_variant.get(adapter_name) is not None:
+        if isinstance(layer, PairedLayer) or layer.lora_variant.get(adapter_name) is not None:
             raise CordaError(f"the adapter of {name!r} is no plain LoRA, which CorDA starts")
         if layer.merged:
             raise CordaError("the adapter is merged into the base; call unmerge_adapter() first")

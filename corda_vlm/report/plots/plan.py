@@ -30,7 +30,7 @@ MOST = 4  # plans in one picture
 _WORDS = {
     "q": "query", "k": "key", "v": "value", "o": "attention out", "up": "MLP up", "gate": "MLP gate",
     "down": "MLP down", "proj": "projection", "qkv": "query, key, value", "kv": "key, value",
-    "gate_up": "MLP gate, up", "linear": "linear",
+    "gate_up": "MLP gate, up", "conv": "convolution", "linear": "linear",
 }  # fmt: skip
 _WIDTH = 11.5  # inches for all columns, at most
 _BESIDE = 14  # columns up to which the two measures stand side by side

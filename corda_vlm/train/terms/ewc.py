@@ -118,7 +118,7 @@ def _drawn(
     return along_random(F.normalize(torch.cat(found).float(), dim=1), drawn), len(found[0])
 
 
-def change(layer: LoraLayer) -> Float[Tensor, "out inp"]:
+def change(layer: LoraLayer) -> Float[Tensor, " out *inp"]:
     """What the active adapters of a layer add to its weight, in float32."""
     parts = [
         cast(Any, layer).get_delta_weight(a).float()
