@@ -154,6 +154,27 @@ def tiny_open_clip():
     ).eval()
 
 
+@pytest.fixture
+def tiny_resnet():
+    """A convolutional `CLIP` of open_clip: a ResNet of four stages and its attention pool; 32-pixel images.
+
+    Its normalizations are not as they are made: the last of each block starts at zero, which hides all before it.
+    """
+    import open_clip.model as models
+
+    model = models.CLIP(
+        24,
+        models.CLIPVisionCfg(layers=(1, 1, 1, 1), width=8, head_width=8, image_size=32),
+        models.CLIPTextCfg(context_length=12, vocab_size=100, width=32, heads=2, layers=1),
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.0)
+                module.bias.normal_(std=0.1)
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE tokenizer whose tokens take the space before a word with them; no chat template."""

@@ -14,7 +14,7 @@ from corda_vlm.errors import CordaError, ForeignFileError, NoSitesError, Unknown
 from corda_vlm.families import detect_family, load_model
 from corda_vlm.families.clip_open import processor
 from corda_vlm.families.layers.attention import unpacked
-from corda_vlm.sites import find_sites, get_linear, model_fingerprint
+from corda_vlm.sites import find_sites, get_layer, model_fingerprint, site_shapes, sites_table
 
 
 def roles(model, **options):
@@ -25,7 +25,7 @@ def roles(model, **options):
     return counts
 
 
-def check_every_site_is_a_live_linear(model, batch):
+def check_every_site_is_live(model, batch):
     """Each site's layer is called, its stream's sites see one tensor, and editing its weight changes an output."""
     family = detect_family(model)
     seen: dict[str, list[torch.Tensor]] = {}
@@ -33,9 +33,9 @@ def check_every_site_is_a_live_linear(model, batch):
         before = family.forward(model, batch)
         handles = []
         for site in find_sites(model):
-            linear = get_linear(model, site.name)
+            layer = get_layer(model, site.name)
             handles.append(
-                linear.register_forward_pre_hook(
+                layer.register_forward_pre_hook(
                     lambda module, args, stream=site.stream: seen.setdefault(stream, []).append(
                         args[0].clone()
                     )
@@ -45,7 +45,7 @@ def check_every_site_is_a_live_linear(model, batch):
         for handle in handles:
             handle.remove()
         for site in find_sites(model):
-            weight = get_linear(model, site.name).weight
+            weight = get_layer(model, site.name).weight
             saved = weight.clone()
             weight.add_(torch.randn_like(weight))
             after = family.forward(model, batch)
@@ -77,7 +77,7 @@ class TestSites:
         assert (one.tower, one.block, one.role) == ("vision", 1, "k")
         assert one.stream == sites["visual.transformer.resblocks.1.attn.q_proj"].stream
         assert sites["transformer.resblocks.0.mlp.c_fc"].tower == "text"
-        check_every_site_is_a_live_linear(tiny_open_clip, batch)
+        check_every_site_is_live(tiny_open_clip, batch)
 
     def test_custom_text_clip_has_the_same_sites_under_text(self, make_open_clip, batch):
         model = make_open_clip("CustomTextCLIP")
@@ -85,14 +85,14 @@ class TestSites:
             sum(site.name.startswith("text.transformer.resblocks.") for site in find_sites(model))
             == 12
         )
-        check_every_site_is_a_live_linear(model, batch)
+        check_every_site_is_live(model, batch)
 
     def test_custom_blocks(self, make_open_clip, batch):
         model = make_open_clip(
             vision={"qk_norm": True, "scale_fc": True}, text={"scale_heads": True}
         )
         assert roles(model) == dict.fromkeys(("q", "k", "v", "o", "up", "down"), 4)
-        check_every_site_is_a_live_linear(model, batch)
+        check_every_site_is_live(model, batch)
 
     def test_attentional_pooler(self, make_open_clip, batch):
         model = make_open_clip(
@@ -101,7 +101,7 @@ class TestSites:
         head = {site.role: site for site in find_sites(model) if "attn_pool" in site.name}
         assert set(head) == {"q", "k", "v", "o"}
         assert head["k"].stream == head["v"].stream != head["q"].stream
-        check_every_site_is_a_live_linear(model, batch)
+        check_every_site_is_live(model, batch)
 
     def test_timm_tower_has_a_fused_qkv(self, tiny_timm, large_batch):
         blocks = len(tiny_timm.visual.trunk.blocks)
@@ -112,43 +112,14 @@ class TestSites:
             "down": blocks,
             "proj": 1,
         }
-        check_every_site_is_a_live_linear(tiny_timm, large_batch)
+        check_every_site_is_live(tiny_timm, large_batch)
 
     def test_siglip_in_open_clip(self, tiny_timm_siglip, large_batch):
         found = {site.name: site for site in find_sites(tiny_timm_siglip)}
         assert found["visual.trunk.attn_pool.kv"].role == "kv"
         assert found["visual.trunk.attn_pool.q"].stream != found["visual.trunk.attn_pool.kv"].stream
         assert found["text.text_projection"].role == "proj"
-        check_every_site_is_a_live_linear(tiny_timm_siglip, large_batch)
-
-    def test_a_convnext_tower_offers_its_mlps_only(self, make_open_clip):
-        model = make_open_clip(
-            "CustomTextCLIP",
-            {"timm_model_name": "test_convnext", "timm_pool": "", "image_size": 160},
-        )
-        assert set(roles(model, towers="vision")) == {"up", "down", "proj"}
-        with pytest.raises(
-            NoSitesError, match=r"no layer of CustomTextCLIP has the role 'qkv' in vision; it has"
-        ):
-            find_sites(model, towers="vision", roles="qkv")
-
-    @pytest.mark.parametrize("kind", ["ModifiedResNet", "timm"])
-    def test_a_residual_network_is_refused_by_name(self, make_open_clip, kind):
-        if kind == "timm":
-            vision = {
-                "timm_model_name": "test_resnet",
-                "timm_pool": "",
-                "timm_proj": "none",
-                "image_size": 160,
-            }
-            model = make_open_clip("CustomTextCLIP", vision)
-        else:
-            model = make_open_clip(vision={"layers": (1, 1, 1, 1), "width": 8, "head_width": 8})
-        with pytest.raises(
-            NoSitesError, match=r"no layer of the vision tower.*Choose towers='text'"
-        ):
-            find_sites(model)
-        assert {site.tower for site in find_sites(model, towers="text")} == {"text"}
+        check_every_site_is_live(tiny_timm_siglip, large_batch)
 
     @pytest.mark.parametrize(
         ("kind", "options", "expected"),
@@ -209,7 +180,7 @@ class TestSites:
         assert {
             site.name.removeprefix("text.") for site in find_sites(model, towers="text")
         } == linears
-        check_every_site_is_a_live_linear(model, batch)
+        check_every_site_is_live(model, batch)
 
     @pytest.mark.parametrize(
         ("trunk", "expected"),
@@ -237,6 +208,22 @@ class TestSites:
         assert not missing
         assert {site.role for site in sites} == expected
 
+    def test_a_tower_that_no_rule_knows_is_named(self, make_open_clip):
+        vision = {
+            "timm_model_name": "test_mambaout",
+            "timm_pool": "",
+            "timm_proj": "none",
+            "image_size": 160,
+        }
+        model = make_open_clip("CustomTextCLIP", vision)
+        model.visual.trunk.stages = nn.Sequential()
+        with pytest.raises(
+            NoSitesError,
+            match=r"no layer of the vision tower.*stems and patch embeddings are none.*towers='text'",
+        ):
+            find_sites(model)
+        assert {site.tower for site in find_sites(model, towers="text")} == {"text"}
+
     def test_coca_is_refused_with_the_reason(self):
         from open_clip.coca_model import CoCa
 
@@ -247,6 +234,108 @@ class TestSites:
             CordaError, match="CoCa cannot be adapted: CoCa's text tower appends a class token"
         ):
             find_sites(model)
+
+
+def timm_clip(make_open_clip, name: str, proj: str = "linear") -> nn.Module:
+    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": proj, "image_size": 160}
+    model = make_open_clip("CustomTextCLIP", vision)
+    livened(model)
+    return model
+
+
+def livened(model: nn.Module) -> None:
+    """Normalizations and scales of layers that start at zero hide what comes before them."""
+    with torch.no_grad():
+        for name, parameter in model.visual.named_parameters():
+            if parameter.dim() == 1 and name.endswith(("weight", "gamma")):
+                parameter.uniform_(0.5, 1)
+
+
+class TestConvolutionalTowers:
+    def test_a_resnet_with_its_attention_pool(self, tiny_resnet, batch):
+        assert roles(tiny_resnet, towers="vision") == {"conv": 16, "q": 1, "k": 1, "v": 1, "o": 1}
+        sites = {site.name: site for site in find_sites(tiny_resnet)}
+        assert not any(name in sites for name in ("visual.conv1", "visual.conv2", "visual.conv3"))
+        pool = [sites[f"visual.attnpool.{part}_proj"].stream for part in "qkvc"]
+        assert pool[1] == pool[2]
+        assert len(set(pool)) == 3
+        shapes = site_shapes(tiny_resnet, sites)
+        assert shapes["visual.layer4.0.conv2"] == (64, 64 * 9)
+        check_every_site_is_live(tiny_resnet, batch)
+
+    @pytest.mark.parametrize(
+        ("trunk", "proj", "expected"),
+        [
+            ("test_resnet", "none", {"conv"}),
+            ("test_convnext", "linear", {"up", "down", "conv", "proj"}),
+            ("test_efficientnet", "linear", {"conv", "proj"}),
+        ],
+    )
+    def test_towers_of_timm(self, make_open_clip, large_batch, trunk, proj, expected):
+        model = timm_clip(make_open_clip, trunk, proj)
+        assert set(roles(model, towers="vision")) == expected
+        left = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        left -= {site.name for site in find_sites(model)}
+        modules = dict(model.named_modules())
+        assert all(
+            modules[name].groups > 1 or ".se." in name or "stem" in name or ".conv1." in name
+            for name in left
+        )
+        check_every_site_is_live(model, large_batch)
+
+    def test_mobileclip(self, make_open_clip, large_batch):
+        """Its trunk in miniature."""
+        from timm.models.fastvit import FastVit
+
+        model = timm_clip(make_open_clip, "test_convnext", "none")
+        model.visual.trunk = FastVit(
+            layers=(1, 1, 1, 1),
+            token_mixers=("repmixer", "repmixer", "repmixer", "attention"),
+            embed_dims=(8, 16, 32, 64),
+            se_downsamples=(False, False, True, True),
+            lkc_use_act=True,
+            num_classes=24,
+        )
+        livened(model)
+        assert roles(model.eval(), towers="vision") == {
+            "qkv": 1, "o": 1, "up": 4, "down": 4, "conv": 3, "proj": 1,
+        }  # fmt: skip
+        check_every_site_is_live(model, large_batch)
+
+    def test_the_trunks_that_open_clip_uses(self):
+        import timm
+
+        for trunk, expected in (
+            ("convnext_base", {"up": 36, "down": 36, "conv": 3}),
+            ("fastvit_mci2", {"up": 44, "down": 44, "conv": 3, "qkv": 4, "o": 4}),
+            ("efficientnet_b0", {"conv": 32}),
+        ):
+            model = type("CustomTextCLIP", (nn.Module,), {"__module__": "open_clip.model"})()
+            model.visual = nn.Module()
+            with torch.device("meta"):
+                model.visual.trunk = timm.create_model(trunk, num_classes=0)
+            assert roles(model, towers="vision") == expected
+
+    def test_the_table_has_kernels_and_says_what_is_left_out(self, make_open_clip, tiny_open_clip):
+        model = timm_clip(make_open_clip, "test_convnext")
+        table = sites_table(model, find_sites(model, towers="vision"))
+        assert "out × in    kernel  stream" in table
+        assert "2×2  visual.trunk.stages.*.downsample.*.in" in table
+        assert (
+            "convolutions are no sites, grouped: 'visual.trunk.stages.0.blocks.0.conv_dw'" in table
+        )
+        other = sites_table(tiny_open_clip, find_sites(tiny_open_clip))
+        assert "kernel" not in other
+        assert "no sites" not in other
+
+    def test_a_fingerprint_sees_its_convolutions(self, tiny_resnet):
+        before = model_fingerprint(tiny_resnet)
+        assert model_fingerprint(tiny_resnet.to(memory_format=torch.channels_last)) == before
+        with unpacked(tiny_resnet):
+            assert model_fingerprint(tiny_resnet) == before
+        with torch.no_grad():
+            tiny_resnet.visual.layer2[0].conv2.weight.neg_()
+        assert model_fingerprint(tiny_resnet) != before
 
 
 class TestRunning:

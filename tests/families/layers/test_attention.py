@@ -361,6 +361,67 @@ class TestAdapter:
             unpack(model)
 
 
+class TestAttentionPool:
+    """The pool of open_clip's ResNets."""
+
+    @pytest.fixture
+    def pool(self):
+        from open_clip.modified_resnet import AttentionPool2d
+
+        return AttentionPool2d(3, EMBED, HEADS, output_dim=10)
+
+    def test_same_outputs_and_gradients(self, pool):
+        model, x = nn.Sequential(pool), torch.randn(BATCH, EMBED, 3, 3, requires_grad=True)
+        expected = pool(x)
+        wanted = torch.autograd.grad(expected.square().sum(), [x, *pool.parameters()])
+        with unpacked(model):
+            found = model(x)
+            gradients = torch.autograd.grad(found.square().sum(), [x, *model.parameters()])
+            assert [n for n, _ in model.named_parameters()] == [
+                f"0.{n}" for n, _ in pool.named_parameters()
+            ]
+        torch.testing.assert_close(found, expected)
+        for a, b in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+    def test_its_parts_are_called_on_what_has_an_effect(self, pool):
+        model, seen = nn.Sequential(pool), {}
+        with unpacked(model):
+            for part in ("q_proj", "k_proj", "v_proj", "c_proj"):
+                getattr(model[0], part).register_forward_pre_hook(
+                    lambda _, args, part=part: seen.update({part: tuple(args[0].shape)})
+                )
+            model(torch.randn(BATCH, EMBED, 3, 3))
+        assert seen == {
+            "q_proj": (BATCH, 1, EMBED), "k_proj": (BATCH, 10, EMBED), "v_proj": (BATCH, 10, EMBED),
+            "c_proj": (BATCH, EMBED),
+        }  # fmt: skip
+
+    def test_packing_gives_the_same_objects_back(self, pool):
+        model = nn.Sequential(pool)
+        before = dict(pool.named_parameters())
+        with unpacked(model):
+            assert not is_packed(model[0])
+            model.to(torch.float64)
+        assert model[0] is pool
+        assert is_packed(pool)
+        assert all(p is before[n] for n, p in pool.named_parameters())
+        assert {p.dtype for p in pool.parameters()} == {torch.float64}
+        assert set(packed_parts(pool)) == {"q_proj", "k_proj", "v_proj", "c_proj"}
+
+    def test_an_adapter_on_a_part_keeps_it_unpacked(self, pool):
+        from peft import LoraConfig, get_peft_model
+
+        model = nn.Sequential(pool)
+        unpack(model)
+        wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(CordaError, match=r"0\.q_proj is a Linear, not a plain nn\.Linear"):
+            pack(model)
+        wrapped.unload()
+        assert pack(model) == ["0"]
+        assert model[0] is pool
+
+
 class TestOpenClipAttention:
     """open_clip's own `Attention`, in blocks with qk_norm and the like."""
 
