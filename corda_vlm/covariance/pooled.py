@@ -17,11 +17,11 @@ from corda_vlm.distributed.deal import Share
 from corda_vlm.distributed.sums import add_up, send_from_first
 
 
-def home_of(linear: nn.Linear, device: torch.device | str | None) -> torch.device:
+def home_of(layer: nn.Linear | nn.Conv2d, device: torch.device | str | None) -> torch.device:
     """Where the sums of a layer are that has seen no rows yet: where it was asked for, or else where the layer is."""
     if device is not None:
         return torch.device(device)
-    there = linear.weight.device
+    there = layer.weight.device
     return torch.device("cpu") if there.type in ("meta", "mps") else there
 
 

@@ -237,7 +237,7 @@ class TestSites:
 
 
 def timm_clip(make_open_clip, name: str, proj: str = "linear") -> nn.Module:
-    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": proj, "image_size": 160}
+    vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": proj, "image_size": 160}
     model = make_open_clip("CustomTextCLIP", vision)
     livened(model)
     return model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from corda_vlm.errors import CordaError
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
-POOL_PARTS = ("q_proj", "k_proj", "v_proj", "c_proj")
+POOL_PARTS = ("k_proj", "q_proj", "v_proj", "c_proj")  # in the order of its modules
 
 
 def is_packed(module: nn.Module | None) -> bool:

@@ -198,8 +198,8 @@ class UnpackedAttentionPool(Unpacked):
         self.positional_embedding = packed.positional_embedding
 
     def _add_parts(self, packed: Any) -> None:
-        for part, linear in packed.named_children():  # in its order, which is that of the parameters
-            self.add_module(part, linear)
+        for part in self.parts:
+            self.add_module(part, getattr(packed, part))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """As `open_clip.modified_resnet.AttentionPool2d.forward`."""
