@@ -236,14 +236,14 @@ class TestSites:
             find_sites(model)
 
 
-def timm_clip(make_open_clip, name: str, proj: str = "linear") -> nn.Module:
+def timm_clip(make_open_clip, name: str, proj: str = "linear") -> Any:
     vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": proj, "image_size": 160}
     model = make_open_clip("CustomTextCLIP", vision)
     livened(model)
     return model
 
 
-def livened(model: nn.Module) -> None:
+def livened(model: Any) -> None:
     """Normalizations and scales of layers that start at zero hide what comes before them."""
     with torch.no_grad():
         for name, parameter in model.visual.named_parameters():
