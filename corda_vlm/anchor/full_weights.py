@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.errors import CordaError
+from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import is_packed, packed_weights
 from corda_vlm.precision import fast_dtype
 from corda_vlm.sites import find_sites, get_layer, inner_layer
@@ -127,7 +128,7 @@ def _weights_below(
 def trained_sites(bare: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
     """Names of the sites without an adapter whose weight is trained."""
     found = []
-    for site in find_sites(bare):
+    for site in find_sites(bare, any_family(bare)):
         (weight,) = _weights_below(bare, site.name.rpartition(".")[0], [site.name])
         if not weight.requires_grad:
             continue

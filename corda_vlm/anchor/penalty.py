@@ -22,7 +22,7 @@ from corda_vlm.anchor.options import AnchorMetric, OutputSide, check_anchor_metr
 from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families import unwrap
+from corda_vlm.families import any_family, unwrap
 from corda_vlm.names import quoted
 from corda_vlm.options import fitted
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
@@ -101,7 +101,7 @@ def anchor_penalty(
     }
     whole = trained_sites(bare, layers)
     if source is None:
-        known = [site.name for site in find_sites(bare)]
+        known = [site.name for site in find_sites(bare, any_family(bare))]
         exact = light = IdentityMetrics()
     else:
         known = list(source)

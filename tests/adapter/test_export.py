@@ -20,6 +20,7 @@ from torch import nn
 from corda_vlm.__main__ import main
 from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter, restore, scaled
 from corda_vlm.adapter.factors import recompress
+from corda_vlm.adapter.folder import save_model
 from corda_vlm.adapter.paired import paired_layers
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
@@ -188,6 +189,21 @@ def test_everything_loads_without_us_and_gives_the_same_outputs(request, tmp_pat
             model=folder / "siglip",
             adapter=lora,
         )
+        restore(attached)
+
+        resnet = request.getfixturevalue("tiny_resnet")
+        save_model(resnet, folder / "resnet", None)
+        attached = trained(resnet, base, roles="conv")
+        lora = export_adapter(attached, folder / "resnet-lora")
+        job(
+            f"resnet lora {base}", attached, kind="open_clip", model=folder / "resnet", adapter=lora
+        )
+        rest = export_adapter(attached, folder / "resnet-residual", format="residual")
+        job(
+            f"resnet residual {base}", attached, kind="open_clip", model=rest / "base", adapter=rest
+        )
+        merged = export_adapter(attached, folder / "resnet-merged", format="merged")
+        job(f"resnet merged {base}", attached, kind="open_clip", model=merged)
         restore(attached)
 
     for label, out, want in zip(labels, run_plain(jobs, tmp_path), expected, strict=True):

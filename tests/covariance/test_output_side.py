@@ -18,7 +18,7 @@ from corda_vlm.covariance.options import CollectOptions
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import detect_family, token_masks
 from corda_vlm.families.layers.attention import unpacked
-from corda_vlm.sites import find_sites, get_linear
+from corda_vlm.sites import find_sites, get_layer, get_linear
 from tests.covariance.covariance_toy import (
     Named,
     clip_batches,
@@ -47,11 +47,11 @@ def explicit(model: nn.Module, batch: dict, data: str, number: int) -> dict[str,
     family = detect_family(model)
     encode, total = family.need_contrastive(model), {}
     with unpacked(model):
-        linears = {site.name: get_linear(model, site.name) for site in find_sites(model)}
+        layers = {site.name: get_layer(model, site.name) for site in find_sites(model)}
         outputs: dict[str, torch.Tensor] = {}
         hooks = [
             layer.register_forward_hook(lambda _, __, y, name=name: outputs.update({name: y}))
-            for name, layer in linears.items()
+            for name, layer in layers.items()
         ]
         embedded = [encode.encode_image(model, batch), encode.encode_text(model, batch)]
         generator, value = generator_of(data, number, 0), torch.zeros(())
@@ -60,14 +60,15 @@ def explicit(model: nn.Module, batch: dict, data: str, number: int) -> dict[str,
             value = value + (f * torch.randn(f.shape, generator=generator)).sum()
         gradients = torch.autograd.grad(value, list(outputs.values()))
         for name, gradient in zip(outputs, gradients, strict=True):
-            rows = gradient.double().reshape(-1, gradient.shape[-1])
+            at = gradient.double().movedim(1, -1) if gradient.dim() == 4 else gradient.double()
+            rows = at.reshape(-1, at.shape[-1])
             total[name] = rows.T @ rows
         for hook in hooks:
             hook.remove()
     return total
 
 
-@pytest.mark.parametrize("fixture", ["tiny_clip_hf", "tiny_open_clip"])
+@pytest.mark.parametrize("fixture", ["tiny_clip_hf", "tiny_open_clip", "tiny_resnet"])
 def test_it_is_that_of_explicit_gradients(fixture: str, request) -> None:
     model = request.getfixturevalue(fixture)
     batches = Named(clip_batches([4, 3]))

@@ -56,14 +56,7 @@ def _preprocess(model: nn.Module) -> dict[str, Any]:
 def _read_off(model: Any) -> dict[str, Any]:
     """Only what the modules show; what they do not show is left at open_clip's defaults."""
     visual, text = model.visual, getattr(model, "text", model)
-    for tower in (visual, text):
-        blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-        if not blocks or not hasattr(tower, "positional_embedding"):
-            raise CordaError(
-                f"the configuration of a {type(tower).__name__} cannot be read off its modules; "
-                "pass source=, the folder or open_clip name it was loaded from"
-            )
-    first = visual.transformer.resblocks[0]
+    _check_blocks(text)
     own = getattr(text, "pool_type", None) or model.text_pool_type
     projection = text.text_projection
     if projection is None:
@@ -74,15 +67,7 @@ def _read_off(model: Any) -> dict[str, Any]:
         embed_dim, proj = projection.shape[1], {}
     config: dict[str, Any] = {
         "embed_dim": embed_dim,
-        "vision_cfg": {
-            "image_size": _scalar(visual.image_size),
-            "patch_size": _scalar(visual.patch_size),
-            **_blocks(visual),
-            "head_width": visual.transformer.width // first.attn.num_heads,
-            "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
-            "pool_type": visual.pool_type,
-            "final_ln_after_pool": visual.final_ln_after_pool,
-        },
+        "vision_cfg": _resnet(visual) if hasattr(visual, "attnpool") else _transformer(visual),
         "text_cfg": {
             "context_length": model.context_length,
             "vocab_size": model.vocab_size,
@@ -95,7 +80,7 @@ def _read_off(model: Any) -> dict[str, Any]:
             **proj,
         },
     }
-    if type(first.mlp.gelu).__name__ == "QuickGELU":
+    if type(text.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU":
         config["quick_gelu"] = True
     if hasattr(model, "text"):
         config["custom_text"] = True
@@ -104,6 +89,42 @@ def _read_off(model: Any) -> dict[str, Any]:
     if model.logit_scale.ndim:
         config["nonscalar_logit_scale"] = True
     return config
+
+
+def _check_blocks(tower: Any) -> None:
+    """Raise a `CordaError` of what is none of open_clip's own transformers."""
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    if not blocks or not hasattr(tower, "positional_embedding"):
+        raise CordaError(
+            f"the configuration of a {type(tower).__name__} cannot be read off its modules; "
+            "pass source=, the folder or open_clip name it was loaded from"
+        )
+
+
+def _transformer(visual: Any) -> dict[str, Any]:
+    _check_blocks(visual)
+    first = visual.transformer.resblocks[0]
+    return {
+        "image_size": _scalar(visual.image_size),
+        "patch_size": _scalar(visual.patch_size),
+        **_blocks(visual),
+        "head_width": visual.transformer.width // first.attn.num_heads,
+        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
+        "pool_type": visual.pool_type,
+        "final_ln_after_pool": visual.final_ln_after_pool,
+    }
+
+
+def _resnet(visual: Any) -> dict[str, Any]:
+    """Of a `ModifiedResNet`, whose pool has 32 times the channels of its stem."""
+    width = visual.conv3.out_channels
+    return {
+        "image_size": visual.image_size,
+        "layers": [len(getattr(visual, f"layer{stage}")) for stage in (1, 2, 3, 4)],
+        "width": width,
+        "head_width": width * 32 // visual.attnpool.num_heads,
+        "patch_size": None,
+    }
 
 
 def _blocks(tower: Any) -> dict[str, Any]:
@@ -136,6 +157,7 @@ def _is_same(model: Any, config: dict[str, Any]) -> bool:
         except (RuntimeError, TypeError, ValueError, AssertionError):
             return False
         size = model.visual.image_size
+        size = (size, size) if isinstance(size, int) else size  # a ResNet has one number
         device, dtype = next((p.device, p.dtype) for p in model.parameters())
         image = torch.randn(1, 3, *size)
         text = torch.randint(1, model.vocab_size, (2, model.context_length))
