@@ -23,6 +23,7 @@ from corda_vlm.adapter.targets import lora_targets
 from corda_vlm.errors import CordaError
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter
+from corda_vlm.sites import get_layer
 from tests.adapter.test_adapter import embed, relative
 from tests.convolutions import ConvNet, PlainConvNet, conv_targets, make_images
 
@@ -52,6 +53,10 @@ def learn(model: nn.Module, size: float = 0.05) -> None:
 def out(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
     x = make_images() if x is None else x
     return model(x.to(next(model.parameters()).dtype))
+
+
+def kernel(model: nn.Module, name: str) -> torch.Tensor:
+    return get_layer(model, name).weight.data
 
 
 class TestStart:
@@ -85,7 +90,7 @@ class TestStart:
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
         before = out(model)
-        weight = model.body.dilated.weight.detach().clone()
+        weight = kernel(model, "body.dilated").clone()
         attached = attached_to(model, "residual")
         layer: Any = paired_layers(attached)["body.dilated"]
         assert (layer.get_base_layer().weight - weight).norm() > 0.1 * weight.norm()
@@ -98,19 +103,15 @@ class TestForward:
     def test_it_adds_the_change_of_the_weight_whatever_the_geometry(self, base):
         """Against the model whose weights have been changed."""
         model = ConvNet().double()
-        before = {
-            n: m.weight.detach().clone()
-            for n, m in model.named_modules()
-            if n in conv_targets(model)
-        }
+        before = {n: kernel(model, n).clone() for n in conv_targets(model)}
         expected = copy.deepcopy(model)
         attached = attached_to(model, base)
         learn(attached)
         for scale in (1.0, 0.4):
             for name, layer in paired_layers(attached).items():
                 P, Q = (factor.detach().double() for factor in layer.change("default"))
-                weight = expected.get_submodule(name).weight
-                weight.data.copy_(before[name] + scale * (P @ Q).view_as(weight))
+                weight = kernel(expected, name)
+                weight.copy_(before[name] + scale * (P @ Q).view_as(weight))
             with scaled(attached, scale):
                 assert relative(out(attached), out(expected)) < 1e-9
 
@@ -143,7 +144,7 @@ class TestForward:
         learn(ours)
         with torch.no_grad():
             for name, (B0, A0) in pairs.items():
-                weight = theirs_base.get_submodule(name).weight
+                weight = kernel(theirs_base, name)
                 weight.sub_((B0 @ A0).view_as(weight))
         config = LoraConfig(**lora_targets(dict.fromkeys(pairs, 3)), init_lora_weights=False)
         theirs: Any = get_peft_model(theirs_base, config)
@@ -212,7 +213,7 @@ class TestWhatPeftDoesNotKnow:
         model = ConvNet()
         with pytest.raises(CordaError, match=r"knows no padding_mode, which 'body\.reflected' has"):
             prepare_method("dora", model, rank=2, targets=["body.reflected"])
-        assert isinstance(model.body.reflected, nn.Conv2d)  # taken back
+        assert isinstance(model.get_submodule("body.reflected"), nn.Conv2d)  # taken back
 
     @pytest.mark.parametrize("name", ["eva", "mica"])
     def test_starts_that_peft_has_for_linear_layers_alone(self, name, tiny_resnet):

@@ -36,10 +36,10 @@ def adapted(kind: str, model: nn.Module, store: CovarianceStore) -> Any:
     return attach_adapter(model, plan, base=kind)  # pyright: ignore[reportArgumentType]
 
 
-def kernels(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
+def kernels(model: Any, names: list[str]) -> dict[str, torch.Tensor]:
     """The weights that the layers compute with, read off their outputs."""
     found = {}
-    bare = model.base_model.model if hasattr(model, "peft_config") else model
+    bare: Any = model.base_model.model if hasattr(model, "peft_config") else model
     with torch.no_grad():
         for name in names:
             layer = bare.get_submodule(name)
@@ -103,7 +103,7 @@ def test_with_the_output_side_too(tiny_resnet):
         show_progress=False,
     )
     plan = plan_adapter(tiny_resnet, store, rank=2, towers="vision", show_progress=False)
-    model = attach_adapter(tiny_resnet, plan)
+    model: Any = attach_adapter(tiny_resnet, plan)
     anchor = anchor_penalty(model, store, output_side="kfac")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -145,7 +145,7 @@ def test_the_task_s_gradient_is_that_of_the_weights_as_matrices():
     names = conv_targets(model)
     loss = lambda model, batch: model(batch["x"]).square().mean()  # noqa: E731
     gradient = collect_gradient(model, batches, loss, targets=names, show_progress=False)
-    total = sum(model(batch).square().mean() for batch in batches) / 2
-    expected = torch.autograd.grad(total, [model.get_submodule(n).weight for n in names])
+    total: Any = sum(model(batch).square().mean() for batch in batches) / 2
+    expected = torch.autograd.grad(total, [get_layer(model, n).weight for n in names])
     for name, value in zip(names, expected, strict=True):
         torch.testing.assert_close(gradient[name], value.contiguous().flatten(1))
