@@ -353,7 +353,7 @@ SEEING_TOYS: dict[str, Toy] = {
              "hidden_size": 128,
              "model_args": {"inference_mode": True, "layers": [1] * 5, "embed_dims": [16, 16, 32, 32, 64]}},
         ),
-        {"vision": (4, 4), "projector": (2, 2), "language": (14, 8)}, 1,
+        {"vision": (18, 18), "projector": (2, 2), "language": (14, 8)}, 1,
         lambda size, ids: {"pixel_values": torch.randn(size, 3, 64, 64)},
     ),
     "perception_lm": Toy(

@@ -16,7 +16,7 @@ from corda_vlm.adapter import attach_adapter, export_adapter
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError
 from corda_vlm.plan import plan_adapter
-from corda_vlm.sites import Site, find_sites, get_linear
+from corda_vlm.sites import Site, find_sites, get_layer
 from tests.families.architecture_toy import SEEING_TOYS, TOYS, Toy, batch_of
 from tests.families.language_toy import inputs_of
 
@@ -52,7 +52,7 @@ def what_is_read(model: nn.Module, sites: list[Site], batch) -> dict[str, torch.
     """Site -> the tensor that its layer reads, kept so that no other gets its address."""
     read: dict[str, torch.Tensor] = {}
     handles = [
-        get_linear(model, site.name).register_forward_pre_hook(
+        get_layer(model, site.name).register_forward_pre_hook(
             lambda module, args, name=site.name: read.__setitem__(name, args[0])
         )
         for site in sites
@@ -97,7 +97,10 @@ def test_from_layers_to_plain_peft(name, tmp_path):
     store = collect_covariance(model, [batch], show_progress=False)  # which proves the streams, too
     kept = int(batch["attention_mask"].sum())
     for site in sites:
-        rows = read[site.name].shape[:-1].numel() if site.tower != "language" else kept
+        x = read[site.name]
+        # the channels of what a convolution reads come second, and those here are 1×1
+        features = 1 if isinstance(model.get_submodule(site.name), nn.Conv2d) else -1
+        rows = x.numel() // x.shape[features] if site.tower != "language" else kept
         expected = toy.rows.get(site.stream, toy.rows.get(site.tower, rows))
         assert store.counts(site.name) == [expected], site
 
