@@ -7,6 +7,7 @@ rules are written with the prefix; `canonical` adds it where it is missing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def _has(model: nn.Module, tower: str) -> bool:
     return not any(other in kind for kind in kinds)
 
 
-def _towers(model: nn.Module) -> tuple[str, ...]:
+def towers(model: nn.Module) -> tuple[str, ...]:
     return tuple(tower for tower in ("vision", "text") if _has(model, tower))
 
 
@@ -231,21 +232,31 @@ def logit_scale(model: nn.Module) -> Float[Tensor, ""]:
     """The scalar that multiplies cosine similarities, exponentiated."""
     bare = unwrap(model)
     if not hasattr(bare, "logit_scale"):
-        raise CordaError(f"{type(bare).__name__} is one tower alone and has no logit scale")
+        raise one_tower(bare)
     return bare.logit_scale.exp().reshape(())
+
+
+def one_tower(bare: nn.Module) -> CordaError:
+    """The error for a tower that is asked for its scale."""
+    return CordaError(f"{type(bare).__name__} is one tower alone and has no logit scale")
 
 
 # ------------------------------------------------------------------ loading
 
 
-def _load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
+# Of BERTs, which could read longer texts (and RoBERTas two tokens fewer than their positions), as many tokens as CLIP reads.
+_CONTEXT = 77
+_OWN = re.compile(r"\w+(?:Vision|Text)Model(?:WithProjection)?")
+
+
+def load(source: str | Path, dtype: torch.dtype) -> tuple[nn.Module, Processor]:
+    """The model in a folder or on a hub, whole or one tower, and what feeds it."""
     import transformers
 
-    config = config_from(source)
-    known = [
-        name for name in getattr(config, "architectures", None) or () if name in _CLIP + _SIGLIP
-    ]
-    kind = getattr(transformers, known[0]) if known else transformers.AutoModel
+    named = getattr(config_from(source), "architectures", None) or ()
+    # A tower alone as its own class, which may have a projection; other classes hold a whole model, or a part of one.
+    own = next((name for name in named if _OWN.fullmatch(name)), "AutoModel")
+    kind = getattr(transformers, own, transformers.AutoModel)
     model = kind.from_pretrained(source, **how_to_read(source)).to(dtype).eval()
     return model, processor(source, model)
 
@@ -275,7 +286,10 @@ def make_processor(model: nn.Module, images: Any, words: Any) -> Processor:
     """A `Processor` from a transformers image processor and tokenizer, None where the model lacks the tower."""
     bare = unwrap(model)
     config = bare.config
-    length = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    of_text = getattr(config, "text_config", config)
+    length = getattr(of_text, "max_position_embeddings", None)
+    if length is not None and hasattr(of_text, "type_vocab_size"):
+        length = min(length, _CONTEXT)
     size = image_size(getattr(config, "vision_config", config))
 
     def image(picture: Any) -> Float[Tensor, "3 h w"]:
@@ -317,11 +331,11 @@ CLIP_HF = Family(
     forward=forward,
     masks=masks,
     contrastive=Contrastive(encode_image, encode_text, logit_scale),
-    load=_load,
+    load=load,
     reads=reads("clip", "clip_vision_model", "clip_text_model"),
     classes=_CLIP,
     canonical=canonical,
-    towers=_towers,
+    towers=towers,
 )
 
 SIGLIP_HF = Family(
@@ -331,7 +345,7 @@ SIGLIP_HF = Family(
     forward=_forward_siglip,
     masks=_masks_siglip,
     contrastive=Contrastive(encode_image, _encode_text_siglip, logit_scale),
-    load=_load,
+    load=load,
     reads=reads(
         *(
             f"{name}{part}"
@@ -341,5 +355,5 @@ SIGLIP_HF = Family(
     ),
     classes=_SIGLIP,
     canonical=canonical,
-    towers=_towers,
+    towers=towers,
 )

@@ -20,6 +20,7 @@ from corda_vlm.families.loading.gguf import converted
 from corda_vlm.families.loading.hub import config_of, without_bars
 from corda_vlm.families.loading.sources import FORMS, built_in, check_source
 from corda_vlm.families.loading.trust import REFUSAL, RemoteCodeError, loading, wants_code
+from corda_vlm.families.lookalike import LOOKALIKE, generates
 from corda_vlm.families.options import LoadKeywords, LoadOptions
 from corda_vlm.families.registry import FAMILIES, chosen, detect_family
 from corda_vlm.files import home_path
@@ -147,7 +148,8 @@ def _load_zoo(folder: Path, family: str | Family, how: _How) -> _Parts:
 
 
 def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
-    found = chosen(family) or next((one for one in FAMILIES.values() if one.reads(folder)), None)
+    families = (*FAMILIES.values(), LOOKALIKE)
+    found = chosen(family) or next((one for one in families if one.reads(folder)), None)
     if found is None:
         beside = sorted(entry.name for entry in folder.iterdir())
         hint = (
@@ -166,6 +168,8 @@ def _load_folder(folder: Path, family: str | Family, how: _How) -> _Parts:
         f"{what} does not load as {found.name}; its files may be truncated or belong to another model",
     ):
         loaded = how.load(found, folder)
+        if found is LOOKALIKE:
+            detect_family(loaded[0])  # says why not, where it does not look like one
     # Afterwards, as what the configuration refuses need not be read. A bit that flipped stops no library.
     for weights in sorted(folder.glob("*.safetensors")):
         check_tensors(weights, "model weights", "export or download them again")
@@ -205,8 +209,9 @@ def _hub_family(source: str) -> Family:
     """The family of a hub model, by its configuration; CLIP's loader knows more kinds than are declared."""
     from transformers import PretrainedConfig
 
-    kind = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    return next((family for family in FAMILIES.values() if kind in family.model_types), CLIP_HF)
+    config = PretrainedConfig.get_config_dict(source)[0]
+    kind, other = config.get("model_type"), LOOKALIKE if generates(config) else CLIP_HF
+    return next((family for family in FAMILIES.values() if kind in family.model_types), other)
 
 
 def _load_remote(family: Family | None, source: str, how: _How) -> _Parts:

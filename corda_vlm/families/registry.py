@@ -11,13 +11,15 @@ from corda_vlm.families.base import Family, unwrap
 from corda_vlm.families.clip_hf import CLIP_HF, SIGLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
 from corda_vlm.families.generic import GENERIC
+from corda_vlm.families.image_text import IMAGE_TEXT_HF
 from corda_vlm.families.layers.matrix import matrix_of
 from corda_vlm.families.llava import LLAVA
 from corda_vlm.families.llm import LLM
+from corda_vlm.families.lookalike import LOOKALIKE
 from corda_vlm.registries import register
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (CLIP_HF, SIGLIP_HF, CLIP_OPEN, LLAVA, LLM)
+    family.name: family for family in (CLIP_HF, SIGLIP_HF, IMAGE_TEXT_HF, CLIP_OPEN, LLAVA, LLM)
 }
 
 
@@ -58,7 +60,7 @@ def known_family(bare: nn.Module) -> Family | None:
     Raises:
         CordaError: the family cannot adapt this model; says why.
     """
-    for family in FAMILIES.values():
+    for family in (*FAMILIES.values(), LOOKALIKE):  # which all others go before, those of users too
         if family.matches(bare):
             if reason := family.refuses(bare):
                 raise CordaError(f"{type(bare).__name__} cannot be adapted: {reason}")

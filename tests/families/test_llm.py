@@ -157,7 +157,7 @@ class TestFolders:
             load_model(folder)
 
     def test_an_unknown_kind(self, folder):
-        edit(folder, model_type="falcon")
+        edit(folder, model_type="falcon", architectures=["FalconModel"])
         with pytest.raises(CordaError, match=r"model_type is 'falcon'; known are .*llama.*declare"):
             load_model(folder)
 

@@ -47,7 +47,7 @@ def test_keys_are_the_names():
     assert {name: family.name for name, family in FAMILIES.items()} == {
         name: name for name in FAMILIES
     }
-    assert set(FAMILIES) == {"clip_hf", "siglip_hf", "clip_open", "llava", "llm"}
+    assert set(FAMILIES) == {"clip_hf", "siglip_hf", "image_text_hf", "clip_open", "llava", "llm"}
 
 
 def test_detection(tiny_clip_hf, tiny_siglip, tiny_open_clip):

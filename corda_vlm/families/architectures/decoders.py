@@ -76,15 +76,19 @@ QWEN3_5: Layers = (
     ("linear_attn.out_proj", "o", "attn.out"),
     *LLAMA,
 )
-# As before, but fused, and beside its experts (`mlp.experts`) an expert that sees all tokens.
+# Experts that see all tokens, as they are called beside those that see some
+SHARED: Layers = tuple(
+    (f"mlp.{path}.{role}_proj", role, stream)
+    for path in ("shared_expert", "shared_experts", "shared_mlp")
+    for role, stream in (("gate", "mlp.in"), ("up", "mlp.in"), ("down", "mlp.mid"))
+)
+# As before, but fused, and with a shared expert.
 QWEN3_NEXT: Layers = (
     ("linear_attn.in_proj_qkvz", "qkv", "attn.in"),
     ("linear_attn.in_proj_ba", "gate", "attn.in"),
     ("linear_attn.out_proj", "o", "attn.out"),
     *LLAMA,
-    ("mlp.shared_expert.gate_proj", "gate", "mlp.in"),
-    ("mlp.shared_expert.up_proj", "up", "mlp.in"),
-    ("mlp.shared_expert.down_proj", "down", "mlp.mid"),
+    *SHARED,
 )
 # A short gated convolution in place of attention in most blocks
 LFM2: Layers = (

@@ -19,7 +19,7 @@ def reads(*types: str) -> Callable[[Path], bool]:
     def found(folder: Path) -> bool:
         config = folder / "config.json"
         # Hub folders may hold open_clip's files too; without weights of transformers they are open_clip's.
-        if not config.is_file() or not _has_weights(folder):
+        if not config.is_file() or not has_weights(folder):
             return False
         read = read_json(config, "model configuration")
         if not isinstance(read, dict):
@@ -29,7 +29,8 @@ def reads(*types: str) -> Callable[[Path], bool]:
     return found
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Are there weights of transformers?"""
     return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 

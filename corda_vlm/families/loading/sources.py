@@ -24,7 +24,7 @@ def built_in() -> dict[str, Path]:
     }
 
 
-FAMILY_NAMES = ("clip_hf", "siglip_hf", "clip_open", "llava", "llm")
+FAMILY_NAMES = ("clip_hf", "siglip_hf", "image_text_hf", "clip_open", "llava", "llm")
 """Those of this package; a program may register others."""
 
 
