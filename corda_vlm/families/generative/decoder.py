@@ -18,6 +18,7 @@ from corda_vlm.families.generative.language import (
     image_token_id,
     language_processor,
 )
+from corda_vlm.families.layers.quantized import is_readable
 from corda_vlm.families.loading.hub import config_from, how_to_read, or_missing, tokenizer_of
 from corda_vlm.families.loading.trust import trusted
 
@@ -89,30 +90,26 @@ def _chosen(batch: Batch, tokens: str, image: int | None) -> Bool[Tensor, "b l"]
 
 
 def quantised(model: Any) -> str | None:
-    """Why a quantized model cannot be adapted, or None."""
-    kinds = sorted(
-        {
-            type(module).__name__
-            for module in model.modules()
-            if isinstance(module, nn.Linear) and not _is_plain(module.weight)
-        }
-    )
+    """Why a quantised model cannot be adapted, or None: where its weights cannot be read as matrices."""
+    unreadable = {
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and not is_readable(module)
+    }
     method = _method(getattr(model.config, "quantization_config", None))
-    if not kinds and method is None:
+    if not unreadable and (method is None or method.split()[0] in _READABLE):
         return None
-    named = ", ".join(kinds) or "quantised layers"
-    return f"its base is quantised ({method or named}), {_QUANTISED}"
+    return f"its base is quantised ({method or ', '.join(sorted(unreadable))}), {_QUANTISED}"
 
+
+_READABLE = ("bitsandbytes", "torchao")
+"""Methods whose layers are `nn.Linear`s with a weight that `layers.quantized` reads."""
 
 _QUANTISED = (
-    "so its weights are codes and no matrices that can be decomposed. Load the original weights instead, e.g. "
-    'load_model(NAME, dtype=torch.bfloat16, device_map="auto"), calibrate, plan and train on those; the merged export '
-    "can be quantised afterwards"
+    "so its weights are codes that cannot be read as matrices here. Read are those of bitsandbytes (NF4, FP4, int8) and of "
+    'torchao. Load the original weights instead, e.g. load_model(NAME, dtype="bfloat16", quantization="nf4"); or calibrate, plan '
+    "and train on them in 16 bits, and quantise the merged export"
 )
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return weight.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _method(quantization: Any) -> str | None:

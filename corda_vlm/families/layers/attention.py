@@ -29,6 +29,7 @@ from corda_vlm.families.layers.packed import (
     packed_parts,
     packed_weights,
 )
+from corda_vlm.families.layers.quantized import keep_exact
 from corda_vlm.families.layers.unpacked import (
     Unpacked,
     UnpackedAttention,
@@ -75,11 +76,13 @@ def unpack(model: nn.Module) -> list[str]:
 
     Also makes timm's BEiT and EVA attention call their fused `qkv` layer, which they otherwise bypass, and shows
     GPT-2's `Conv1D` layers as `nn.Linear` (see `conv1d`).
-    Layers already unpacked stay as they are. A layer used in two places stays one layer in two places.
+    Layers already unpacked stay as they are. A layer used in two places stays one layer in two places. Layers of four bits are
+    kept from being packed for inference alone (see `quantized.keep_exact`), which nothing undoes.
 
     Raises:
         CordaError: a layer cannot be unpacked with equal outputs; nothing is replaced then.
     """
+    keep_exact(model)
     places = [
         (parent, key, name)
         for parent, key, name in _children(model)

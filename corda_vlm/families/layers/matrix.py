@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
 from corda_vlm.families.layers.conv2d import as_kernel, conv_matrix, is_conv2d
+from corda_vlm.families.layers.quantized import dequantized, quantize_again, storage_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ def matrix_of(layer: Any) -> Matrix | None:
     if is_conv1d(layer):
         return stored(linear_weight(layer))
     if isinstance(layer, nn.Linear):
+        if storage_of(layer) is not None:
+            shape = (layer.out_features, layer.in_features)
+            return Matrix(shape, lambda: dequantized(layer))
         return stored(layer.weight)
     if is_conv2d(layer):
         out, channels, height, width = layer.weight.shape
@@ -64,5 +68,8 @@ def write_matrix(layer: Any, matrix: Float[Tensor, "out inp"]) -> None:
 
     In place: the weight of an unpacked attention is a view of the packed storage.
     """
+    if storage_of(layer) is not None:
+        quantize_again(layer, matrix)
+        return
     weight = linear_weight(layer) if is_conv1d(layer) else layer.weight.data
     weight.copy_(as_kernel(layer, matrix) if is_conv2d(layer) else matrix)
