@@ -366,11 +366,16 @@ def inner_layer(module: Any, *, as_trained: bool = False) -> nn.Module:
 
 
 def _signs(weight: Float[Tensor, "out inp"]) -> list[int]:
+    return torch.signbit(sampled(weight)).cpu().to(torch.uint8).tolist()
+
+
+def sampled(weight: Float[Tensor, "out inp"]) -> Float[Tensor, " n"]:
+    """At most 256 evenly spaced entries, in row-major order."""
     flat = weight.reshape(-1)
     step = (
         max(1, flat.numel() // _SAMPLES) | 1
     )  # odd, so that it does not stay in one column of an even width
-    return torch.signbit(flat[::step][:_SAMPLES]).cpu().to(torch.uint8).tolist()
+    return flat[::step][:_SAMPLES]
 
 
 def _no_sites(model: nn.Module, family: Family, tower: str, present: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ ORDER = (
     "ranks",
     "families",
     "sites",
+    "same_model",
     "data",
     "evaluation",
     "covariance",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from corda_vlm.adapter.load import load_adapter
     from corda_vlm.adapter.one_call import adapt
     from corda_vlm.adapter.options import AttachOptions, check_scale
+    from corda_vlm.adapter.quantized_base import quantize_base
     from corda_vlm.adapter.wrap import restore
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "import_adapter": "imported",
     "interpolated": "interpolate",
     "load_adapter": "load",
+    "quantize_base": "quantized_base",
     "restore": "wrap",
     "scaled": "interpolate",
 }

@@ -28,6 +28,7 @@ from corda_vlm.adapter.paired import (
     PairedLayer,
     base_of,
     keep_a_frozen,
+    refuse_residual_of_quantized,
     refuse_second_residual,
     start_from,
 )
@@ -37,6 +38,8 @@ from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError
 from corda_vlm.options import options_from
 from corda_vlm.plan import AdapterPlan
+from corda_vlm.same_model import is_quantized
+from corda_vlm.sites import model_fingerprint
 
 # What an adapter's configuration says of the plan it came from.
 _ORIGIN = (
@@ -73,7 +76,7 @@ def attach_adapter(
     Raises:
         ForeignFileError: the plan was made for another model or family; both are named.
         UnknownNameError: unknown base mode.
-        CordaError: what PEFT wrapped is not what was planned.
+        CordaError: what PEFT wrapped is not what was planned; a residual of a base that is quantised already.
     """
     asked = options_from(AttachOptions, options, "attach_adapter")
     if isinstance(model, PeftModel):  # first: a residual base has another fingerprint
@@ -105,6 +108,10 @@ def _config(
         "modules_to_save": check_full_modules(model, asked.modules_to_save, ranks) or None,
     }
     origin = {name: getattr(plan, name) for name in _ORIGIN}
+    if is_quantized(model):
+        refuse_residual_of_quantized(asked.base)
+        # what it is trained on, and belongs on: the plan may be of the original
+        origin["model_fingerprint"] = model_fingerprint(model)
     # beside an adapter of ours PEFT wants another of its kind, and some convolutions it takes for others
     if (
         plan.starts_at_zero

@@ -23,7 +23,7 @@ from corda_vlm.covariance.moments import SecondMoment
 from corda_vlm.decompose.basis import fix_signs
 from corda_vlm.errors import CordaError
 from corda_vlm.plan import check_made_from, check_rank
-from corda_vlm.sites import find_sites, model_fingerprint, site_shapes
+from corda_vlm.sites import find_sites, site_shapes
 
 RHO = 2.0
 """PEFT's default: a site gets at most twice the rank."""
@@ -58,7 +58,7 @@ def attach_eva(
         raise CordaError(
             f"rho is how often its rank a site may get at most, so 1 or more; got {rho!r}"
         )
-    check_made_from(model_fingerprint(model), store, "covariances")
+    check_made_from(model, store, "covariances")
     names = [site.name for site in find_sites(model, towers=towers, roles=roles, targets=targets)]
     refuse_convolutions(model, names, "eva")
     check_rank(site_shapes(model, names), rank)

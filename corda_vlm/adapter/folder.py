@@ -14,6 +14,7 @@ from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.loading import convert
 from corda_vlm.families.loading.hub import without_bars
+from corda_vlm.families.options import Quantization
 from corda_vlm.files import (
     asset,
     atomic_folder,
@@ -128,6 +129,7 @@ _FIELDS: dict[str, Any] = {
     "base_model_name_or_path": str | None,
     "origin": dict[str, Any] | None,
     "freeze_a": bool | None,
+    "quantization": Quantization | None,
 }
 """What of an adapter's configuration is read here, and of which type it has to be."""
 

@@ -24,12 +24,15 @@ from corda_vlm.adapter.paired import (
     PairedType,
     base_of,
     paired_layers,
+    refuse_residual_of_quantized,
     refuse_second_residual,
     trained,
 )
+from corda_vlm.adapter.quantized_base import quantize_base
 from corda_vlm.adapter.wrap import base_modes, wrapping
 from corda_vlm.errors import CordaError, ForeignFileError, first_line
 from corda_vlm.files import shown
+from corda_vlm.same_model import is_quantized
 from corda_vlm.tensors import load_tensors
 
 
@@ -59,6 +62,8 @@ def load_adapter(
         name: tuple(t.shape) for name, t in load_tensors(weights, "adapter weights", AGAIN).items()
     }
     check_ranks(config, shapes, folder)
+    if is_quantized(model):
+        refuse_residual_of_quantized(config.get("base", "untouched"))
     if config["peft_type"] == PairedType.CORDA_VLM.value:
         if isinstance(model, PeftModel):
             refuse_second_residual([*base_modes(model), config.get("base", "untouched")])
@@ -80,6 +85,8 @@ def load_adapter(
                 f"{'file' if odd[0] in shapes else 'model'} ({len(odd)} such tensors)"
             )
         _check_pairs(peft_model, adapter_name, folder)
+    if (kind := config.get("quantization")) is not None:
+        quantize_base(peft_model, kind)
     return peft_model
 
 

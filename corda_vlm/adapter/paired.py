@@ -35,6 +35,7 @@ from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.layers.attention import pack
 from corda_vlm.families.layers.conv2d import as_kernel, convolved
 from corda_vlm.families.layers.matrix import Matrix, matrix_of, write_matrix
+from corda_vlm.families.layers.quantized import storage_of
 
 BASES = ("untouched", "residual")
 
@@ -53,11 +54,13 @@ class PairedConfig(LoraConfig):
         base: "untouched" or "residual", see the module.
         freeze_a: A stays at A₀ and only B is trained.
         origin: where the pair came from, readable: method, mode, family, model_fingerprint, data_fingerprint.
+        quantization: what a residual base was quantised to once the pair was taken out of it, see `quantized_base`; else None.
     """
 
     base: str = "untouched"
     freeze_a: bool = False
     origin: dict[str, Any] = field(default_factory=dict)
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,6 +164,20 @@ class PairedLayer(nn.Module, LoraLayer):
     def as_stored(self, matrix: Float[Tensor, "out inp"]) -> Float[Tensor, " out *inp"]:
         """A matrix in the shape of the layer's weight."""
         return matrix
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's; a quantised weight is refused.
+
+        Raises:
+            CordaError: the base is quantised: rounding to its few values would take most of what was learned.
+        """
+        kind = storage_of(self.get_base_layer())
+        if kind is not None and not self.merged:
+            raise CordaError(
+                f"the base is stored as {kind}, and merged into that most of what was learned would be rounded away; "
+                "export_adapter(..., format='merged') writes the merged model in sixteen bits"
+            )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.lora_init_A:
@@ -379,6 +396,16 @@ def refuse_second_residual(bases: list[str]) -> None:
     if len(bases) > 1 and "residual" in bases:
         raise CordaError(
             "a residual base W − B₀A₀ belongs to one adapter; attach every adapter with base='untouched'"
+        )
+
+
+def refuse_residual_of_quantized(base: str) -> None:
+    """Raise if this base mode cannot be of a model that is quantised already."""
+    if base == "residual":
+        raise CordaError(
+            "the residual W − B₀A₀ of a base that is quantised already would be rounded twice; load the original weights, attach "
+            "(or load) the adapter with base='residual', and quantise then: quantize_base(peft_model, 'nf4'). Or take "
+            "base='untouched', which leaves the quantised base as it is"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,7 @@ from corda_vlm.adapter.paired import PairedLayer, base_matrix, base_of
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.attention import pack
 from corda_vlm.families.layers.matrix import write_matrix
+from corda_vlm.families.loading.quantization import dequantize_model
 
 
 def twin_of(
@@ -38,6 +40,8 @@ def twin_of(
     tensors = [*base.parameters(), *base.buffers()]
     twin = copy.deepcopy(base, {id(t): t for t in tensors if id(t) not in private})
     with torch.no_grad():
+        if change is not original:  # what is written anew is written in sixteen bits
+            dequantize_model(twin)
         for parent in list(twin.modules()):
             for key, child in list(parent._modules.items()):
                 if isinstance(child, LoraLayer):
@@ -53,12 +57,31 @@ def twin_of(
 
 def with_change(layer: LoraLayer) -> None:
     try:
-        layer.merge(safe_merge=True)  # pyright: ignore[reportAttributeAccessIssue]
+        if type(layer).__module__.rpartition(".")[2] in ("bnb", "torchao"):
+            _merge_of_quantized(layer)
+        else:
+            layer.merge(safe_merge=True)  # pyright: ignore[reportAttributeAccessIssue]
     except ValueError as error:
         raise CordaError(
             "a merged weight holds NaN or Inf: the base model is damaged, or its precision too low for what was learned; "
             "load it again, in float32"
         ) from error
+
+
+def _merge_of_quantized(layer: Any) -> None:
+    """Merge what PEFT's own layers of quantised bases have learned into the matrix that the twin has instead."""
+    weight = layer.get_base_layer().weight
+    for name in layer.active_adapters:
+        if name in layer.lora_variant:
+            kind = type(layer.lora_variant[name]).__name__
+            raise CordaError(
+                f"{kind} on a quantised base is no plain LoRA and cannot be merged here; load its adapter on the original weights "
+                "with peft, and merge it there"
+            )
+        merged = weight.float() + layer.get_delta_weight(name).float()
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError("NaN or Inf")
+        weight.data.copy_(merged)
 
 
 def original(layer: LoraLayer) -> None:

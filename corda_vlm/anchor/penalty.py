@@ -25,6 +25,7 @@ from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family, unwrap
 from corda_vlm.names import quoted
 from corda_vlm.options import fitted
+from corda_vlm.same_model import is_made_from
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -372,7 +373,11 @@ def _check_model(model: nn.Module, store: CovarianceStore, starts: dict[str, Ada
     ]
     found = origins[0] if origins else model_fingerprint(model)
     # PEFT's PiSSA, OLoRA and CorDA rewrite the base and keep no record of what it was
-    if found == store.model_fingerprint or any(site.start for site in starts.values()):
+    is_same = found == store.model_fingerprint or (
+        not origins
+        and is_made_from(model, store.model_fingerprint, store.model_signs, "the covariances")
+    )
+    if is_same or any(site.start for site in starts.values()):
         return
     raise ForeignFileError(
         f"the covariances were collected from the model {store.model_fingerprint}, and this one is {found}: other "

@@ -192,6 +192,7 @@ def _joined(job: Calibration, parts: Sequence[CovarianceStore]) -> CovarianceSto
         data_fingerprints=parts[0].data_fingerprints,
         precision=job.precision,
         progress=Progress(progress.data, progress.base, progress.batches, complete=True),
+        model_signs=parts[0].model_signs,
     )
 
 

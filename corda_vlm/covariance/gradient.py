@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -28,6 +29,7 @@ from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, any_family
 from corda_vlm.families.base import device_of, evaluating, requiring
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.families.options import SiteKeywords, SiteOptions
 from corda_vlm.files import check_path
 from corda_vlm.interrupts import Interrupts
@@ -35,6 +37,7 @@ from corda_vlm.locks import locked
 from corda_vlm.names import quoted
 from corda_vlm.options import as_keywords, options_from
 from corda_vlm.progress import Meter, showing
+from corda_vlm.same_model import model_signs
 from corda_vlm.sites import Site, find_sites, get_layer, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -139,11 +142,13 @@ class _Job:
         path: Path | None,
     ) -> None:
         self.model, self.source, self.loss, self.path = model, source, loss, path
-        self.weights = {site.name: get_layer(model, site.name).weight for site in sites}
+        self.layers = {site.name: get_layer(model, site.name) for site in sites}
+        self.weights = {name: _differentiable(layer) for name, layer in self.layers.items()}
         self.fingerprints = {
             "model_fingerprint": model_fingerprint(model),
             "data_fingerprint": f"{source.fingerprint}-{about or _name_of(loss)}",
         }
+        self.signs = model_signs(model)
         self.done, self.complete = 0, False
         self.sums: dict[str, Tensor] = {}
         if path is not None and path.exists():
@@ -220,6 +225,7 @@ class _Job:
             asked=tuple(self.weights),
             batches=self.done,
             complete=self.complete,
+            model_signs=self.signs,
             **self.fingerprints,
         )
 
@@ -248,6 +254,8 @@ class _Job:
                     parameter.grad = None
                 for name, weight in self.weights.items():
                     handles.append(weight.register_post_accumulate_grad_hook(self._taker(name)))
+                    if storage_of(self.layers[name]) is not None:
+                        handles.append(self.layers[name].register_forward_hook(_adding(weight)))
                 yield
             finally:
                 for handle in handles:
@@ -284,3 +292,20 @@ class _Job:
                 len(self.weights),
                 quoted(missed),
             )
+
+
+def _differentiable(layer: nn.Linear) -> Tensor:
+    """The weight of a layer; of one that keeps codes zeros in its place, which `_adding` adds, and which take no memory."""
+    if storage_of(layer) is None:
+        return layer.weight
+    return torch.zeros((), device=layer.weight.device).expand(layer.out_features, layer.in_features)
+
+
+def _adding(weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook after which a layer's outputs depend on `weight` as if it were added to the layer's own: so its gradient is that."""
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        (x,) = inputs
+        return output + F.linear(x.to(weight.dtype), weight).to(output.dtype)
+
+    return add

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.names import quoted
+from corda_vlm.same_model import is_made_from
 from corda_vlm.sites import model_fingerprint
 from corda_vlm.tensors import LazyTensors, save_tensors
 
@@ -23,6 +24,7 @@ class GradientStore(Mapping[str, Tensor]):
 
     Attributes:
         model_fingerprint: of the model it was taken at.
+        model_signs: of the same, see `same_model`; None in files of former versions.
         data_fingerprint: of the batches and of the loss.
         asked: the sites that it was asked for; those that the loss does not depend on have no gradient.
         batches: how many it is the mean of.
@@ -38,11 +40,12 @@ class GradientStore(Mapping[str, Tensor]):
         batches: int,
         asked: Sequence[str] | None = None,
         complete: bool = True,
+        model_signs: str | None = None,
     ) -> None:
         self._gradients = gradients
         self.asked = tuple(gradients if asked is None else asked)
         self.model_fingerprint, self.data_fingerprint = model_fingerprint, data_fingerprint
-        self.batches, self.complete = batches, complete
+        self.batches, self.complete, self.model_signs = batches, complete, model_signs
 
     def __getitem__(self, site: str) -> Float[Tensor, "out inp"]:
         if site not in self._gradients:
@@ -78,6 +81,7 @@ class GradientStore(Mapping[str, Tensor]):
         about = {
             "version": VERSION,
             "model": self.model_fingerprint,
+            "signs": self.model_signs,
             "data": self.data_fingerprint,
             "batches": self.batches,
             "asked": self.asked,
@@ -114,6 +118,7 @@ class GradientStore(Mapping[str, Tensor]):
                 batches=int(about["batches"]),
                 asked=[str(name) for name in about["asked"]],
                 complete=bool(about["complete"]),
+                model_signs=about.get("signs"),
             )
             version = about["version"]
         except (KeyError, TypeError, ValueError) as error:
@@ -127,7 +132,10 @@ class GradientStore(Mapping[str, Tensor]):
                 f"{path} is the checkpoint of a gradient that was stopped after {store.batches} batches; run the command that "
                 "collects it again, and it goes on from there"
             )
-        if model is not None and store.model_fingerprint != (own := model_fingerprint(model)):
+        if model is not None and not is_made_from(
+            model, store.model_fingerprint, store.model_signs, f"the gradient {path}"
+        ):
+            own = model_fingerprint(model)
             raise ForeignFileError(
                 f"{path} is the gradient of the model {store.model_fingerprint}, and this one is {own}: other layers or other "
                 f"weights; {_AGAIN}"

@@ -27,6 +27,7 @@ from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.layers.conv2d import geometry, places_as_rows
 from corda_vlm.families.layers.matrix import shape_of
 from corda_vlm.names import quoted
+from corda_vlm.same_model import model_signs
 from corda_vlm.sites import Site, get_layer, model_fingerprint
 
 _OUTPUT = "output side of "
@@ -70,6 +71,7 @@ def observe(
         observer = Observer(
             sites,
             model_fingerprint(model),
+            model_signs=model_signs(model),
             rounds=rounds,
             precision=precision,
             device=device,
@@ -98,6 +100,7 @@ class Observer:
         sites: Sequence[Site],
         model_fingerprint: str,
         *,
+        model_signs: str | None = None,
         rounds: int = 1,
         precision: str = "float32",
         device: torch.device | str | None = None,
@@ -116,7 +119,7 @@ class Observer:
         self.sites = tuple(sites)
         self.rounds, self.precision = rounds, precision
         self._device, self._scratch = device, scratch
-        self.model_fingerprint = model_fingerprint
+        self.model_fingerprint, self.model_signs = model_fingerprint, model_signs
         self.batches, self.tokens = 0, 0
         self.outputs = (
             None
@@ -332,6 +335,7 @@ class Observer:
             precision=self.precision,
             progress=Progress(data, tuple(base), self.batches, self._all_ahead(), complete),
             outputs=self.outputs and self.outputs.moments(),
+            model_signs=self.model_signs,
         )
 
     def _all_ahead(self) -> dict[str, int]:

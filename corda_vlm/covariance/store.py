@@ -25,6 +25,7 @@ from corda_vlm.covariance.moments import SecondMoment
 from corda_vlm.covariance.output_side import OutputMoments
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.names import quoted
+from corda_vlm.same_model import is_made_from
 from corda_vlm.sites import Site
 from corda_vlm.sites import model_fingerprint as fingerprint_of
 from corda_vlm.text_table import text_table
@@ -73,6 +74,7 @@ class CovarianceStore:
         site_streams: site name -> stream; sites that read the same tensor share one.
         round_count: rounds of every stream.
         model_fingerprint: of the model the activations came from.
+        model_signs: of the same, by which a quantised copy is known, see `same_model`; None in stores of former versions.
         data_fingerprints: of the calibration data, one for each collection that was merged in.
         precision: "float32", "float64" or "bf16"; joined by "+" when stores of several were merged.
         progress: of the calibration that made it, None for a merged store.
@@ -89,10 +91,11 @@ class CovarianceStore:
         precision: str,
         progress: Progress | None = None,
         outputs: OutputMoments | None = None,
+        model_signs: str | None = None,
     ) -> None:
         self.sites = tuple(sites)
         self.site_streams = {site.name: site.stream for site in self.sites}
-        self.model_fingerprint = model_fingerprint
+        self.model_fingerprint, self.model_signs = model_fingerprint, model_signs
         self.data_fingerprints = tuple(data_fingerprints)
         self.precision = precision
         self.progress = progress
@@ -232,6 +235,7 @@ class CovarianceStore:
             data_fingerprints=self.data_fingerprints + other.data_fingerprints,
             precision="+".join(sorted({*self.precision.split("+"), *other.precision.split("+")})),
             outputs=self.outputs and other.outputs and self.outputs.merged(other.outputs),
+            model_signs=self.model_signs or other.model_signs,
         )
 
     # ------------------------------------------------------------------ files
@@ -245,6 +249,7 @@ class CovarianceStore:
         about: dict[str, Any] = {
             "package_version": _package_version(),
             "model_fingerprint": self.model_fingerprint,
+            "model_signs": self.model_signs,
             "data_fingerprints": self.data_fingerprints,
             "precision": self.precision,
             "rounds": self.round_count,
@@ -286,10 +291,12 @@ class CovarianceStore:
                 f"{path} is the checkpoint of a calibration that stopped after {progress.batches} batches; run the "
                 "same command again (collect_covariance with the same path) to finish it"
             )
-        if model is not None and (fingerprint := fingerprint_of(model)) != store.model_fingerprint:
+        if model is not None and not is_made_from(
+            model, store.model_fingerprint, store.model_signs, f"the covariances {path}"
+        ):
             raise ForeignFileError(
                 f"{path} was made from another model: its fingerprint is {store.model_fingerprint}, that of this "
-                f"{type(model).__name__} is {fingerprint}. Load the model it was made from, or collect the covariances of "
+                f"{type(model).__name__} is {fingerprint_of(model)}. Load the model it was made from, or collect the covariances of "
                 "this one into another file"
             )
         return store
@@ -313,6 +320,7 @@ class CovarianceStore:
             precision=about["precision"],
             progress=None if saved is None else Progress(**{**saved, "base": tuple(saved["base"])}),
             outputs=None if outputs is None else OutputMoments.read(file, outputs),
+            model_signs=about.get("model_signs"),
         )
 
 

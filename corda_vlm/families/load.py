@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from corda_vlm.errors import CordaError, first_line
 from corda_vlm.families.base import Family, Loaded, Processor
 from corda_vlm.families.clip_hf import CLIP_HF
 from corda_vlm.families.clip_open import CLIP_OPEN
+from corda_vlm.families.layers.quantized import keep_exact
 from corda_vlm.families.loading.gguf import converted
 from corda_vlm.families.loading.hub import config_of, without_bars
+from corda_vlm.families.loading.quantization import quantize_model, warn_of_misread
 from corda_vlm.families.loading.sources import FORMS, built_in, check_source
 from corda_vlm.families.loading.trust import REFUSAL, RemoteCodeError, loading, wants_code
 from corda_vlm.families.lookalike import LOOKALIKE, generates
@@ -40,21 +42,28 @@ def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
     Raises:
         UnknownNameError: no such built-in name, family, open_clip model or pretrained tag.
         RemoteCodeError: the model wants code of its own to be run.
-        CordaError: the folder is in no known format, its weights are quantized or incomplete, a hub cannot be reached,
+        CordaError: the folder is in no known format, its weights are quantised as is not known here, or incomplete, a hub cannot be reached,
             or there is no such device.
     """
     check_source(source)
     family, asked = options.get("family", "auto"), _checked(options)
     dtype, device = options.get("dtype", asked.dtype), options.get("device", asked.device)
-    how = _How(getattr(torch, dtype) if isinstance(dtype, str) else dtype, asked.device_map)
     device = _usable(device)
+    how = _How(
+        getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        asked.device_map,
+        asked.quantization,
+        device,
+    )
     with loading(asked.trust_remote_code):
         if (path := home_path(source)).suffix == ".gguf" and path.is_file():
             source = converted(path)
         model, processor, found = _load(source, family, how)
     # Not to the dtype, which its family loaded it in: a language model keeps its rotary frequencies in float32.
-    if asked.device_map is None:
+    if asked.device_map is None and asked.quantization is None:
         model = model.to(device)
+    keep_exact(model)
+    warn_of_misread(model)
     return Loaded(model.eval(), processor, found, str(source))
 
 
@@ -88,6 +97,8 @@ def _load(source: str | Path, family: str | Family, how: _How) -> _Parts:
 class _How:
     dtype: torch.dtype
     device_map: Any
+    quantization: str | None
+    device: torch.device
 
     def load(self, family: Family, source: str | Path) -> tuple[nn.Module, Processor]:
         if family.load is None:
@@ -98,8 +109,20 @@ class _How:
         options = {} if self.device_map is None else {"device_map": self.device_map}
         if options and family.generative is None:
             raise CordaError(f"device_map is for language models; {family.name} takes device=")
+        if self.quantization is not None and family.generative is not None:
+            options["quantization"] = self.quantization
+            options["device_map"] = self.device_map or {"": self.device}
         with without_bars(source):
-            return family.load(source, self.dtype, **options)
+            model, processor = family.load(source, self.dtype, **options)
+        if self.quantization is not None and family.generative is None:
+            if family is not CLIP_HF:
+                raise CordaError(
+                    f"quantization is for models of transformers, and {source} is read by {family.name}. Of a built-in model add "
+                    "-hf to its name"
+                )
+            # afterwards: transformers would also quantise what the pooling head of SigLIP reads as a matrix
+            model = quantize_model(model.to(self.device), self.quantization)
+        return model, processor
 
 
 def _usable(device: str | int | torch.device) -> torch.device:
@@ -191,9 +214,12 @@ def _of_unknown_type(folder: Path) -> str:
 def _load_converted(folder: Path, how: _How) -> _Parts:
     from corda_vlm.families.loading.convert import convert_loaded
 
-    model, _, _ = _load_folder(folder, CLIP_OPEN, how)
+    model, _, _ = _load_folder(folder, CLIP_OPEN, replace(how, quantization=None))
     model, processor = convert_loaded(model)
-    return model.to(how.dtype), processor, CLIP_HF
+    model = model.to(how.dtype)
+    if how.quantization is not None:
+        model = quantize_model(model.to(how.device), how.quantization)
+    return model, processor, CLIP_HF
 
 
 def _remote_family(source: str, family: str | Family) -> Family | None:

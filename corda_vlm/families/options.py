@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from corda_vlm.families.base import Family
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["nf4", "int8"]
 Tower = Literal["vision", "text", "projector", "language", "model"]
 Role = Literal[
     "q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up", "conv", "linear"
@@ -41,6 +42,8 @@ class LoadOptions:
         family: The family whose format is expected, for a folder that holds more than one; "auto" finds out.
         dtype: What the weights are kept in. A language model of billions of parameters wants bfloat16.
         device: "cpu", "cuda", "cuda:1", …, or "auto": the first GPU if there is one, else the CPU.
+        quantization: Keep the weight matrices in four bits (nf4, as QLoRA does) or eight (int8); models of transformers alone, by
+            bitsandbytes. What is no matrix, and what is computed, is in `dtype`.
         device_map: "auto" spreads a language model over all GPUs, as in transformers; `device` is then not looked at.
         trust_remote_code: Run the Python code that comes with the model. Without it none of it runs, and nobody is asked.
     """
@@ -48,6 +51,7 @@ class LoadOptions:
     family: Text = "auto"
     dtype: Dtype = "float32"
     device: Text = "auto"
+    quantization: Quantization | None = None
     device_map: str | dict[str, Any] | None = None
     trust_remote_code: bool = False
 
@@ -61,6 +65,7 @@ class LoadKeywords(TypedDict, total=False):
     family: str | Family
     dtype: Dtype | torch.dtype
     device: str | int | torch.device
+    quantization: Quantization | None
     device_map: Any
     trust_remote_code: bool
 

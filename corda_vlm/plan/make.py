@@ -43,6 +43,7 @@ from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.plan.share import ceilings, choose_ranks
 from corda_vlm.progress import showing, track
 from corda_vlm.ranks.rules import get_rank_rule
+from corda_vlm.same_model import is_made_from, model_signs
 from corda_vlm.sites import Site, SiteWeights, find_sites, model_fingerprint, site_weights
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def plan_adapter(
     made_from = ((store, "covariances"), (task_store, "task's covariances"), (gradient, "gradient"))
     for given, of in made_from:
         if given is not None:
-            check_made_from(fingerprint, given, of)
+            check_made_from(model, given, of)
     with showing(show_progress), unpacked(model):
         sites = _reached(find_sites(model, **as_keywords(asked, SiteOptions)), gradient)
         weights = site_weights(model, [site.name for site in sites])
@@ -108,6 +109,7 @@ def plan_adapter(
         a_norm=asked.a_norm,
         beta=chosen.beta,
         model_fingerprint=fingerprint,
+        model_signs=model_signs(model),
         data_fingerprint=store.data_fingerprint if store is not None else None,
         task_fingerprint=of_task.data_fingerprint if of_task is not None else None,
         family=any_family(model).name,
@@ -346,12 +348,12 @@ def _check_gradient(asked: PlanOptions, basis: PlanMethod, gradient: GradientSto
     )
 
 
-def check_made_from(fingerprint: str, store: CovarianceStore | GradientStore, of: str) -> None:
-    """Raise a `ForeignFileError` unless the store was collected from the model with this fingerprint."""
-    if store.model_fingerprint != fingerprint:
+def check_made_from(model: nn.Module, store: CovarianceStore | GradientStore, of: str) -> None:
+    """Raise a `ForeignFileError` unless the store was collected from this model, or from one as of `same_model`."""
+    if not is_made_from(model, store.model_fingerprint, store.model_signs, f"the {of}"):
         raise ForeignFileError(
             f"the {of} were collected from the model {store.model_fingerprint}, and this one is "
-            f"{fingerprint}: collect them from this model, or load that one"
+            f"{model_fingerprint(model)}: collect them from this model, or load that one"
         )
 
 

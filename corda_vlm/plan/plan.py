@@ -25,6 +25,7 @@ from corda_vlm.options import (
 from corda_vlm.plan.bases import Components, Side
 from corda_vlm.plan.file import read_plan, write_plan
 from corda_vlm.plan.table import table_of
+from corda_vlm.same_model import is_made_from
 from corda_vlm.sites import Site, model_fingerprint
 
 
@@ -90,6 +91,7 @@ class AdapterPlan:
         a_norm: norm of each row of A at the start; None: the paper's split `B = U Σ^½`.
         beta: of "sc-lora", see `plan_adapter`; None for the others.
         model_fingerprint, data_fingerprint: what it was made from; no data: None.
+        model_signs: of the same model, see `same_model`; None in plans of former versions.
         task_fingerprint: of the data of the new task, for a method that takes both; else None.
         family: key of `FAMILIES`.
         sites: in the model's order.
@@ -108,6 +110,7 @@ class AdapterPlan:
     task_fingerprint: str | None
     family: str
     rank_rule: str | None = field(default=None, kw_only=True)
+    model_signs: str | None = field(default=None, kw_only=True)
     sites: Annotated[tuple[SitePlan, ...], Items(least=1)]
     factors: Mapping[str, Decomposition] = field(default_factory=dict, repr=False, compare=False)
 
@@ -168,8 +171,8 @@ class AdapterPlan:
                 f"{origin} was made for a model of family {self.family!r}, and this one is {family!r} "
                 f"({type(model).__name__}). Make a plan for this model."
             )
-        fingerprint = model_fingerprint(model)
-        if fingerprint != self.model_fingerprint:
+        if not is_made_from(model, self.model_fingerprint, self.model_signs, origin):
+            fingerprint = model_fingerprint(model)
             raise ForeignFileError(
                 f"{origin} was made for the {self.family!r} model {self.model_fingerprint}, and this one is "
                 f"{fingerprint}: other layers or other weights. Load the model it was made for, or make a plan "

@@ -14,7 +14,10 @@ from corda_vlm.covariance import GradientStore, collect_gradient
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import detect_family
 from corda_vlm.families.layers.attention import is_packed, unpacked
+from corda_vlm.same_model import model_signs
 from corda_vlm.sites import find_sites, get_linear
+from tests.quantized_toy import batches as quantized_batches
+from tests.quantized_toy import dequantized_copy, quantized
 
 
 def make_batches(count: int = 3, size: int = 4) -> list[dict[str, Tensor]]:
@@ -257,3 +260,14 @@ class TestRefusals:
     def test_a_site_that_was_not_collected(self, tiny_clip_hf):
         with pytest.raises(CordaError, match="has nothing of site 'head'"):
             _ = collect(tiny_clip_hf)["head"]
+
+
+def test_of_a_quantised_model_it_is_that_of_the_dense_one():
+    model = quantized("nf4")
+    twin = dequantized_copy(model)
+    both = [collect_gradient(m, quantized_batches(2), show_progress=False) for m in (model, twin)]
+    assert list(both[0]) == list(both[1])
+    for name, expected in both[1].items():
+        torch.testing.assert_close(both[0][name], expected, rtol=1e-3, atol=1e-6)
+    assert both[0].model_signs == model_signs(model)
+    assert not any(m._forward_hooks for m in model.modules())

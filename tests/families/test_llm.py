@@ -182,9 +182,9 @@ class TestPadding:
 
 class TestQuantised:
     def test_a_folder_is_refused_before_it_is_read(self, folder):
-        edit(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+        edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
         (folder / "model.safetensors").write_bytes(b"")
-        with pytest.raises(CordaError, match=r"quantised \(bitsandbytes 4-bit\).*torch\.bfloat16"):
+        with pytest.raises(CordaError, match=r"quantised \(gptq\).*bitsandbytes.*original weights"):
             load_model(folder)
 
     def test_a_model_is_refused(self):

@@ -21,9 +21,11 @@ from corda_vlm.errors import (
     UnknownNameError,
 )
 from corda_vlm.integrations.peft import initialize_lora_corda_weights, preprocess_corda
+from corda_vlm.integrations.peft.layers import refuse_quantized
 from corda_vlm.integrations.peft.starts import refuse_pickle
 from corda_vlm.plan import plan_adapter
 from tests.families.language_toy import LANGUAGE
+from tests.quantized_toy import quantized
 
 METHODS = ("ipm", "kpm")
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -296,6 +298,8 @@ def test_wrong_input(llama, tiny_open_clip):
     )
     with pytest.raises(CordaError, match=r"down_proj' is of torch.uint8: it is quantized"):
         preprocess_corda(llama, config(), run_on(llama))
+    with pytest.raises(CordaError, match=r"up_proj' is of int8: it is quantized.*corda_vlm\.adapt"):
+        refuse_quantized("up_proj", quantized("int8").model.layers[0].mlp.up_proj)
 
 
 class TestInitialize:

@@ -20,6 +20,7 @@ from corda_vlm.families.generative.language import (
 )
 from corda_vlm.families.layers.quantized import is_readable
 from corda_vlm.families.loading.hub import config_from, how_to_read, or_missing, tokenizer_of
+from corda_vlm.families.loading.quantization import quantization_config
 from corda_vlm.families.loading.trust import trusted
 
 # ------------------------------------------------------------------ running
@@ -128,6 +129,27 @@ def _method(quantization: Any) -> str | None:
     return method
 
 
+def how_to_quantize(
+    source: str | Path, config: Any, quantization: str | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of quantization: nothing of weights that are to stay, or are stored, as they are.
+
+    Raises:
+        CordaError: the weights are stored in a way that is not known here, or another than asked for.
+    """
+    stored = _method(getattr(config, "quantization_config", None))
+    if stored is not None and stored.split()[0] not in _READABLE:
+        raise CordaError(f"{source} is quantised ({stored}), {_QUANTISED}")
+    if quantization is None:
+        return {}
+    if stored is not None:
+        raise CordaError(
+            f"{source} is quantised already ({stored}), so quantization={quantization!r} has nothing to do; leave it out, or load "
+            "the original model"
+        )
+    return {"quantization_config": quantization_config(quantization, dtype)}
+
+
 # ------------------------------------------------------------------ loading
 
 
@@ -135,13 +157,15 @@ def loader(auto: str) -> Callable[..., tuple[nn.Module, LanguageProcessor]]:
     """The `load` of a family whose models transformers' class `auto` makes, e.g. "AutoModelForCausalLM"."""
 
     def load(
-        source: str | Path, dtype: torch.dtype, device_map: Any = None
+        source: str | Path,
+        dtype: torch.dtype,
+        device_map: Any = None,
+        quantization: str | None = None,
     ) -> tuple[nn.Module, LanguageProcessor]:
         import transformers
 
         config = config_from(source)
-        if (method := _method(getattr(config, "quantization_config", None))) is not None:
-            raise CordaError(f"{source} is quantised ({method}), {_QUANTISED}")
+        quantized = how_to_quantize(source, config, quantization, dtype)
         sees = getattr(config, "vision_config", None) is not None
         if sees and (now := transformers.__version__).startswith("4."):
             # its processors do not say where they put the images into a text, which labels need
@@ -154,6 +178,7 @@ def loader(auto: str) -> Callable[..., tuple[nn.Module, LanguageProcessor]]:
             dtype=dtype,
             device_map=device_map,
             output_loading_info=True,
+            **quantized,
             **how_to_read(source),
         )
         if missing := sorted(report["missing_keys"]):

@@ -6,6 +6,7 @@ are `nn.Linear`s, so whatever hooks or wraps those takes them as they are. Neith
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,9 +68,11 @@ def quantize_again(layer: Any, matrix: Float[Tensor, "out inp"]) -> None:
         )
     device, old = layer.weight.device, layer.weight
     if kind == "int8":
-        layer.weight = _bitsandbytes().nn.Int8Params(
-            matrix.detach().to("cpu"), requires_grad=False, has_fp16_weights=False
-        ).to(device)
+        layer.weight = (
+            _bitsandbytes()
+            .nn.Int8Params(matrix.detach().to("cpu"), requires_grad=False, has_fp16_weights=False)
+            .to(device)
+        )
         layer.state.CB = layer.state.SCB = None  # taken from the weight at the next call
         return
     layer.weight = (
@@ -120,6 +123,30 @@ def plain_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     made.weight = nn.Parameter(weight, requires_grad=False)
     made.bias = layer.bias
     return made.train(layer.training)
+
+
+BLOCK = 64
+"""Weights that share a scale in four bits, by bitsandbytes' default."""
+
+
+def is_misread(layer: nn.Linear, kind: str | None) -> bool:
+    """Would bitsandbytes read this weight wrongly on this CPU?
+
+    Of four bits 0.50.2 takes the scales as if blocks began anew in each row: the relative error of a normal matrix is 0.18 to 0.29
+    where it should be 0.09.
+    """
+    cpu = layer.weight.device.type == "cpu"
+    return cpu and kind in ("nf4", "fp4") and layer.in_features % BLOCK != 0 and _misreads_rows()
+
+
+@lru_cache(maxsize=1)
+def _misreads_rows() -> bool:
+    """Tried on rows of one block and a half, of which every other block is a hundredth of those beside it."""
+    functional = _bitsandbytes().functional
+    blocks = torch.ones(3, BLOCK) * torch.tensor([[1.0], [0.01], [1.0]])
+    weight = blocks.view(2, -1)  # (2, 96)
+    codes, state = functional.quantize_4bit(weight, quant_type="nf4")
+    return bool((functional.dequantize_4bit(codes, state) - weight).abs().max() > 0.1)
 
 
 def keep_exact(module: Any) -> None:

@@ -16,7 +16,7 @@ from corda_vlm.adapter.interpolate import LEAVE_THE_BASE
 from corda_vlm.adapter.paired import PairedLayer, base_of, trained
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.base import device_of
-from corda_vlm.integrations.peft.layers import fingerprint, sites_of, weight_of
+from corda_vlm.integrations.peft.layers import fingerprint, refuse_quantized, sites_of, weight_of
 from corda_vlm.integrations.peft.starts import StartKeywords, StartOptions, computed
 from corda_vlm.integrations.peft.watch import watching
 from corda_vlm.progress import showing, track
@@ -98,6 +98,7 @@ def _fresh_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
             raise CordaError(f"the adapter of {name!r} is no plain LoRA, which CorDA starts")
         if layer.merged:
             raise CordaError("the adapter is merged into the base; call unmerge_adapter() first")
+        refuse_quantized(name, layer.get_base_layer())
     return layers
 
 

@@ -19,6 +19,7 @@ from corda_vlm.families.generic import GENERIC
 from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.families.layers.matrix import matrix_of
+from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.plan.make import check_rank
 from corda_vlm.sites import Site, model_fingerprint, site_of
 
@@ -53,12 +54,18 @@ def target_layers(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             raise CordaError(
                 f"the weight of {name!r} is not in memory (on the device 'meta'); load the model without offloading to the disk"
             )
-        if not weight_of(layer).is_floating_point():
-            raise CordaError(
-                f"the weight of {name!r} is of {weight_of(layer).dtype}: it is quantized. Load the model in float32, float16 or "
-                "bfloat16, and quantize the residual afterwards"
-            )
+        refuse_quantized(name, layer)
     return layers
+
+
+def refuse_quantized(name: str, layer: nn.Module) -> None:
+    """Raise a `CordaError` for a weight that cannot take what PEFT's CorDA writes into it."""
+    kind = storage_of(layer)
+    if kind is not None or not weight_of(layer).is_floating_point():
+        raise CordaError(
+            f"the weight of {name!r} is of {kind or weight_of(layer).dtype}: it is quantized. Load the model in float32, float16 or "
+            "bfloat16, and quantize the residual afterwards; or take corda_vlm.adapt, which leaves a quantized base as it is"
+        )
 
 
 def _resolved(model: nn.Module, config: LoraConfig) -> LoraConfig:

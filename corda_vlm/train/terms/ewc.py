@@ -17,6 +17,7 @@ from corda_vlm.covariance.model_output import along_random, log_likelihood_drawn
 from corda_vlm.errors import CordaError
 from corda_vlm.families import detect_family, unwrap
 from corda_vlm.families.base import Batch, Family, device_of, on_device, requiring
+from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.train.next_token import answer_logits
 from corda_vlm.train.terms.knowledge import Batches, Knowledge, as_knowledge
 from corda_vlm.train.terms.teacher import Outputs, kept_outputs, steady
@@ -136,8 +137,9 @@ def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
             adapter in layer.lora_A for adapter in layer.active_adapters
         ):
             continue
-        weight = getattr(layer.get_base_layer(), "weight", None)
-        if any(layer.use_dora.values()) or weight is None or not weight.is_floating_point():
+        base: Any = layer.get_base_layer()
+        is_plain = hasattr(base, "weight") and storage_of(base) is None
+        if any(layer.use_dora.values()) or not is_plain or not base.weight.is_floating_point():
             raise CordaError(
                 f"ewc weighs the change B A of a weight, and {name!r} has none that it knows (DoRA, or a quantized base): take "
                 "another method, or distill in place of ewc"
