@@ -21,6 +21,11 @@ OPTIONAL = {
         "data",
         "from corda_vlm.data import load_records; load_records({'source': 'sklearn:digits'})",
     ),
+    "bitsandbytes": (
+        "bitsandbytes",
+        "quantized",
+        "from corda_vlm import load_model; load_model('emoji-clip-hf', quantization='nf4')",
+    ),
     "matplotlib": ("matplotlib", "report", "import corda_vlm.report.plots.tradeoff"),
     "gguf": (
         "gguf",
