@@ -29,6 +29,7 @@ from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, any_family
 from corda_vlm.families.base import device_of, evaluating, requiring
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.layers.matrix import shape_of
 from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.families.options import SiteKeywords, SiteOptions
 from corda_vlm.files import check_path
@@ -294,11 +295,11 @@ class _Job:
             )
 
 
-def _differentiable(layer: nn.Linear) -> Tensor:
+def _differentiable(layer: Any) -> Tensor:
     """The weight of a layer; of one that keeps codes zeros in its place, which `_adding` adds, and which take no memory."""
     if storage_of(layer) is None:
         return layer.weight
-    return torch.zeros((), device=layer.weight.device).expand(layer.out_features, layer.in_features)
+    return torch.zeros((), device=layer.weight.device).expand(shape_of(layer))
 
 
 def _adding(weight: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
