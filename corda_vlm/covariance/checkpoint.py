@@ -77,8 +77,9 @@ class Source:
             batch = self.as_mapping(item)
             if not isinstance(batch, Mapping):
                 raise CalibrationError(
-                    f"batch {number} (from 0) is a {type(batch).__name__}, not a mapping of the model's arguments such as "
-                    "{'pixel_values': ..., 'input_ids': ...}"
+                    f"batch {number} (from 0) is {_described(batch)}, not a mapping of the model's arguments such as "
+                    "{'pixel_values': ..., 'input_ids': ...}. Name what it holds, e.g. batches = [{'input_ids': ids, "
+                    "'attention_mask': mask} for ids, mask in loader]"
                 )
             useful = useful or bool(batch)
             yield number, on_device(batch, device) if batch or not self._by_number else None
@@ -93,6 +94,17 @@ class Source:
         else:
             remaining = islice(self._iterator or iter(self._batches), first, None, share.size)
             yield from zip(count(first, share.size), remaining)
+
+
+def _described(batch: object) -> str:
+    """What a batch is that is no mapping, e.g. "a list of 2 (Tensor (4, 12), str)"."""
+    kind = type(batch).__name__
+    if not isinstance(batch, (tuple, list)):
+        return f"a {kind}"
+    told = (
+        f"Tensor {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in batch[:4]
+    )
+    return f"a {kind} of {len(batch)} ({', '.join(told)})"
 
 
 def no_batches() -> CalibrationError:

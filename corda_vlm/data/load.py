@@ -17,7 +17,7 @@ from corda_vlm.data.sources.table import Table, cut, pick_column, select_rows
 from corda_vlm.data.spec import DataSpec, parse_spec
 from corda_vlm.data.text.formats import conversations
 from corda_vlm.data.text.instruction import InstructionData
-from corda_vlm.data.text.registry import FORMATS
+from corda_vlm.data.text.registry import FORMATS, written_as
 from corda_vlm.errors import DataError
 
 
@@ -59,7 +59,11 @@ def load_records(
     if kind is ImageTextData and columns["image"] is None and texts is None:
         raise DataError(
             f"{spec}: neither pictures nor texts were found; its columns are {', '.join(table.names)}: "
-            "name them with image: and text:, or say which format: of conversations or questions it has"
+            + (
+                f"write {line}"
+                if (line := written_as(table.columns))
+                else "name them with image: and text:, or say which format: of conversations or questions it has"
+            )
         )
     records = kind(
         table,

@@ -18,6 +18,7 @@ from PIL import Image
 from corda_vlm.data.sources.images import fetched, is_data_url, to_rgb
 from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
+from corda_vlm.data.text.registry import written_as
 from corda_vlm.errors import DataError
 from corda_vlm.files import read_bytes
 
@@ -97,6 +98,11 @@ class Records(Sequence):
     def _stored(self, index: int) -> list[Any]:
         """The stored pictures of a record."""
         raise NotImplementedError
+
+    @property
+    def written_as(self) -> str | None:
+        """The line that a spec of these records lacks, going by their columns; None where none is known."""
+        return written_as(self._table.columns)
 
     @property
     def skipped(self) -> int:

@@ -56,7 +56,8 @@ class DataSpec:
         download: let torchvision fetch what is not in `root`.
         format: what a row means for a model that generates text: "llava" (`conversations` with `<image>`), "sharegpt"
             (`conversations`), "chat" (`messages` of role and content), "qa" (question and answers), "alpaca"
-            (`instruction`, `input`, `output`, perhaps `history`), "prompt_completion" (TRL's, texts or messages), "text"
+            (`instruction`, `input`, `output`, perhaps `history`), "prompt_completion" (TRL's, texts or messages), "preference"
+            (`chosen` and `rejected`, of which the chosen is the answer), "text"
             (a document). None: images with texts or labels.
         system: the column with the system text of a conversation, or a sentence for all; "auto" takes `system` or
             `system_prompt` where there is one, None none.

@@ -105,6 +105,36 @@ def call(model: nn.Module, batch: Batch) -> object:
     return model(**batch)
 
 
+def pictures_and_texts(model: nn.Module, batch: object) -> object:
+    """A batch as a plain DataLoader gives it, as a mapping: of a tensor, or a tuple or list of them.
+
+    A tensor (B, 3, H, W) of real numbers is pictures, one (B, L) of whole numbers the tokens of texts, and a mapping is taken as
+    it is. Labels (B,) are left out.
+    """
+    items = [batch] if isinstance(batch, Tensor) else batch
+    if not isinstance(items, (tuple, list)):
+        return batch
+    made: dict[str, Any] = {}
+    for item in items:
+        if isinstance(item, Mapping):
+            made.update(item)
+        elif isinstance(item, Tensor) and item.ndim == 4 and item.is_floating_point():
+            made.setdefault("pixel_values", item)
+        elif isinstance(item, Tensor) and item.ndim == 2 and not item.is_floating_point():
+            made.setdefault("input_ids", item)
+    return made or batch
+
+
+def token_ids(model: nn.Module, batch: object) -> object:
+    """A batch (B, L) of whole numbers alone, also in a list of its own, as a mapping.
+
+    What a second tensor is, a mask or labels, is not to be seen: such a batch has to be a mapping, and stays as it is.
+    """
+    alone = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 1 else batch
+    whole = isinstance(alone, Tensor) and alone.ndim == 2 and not alone.is_floating_point()
+    return {"input_ids": alone} if whole else batch
+
+
 @dataclass(frozen=True)
 class Family:
     """How the models of one family are recognized, named, run and loaded.

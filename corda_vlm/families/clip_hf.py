@@ -28,6 +28,7 @@ from corda_vlm.families.base import (
     class_of,
     no_tower,
     part_rules,
+    pictures_and_texts,
     run_towers,
     token_mask,
     unwrap,
@@ -336,6 +337,7 @@ CLIP_HF = Family(
     classes=_CLIP,
     canonical=canonical,
     towers=towers,
+    as_mapping=pictures_and_texts,
 )
 
 SIGLIP_HF = Family(
@@ -356,4 +358,5 @@ SIGLIP_HF = Family(
     classes=_SIGLIP,
     canonical=canonical,
     towers=towers,
+    as_mapping=pictures_and_texts,
 )

@@ -31,6 +31,7 @@ from corda_vlm.families.base import (
     block_rules,
     class_of,
     part_rules,
+    pictures_and_texts,
     run_towers,
     token_mask,
     unwrap,
@@ -337,4 +338,5 @@ CLIP_OPEN = Family(
     towers=lambda model: ("vision", "text"),
     refuses=refuses,
     save=save,
+    as_mapping=pictures_and_texts,
 )

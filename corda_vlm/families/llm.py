@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from corda_vlm.families.architectures.decoders import DECODERS, LLAMA
-from corda_vlm.families.base import Family, Generative, Rule, block_rules, class_of
+from corda_vlm.families.base import Family, Generative, Rule, block_rules, class_of, token_ids
 from corda_vlm.families.generative import decoder
 from corda_vlm.families.loading.hub import reads
 
@@ -65,6 +65,7 @@ def family(
             "towers": lambda model: ("language",),
             "refuses": decoder.quantised,
             "model_types": model_types,
+            "as_mapping": token_ids,
             **fields,
         }
     )

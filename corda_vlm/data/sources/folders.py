@@ -1,4 +1,4 @@
-"""Pictures as plain files, in one folder a class."""
+"""Pictures as plain files, in one folder a class or all in one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 
 
 def read_folder(spec: DataSpec, beside: str | Path | None = None) -> Table:
-    """A folder with one folder a class, or with such folders for each split (train/, val/, test/)."""
+    """A folder with one folder a class, or with such folders for each split (train/, val/, test/); or of pictures without classes."""
     root = find_one(spec.location, beside)
     if not root.is_dir():
         raise DataError(f"{shown(root)} is not a folder; folder: reads one folder a class")
@@ -43,14 +43,37 @@ def _read_folder(root: Path, spec: DataSpec) -> Table:
         files += inside
         classes += [folder.name] * len(inside)
     if not files:
-        raise DataError(
-            f"{root} holds no pictures in folders; folder: reads one folder a class, "
-            f"with files that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        files = sorted(p for p in root.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(_nothing_in(root))
+    paths = [str(path.relative_to(root)) for path in files]
     return Table(
         size=len(files),
-        columns={"class_name": classes, "path": [str(path.relative_to(root)) for path in files]},
+        columns={"class_name": classes, "path": paths} if classes else {"path": paths},
         images={"image": lambda row: files[row]},
         place=lambda row: str(files[row]),
         split=own_split,
     )
+
+
+def _nothing_in(root: Path) -> str:
+    """Why a folder is of no use, and what to write in place of it."""
+    if any((root / name).is_file() for name in _SAVED):
+        return f"{root} is a data set that Hugging Face's library saved; write hf:{root}"
+    if tables := sorted({path.suffix for path in root.iterdir() if path.suffix in _TABLES}):
+        kind = _TABLES[tables[0]]
+        return f"{root} holds no pictures, but {tables[0]} files; write {kind}:{root}/*{tables[0]}"
+    return (
+        f"{root} holds no pictures; folder: reads one folder a class, or pictures without classes, with files that end in "
+        f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+    )
+
+
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+_TABLES = {
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}

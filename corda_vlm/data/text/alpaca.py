@@ -1,4 +1,5 @@
-"""Data for fine-tuning as Alpaca and TRL write them: an instruction with its input, a prompt with its completion."""
+"""Data for fine-tuning as Alpaca and TRL write them: an instruction with its input, a prompt with its completion, and a
+prompt with the answer that people chose."""
 
 from __future__ import annotations
 
@@ -89,25 +90,53 @@ def prompt_completion(table: Table, spec: DataSpec, count: Callable[[int], int])
     prompts, completions = (needed(table, spec, name) for name in ("prompt", "completion"))
 
     def make(row: int) -> dict[str, Any]:
-        pictures = count(row)
         asked, said = _turns(prompts[row]), _turns(completions[row])
-        if isinstance(asked, str) and isinstance(said, str):
-            if not said.strip():
-                raise Fault("has an empty answer")
-            return question_and_answers(asked, [_unparted(said)], pictures, spec)
-        before = _as_messages("prompt", asked, "user", pictures, spec)
-        after = _as_messages("completion", said, "assistant", pictures, spec)
-        if after[-1]["role"] != "assistant":
-            raise Fault("its completion does not end in an answer")
-        before = [{**m, "learn": False} if m["role"] == "assistant" else m for m in before]
-        messages = checked(matching([*before, *after], pictures))
-        made: dict[str, Any] = {"messages": messages, "answers": [after[-1]["content"]]}
-        questions = [m["content"] for m in before if m["role"] == "user"]
-        if questions:
-            made["question"] = _said(questions[-1])
-        return made
+        return _completed(asked, said, "completion", count(row), spec)
 
     return each(table, make, ["messages", "question", "answers"])
+
+
+def preference(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
+    """Pairs of answers, of which people chose one: the chosen one is the answer, the other is not looked at.
+
+    TRL's `prompt`, `chosen` and `rejected`, texts or lists of messages, also without a prompt, where both lists begin with it;
+    and LLaMA-Factory's, whose `chosen` is one message after a `conversations`.
+    """
+    chosen = needed(table, spec, "chosen")
+    name = next((n for n in ("prompt", "conversations", "messages") if n in table.columns), None)
+
+    def make(row: int) -> dict[str, Any]:
+        said: Any = _turns(chosen[row])
+        if name is not None:
+            return _completed(_turns(table.columns[name][row]), said, "chosen", count(row), spec)
+        if isinstance(said, str) or len(said) < 2:
+            raise Fault("has no prompt, and its chosen is no list of messages that begins with one")
+        return _completed(said[:-1], said[-1:], "chosen", count(row), spec)
+
+    return each(table, make, ["messages", "question", "answers"])
+
+
+def _completed(asked: Any, said: Any, what: str, pictures: int, spec: DataSpec) -> dict[str, Any]:
+    """What a prompt and what follows it make: both texts, or lists of messages.
+
+    Args:
+        what: the column of what follows.
+    """
+    if isinstance(asked, str) and isinstance(said, str):
+        if not said.strip():
+            raise Fault("has an empty answer")
+        return question_and_answers(asked, [_unparted(said)], pictures, spec)
+    before = _as_messages("prompt", asked, "user", pictures, spec)
+    after = _as_messages(what, said, "assistant", pictures, spec)
+    if after[-1]["role"] != "assistant":
+        raise Fault(f"its {what} does not end in an answer")
+    before = [{**m, "learn": False} if m["role"] == "assistant" else m for m in before]
+    messages = checked(matching([*before, *after], pictures))
+    made: dict[str, Any] = {"messages": messages, "answers": [after[-1]["content"]]}
+    questions = [m["content"] for m in before if m["role"] == "user"]
+    if questions:
+        made["question"] = _said(questions[-1])
+    return made
 
 
 def _unparted(completion: str) -> str:
@@ -117,8 +146,9 @@ def _unparted(completion: str) -> str:
 
 
 def _turns(stored: Any) -> Any:
-    """A list of messages, also one that is written as JSON, or what else is stored."""
+    """A list of messages, also one that is written as JSON or one message alone, or what else is stored."""
     turns = unpacked(stored)
+    turns = [turns] if isinstance(turns, Mapping) else turns
     listed = isinstance(turns, (list, tuple)) and all(isinstance(turn, Mapping) for turn in turns)
     return turns if listed and turns else stored
 

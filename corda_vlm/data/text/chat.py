@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from corda_vlm.data.paths import read_text
 from corda_vlm.data.text.rendering import render
@@ -81,10 +82,16 @@ class Chat:
 
     Attributes:
         template: "auto" for the model's own, a name of `TEMPLATES`, a file that ends in .jinja, or Jinja itself.
+        tools: descriptions of the tools that the conversation may call, as templates take them.
     """
 
     processor: LanguageProcessor
     template: str = "auto"
+    tools: Sequence[Mapping[str, Any]] = ()
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> Chat:
+        """The same for a conversation that may call these."""
+        return replace(self, tools=tuple(tools)) if tools else self
 
     def check(self) -> None:
         """Raise as `_source` does, and as `render` does for a template that is of no use, before a record is looked at."""
@@ -119,7 +126,8 @@ class Chat:
     def _of_the_model(self) -> str:
         template = getattr(self.processor.templater, "chat_template", None)
         if isinstance(template, Mapping):  # several by name, e.g. one for tools
-            template = template.get("default")
+            usual = template.get("default")
+            template = template.get("tool_use", usual) if self.tools else usual
         if not isinstance(template, str) or not template:
             raise CordaError(
                 "unknown chat template: this model's tokenizer brings none; name one as the chat template: "
@@ -143,6 +151,7 @@ class Chat:
         """The conversation up to where the last answer begins, for the model to go on."""
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         until = answers[-1] if answers and answers[-1] == len(messages) - 1 else len(messages)
+        self._check_tools(messages)
         text = self._opening(messages[:until])
         return Rendered(text, (), self._wants_special_tokens(text))
 
@@ -160,6 +169,7 @@ class Chat:
             DataError: the template does not take these messages, or writes an answer so that it cannot be told
                 where it is (e.g. it rewrites earlier turns).
         """
+        self._check_tools(messages)
         text = self._render(messages, False)
         answers = [i for i, message in enumerate(messages) if is_learnt(message)]
         turns = []
@@ -174,6 +184,16 @@ class Chat:
                 turn = replace(turn, end=len(text))
             turns.append(turn)
         return Rendered(text, tuple(turns), self._wants_special_tokens(text))
+
+    def _check_tools(self, messages: Sequence[Message]) -> None:
+        """Raise `DataError` where the template would pass over tools or their calls."""
+        calls = any("tool_calls" in message for message in messages)
+        for used, word in ((bool(self.tools), "tools"), (calls, "tool_calls")):
+            if used and word not in self._source:
+                raise DataError(
+                    f"has {word.replace('_', ' ')}, which the chat template does not write; take a model whose template does, "
+                    "or give one as a .jinja file"
+                )
 
     def _turn(self, text: str, messages: Sequence[Message]) -> Turn | None:
         """Where the last of these messages, an answer, lies in the text of the whole conversation; None if it is not
@@ -219,6 +239,7 @@ class Chat:
             self._source,
             written,
             add_generation_prompt=opens,
+            tools=list(self.tools) or None,
             **processor.tokenizer.special_tokens_map,
         )
 
@@ -231,7 +252,12 @@ def is_learnt(message: Message) -> bool:
 def _in_parts(message: Message) -> Message:
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {"role": message["role"], "content": parts}
+    return {**_told(message), "content": parts}
+
+
+def _told(message: Message) -> Message:
+    """What a template is told of a message; whether it is learned is not for it."""
+    return {key: value for key, value in message.items() if key != "learn"}
 
 
 def _in_text(message: Message, place: str | None) -> Message:
@@ -241,7 +267,7 @@ def _in_text(message: Message, place: str | None) -> Message:
             raise DataError("has an image, and this model reads text alone")
         parts = [f"{place}\n" if part["type"] == "image" else part["text"] for part in content]
         content = "".join(parts)
-    return {"role": message["role"], "content": content}
+    return {**_told(message), "content": content}
 
 
 def _rewritten(index: int, last_is_told: bool) -> str:

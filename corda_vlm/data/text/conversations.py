@@ -16,7 +16,7 @@ from corda_vlm.data.text.chat import Chat, Rendered, is_learnt
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.data.text.instruction import InstructionData
 from corda_vlm.data.text.registry import FORMATS
-from corda_vlm.data.text.rows import Message
+from corda_vlm.data.text.rows import MAY_CALL, Message
 from corda_vlm.errors import DataError
 from corda_vlm.families.base import Processor
 from corda_vlm.families.generative.language import ALONG_TOKENS, IGNORED, LanguageProcessor, Sample
@@ -77,6 +77,7 @@ class ConversationBatches:
         if not isinstance(data, InstructionData):
             raise DataError(
                 f"{data.spec}: this model generates text; say which format: the records have ({', '.join(FORMATS)})"
+                + (f". By its columns: {line}" if (line := data.written_as) else "")
             )
         if data.has_images and not processor.takes_images:
             raise DataError(
@@ -140,14 +141,14 @@ class ConversationBatches:
 
     def prompt(self, index: int, room: int = 0) -> Sample | None:
         """Record `index` up to where the last answer begins; `room` tokens must be left for the answer."""
-        return self._made(index, lambda messages: (self.chat.prompt(messages), None), room)
+        return self._made(index, lambda chat, messages: (chat.prompt(messages), None), room)
 
     def answered(self, index: int, answer: str) -> Sample | None:
         """Record `index` with `answer` in place of its last one, which alone is labeled (without the turn's end)."""
 
-        def rendered(messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
+        def rendered(chat: Chat, messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
             last = len(messages) - (messages[-1]["role"] == "assistant")
-            whole = self.chat.full(
+            whole = chat.full(
                 [*messages[:last], {"role": "assistant", "content": answer.strip()}], "last"
             )
             turn = whole.turns[-1]
@@ -155,10 +156,12 @@ class ConversationBatches:
 
         return self._made(index, rendered)
 
-    def _answers(self, messages: list[Message]) -> tuple[Rendered, list[tuple[int, int]]]:
+    def _answers(
+        self, chat: Chat, messages: list[Message]
+    ) -> tuple[Rendered, list[tuple[int, int]]]:
         if not any(map(is_learnt, messages)):
-            return self.chat.prompt(messages), []
-        whole = self.chat.full(messages, self.options.learn)
+            return chat.prompt(messages), []
+        whole = chat.full(messages, self.options.learn)
         return whole, [(turn.start, turn.end) for turn in whole.turns]
 
     def _made(self, index: int, render: Any, room: int = 0) -> Sample | None:
@@ -170,7 +173,8 @@ class ConversationBatches:
                 text = record["text"]
                 rendered, spans = Rendered(text, (), True), [(0, len(text))]
             else:
-                rendered, spans = render(record["messages"])
+                chat = self.chat.with_tools(record.get(MAY_CALL))
+                rendered, spans = render(chat, record["messages"])
             sample = self.processor.encode(
                 rendered.text,
                 record["images"],

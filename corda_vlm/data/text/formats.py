@@ -1,7 +1,7 @@
 """What the rows of a source mean for a model that generates text: conversations, questions, documents.
 
 Each format turns a table into one with the columns `messages` (list of {"role", "content"}, with "learn": False on
-answers that are not to be learned), or `text` for plain documents, and `question`, `answers`, `choices`, `choice` where
+answers that are not to be learned, and `may_call`, descriptions of tools), or `text` for plain documents, and `question`, `answers`, `choices`, `choice` where
 the data has them. `content` is a string, or a list of {"type": "image"} and {"type": "text", "text": ...} where pictures
 belong to the message. Rows that cannot be used are kept as faults of the table, so that they are counted and named as
 undecodable pictures are.
@@ -16,9 +16,9 @@ from typing import Any
 from corda_vlm.data.columns import CUT_TEXT, asked_column, filled, is_whole
 from corda_vlm.data.sources.table import Table, pick_column
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.text.messages import with_system
+from corda_vlm.data.text.messages import tools_of, with_system
 from corda_vlm.data.text.registry import FORMATS
-from corda_vlm.data.text.rows import Fault, unpacked
+from corda_vlm.data.text.rows import MAY_CALL, Fault, each, unpacked
 
 
 def conversations(table: Table, spec: DataSpec) -> Table:
@@ -36,6 +36,11 @@ def conversations(table: Table, spec: DataSpec) -> Table:
     count, stored = _pictures(table, spec)
     columns, faults = known.talk(table, spec, count)
     columns["messages"], more = _with_system(table, spec, columns["messages"])
+    if known.tools and "tools" in table.columns:
+        described, wrong = each(
+            table, lambda row: {MAY_CALL: tools_of(table.columns["tools"][row])}, [MAY_CALL]
+        )
+        columns, more = columns | described, wrong | more
     faults |= more | _cut_texts(columns)
     return replace(
         table,

@@ -8,7 +8,7 @@ from PIL import Image
 
 from corda_vlm.data.records import Record, Records
 from corda_vlm.data.sources.images import fetched, to_rgb
-from corda_vlm.data.text.rows import Message
+from corda_vlm.data.text.rows import MAY_CALL, Message
 
 _KEEP_PIXELS = 64 << 20
 """Decoded pictures are kept as long as they have no more pixels than this, at three bytes each."""
@@ -19,7 +19,8 @@ class InstructionData(Records):
 
     A record has `messages` (list of {"role", "content"}; None for documents), `images` (RGB PIL images in the order of
     their places in the messages), `image` (the first, or None), `text` (of a document), `question` and `answers` (the
-    first is the one to learn) of questions, and `choices` and `choice` of multiple choice.
+    first is the one to learn) of questions, `choices` and `choice` of multiple choice, and `may_call` of conversations with tools: what
+    describes these.
 
     Records of no use (a picture that does not decode, places for images that do not match, an empty answer) are skipped
     and counted in `bad`, up to the share that the spec allows.
@@ -73,7 +74,8 @@ class InstructionData(Records):
 
     def _said(self) -> list[Any]:
         columns = [
-            self._table.columns.get(name) for name in ("messages", "answers", "choices", "choice")
+            self._table.columns.get(name)
+            for name in ("messages", "answers", "choices", "choice", MAY_CALL)
         ]
         return [
             *super()._said(),

@@ -9,7 +9,7 @@ from typing import Any
 from corda_vlm.data.columns import is_empty
 from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.text.registry import FORMATS
+from corda_vlm.data.text.registry import FORMATS, written_as
 from corda_vlm.data.text.rows import Columns, Fault, Message, each, not_text, unpacked
 from corda_vlm.errors import DataError
 
@@ -22,8 +22,13 @@ _TURNS = (("role", "content"), ("from", "value"))
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+    "chatgpt": "assistant", "system": "system", "developer": "system", "tool": "tool",
+    "observation": "tool", "tool_response": "tool", "function": "tool",
 }  # fmt: skip
+
+
+_CALLS = ("function_call", "tool_call")
+"""The roles of messages whose text is a call of a tool, in LLaMA-Factory's and in ms-swift's data."""
 
 
 def llava(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
@@ -54,15 +59,22 @@ def _conversations(
     left out it is taken for one, so that a model of text alone reads no placeholder.
     """
     turns = needed(table, spec, column)
-    tools = table.columns.get("tools")
 
     def make(row: int) -> dict[str, Any]:
-        if tools is not None and tools[row] not in (None, "", [], "[]"):
-            raise Fault("names tools, which are not written into a prompt")
         messages = messages_of(turns[row], spec, split=split(row))
         return {"messages": checked(matching(messages, count(row)))}
 
     return each(table, make, ["messages"])
+
+
+def tools_of(stored: Any) -> list[Mapping[str, Any]]:
+    """The tools that a conversation may call, of a list of their descriptions or of such a list written as JSON."""
+    if is_empty(stored):
+        return []
+    tools = unpacked(stored)
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(one, Mapping) for one in tools):
+        raise Fault("names tools that are no list of descriptions")
+    return list(tools)
 
 
 def messages_of(stored: Any, spec: DataSpec, *, split: bool) -> list[Message]:
@@ -81,19 +93,10 @@ def needed(table: Table, spec: DataSpec, column: str) -> Sequence[Any]:
     """
     if column in table.columns:
         return table.columns[column]
-    fitting = [
-        name
-        for name, known in FORMATS.items()
-        if known.columns and set(known.columns) <= set(table.columns)
-    ]
+    line = written_as(table.columns)
     raise DataError(
-        f"{spec}: has no column {column!r}, which format: {spec.format} reads; its columns are "
-        f"{', '.join(table.names)}. "
-        + (
-            f"They are those of format: {' or '.join(fitting)}"
-            if fitting
-            else f"Is it of another format than {spec.format!r}?"
-        )
+        f"{spec}: has no column {column!r}, which format: {spec.format} reads; its columns are {', '.join(table.names)}. "
+        + (f"Write {line}" if line else f"Is it of another format than {spec.format!r}?")
     )
 
 
@@ -107,12 +110,17 @@ def _message(turn: Any, spec: DataSpec, *, split: bool) -> Message:
     if not isinstance(turn, Mapping) or not (usual[0] in turn or other[0] in turn):
         raise Fault(f"holds a message without {usual[0]!r}")
     role_key, content_key = usual if usual[0] in turn else other
+    if turn[role_key] in _CALLS:
+        return _calling(unpacked(turn.get(content_key)))
     role, without = _ROLES.get(str(turn[role_key])), spec.image is None
     if role is None:
         raise Fault(f"has the role {turn[role_key]!r:.80}; known are {', '.join(_ROLES)}")
-    if turn.get("tool_calls"):
-        raise Fault("has a message that calls tools, which are not written into a prompt")
+    called = turn.get("tool_calls") or turn.get("function_call")
     stored = turn.get(content_key)
+    if called:
+        if not isinstance(stored, str) and not is_empty(stored):
+            raise Fault("has a message that calls tools and shows pictures")
+        return {**_calling(called), "content": stored or ""}
     if stored is None:
         raise Fault(f"has a message without {content_key!r}")
     if not isinstance(stored, (str, list, tuple, Mapping)):
@@ -134,9 +142,32 @@ def _message(turn: Any, spec: DataSpec, *, split: bool) -> Message:
         "role": role,
         "content": parts if shows else "".join(part["text"] for part in parts),
     }
-    if turn.get("weight") == 0:  # as OpenAI's data mark answers that are not to be learned
+    message |= {
+        key: turn[key] for key in _OF_TOOLS if role == "tool" and isinstance(turn.get(key), str)
+    }
+    if turn.get("weight") == 0 or turn.get("loss") in (0, False):  # OpenAI's word, and ms-swift's
         message["learn"] = False
     return message
+
+
+_OF_TOOLS = ("name", "tool_call_id")
+"""What the message of a tool says beside its text."""
+
+
+def _calling(stored: Any) -> Message:
+    """An answer that calls tools, as templates take it: with arguments as values, not as JSON in a text. It is not learned."""
+    calls = []
+    for call in stored if isinstance(stored, (list, tuple)) else [stored]:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Fault(f"has a call of a tool without a name: {call!r:.80}")
+        given = function.get("arguments")
+        read = unpacked(given)
+        arguments = given if read is None else read
+        calls.append({"type": "function", "function": {**function, "arguments": arguments or {}}})
+    if not calls:
+        raise Fault("has a message that calls no tool")
+    return {"role": "assistant", "content": "", "tool_calls": calls, "learn": False}
 
 
 def asks(text: str, pictures: int, spec: DataSpec) -> Message:
@@ -197,7 +228,12 @@ def with_system(messages: list[Message], stored: Any, column: str) -> list[Messa
 def checked(messages: list[Message]) -> list[Message]:
     for message in messages:
         content = message["content"]
-        if message["role"] == "assistant" and isinstance(content, str) and not content.strip():
+        calls = "tool_calls" in message
+        if (
+            message["role"] == "assistant"
+            and isinstance(content, str)
+            and not (content.strip() or calls)
+        ):
             raise Fault("has an empty answer")
         if message["role"] == "assistant" and isinstance(content, list):
             raise Fault("has an image in an answer")

@@ -10,7 +10,11 @@ from typing import Any
 from corda_vlm.data.sources.table import Table
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant", "content": str or list of parts}."""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": str or list of parts}, with "tool_calls" where it calls tools."""
+
+
+MAY_CALL = "may_call"
+"""The column of the descriptions of the tools that a conversation may call."""
 
 
 class Fault(ValueError):

@@ -21,5 +21,8 @@ def test_folder(folder, digits):
     with pytest.raises(DataError, match=r"holds parts, not classes; say which split: test, train"):
         load_records(f"folder:{folder}")
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures in folders"):
+    with pytest.raises(
+        DataError,
+        match="holds no pictures; folder: reads one folder a class, or pictures without classes",
+    ):
         load_records(f"folder:{folder / 'empty'}")

@@ -213,19 +213,34 @@ def test_every_format_keeps_a_system_text(read, name):
         assert len(found["messages"]) == 2
 
 
-def test_tools_are_not_left_out_in_silence(read):
-    talk = [user("a"), answer("b")]
-    with pytest.raises(DataError, match="names tools"):
-        read({"messages": talk, "tools": [{"name": "search"}]}, format="chat")
-    calls = [user("a"), answer("b", tool_calls=[{"id": 1}])]
-    with pytest.raises(DataError, match="calls tools"):
-        read({"messages": calls}, format="chat")
+def test_calls_of_tools_are_read_and_not_learned(read):
+    tool = {"type": "function", "function": {"name": "search"}}
+    called = {"function": {"name": "search", "arguments": '{"for": "b"}'}}
+    talk = [user("a"), {"role": "assistant", "content": None, "tool_calls": [called]}, answer("b")]
+    (found,) = read({"messages": talk, "tools": json.dumps([tool])}, format="chat")
+    assert found["may_call"] == [tool]
+    calling = found["messages"][1]
+    assert calling["tool_calls"][0]["function"] == {"name": "search", "arguments": {"for": "b"}}
+    assert (calling["content"], calling["learn"]) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [user("a"), answer("b", tool_calls=[{"id": 1}])]}, "a call of a tool without a name"),
+        ({"messages": [user("a"), answer("b")], "tools": "search"}, "no list of descriptions"),
+        ({"messages": [user("a"), answer("")]}, "has an empty answer"),
+    ],
+)  # fmt: skip
+def test_tools_that_cannot_be_read_are_told(read, row, message):
+    with pytest.raises(DataError, match=message):
+        read(row, format="chat")
 
 
 def test_a_format_of_other_columns_names_the_right_one(read):
-    with pytest.raises(DataError, match=r"They are those of format: alpaca$"):
+    with pytest.raises(DataError, match=r"Write format: alpaca$"):
         read(ADD, format="llava")
-    with pytest.raises(DataError, match=r"They are those of format: llava or sharegpt$"):
+    with pytest.raises(DataError, match=r"Write format: llava or format: sharegpt$"):
         read({"conversations": []}, format="chat")
 
 

@@ -306,3 +306,58 @@ def test_a_question_without_an_answer_calibrates_but_is_not_learnt(tiny_llm, que
     assert bool((sample["labels"] == -100).all())
     with pytest.raises(DataError, match="line 1: holds no token to learn"):
         ConversationBatches(data, tiny_llm.processor, chat=chat, must_learn=True).sample(0)
+
+
+WITH_TOOLS = (
+    "{% if tools %}can {% for t in tools %}{{ t['function']['name'] }} {% endfor %}; {% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {% if m.tool_calls %}"
+    "{% for c in m.tool_calls %}{{ c['function']['name'] }} {{ c['function']['arguments']['a'] }}{% endfor %}"
+    "{% else %}{{ m['content'] }}{% endif %}; {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def calling(tmp_path):
+    """A conversation with a call of a tool, whose answer follows."""
+    call = {"function": {"name": "add", "arguments": '{"a": 3}'}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "what colour?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "blue"},
+            {"role": "assistant", "content": "dark blue"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+    }
+    path = tmp_path / "calls.jsonl"
+    path.write_text(json.dumps(row))
+    return load_records({"source": f"jsonl:{path}", "format": "chat", "max_bad_share": 0.0})
+
+
+def test_tools_are_written_where_the_template_writes_them(tiny_llm, calling):
+    record = calling[0]
+    chat = Chat(tiny_llm.processor, WITH_TOOLS).with_tools(record["may_call"])
+    whole = chat.full(record["messages"])
+    assert whole.text.startswith("can add ; user: what colour?; assistant: add 3; tool: blue; ")
+    ((start, end),) = [(turn.start, turn.content_end) for turn in whole.turns]
+    assert whole.text[start:end].strip() == "dark blue"
+    batches = ConversationBatches(
+        calling, tiny_llm.processor, chat=ChatOptions(chat_template=WITH_TOOLS)
+    )
+    assert int((batches.batch([0])["labels"] != -100).sum()) > 0
+    assert chat.prompt(record["messages"]).text.endswith("tool: blue; assistant:")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("chatml", "has tools, which the chat template does not write"),
+        (WITH_TOOLS.replace("m.tool_calls", "m.calls"), "has tool calls, which the chat template"),
+    ],
+)
+def test_tools_are_not_left_out_in_silence(tiny_llm, calling, template, message):
+    batches = ConversationBatches(
+        calling, tiny_llm.processor, chat=ChatOptions(chat_template=template)
+    )
+    with pytest.raises(DataError, match=message):
+        batches.batch([0])
