@@ -43,7 +43,8 @@ def export(
         layout: With residual: ours has the base in base/; peft has it at the root, and the initial pair in corda_init/, from which
             PEFT converts what is trained into a lora on the original base.
         serve: The server that is to read the folder: what it would refuse is refused, and the commands that serve it are printed.
-        scores: A file of scores (JSON lines, as evaluate writes it), whose numbers go into the card, README.md.
+        scores: A file of scores (JSON lines, as evaluate writes it), whose numbers go into the card, README.md. Those of the run
+            that the adapter is of, or a scores.jsonl in its folder, need not be named.
         method: With scores of several models: which of them it is.
         learning_rate: With scores of several learning rates: the one that it was trained at.
         seed: With scores of several seeds: the one that it was trained with.
@@ -60,12 +61,15 @@ def export(
     from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter
     from corda_vlm.adapter.folder import REPORT
     from corda_vlm.evaluation.score_file import read_rows
+    from corda_vlm.experiment.scored import scores_of
     from corda_vlm.files import read_json
     from corda_vlm.plan import AdapterPlan
     from corda_vlm.report import write_card
     from corda_vlm.report.card import rows_of_one_model
 
     rows = None if scores is None else read_rows(scores)
+    if scores is None and not planned and (found := scores_of(adapter)) is not None:
+        scores, rows, which = str(found.path), found.rows, dict(found.which)
     if rows is not None:
         rows_of_one_model(rows, which)  # before anything is written
     bare = load_source(model, load).model
@@ -77,9 +81,8 @@ def export(
         trained, output, format=format, rank=rank, source=model, layout=layout, serve=serve
     )
     if rows is not None:
-        write_card(
-            written, rows, method=method, learning_rate=learning_rate, seed=seed, scale=scale
-        )
+        write_card(written, rows, **which)
+        print(f"its card has the scores of {scores}")
     print(f"wrote {written}")
     if serve is not None:
         print(*read_json(written / REPORT, "export")["serve_commands"], sep="\n")

@@ -47,6 +47,7 @@ def _task(one: Change) -> dict[str, Any]:
         "gain": _number(one.gain),
         "kept_share": _number(one.kept),
         "interval": one.how,
+        "seeds": one.after.seeds or 1,
         "files": [one.before.file.name, one.after.file.name],
     }
 

@@ -24,8 +24,9 @@ from corda_vlm.report.analysis.kept import kept_share
 from corda_vlm.report.formats.base import Measure, Samples
 
 PAIRED, OWN, UNPAIRED, NONE = "paired", "by the run", "unpaired", "none"
+SEEDS = "over seeds"
 """How the interval of a change was found: over the same samples; by the run that measured both, which told the gain alone; from
-the two intervals; or not at all."""
+the two intervals; or not at all. Over seeds: from the gains or the scores of several trainings."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,14 @@ def _resampled(
     gain = after.gain
     if gain is not None and np.isclose(before.value + gain.value, after.value, atol=1e-9):
         drawn = gain.value + _width(gain) * generator.standard_normal(resamples)
-        return OWN, np.stack([np.full(resamples, before.value), before.value + drawn], axis=1)
+        how = OWN if after.seeds is None else SEEDS
+        return how, np.stack([np.full(resamples, before.value), before.value + drawn], axis=1)
     if (first := before.interval) is not None and (second := after.interval) is not None:
         noise = generator.standard_normal((resamples, 2))
         middle = np.array([first.value, second.value])
-        return UNPAIRED, middle + noise * np.array([_width(first), _width(second)])
+        return (UNPAIRED if after.seeds is None else SEEDS), middle + noise * np.array(
+            [_width(first), _width(second)]
+        )
     return NONE, None
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.names import listed
 from corda_vlm.report.before_after.comparison import Comparison, number
-from corda_vlm.report.before_after.pairs import NONE, OWN, PAIRED, UNPAIRED, Change
+from corda_vlm.report.before_after.pairs import NONE, OWN, PAIRED, SEEDS, UNPAIRED, Change
 from corda_vlm.report.document import Table
 from corda_vlm.report.markup import bold
 from corda_vlm.report.words import ABSENT, FEW, percent, signed
@@ -17,6 +17,8 @@ HOW = {
     PAIRED: "Paired: both models see the same resampled samples.",
     OWN: "Paired by the run itself: the run told how far each score lies above the one before; the score before counts as exact.",
     UNPAIRED: "Unpaired: from the two standard errors that the tool tells, so that they are wider than those over the same samples.",
+    SEEDS: "Over seeds: the mean over trainings that differ in their seed alone, with the spread of these and of the samples that all "
+    "of them see.",
     NONE: "Without an interval: the results tell neither samples nor standard errors.",
 }
 

@@ -48,6 +48,7 @@ class Measure:
         rises: more is better.
         role: "gain", "retention" or "selection", where the tool knows roles.
         gain: how far it lies above the model before training, paired over samples, where the file itself tells it.
+        seeds: of how many trainings, which differ in their seed alone, it is the mean; None of one training.
         conditions: what has to be equal for two numbers to be of one measurement, e.g. the number of shots.
         settings: what need not be equal, but is worth a word where it is not, e.g. the chat template.
     """
@@ -65,6 +66,7 @@ class Measure:
     rises: bool = True
     role: str | None = None
     gain: Interval | None = None
+    seeds: int | None = None
     conditions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from corda_vlm.evaluation.score_file import BASE, gain_of, read_examples, read_r
 from corda_vlm.evaluation.scores import NO_SHARE, Outcome
 from corda_vlm.jsonl import parse_row
 from corda_vlm.report.formats.base import Format, Measure, Measured, Samples
+from corda_vlm.report.formats.seeds import over_seeds
 from corda_vlm.run_files import BASE_EXAMPLES, SCORES
 
 NAME = "corda_vlm"
@@ -49,30 +50,28 @@ def _models(path: Path) -> list[Measured]:
         model = (row["method"], row.get("learning_rate"), row.get("seed"), row.get("scale") or 1.0)
         if model[:3] not in diverged:
             by_model.setdefault(model, {})[row["task"], row["metric"]] = row
-    names = _names(list(by_model))
+    by_setting: dict[tuple[Any, ...], list[list[Measure]]] = {}
+    for (method, rate, _, scale), rows in by_model.items():
+        measures = [_measure(row, path, examples) for row in rows.values()]
+        by_setting.setdefault((method, rate, scale), []).append(measures)
+    names = _names(list(by_setting))
     models = [
-        Measured(
-            names[model],
-            (NAME,),
-            tuple(_measure(row, path, examples) for row in rows.values()),
-            is_base=model[0] == BASE,
-        )
-        for model, rows in by_model.items()
+        Measured(names[setting], (NAME,), tuple(over_seeds(seeds)), is_base=setting[0] == BASE)
+        for setting, seeds in by_setting.items()
     ]
     return sorted(models, key=lambda one: not one.is_base)
 
 
-def _names(models: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
-    """Method, with as much of its setting as tells models apart."""
+def _names(settings: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
+    """Method, with as much of its setting as tells models apart; seeds are one model."""
     names = {}
-    for model in models:
-        method, rate, seed, scale = model
-        same = [other for other in models if other[0] == method]
+    for setting in settings:
+        method, rate, scale = setting
+        same = [other for other in settings if other[0] == method]
         words = [str(method)]
         words += [f"{rate:g}"] if rate is not None and len({one[1] for one in same}) > 1 else []
-        words += [f"seed {seed}"] if seed is not None and len({one[2] for one in same}) > 1 else []
-        words += [f"scale {scale:g}"] if len({one[3] for one in same}) > 1 else []
-        names[model] = ", ".join(words)
+        words += [f"scale {scale:g}"] if len({one[2] for one in same}) > 1 else []
+        names[setting] = ", ".join(words)
     return names
 
 

@@ -1,0 +1,60 @@
+"""Trainings that differ in their seed alone, as one model: means, with intervals that cover the luck of training and of examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from corda_vlm.evaluation.bootstrap import Interval
+from corda_vlm.report.formats.base import Measure
+
+# Student's t at 97.5 % for 1 to 10 degrees of freedom: with few seeds their spread is itself hardly known
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_NORMAL = 1.96
+
+
+def over_seeds(trainings: Sequence[Sequence[Measure]]) -> list[Measure]:
+    """The measures of several trainings as those of one model; of one training they stay as they are.
+
+    A task that not every training was measured on is left out of none: it is the mean of those that have it.
+    """
+    if len(trainings) == 1:
+        return list(trainings[0])
+    by_task: dict[tuple[str, str], list[Measure]] = {}
+    for measures in trainings:
+        for one in measures:
+            by_task.setdefault((one.task, one.metric), []).append(one)
+    return [_mean(alike) if len(alike) > 1 else alike[0] for alike in by_task.values()]
+
+
+def _mean(alike: Sequence[Measure]) -> Measure:
+    intervals = [one.interval for one in alike]
+    value = mean_interval([one.value for one in alike], intervals)
+    gains = [one.gain for one in alike]
+    gain = None
+    if all(one is not None for one in gains):
+        gain = mean_interval([one.value for one in gains if one is not None], gains)
+    return replace(
+        alike[0], value=value.value, low=value.low, high=value.high, gain=gain, seeds=len(alike), samples=None
+    )  # fmt: skip
+
+
+def mean_interval(values: Sequence[float], own: Sequence[Interval | None]) -> Interval:
+    """The mean of one number over seeds, and its 95 % interval.
+
+    Half its width is the root of two squares: that of the mean over seeds, by Student's t, and the mean square of the seeds' own
+    half widths over examples. These are not divided by the number of seeds, as all of them see the same examples.
+
+    Args:
+        own: the seeds' own intervals over examples, as far as there are any.
+    """
+    mean, count = float(np.mean(values)), len(values)
+    t = _STUDENT[count - 2] if count - 2 < len(_STUDENT) else _NORMAL
+    of_seeds = t * float(np.std(values, ddof=1)) / math.sqrt(count)
+    halves = [(one.high - one.low) / 2 for one in own if one is not None]
+    of_examples = float(np.mean(np.square(halves))) if halves else 0.0
+    half = math.sqrt(of_seeds**2 + of_examples)
+    return Interval(mean, mean - half, mean + half)
