@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
 from corda_vlm.errors import DataError, UnknownNameError, first_line
 from corda_vlm.extras import require
+
+logger = logging.getLogger(__name__)
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -103,10 +106,24 @@ def _load_hf(spec: DataSpec, folder: Path | None) -> Any:
             return datasets.load_from_disk(str(folder))
         return datasets.load_dataset(str(folder or spec.location), spec.config)
     except Exception as error:  # of any of the libraries that `datasets` reads with
+        if folder is None and (snapshot := _snapshot(spec.location)) is not None:
+            logger.warning("%s: the hub was not reached; read from its cache, %s", spec, snapshot)
+            return _load_hf(spec, snapshot)
         raise DataError(
             f"{spec}: `datasets` cannot load it ({first_line(error)}); give a hub name that can be reached, "
             "or a local folder"
         ) from error
+
+
+def _snapshot(name: str) -> Path | None:
+    """Where the hub's cache has a data set (`hf download --repo-type dataset`), of which `datasets` does not know; None if it has none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def _part_of(splits: Mapping[Any, Any], spec: DataSpec) -> Any:
