@@ -57,6 +57,7 @@ def home(tmp_path) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_first_experiment_of_ids_whose_files_are_cached(home, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CODE],
