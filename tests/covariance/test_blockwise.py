@@ -463,7 +463,7 @@ def test_too_few_batches() -> None:
         collect(model, iter(batches_for("llama")), rounds=3, blockwise=True)
     with pytest.raises(CalibrationError, match="no calibration batches"):
         collect(model, iter([]), blockwise=True)
-    with pytest.raises(CalibrationError, match=r"batch 1 .* is a list, not a mapping"):
+    with pytest.raises(CalibrationError, match=r"batch 1 .* is a list of .*, not a mapping"):
         collect(model, [*batches_for("llama", (2,)), [1]], blockwise=True)
 
 

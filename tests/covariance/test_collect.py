@@ -191,7 +191,9 @@ def test_too_few_tokens_are_warned_of() -> None:
 
 def test_wrong_arguments() -> None:
     model, batches = toy(), toy_batches(2)
-    with pytest.raises(CalibrationError, match=r"batch 1 \(from 0\) is a list, not a mapping"):
+    with pytest.raises(
+        CalibrationError, match=r"batch 1 \(from 0\) is a list of 2 .*, not a mapping"
+    ):
         collect(model, iter([batches[0], [1, 2]]))
     with pytest.raises(CalibrationError, match="give a list of it"):
         Source(batches[0])

@@ -42,3 +42,17 @@ def test_recipe(recipe, tmp_path, measured):
     assert error < 1e-4
     assert departure(outputs(trained, batch), before) > 10 * error
     measured(f"PEFT's outputs are those of training within {error:.0e}")
+
+
+@pytest.mark.slow
+def test_a_budget(recipe, tmp_path, measured):
+    """with --keep 0.95 a probe steers the weight of distillation, and what is kept is told at the end"""
+    given = ["--batch-size=8", "--samples=64", "--steps=6", "--every=2", "--keep=0.95"]
+    trainer = recipe("trainer").main([*given, f"--output={tmp_path / 'trained'}"])
+    looks = [entry for entry in trainer.state.log_history if "keep" in entry]
+    assert [entry["step"] for entry in looks] == [2, 4]
+    assert all(0.5 < entry["keep"] <= 1.2 for entry in looks)
+    weights = [entry["keep_weight"] for entry in looks]
+    assert weights[-1] != weights[0], "it is steered"
+    assert trainer.spent is not None
+    measured(f"{trainer.spent}")
