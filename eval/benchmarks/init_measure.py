@@ -124,35 +124,37 @@ def machine() -> dict[str, str]:
 
 
 class Peak:
-    """Highest resident memory during a block, above that at its start, in MB."""
+    """Highest memory of the process's own during a block, above that at its start, in MB; sampled every 2 ms.
+
+    Pages of files, such as torch's libraries, do not count: the system drops them and reads them again as it likes, which
+    changes a resident size by hundreds of MB.
+    """
 
     def __enter__(self) -> Peak:
-        import psutil
-
-        self._process, self._stop = psutil.Process(), threading.Event()
-        self._start = self._highest = self._process.memory_info().rss
-        # Linux keeps the exact high-water mark, and lets a process reset its own
-        self._exact = False
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._exact = True
-        except OSError:
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
+        self._stop = threading.Event()
+        self._start = self._highest = own_memory()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
         return self
 
     def _sample(self) -> None:
-        while not self._stop.wait(0.005):
-            self._highest = max(self._highest, self._process.memory_info().rss)
+        while not self._stop.wait(0.002):
+            self._highest = max(self._highest, own_memory())
 
     def __exit__(self, *_: object) -> None:
-        if self._exact:
-            status = Path("/proc/self/status").read_text()
-            self._highest = int(status.split("VmHWM:")[1].split()[0]) * 1024
-        else:
-            self._stop.set()
-            self._thread.join()
-        self.mb = (self._highest - self._start) / 1e6
+        self._stop.set()
+        self._thread.join()
+        self.mb = (max(self._highest, own_memory()) - self._start) / 1e6
+
+
+def own_memory() -> int:
+    """Bytes of resident memory that are no pages of files; where the system does not tell, all that is resident."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("RssAnon:")[1].split()[0]) * 1024
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 @contextmanager
