@@ -116,12 +116,14 @@ def suite_of(
     place = home_path(folder).resolve()
     names = read_text(place / "classnames.txt", "list of class names").splitlines()
     templates = read_text(place / "zeroshot_classification_templates.txt", "list of prompts")
+    classes = [one.strip() for one in names if one.strip()]
     task = {
         "name": name or f"wds/{place.name}",
         "role": role,
         "kind": "zero_shot",
         "data": {"source": f"webdataset:{place / split}/*.tar", "label": "cls"},
-        "classes": [one.strip() for one in names if one.strip()],
+        # by number, as a split need not have images of them all
+        "classes": {"names": {str(number): one for number, one in enumerate(classes)}},
         "templates": [
             one.strip().replace("{c}", "{}") for one in templates.splitlines() if one.strip()
         ],

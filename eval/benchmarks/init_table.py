@@ -112,7 +112,7 @@ def _markdown(results: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{m['cpu']}, {results['threads']} thread(s), torch {m['torch']}, transformers "
             f"{m['transformers']}, PEFT {m['peft']}; r = {results['rank']}; seconds, medians. "
-            f"Products of large matrices, GFLOP/s: {rates}.\n"
+            f"Products of large matrices, GFLOP a CPU second: {rates}.\n"
         )
     for part, title in (
         ("clip", "A ViT-B/32-sized CLIP, 64 images and 64 texts"),

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from init_measure import Peak, peft_factors, rates, timed, watched
+from init_measure import ROLES, Peak, peft_factors, rates, timed, watched
 from torch import nn
 
 from corda_vlm.covariance import CovarianceStore, collect_covariance
@@ -66,6 +66,10 @@ BLOCKS = {
     "llama-7b": Block(32, 4096, 11008, 32, batches=16, batch_size=8, length=64),
     "clip-l": Block(24, 1024, 4096, 16, batches=4, batch_size=4, length=577),
 }
+BLOCK_ROLES = {
+    "llama-7b": [*ROLES, "gate"],
+    "clip-l": ROLES,
+}  # without the projection to embeddings
 SMALL = {
     "llama-7b": Block(32, 64, 96, 2, batches=4, batch_size=4, length=16, rank=4),
     "clip-l": Block(24, 64, 96, 2, batches=4, batch_size=4, length=17, rank=4),
@@ -125,7 +129,7 @@ def inputs(name: str, block: Block, dtype: torch.dtype) -> list[dict[str, torch.
 def measure(name: str, block: Block, dtype: torch.dtype, peft: bool) -> dict[str, Any]:
     model = build(name, block, dtype)
     batches = inputs(name, block, dtype)
-    sites = find_sites(model)
+    sites = find_sites(model, roles=BLOCK_ROLES[name])
     stages: dict[str, float] = {}
     with torch.no_grad(), timed(stages, "forward"):
         for batch in batches:
@@ -139,7 +143,14 @@ def measure(name: str, block: Block, dtype: torch.dtype, peft: bool) -> dict[str
             )
         found["peak_mb"]["calibrate"] = peak.mb
         with Peak() as peak, timed(stages, "plan"):
-            plan = plan_adapter(model, store, mode="kpm", rank=block.rank, show_progress=False)
+            plan = plan_adapter(
+                model,
+                store,
+                mode="kpm",
+                rank=block.rank,
+                roles=BLOCK_ROLES[name],
+                show_progress=False,
+            )
         found["peak_mb"]["plan"] = peak.mb
         found["flops"] = operations(
             store, {p.site.name: p.shape for p in plan.sites}, block.batches * block.batch_size

@@ -4,7 +4,7 @@
     python eval/benchmarks/step_vs_peft.py --batch 8 --steps 20
     python eval/benchmarks/step_vs_peft.py --out runs/step_vs_peft.json
 
-One model with random weights, all linear layers of both towers at rank 16, CLIP's contrastive loss, AdamW, float32 or bfloat16
+One model with random weights, the linear layers of both towers' blocks at rank 16, CLIP's contrastive loss, AdamW, float32 or bfloat16
 autocast. The three kinds (PEFT's LoRA, an untouched base with its pair, a residual base) train copies of it, and their steps take
 turns in one process, so that all see the same machine. Given are CPU seconds of forward, backward and optimizer, and the
 median over steps of the ratio to the LoRA step of the same turn, with its quartiles.
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from anchor_step import inputs_of, vit_b32
+from init_measure import ROLES, TARGETS
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -31,7 +32,6 @@ from corda_vlm.text_table import text_table
 from corda_vlm.train import contrastive_loss
 
 KINDS = ("peft lora", "untouched", "residual")
-TARGETS = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 
 
 def trained(kind: str, bare: nn.Module, rank: int) -> nn.Module:
@@ -40,7 +40,7 @@ def trained(kind: str, bare: nn.Module, rank: int) -> nn.Module:
     if kind == "peft lora":
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         return get_peft_model(model, config).train()  # pyright: ignore[reportArgumentType]
-    plan = plan_adapter(model, None, method="pissa", rank=rank, show_progress=False)
+    plan = plan_adapter(model, None, method="pissa", rank=rank, roles=ROLES, show_progress=False)
     return attach_adapter(model, plan, base=kind).train()  # pyright: ignore[reportArgumentType]
 
 

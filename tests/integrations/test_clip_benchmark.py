@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from corda_vlm import asset
 from corda_vlm.data import load_records
 from corda_vlm.integrations import clip_benchmark
 from corda_vlm.report import read_results
@@ -88,3 +89,13 @@ def test_acc1_is_ours_and_the_report_reads_it(tool, data, tmp_path, measured):
         measure = model.of("wds/digits", theirs)
         assert measure.value == pytest.approx(ours[own], abs=1e-6), theirs
     measured(f"acc1 {ours['top1']:.1%} both, acc5 {ours['top5']:.1%} both")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_speed_runs(tool, tmp_path, measured):
+    """images a second beside its own loop, equal numbers (eval/benchmarks/evaluation_speed.py)"""
+    script, out = asset("eval/benchmarks/evaluation_speed.py"), tmp_path / "images.json"
+    tool.run(script, "images", "--limit", "64", "--repeats", "1", "--out", out, cwd=tmp_path)
+    found = json.loads(out.read_text())
+    assert found["count"] == 64
+    measured(f"its own loop takes {found['ratio']:.2f} times as long for 64 images")

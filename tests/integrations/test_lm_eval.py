@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from corda_vlm import asset
 from corda_vlm.errors import CordaError
 from corda_vlm.integrations import lm_eval
 from corda_vlm.report import BeforeAfterOptions, read_results, write_comparison
@@ -185,3 +186,15 @@ def test_the_retention_group_runs_by_the_command_and_with_a_live_model(
     assert tasks.keys() == {"triviaqa", "nq_open", "webqs"}
     assert all(one["n"] == 5 for one in tasks.values())
     measured("triviaqa, nq_open and webqs, 5 records each: equal scores by both ways")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_speed_runs(tool, smollm2_4, tmp_path, measured):
+    """tokens a second beside its own loop, equal numbers (eval/benchmarks/evaluation_speed.py)"""
+    script, out = asset("eval/benchmarks/evaluation_speed.py"), tmp_path / "tokens.json"
+    tool.run(
+        script, "tokens", "--model", smollm2_4, "--limit", "16", "--repeats", "1", "--out", out, cwd=tmp_path
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert found["count"] > 16
+    measured(f"its own loop takes {found['ratio']:.2f} times as long for {found['count']} tokens")

@@ -14,6 +14,7 @@ from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.models.text_model import TextGenerator
 from corda_vlm.families.base import unwrap
 from corda_vlm.families.generative.language import IGNORED, Sample
+from corda_vlm.families.generative.next_token import next_token_logits
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ def likelihoods(generator: TextGenerator, samples: Sequence[Sample]) -> list[Lik
         if not bool(labeled.any(1).all()):
             raise CordaError("a sample has no labelled token whose likelihood could be told")
         with generator.running():
-            logits = unwrap(generator.model)(**no_labels(batch), use_cache=False).logits[:, :-1]
-        # Only where it is asked for: the whole (B, L, V) in float32 may not fit.
-        picked = logits[labeled].float().log_softmax(-1)  # (n, V)
-        each = picked.gather(1, labels[labeled][:, None])[:, 0]  # (n,)
+            model = unwrap(generator.model)
+            logits = next_token_logits(model, no_labels(batch), labeled)  # (n, V)
+        targets = labels[labeled].to(logits.device)
+        picked = logits.float().log_softmax(-1)  # (n, V)
+        each = picked.gather(1, targets[:, None])[:, 0]  # (n,)
         row = torch.nonzero(labeled)[:, 0].cpu()
         total = torch.zeros(len(chosen), dtype=torch.float64).index_add_(
             0, row, each.double().cpu()
