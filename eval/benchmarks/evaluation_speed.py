@@ -89,7 +89,7 @@ def webdataset(folder: Path, limit: int) -> int:
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     (folder / "test" / "nshards.txt").write_text("1")
-    (folder / "classnames.txt").write_text("\n".join(records.class_names) + "\n")
+    (folder / "classnames.txt").write_text("\n".join(records.class_names or ()) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("a drawing of {c}\n{c}\n")
     return count
 
