@@ -71,6 +71,11 @@ bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@$(BIN)/python eval/benchmarks/holding_cost.py --out runs/bench/holding_cost.json
 	@$(BIN)/python eval/benchmarks/blockwise_memory.py $(SMOLLM2) --out runs/bench/blockwise_memory.json
 	@$(BIN)/python eval/benchmarks/lora_start.py --out runs/bench/lora_start.json
+	@$(BIN)/python eval/benchmarks/step_vs_peft.py --out runs/bench/step_vs_peft.json
+	@$(BIN)/python eval/benchmarks/scale_7b.py --peft --out runs/bench/scale_7b
+	@$(MAKE) integrations TOOLS="clip_benchmark lm_eval"
+	@.venvs/clip_benchmark/bin/python eval/benchmarks/evaluation_speed.py images --out runs/bench/images_a_second.json
+	@.venvs/lm_eval/bin/python eval/benchmarks/evaluation_speed.py tokens --model $(SMOLLM2) --limit 100 --batch-size 16 --out runs/bench/tokens_a_second.json
 
 reliability: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.campaign --seconds $(SECONDS) --seed $(SEED)
