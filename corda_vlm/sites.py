@@ -25,6 +25,13 @@ from corda_vlm.families import Family, Rule, any_family, family_of, unwrap
 from corda_vlm.families.layers.attention import is_packed, packed_parts
 from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.families.layers.conv2d import is_conv2d, left_out
+from corda_vlm.families.layers.experts import (
+    Slice,
+    is_router,
+    is_stack,
+    slices_of,
+    stacked_weights,
+)
 from corda_vlm.families.layers.matrix import Matrix, matrix_of, stored
 from corda_vlm.families.options import ROLES, TOWERS, chosen_names, listed_names
 from corda_vlm.names import quoted
@@ -41,9 +48,11 @@ class Site:
         name: dotted path of the layer in the bare model with unpacked attention.
         tower: "vision", "text", "projector" or "language"; "model" of one that no family knows.
         block: index of the transformer block, None outside of them.
-        role: "q", "k", "v", "o", "up", "gate", "down", "proj", "conv", or fused: "qkv", "kv", "gate_up"; "linear" or "conv"
-            of a model that no family knows.
+        role: "q", "k", "v", "o", "up", "gate", "down", "proj", "conv", or fused: "qkv", "kv", "gate_up"; "router" of what
+            chooses a token's experts; "linear" or "conv" of a model that no family knows.
         stream: sites that read the same input tensor share one stream, so one covariance.
+        pool: of a site that sees some tokens of its layer alone, as an expert does: the name of the streams whose
+            covariances together stand in for its own where it saw too few; None of all others.
     """
 
     name: str
@@ -51,6 +60,7 @@ class Site:
     block: int | None
     role: str
     stream: str
+    pool: str | None = None
 
 
 def find_sites(
@@ -65,7 +75,8 @@ def find_sites(
     Args:
         model: packed, unpacked, or wrapped by PEFT; not changed.
         towers: only these, a list or "vision,text"; None for all that the model has.
-        roles: only these, a list or "q,v"; None for all.
+        roles: only these, a list or "q,v"; None for all but "router": what a router learns sends tokens to other experts than
+            those whose covariances are known, so that it is adapted where it is asked for.
         targets: only layers whose names are like these patterns, in which `*` is any text; None for all. With them a model may
             be one that no family knows.
 
@@ -79,17 +90,14 @@ def find_sites(
     wanted = chosen_names("tower", towers, TOWERS)
     only = chosen_names("role", roles, ROLES)
     bare = unwrap(model)
-    rules = found.rules_of(bare)
-    sites = [
-        site
-        for name, matrix in _matrices(bare).items()
-        if (site := _resolved(rules, found, bare, name, matrix.kernel))
-    ]
+    sites = every_site(bare, found)
     present = list(dict.fromkeys(site.tower for site in sites))
     for tower in wanted if wanted is not None else found.towers(bare):
         if tower not in present:
             raise NoSitesError(_no_sites(bare, found, tower, present))
     sites = [site for site in sites if wanted is None or site.tower in wanted]
+    if only is None and patterns is None:
+        sites = [site for site in sites if site.role != "router"]
     if not sites:
         raise NoSitesError(
             f"no layer of {type(bare).__name__} matches a rule of family {found.name!r}"
@@ -105,6 +113,18 @@ def find_sites(
                 )
         sites = [site for site in sites if site.role in only]
     return sites if patterns is None else _like(patterns, sites, bare)
+
+
+def every_site(model: nn.Module, family: Family | None = None) -> list[Site]:
+    """All that a family's rules match, routers included; family None: that of the model."""
+    bare = unwrap(model)
+    found = family or any_family(bare)
+    rules = found.rules_of(bare)
+    return [
+        site
+        for name, matrix in _matrices(bare).items()
+        if (site := _resolved(rules, found, bare, name, matrix.kernel))
+    ]
 
 
 def _like(patterns: Sequence[str], sites: Sequence[Site], model: nn.Module) -> list[Site]:
@@ -148,6 +168,11 @@ def get_layer(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.Li
                 f"{name}: {'.'.join(parts[:step])} is packed, so its parts are no modules yet; "
                 "work under corda_vlm.families.layers.attention.unpacked(model)"
             )
+        if is_stack(module):
+            raise NoSitesError(
+                f"{name}: {'.'.join(parts[:step])} keeps its experts in one parameter, so that none is a module yet; "
+                "work under corda_vlm.families.layers.attention.unpacked(model)"
+            )
         child = module._modules.get(key)
         if child is None:
             raise NoSitesError(f"{type(unwrap(model)).__name__} has no layer {name!r}")
@@ -177,6 +202,14 @@ def site_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
         NoSitesError: the model has no such layer.
     """
     return {name: matrix.shape for name, matrix in _of(model, names).items()}
+
+
+def site_slices(model: nn.Module) -> dict[str, Slice]:
+    """Site name -> where its weight lies, of those that are no module of their own: experts in a stack, and routers."""
+    found: dict[str, Slice] = {}
+    for path, module in _modules(unwrap(model), "", set()):
+        found |= slices_of(module, path)
+    return found
 
 
 def site_shape(model: nn.Module, name: str) -> tuple[int, int]:
@@ -316,6 +349,7 @@ def _resolved(
                 block=None if block is None else int(block),
                 role=rule.role,
                 stream=rule.stream.format(**groups),
+                pool=None if rule.pool is None else rule.pool.format(**groups),
             )
     return None
 
@@ -337,18 +371,29 @@ def _matrices(model: nn.Module) -> dict[str, Matrix]:
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Matrix]]:
+    for path, layer in _modules(module, prefix, seen):
+        if is_packed(layer):
+            for part, (weight, _) in packed_parts(layer).items():
+                yield f"{path}.{part}", stored(weight)
+        elif is_stack(layer):
+            for name, expert, weight in stacked_weights(layer):
+                yield f"{path}.{name}.{expert}", stored(weight)
+        elif (matrix := matrix_of(layer)) is not None:
+            yield path, matrix
+        elif is_router(layer):
+            yield path, stored(layer.weight)
+
+
+def _modules(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Base name -> module of every layer, and of all that hold some; of wrapped ones what is inside."""
     module = inner_layer(module)
     if id(module) in seen:  # a shared layer is one site, under its first name
         return
     seen.add(id(module))
-    if is_packed(module):
-        for part, (weight, _) in packed_parts(module).items():
-            yield f"{prefix}.{part}", stored(weight)
-    elif (matrix := matrix_of(module)) is not None:
-        yield prefix, matrix
-    else:
+    yield prefix, module
+    if not is_packed(module) and not is_stack(module) and matrix_of(module) is None:
         for key, child in module.named_children():
-            yield from _walk(child, f"{prefix}.{key}" if prefix else key, seen)
+            yield from _modules(child, f"{prefix}.{key}" if prefix else key, seen)
 
 
 def inner_layer(module: Any, *, as_trained: bool = False) -> nn.Module:

@@ -15,18 +15,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from typing_extensions import Unpack
 
 from corda_vlm.adapter.base import absolute
+from corda_vlm.adapter.carriers import Carrier, carriers
 from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.adapter.options import AttachKeywords, AttachOptions
 from corda_vlm.adapter.paired import (
     PairedConfig,
     PairedLayer,
-    base_of,
     keep_a_frozen,
     refuse_residual_of_quantized,
     refuse_second_residual,
@@ -39,7 +39,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.options import options_from
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.same_model import is_quantized
-from corda_vlm.sites import model_fingerprint
+from corda_vlm.sites import model_fingerprint, site_slices
 
 # What an adapter's configuration says of the plan it came from.
 _ORIGIN = (
@@ -92,9 +92,8 @@ def attach_adapter(
         peft_model = _with_adapter(model, config, adapter_name)
         config.base_model_name_or_path = absolute(config.base_model_name_or_path)
         check_wrapped(peft_model, ranks, adapter_name)
-        for name in ranks:
-            layer = base_of(peft_model).get_submodule(name)
-            _fill(layer, adapter_name, plan.factors[name], asked.freeze_a)
+        for carrier in carriers(peft_model, adapter_name):
+            _fill(carrier, adapter_name, plan.factors, asked.freeze_a)
     return peft_model
 
 
@@ -102,8 +101,14 @@ def _config(
     model: nn.Module, plan: AdapterPlan, asked: AttachOptions, ranks: Mapping[str, int]
 ) -> LoraConfig:
     """PEFT's own LoRA where every B starts at zero, so that every tool knows what it loads; else that of our pair."""
+    # beside an adapter of ours PEFT wants another of its kind, and some convolutions it takes for others
+    plain = (
+        plan.starts_at_zero
+        and not isinstance(model, PeftModel)
+        and not unlike_in_peft(model, ranks)
+    )
     given = {
-        **lora_targets(ranks),
+        **lora_targets(ranks, slices=site_slices(model), plain=plain),
         "init_lora_weights": False,  # the factors are copied in
         "modules_to_save": check_full_modules(model, asked.modules_to_save, ranks) or None,
     }
@@ -112,12 +117,7 @@ def _config(
         refuse_residual_of_quantized(asked.base)
         # what it is trained on, and belongs on: the plan may be of the original
         origin["model_fingerprint"] = model_fingerprint(model)
-    # beside an adapter of ours PEFT wants another of its kind, and some convolutions it takes for others
-    if (
-        plan.starts_at_zero
-        and not isinstance(model, PeftModel)
-        and not unlike_in_peft(model, ranks)
-    ):
+    if plain:
         config = LoraConfig(**given)
         config.origin = origin  # pyright: ignore[reportAttributeAccessIssue] # for who trains it: no field, so no file has it
         return config
@@ -139,10 +139,14 @@ def _with_adapter(model: nn.Module, config: LoraConfig, adapter_name: str) -> Pe
     return model
 
 
-def _fill(layer: nn.Module, adapter_name: str, factor: Decomposition, freeze_a: bool) -> None:
+def _fill(
+    carrier: Carrier, adapter_name: str, factors: Mapping[str, Decomposition], freeze_a: bool
+) -> None:
     """Copy a planned pair into a wrapped layer, as where training starts, and into one of ours as the frozen pair too."""
-    assert isinstance(layer, LoraLayer)  # see `check_wrapped`
-    start = factor.B, factor.A
+    layer, planned = carrier.layer, [factors[site] for site in carrier.sites]
+    start = planned[0].B, planned[0].A
+    if carrier.stacked:
+        start = torch.stack([one.B for one in planned]), torch.stack([one.A for one in planned])
     if isinstance(layer, PairedLayer):
         layer.set_pair(adapter_name, *start)
         start = layer.pair(adapter_name)

@@ -24,7 +24,8 @@ from torch import nn
 
 from corda_vlm.adapter.base import absolute, base_fingerprint, origin_of, save_base
 from corda_vlm.adapter.card import write_export_card
-from corda_vlm.adapter.factors import Factors, adapted_layers, changes, plain, recompress
+from corda_vlm.adapter.carriers import carriers
+from corda_vlm.adapter.factors import Factors, changes, plain, recompress
 from corda_vlm.adapter.folder import (
     REPORT,
     START,
@@ -215,17 +216,19 @@ def _pairs(model: PeftModel, name: str) -> tuple[Factors, Factors]:
     """The initial pair of every site, and the trained one."""
     start: Factors = {}
     now: Factors = {}
-    for site, layer in adapted_layers(model, name).items():
+    for carrier in carriers(model, name):
+        layer = carrier.layer
         if not isinstance(layer, PairedLayer):
             raise CordaError(
                 "this adapter has no initial pair, so its base has no residual; take format 'lora'"
             )
         if layer.scaling[name] != 1:
             raise CordaError(
-                f"site {site!r} is scaled by {layer.scaling[name]:g}; set it to 1 first"
+                f"site {carrier.sites[0]!r} is scaled by {layer.scaling[name]:g}; set it to 1 first"
             )
-        (B0, A0), (B, A) = layer.pair(name), trained(layer, name)
-        start[site], now[site] = (plain(B0), plain(A0)), (plain(B), plain(A))
+        for into, (B, A) in ((start, layer.pair(name)), (now, trained(layer, name))):
+            for site, (one_B, one_A) in carrier.split(B, A).items():
+                into[site] = plain(one_B), plain(one_A)
     return start, now
 
 

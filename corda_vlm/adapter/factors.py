@@ -6,28 +6,21 @@ import math
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import MiCALinearVariant
 from torch import Tensor
 
-from corda_vlm.adapter.paired import PairedLayer, base_of, trained
+from corda_vlm.adapter.carriers import carriers
+from corda_vlm.adapter.paired import PairedLayer, trained
 from corda_vlm.errors import CordaError
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # site name -> B (out, r), A (r, inp)
 
 
-def adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    return {
-        site: layer
-        for site, layer in base_of(model).named_modules()
-        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
-    }
-
-
 def changes(model: PeftModel, name: str) -> Factors:
     """The change of every site, scaling included, float32 on the CPU."""
     factors = {}
-    for site, layer in adapted_layers(model, name).items():
+    for carrier in carriers(model, name):
+        layer = carrier.layer
         if isinstance(layer, PairedLayer):
             B, A = layer.change(name)
         elif name in layer.lora_variant and not isinstance(
@@ -40,7 +33,8 @@ def changes(model: PeftModel, name: str) -> Factors:
             )
         else:
             B, A = trained(layer, name)
-        factors[site] = (plain(B * layer.scaling[name]), plain(A))
+        for site, (one_B, one_A) in carrier.split(B * layer.scaling[name], A).items():
+            factors[site] = plain(one_B), plain(one_A)
     return factors
 
 

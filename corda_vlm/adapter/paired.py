@@ -27,13 +27,14 @@ from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as TUNERS
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer, LoraVariant
+from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer, LoraVariant, ParamWrapper
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families.layers.attention import pack
 from corda_vlm.families.layers.conv2d import as_kernel, convolved
+from corda_vlm.families.layers.experts import is_mistaken
 from corda_vlm.families.layers.matrix import Matrix, matrix_of, write_matrix
 from corda_vlm.families.layers.quantized import storage_of
 
@@ -83,10 +84,18 @@ class PairedLayer(nn.Module, LoraLayer):
         if "lora_init_A" not in self._modules:  # PEFT's constructor comes here before it returns
             self.lora_init_A = BufferDict(persistent=True)
             self.lora_init_B = BufferDict(persistent=True)
-        out, inp = base_matrix(self).shape
-        self.lora_init_A[adapter_name] = torch.zeros(r, inp)
-        self.lora_init_B[adapter_name] = torch.zeros(out, r)
+        *experts, out, inp = self.base_shape()
+        self.lora_init_A[adapter_name] = torch.zeros(*experts, r, inp)
+        self.lora_init_B[adapter_name] = torch.zeros(*experts, out, r)
         super().update_layer(adapter_name, r, *args, **kwargs)
+
+    def base_shape(self) -> tuple[int, ...]:
+        """(out, inp) of the base weight, or (experts, out, inp)."""
+        return base_matrix(self).shape
+
+    def shift_base(self, shift: Float[Tensor, "*n out inp"]) -> None:
+        """Add to the base weight, in float64."""
+        write_matrix(self.get_base_layer(), base_matrix(self).read().double() + shift)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         assert isinstance(config, PairedConfig)  # `PairedModel` lets no other in
@@ -102,9 +111,11 @@ class PairedLayer(nn.Module, LoraLayer):
         return isinstance(self.lora_variant[adapter_name], Residual)
 
     def a_is_frozen(self, adapter_name: str) -> bool:
-        return "lora_A" in self.frozen_peft_weight_names.get(adapter_name, ())
+        return a_of(self) in self.frozen_peft_weight_names.get(adapter_name, ())
 
-    def pair(self, adapter_name: str) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
+    def pair(
+        self, adapter_name: str
+    ) -> tuple[Float[Tensor, "*n out r"], Float[Tensor, "*n r inp"]]:
         """The frozen `B₀`, `A₀`."""
         B, A = self.lora_init_B[adapter_name], self.lora_init_A[adapter_name]
         assert B is not None
@@ -112,7 +123,7 @@ class PairedLayer(nn.Module, LoraLayer):
         return B, A
 
     def set_pair(
-        self, adapter_name: str, B: Float[Tensor, "out r"], A: Float[Tensor, "r inp"]
+        self, adapter_name: str, B: Float[Tensor, "*n out r"], A: Float[Tensor, "*n r inp"]
     ) -> None:
         """Make `B`, `A` the frozen pair, and in residual mode the base weight `W − B A`.
 
@@ -131,8 +142,7 @@ class PairedLayer(nn.Module, LoraLayer):
         if torch.equal(A, old_A) and torch.equal(B, old_B):
             return  # nothing to shift, so nothing to round
         if self.is_residual(adapter_name):
-            shift = old_B.double() @ old_A.double() - B.double() @ A.double()
-            write_matrix(self.get_base_layer(), base_matrix(self).read().double() + shift)
+            self.shift_base(old_B.double() @ old_A.double() - B.double() @ A.double())
         self.lora_init_A[adapter_name], self.lora_init_B[adapter_name] = A.clone(), B.clone()
 
     def drop_pair(self, adapter_name: str) -> None:
@@ -140,7 +150,9 @@ class PairedLayer(nn.Module, LoraLayer):
         B0, A0 = self.pair(adapter_name)
         self.set_pair(adapter_name, torch.zeros_like(B0), torch.zeros_like(A0))
 
-    def change(self, adapter_name: str) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k inp"]]:
+    def change(
+        self, adapter_name: str
+    ) -> tuple[Float[Tensor, "*n out k"], Float[Tensor, "*n k inp"]]:
         """What was learned, as factors `P Q = B A − B₀A₀`, without scaling and without a full matrix.
 
         `P = [B − B₀, B₀]`, `Q = [A; A − A₀]` (k = 2r): the same product as `[B, −B₀] [A; A₀]`, but rounding
@@ -152,7 +164,7 @@ class PairedLayer(nn.Module, LoraLayer):
             return B - B0, A
         return difference(B, A, B0, A0)
 
-    def get_delta_weight(self, adapter: str) -> Float[Tensor, " out *inp"]:
+    def get_delta_weight(self, adapter: str) -> Float[Tensor, " *shape"]:
         """What merging adds to the base weight, in float32 or better; PEFT's name for it."""
         P, Q = self.change(adapter)
         delta = P.float() @ Q.float() * self.scaling[adapter]
@@ -161,8 +173,8 @@ class PairedLayer(nn.Module, LoraLayer):
             delta = delta + B0.float() @ A0.float()
         return self.as_stored(delta)
 
-    def as_stored(self, matrix: Float[Tensor, "out inp"]) -> Float[Tensor, " out *inp"]:
-        """A matrix in the shape of the layer's weight."""
+    def as_stored(self, matrix: Float[Tensor, "*n out inp"]) -> Float[Tensor, " *shape"]:
+        """A matrix, or one for each expert, in the shape of the layer's weight."""
         return matrix
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -179,6 +191,11 @@ class PairedLayer(nn.Module, LoraLayer):
             )
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
+    @property
+    def weight_key(self) -> str:
+        """Where in a `state_dict` the base weight is, within the layer."""
+        return "base_layer.weight"
+
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.lora_init_A:
             self.drop_pair(adapter_name)
@@ -191,7 +208,7 @@ class PairedLayer(nn.Module, LoraLayer):
         for name in self.lora_init_A:
             A = state_dict.get(f"{prefix}lora_init_A.{name}")
             B = state_dict.get(f"{prefix}lora_init_B.{name}")
-            if A is not None and B is not None and f"{prefix}base_layer.weight" not in state_dict:
+            if A is not None and B is not None and f"{prefix}{self.weight_key}" not in state_dict:
                 self.set_pair(name, B, A)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -212,7 +229,7 @@ class PairedConv2d(PairedLayer, Conv2d):
     ) -> Float[Tensor, "*given"]:
         return convolved(self._conv(), x, A, B)
 
-    def as_stored(self, matrix: Float[Tensor, "out inp"]) -> Float[Tensor, " out *inp"]:
+    def as_stored(self, matrix: Float[Tensor, "out inp"]) -> Float[Tensor, " *shape"]:
         return as_kernel(self._conv(), matrix)
 
     def _conv(self) -> nn.Conv2d:
@@ -316,6 +333,16 @@ class PairedModel(LoraModel):
         if same and isinstance(target, PairedLayer) and same[0] in target.lora_init_A:
             target.set_pair(adapter_name, *target.pair(same[0]))
 
+    @staticmethod
+    def _create_new_module(
+        lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        if kwargs.get("parameter_name") is None:
+            return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        from corda_vlm.adapter.parameters import PairedParameter
+
+        return PairedParameter(target, adapter_name, config=lora_config, **kwargs)
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise CordaError(
             "PEFT would combine A and B without the frozen pair; export each adapter with "
@@ -336,22 +363,43 @@ class PairedModel(LoraModel):
 
 def trained(
     layer: LoraLayer, adapter_name: str
-) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
+) -> tuple[Float[Tensor, "*n out r"], Float[Tensor, "*n r inp"]]:
     """The parameters `B`, `A` of one adapter of any LoRA layer over an `nn.Linear` or `nn.Conv2d`, as matrices.
 
-    Through them a gradient reaches the parameters; `start_from` writes to those.
+    Of a layer over the experts of a mixture they are stacks of matrices. PEFT keeps those in two matrices: `lora_A` lists
+    each expert's rows, `lora_B` each row's experts. Through them a gradient reaches the parameters; `start_from` writes to those.
     """
     B, A = layer.lora_B[adapter_name], layer.lora_A[adapter_name]
     assert isinstance(B, (nn.Linear, nn.Conv2d))
     assert isinstance(A, (nn.Linear, nn.Conv2d))
-    return B.weight.flatten(1), A.weight.flatten(1)
+    if not isinstance(layer, ParamWrapper) or layer._param_ndim == 2:
+        return B.weight.flatten(1), A.weight.flatten(1)
+    first = A.weight.unflatten(0, (layer.num_experts, -1))  # (experts, r, inp)
+    second = B.weight.unflatten(1, (-1, layer.num_experts)).permute(2, 0, 1)  # (experts, out, r)
+    return (first.mT, second.mT) if takes_out_for_in(layer) else (second, first)
+
+
+def takes_out_for_in(layer: LoraLayer) -> bool:
+    """Whether PEFT takes a stack's (in, out) for (out, in), as it does Llama 4's: its `lora_A` is then our B, transposed."""
+    if not isinstance(layer, ParamWrapper) or layer._param_ndim == 2:
+        return False
+    return is_mistaken(layer.get_base_layer())
+
+
+def a_of(layer: LoraLayer) -> str:
+    """PEFT's name for what A is."""
+    return "lora_B" if takes_out_for_in(layer) else "lora_A"
 
 
 @torch.no_grad()
 def start_from(
-    layer: LoraLayer, adapter_name: str, B: Float[Tensor, "out r"], A: Float[Tensor, "r inp"]
+    layer: LoraLayer, adapter_name: str, B: Float[Tensor, "*n out r"], A: Float[Tensor, "*n r inp"]
 ) -> None:
     """Give one adapter of a LoRA layer these parameters."""
+    if isinstance(layer, ParamWrapper):
+        for view, value in zip(trained(layer, adapter_name), (B, A), strict=True):
+            view.copy_(value)
+        return
     write_matrix(layer.lora_B[adapter_name], B)
     write_matrix(layer.lora_A[adapter_name], A)
 
@@ -376,12 +424,15 @@ def base_matrix(layer: LoraLayer) -> Matrix:
 def keep_a_frozen(layer: LoraLayer, adapter_name: str) -> None:
     """Keep A out of training, also after `set_adapter`, `disable_adapter` and a resumed checkpoint."""
     # rebound, not changed in place: PEFT declares the dict on the class
-    layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
+    layer.frozen_peft_weight_names = {
+        **layer.frozen_peft_weight_names,
+        adapter_name: (a_of(layer),),
+    }
     layer._freeze_non_trainable_peft_weights(adapter_name)
 
 
 def paired_layers(model: nn.Module) -> dict[str, PairedLayer]:
-    """Site name -> layer, by the names of the base model, in the model's order."""
+    """Name in the wrapped model -> layer, in the model's order; one for all experts of a matrix."""
     return {n: m for n, m in base_of(model).named_modules() if isinstance(m, PairedLayer)}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from corda_vlm.adapter.base import HEADER, save_base
 from corda_vlm.adapter.factors import Factors, plain
 from corda_vlm.adapter.folder import ADAPTER, CONFIG
-from corda_vlm.adapter.targets import anchored, unlike_in_peft
+from corda_vlm.adapter.parameters import as_peft
+from corda_vlm.adapter.targets import anchored, as_parameters, unlike_in_peft
 from corda_vlm.errors import CordaError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.families.layers.conv2d import as_kernel
+from corda_vlm.families.layers.experts import STACKS, Slice
 from corda_vlm.files import write_json
+from corda_vlm.sites import site_slices
 from corda_vlm.tensors import save_tensors
 
 KNOWN = frozenset(
@@ -94,9 +98,10 @@ def save_lora(
             f"a plain LoRA cannot express {len(unlike)} sites, first {site!r}: PEFT's LoRA of a convolution has no "
             f"{why.partition(' ')[0]}, and this one has {why}. Take format='merged', or leave those sites out when planning"
         )
-    config = _config(factors, width, base, full)
+    slices = {} if base.converted else site_slices(base.model)
+    config = _config(factors, width, base, full, slices)
     write_json(folder / CONFIG, _lean(config, base))
-    tensors = _padded(factors, width, base) | _full_weights(model, adapter_name, full)
+    tensors = _padded(factors, width, base, slices) | _full_weights(model, adapter_name, full)
     save_tensors(folder / ADAPTER, tensors, {HEADER: base.fingerprint})
     save_base(base.fingerprint, folder)
     if (folder / "base").is_dir():  # for adapters that other tools train on it and write elsewhere
@@ -104,21 +109,43 @@ def save_lora(
     return width
 
 
-def _padded(factors: Factors, width: int, base: LoraBase) -> dict[str, Tensor]:
-    """The factors by PEFT's names and in its shapes, zeros filling up their ranks to one width."""
+def _padded(
+    factors: Factors, width: int, base: LoraBase, slices: Mapping[str, Slice]
+) -> dict[str, Tensor]:
+    """The factors by PEFT's names and in its shapes, zeros filling up their ranks to one width; see `as_peft` for experts."""
     tensors = {}
     convolutions = {
         name: module for name, module in base.model.named_modules() if isinstance(module, nn.Conv2d)
     }
+    stacks: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for site, (B, A) in factors.items():
         spare = width - A.shape[0]
-        prefix = f"base_model.model.{site}"
         A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))  # (width, inp), (out, width)
+        part = slices.get(site)
+        if part is not None and part.expert is not None:
+            stacks.setdefault(part.path, []).append((B, A))
+            continue
         if (conv := convolutions.get(site)) is not None:
             A, B = as_kernel(conv, A), B[:, :, None, None]
-        tensors[f"{prefix}.lora_A.weight"] = A.contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = B.contiguous()
+        tensors |= _named(site, B, A)
+    for part in slices.values():
+        if part.path in stacks and part.expert == 0:
+            pairs = stacks[part.path]
+            B, A = torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
+            tensors |= _named(_nested(part, stacks), *as_peft(B, A, part))
     return tensors
+
+
+def _named(layer: str, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+    prefix = f"base_model.model.{layer}"
+    return {f"{prefix}.lora_A.weight": A.contiguous(), f"{prefix}.lora_B.weight": B.contiguous()}
+
+
+def _nested(part: Slice, stacks: Collection[str]) -> str:
+    """The layer's name in PEFT: the first parameter of a module is innermost in the wrappers of those after it."""
+    later = STACKS[STACKS.index(part.parameter) + 1 :]
+    depth = sum(f"{part.module}.{name}" in stacks for name in later)
+    return part.module + ".base_layer" * depth
 
 
 def _full_weights(model: PeftModel, adapter_name: str, full: Sequence[str]) -> dict[str, Tensor]:
@@ -132,16 +159,26 @@ def _full_weights(model: PeftModel, adapter_name: str, full: Sequence[str]) -> d
     return {key: plain(value) for key, value in stored.items() if key.startswith(prefixes)}
 
 
-def _config(factors: Factors, width: int, base: LoraBase, full: Sequence[str]) -> LoraConfig:
+def _config(
+    factors: Factors,
+    width: int,
+    base: LoraBase,
+    full: Sequence[str],
+    slices: Mapping[str, Slice],
+) -> LoraConfig:
+    modules, parameters = as_parameters(factors, slices, plain=True)
     return LoraConfig(
         r=width,
         lora_alpha=width,
-        target_modules=sorted(factors) if base.converted else _targets(factors, base.model),
+        target_modules=sorted(factors)
+        if base.converted
+        else _targets(modules, base.model, bool(slices)),
+        target_parameters=sorted(set(parameters.values())) or None,
         lora_dropout=0.0,
         bias="none",
         # GPT-2's layers keep their weights transposed; peft warns, and only then sets it by itself
         fan_in_fan_out=not base.converted
-        and any(is_conv1d(base.model.get_submodule(site)) for site in factors),
+        and any(is_conv1d(base.model.get_submodule(site)) for site in modules),
         init_lora_weights=True,
         inference_mode=True,
         modules_to_save=list(full) or None,
@@ -173,8 +210,9 @@ def _lean(config: LoraConfig, base: LoraBase) -> dict[str, Any]:
     return kept
 
 
-def _targets(factors: Mapping[str, Any], base: nn.Module) -> list[str] | str:
+def _targets(sites: Sequence[str], base: nn.Module, is_mixture: bool) -> list[str] | str:
     """Full paths, which every tool reads; as one anchored pattern where PEFT's suffix match would catch more."""
-    suffixes = tuple(f".{site}" for site in factors)
+    suffixes = tuple(f".{site}" for site in sites)
     ambiguous = any(name.endswith(suffixes) for name, _ in base.named_modules())
-    return anchored(factors) if ambiguous else sorted(factors)
+    # of a mixture PEFT takes no pattern, see `as_parameters`
+    return anchored(sites) if ambiguous and not is_mixture else sorted(sites)

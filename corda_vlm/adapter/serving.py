@@ -26,12 +26,13 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from corda_vlm.adapter.factors import adapted_layers
+from corda_vlm.adapter.carriers import carriers
 from corda_vlm.adapter.paired import base_of
+from corda_vlm.adapter.targets import as_parameters
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.conv1d import TransposedLinear, is_conv1d
-from corda_vlm.sites import inner_layer, site_of
+from corda_vlm.sites import inner_layer, site_of, site_slices
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be; vLLM 0.33.0, `MaxLoRARanks` of `vllm/config/lora.py`."""
@@ -59,6 +60,10 @@ class Layers:
         family = any_family(self.model)
         found = ((name, site_of(family, self.model, name)) for name in self.sites)
         return [name for name, site in found if site and site.tower in ("vision", "projector")]
+
+    def parameters(self) -> list[str]:
+        """The sites that PEFT adapts as parameters: experts and routers, and what it would take for them."""
+        return [*as_parameters(self.sites, site_slices(self.model), plain=True)[1]]
 
     def heads(self) -> list[str]:
         """The sites that give the logits, where their weight is that of the embeddings too."""
@@ -133,7 +138,8 @@ def check_served(server: str, model: PeftModel, name: str, format: str, layout: 
     if format == "merged":
         return
     full = tuple(getattr(model.peft_config[name], "modules_to_save", None) or ())
-    layers = Layers(bare, tuple(adapted_layers(model, name)), full)
+    sites = tuple(site for carrier in carriers(model, name) for site in carrier.sites)
+    layers = Layers(bare, sites, full)
     for why, names in SERVERS[server].refuses(layers):
         if names:
             raise CordaError(
@@ -157,7 +163,11 @@ def commands(server: str, written: Written) -> list[str]:
     return SERVERS[server].commands(written)
 
 
+_OF_PARAMETERS = "is not known to read PEFT's adapters of parameters (target_parameters)"
+
+
 def _refused_by_vllm(layers: Layers) -> Iterator[tuple[str, list[str]]]:
+    yield _OF_PARAMETERS, layers.parameters()
     yield "takes no modules that are trained in full (modules_to_save)", list(layers.full)
     yield (
         "applies a LoRA to the language model alone, and would pass over other layers",
@@ -167,6 +177,7 @@ def _refused_by_vllm(layers: Layers) -> Iterator[tuple[str, list[str]]]:
 
 
 def _refused_by_llama_cpp(layers: Layers) -> Iterator[tuple[str, list[str]]]:
+    yield _OF_PARAMETERS, layers.parameters()
     yield (
         "takes tensors of a LoRA alone, and no modules that are trained in full",
         list(layers.full),

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from corda_vlm.adapter.carriers import carriers
 from corda_vlm.adapter.paired import PairedLayer, base_of
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.conv2d import not_in_peft
+from corda_vlm.families.layers.experts import Slice
 from corda_vlm.sites import inner_layer
 
 
@@ -26,22 +27,77 @@ def anchored(names: Iterable[str]) -> str:
     return "^(?:" + "|".join(re.escape(name) for name in names) + ")$"
 
 
-def lora_targets(ranks: Mapping[str, int], rank: int | None = None) -> dict[str, Any]:
+def lora_targets(
+    ranks: Mapping[str, int],
+    rank: int | None = None,
+    slices: Mapping[str, Slice] | None = None,
+    *,
+    plain: bool = False,
+) -> dict[str, Any]:
     """The fields of a `LoraConfig` that give each site its rank, alpha equal to it (so scaling 1), no dropout.
 
-    `rank` is the config's own, from which patterns differ; None takes the most common.
+    Args:
+        rank: the config's own, from which patterns differ; None takes the most common.
+        slices: of `site_slices`: which sites are experts or routers, which PEFT adapts as parameters.
+        plain: for PEFT's own LoRA, see `as_parameters`.
+
+    Raises:
+        CordaError: experts of one parameter with different ranks.
     """
+    slices = slices or {}
     rank = rank or Counter(ranks.values()).most_common(1)[0][0]
-    odd = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
-    return {
+    modules, parameters = as_parameters(ranks, slices, plain=plain)
+    by_parameter = _one_rank_each(ranks, parameters)
+    keyed = {name: ranks[name] for name in modules} | by_parameter
+    odd = {f"^{re.escape(name)}": r for name, r in keyed.items() if r != rank}
+    fields: dict[str, Any] = {
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": anchored(ranks),
+        "target_modules": anchored(modules),
         "rank_pattern": odd,
         "alpha_pattern": dict(odd),
         "lora_dropout": 0.0,
         "bias": "none",
     }
+    if slices:
+        fields["target_parameters"] = list(by_parameter) or None
+        if plain or not modules:
+            fields["target_modules"] = modules
+    return fields
+
+
+# PEFT reads a target of this name as one of transformers 4, and takes all experts of transformers 5 for it.
+_RENAMED = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})
+
+
+def as_parameters(
+    sites: Iterable[str], slices: Mapping[str, Slice], *, plain: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The sites that PEFT adapts as modules, and those that it adapts as parameters -> the parameter's dotted path.
+
+    PEFT converts the targets of a plain LoRA on a mixture from transformers 4: a pattern it takes apart, and `shared_expert.up_proj`
+    it takes for the experts. So there the modules are a list, and those with such a name are adapted as the parameter that
+    their weight is, by equal numbers.
+    """
+    modules, parameters = [], {}
+    for site in sites:
+        if site in slices:
+            parameters[site] = slices[site].path
+        elif plain and slices and site.rpartition(".")[2] in _RENAMED:
+            parameters[site] = f"{site}.weight"
+        else:
+            modules.append(site)
+    return modules, parameters
+
+
+def _one_rank_each(ranks: Mapping[str, int], parameters: Mapping[str, str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for site, path in parameters.items():
+        if found.setdefault(path, ranks[site]) != ranks[site]:
+            raise CordaError(
+                f"{site} has rank {ranks[site]} and another expert of {path} {found[path]}: PEFT has one rank for a parameter"
+            )
+    return found
 
 
 def unlike_in_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -73,9 +129,9 @@ def refuse_convolutions(model: nn.Module, names: Iterable[str], start: str) -> N
 def check_wrapped(peft_model: PeftModel, ranks: Mapping[str, int], adapter_name: str) -> None:
     """Raise unless exactly these modules carry the adapter, with these ranks and scaling 1, and as the layers that they are."""
     layers = {
-        name: module
-        for name, module in base_of(peft_model).named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r
+        site: carrier.layer
+        for carrier in carriers(peft_model, adapter_name)
+        for site in carrier.sites
     }
     wrapped = {name: layer.r[adapter_name] for name, layer in layers.items()}
     for name in sorted(wrapped.keys() | ranks.keys()):

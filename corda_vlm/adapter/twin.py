@@ -13,10 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from corda_vlm.adapter.full_modules import unwrap_full_modules
-from corda_vlm.adapter.paired import PairedLayer, base_matrix, base_of
+from corda_vlm.adapter.paired import PairedLayer, base_of
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.attention import pack
-from corda_vlm.families.layers.matrix import write_matrix
 from corda_vlm.families.loading.quantization import dequantize_model
 
 
@@ -95,5 +94,4 @@ def less_pair(layer: LoraLayer) -> None:
     name = layer.active_adapters[0]
     if not layer.is_residual(name):
         B0, A0 = layer.pair(name)
-        without = base_matrix(layer).read().double() - B0.double() @ A0.double()
-        write_matrix(layer.get_base_layer(), without)
+        layer.shift_base(-(B0.double() @ A0.double()))

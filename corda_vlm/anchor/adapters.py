@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant, MiCALinearVariant
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from corda_vlm.adapter.carriers import Carrier
 from corda_vlm.adapter.paired import PairedLayer, base_matrix, difference, trained
+from corda_vlm.adapter.parameters import parameter_matrix
 from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.errors import CordaError
@@ -71,6 +74,7 @@ class Adapted:
         rows: DoRA: `v C vᵀ` (out,) and `v vᵀ` (out,) for the rows v of `V = W + B₀A₀`; where its outputs have a metric, in
             place of the first `G ∘ V C Vᵀ` (out, out).
         gain: DoRA: magnitude over norm of each row as they were (out,).
+        expert: which of a layer's experts, whose factors are one tensor; None of a layer with one matrix.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Adapted:
     size: float = 0.0
     rows: tuple[Tensor, Tensor] | None = None
     gain: Tensor | None = None
+    expert: int | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -95,7 +100,10 @@ class Adapted:
         """Sites of one kind are computed together."""
         B, A = self.pair()
         started = self.first() is not None
-        return B.device, B.shape[0], A.shape, self.is_ours, self.is_dora, started, self.a_is_fixed
+        # all experts of a layer are one tensor, which is taken as a whole
+        own = None if self.expert is None else id(self.layer)
+        shapes = B.device, B.shape[0], A.shape
+        return *shapes, self.is_ours, self.is_dora, started, self.a_is_fixed, own
 
     @property
     def a_is_fixed(self) -> bool:
@@ -103,13 +111,24 @@ class Adapted:
         return isinstance(layer, PairedLayer) and all(map(layer.a_is_frozen, self.adapters))
 
     def pair(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]]:
-        return _joined([trained(self.layer, name) for name in self.adapters])
+        return self._own(self.all_pairs())
 
     def first(self) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r inp"]] | None:
         """The pair that counts as no change; None where `B₀A₀` is zero."""
-        if isinstance(self.layer, PairedLayer):
-            return _joined([self.layer.pair(name) for name in self.adapters])
-        return self.start
+        return self._own(self.all_firsts()) if self.is_ours else self.start
+
+    def all_pairs(self) -> tuple[Float[Tensor, "*n out r"], Float[Tensor, "*n r inp"]]:
+        """Those of all experts of the layer, or its own."""
+        return _joined([trained(self.layer, name) for name in self.adapters])
+
+    def all_firsts(self) -> tuple[Float[Tensor, "*n out r"], Float[Tensor, "*n r inp"]]:
+        """The frozen pairs of one of ours, of all experts or its own."""
+        assert isinstance(self.layer, PairedLayer)
+        return _joined([self.layer.pair(name) for name in self.adapters])
+
+    def _own(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        B, A = pair
+        return (B, A) if self.expert is None else (B[self.expert], A[self.expert])
 
     def scales(self) -> list[float]:
         """Of each column of B, as they are now."""
@@ -118,13 +137,19 @@ class Adapted:
 
     def reference(self) -> Float[Tensor, "out inp"]:
         """The weight before any change; for DoRA without the scale of its rows."""
-        weight = base_matrix(self.layer).read().float()
+        weight = self._base().float()
         if isinstance(self.layer, PairedLayer) and not self.layer.is_residual(self.adapters[0]):
             return weight
         if (first := self.first()) is None:
             return weight
         B, A = first
         return weight + B.float() @ A.float()
+
+    def _base(self) -> Float[Tensor, "out inp"]:
+        if not isinstance(self.layer, ParamWrapper):
+            return base_matrix(self.layer).read()
+        weight = parameter_matrix(self.layer)
+        return weight if self.expert is None else weight[self.expert]
 
     def measured(self, metrics: Metrics, outputs: Outputs) -> Adapted:
         """Itself, with what of `W`, C and G is needed."""
@@ -176,7 +201,7 @@ class Adapters:
 
     def factors(self) -> tuple[Float[Tensor, "n out k"], Float[Tensor, "n k inp"]]:
         """`P Q = ΔW` of every site, scaling included, in float32."""
-        B, A = _stacked([site.pair() for site in self.sites])
+        B, A = self._pairs()
         scales = [site.scales() for site in self.sites]
         scale = None
         if any(value != 1 for row in scales for value in row):
@@ -188,11 +213,33 @@ class Adapters:
         if like.first() is None:
             P, Q = B, A
         else:
-            B0, A0 = _stacked([pair for site in self.sites if (pair := site.first())])
+            B0, A0 = self._firsts()
             P, Q = (B - B0, A) if like.a_is_fixed else difference(B, A, B0, A0)
         if scale is not None:
             P = P * scale.repeat(1, 1, P.shape[2] // scale.shape[2])
         return P, Q
+
+    def _pairs(self) -> tuple[Float[Tensor, "n out r"], Float[Tensor, "n r inp"]]:
+        if self.sites[0].expert is None:
+            return _stacked([site.pair() for site in self.sites])
+        # by one index: the gradient of each expert's slice would be as large as all of them
+        return self._of_experts(self.sites[0].all_pairs())
+
+    def _firsts(self) -> tuple[Float[Tensor, "n out r"], Float[Tensor, "n r inp"]]:
+        if self.sites[0].expert is None or not self.sites[0].is_ours:
+            return _stacked([pair for site in self.sites if (pair := site.first())])
+        return self._of_experts(self.sites[0].all_firsts())
+
+    def _of_experts(self, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        experts = [site.expert for site in self.sites]
+        B, A = (factor.float() for factor in pairs)
+        return (B, A) if experts == [*range(len(B))] else (B[experts], A[experts])
+
+    def sizes(self) -> dict[str, float]:
+        return {site.name: site.size for site in self.sites}
+
+    def reweigh(self, factors: Mapping[str, float]) -> None:
+        self.weights = self.weights * torch.tensor([factors.get(name, 1.0) for name in self.names])
 
     def shares(self) -> Iterator[Float[Tensor, " n"]]:
         with torch.autocast(self.sites[0].pair()[0].device.type, enabled=False):
@@ -255,15 +302,16 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Several adapters of one layer as one."""
     if len(pairs) == 1:
         return pairs[0]
-    return torch.cat([B for B, _ in pairs], dim=1), torch.cat([A for _, A in pairs], dim=0)
+    return torch.cat([B for B, _ in pairs], dim=-1), torch.cat([A for _, A in pairs], dim=-2)
 
 
 def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack([B for B, _ in pairs]).float(), torch.stack([A for _, A in pairs]).float()
 
 
-def as_adapted(name: str, layer: LoraLayer) -> Adapted:
-    """What can be said about an adapted layer before its covariance is known."""
+def as_adapted(carrier: Carrier) -> list[Adapted]:
+    """What can be said about an adapted layer, or each expert of one, before its covariance is known."""
+    layer, name = carrier.layer, carrier.sites[0]
     adapters = tuple(a for a in layer.active_adapters if a in layer.lora_A)
     variants = [layer.lora_variant.get(adapter) for adapter in adapters]
     if layer.merged:
@@ -283,10 +331,24 @@ def as_adapted(name: str, layer: LoraLayer) -> Adapted:
             f"{name!r} carries a {type(strange[0]).__name__}, whose change the anchor cannot tell; it knows LoRA, "
             "rsLoRA, DoRA, MiCA, the adapters of corda_vlm, and full fine-tuning"
         )
-    site = Adapted(name, layer, adapters, None, is_dora)
-    if isinstance(layer, PairedLayer) or matrix_of(layer.get_base_layer()) is None:
+    return [
+        _started(
+            Adapted(
+                site, layer, adapters, None, is_dora, expert=number if carrier.stacked else None
+            )
+        )
+        for number, site in enumerate(carrier.sites)
+    ]
+
+
+def _started(site: Adapted) -> Adapted:
+    """Itself, with the pair that counts as no change, where that has a product."""
+    layer = site.layer
+    if isinstance(layer, PairedLayer):
+        return site
+    if not isinstance(layer, ParamWrapper) and matrix_of(layer.get_base_layer()) is None:
         return site  # a layer without a matrix has no covariance, which is said later
     B, A = (factor.detach() for factor in site.pair())
     if bool(B.any()) and bool(A.any()):
-        site = replace(site, start=(B * B.new_tensor(site.scales()), A.clone()))
+        return replace(site, start=(B * B.new_tensor(site.scales()), A.clone()))
     return site

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -16,6 +15,7 @@ from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.errors import CordaError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import is_packed, packed_weights
+from corda_vlm.families.layers.experts import is_flipped, is_stack
 from corda_vlm.precision import fast_dtype
 from corda_vlm.sites import find_sites, get_layer, inner_layer
 
@@ -71,6 +71,7 @@ class FullWeights:
         self.names = tuple(name for names in by_parent.values() for name in names)
         self.before, self.metrics, self.outputs, self.weights = {}, {}, {}, {}
         self.copied: set[str] = set()
+        self._sizes: dict[str, float] = {}
         for parent, names in by_parent.items():
             first = _weights_below(model, parent, names, as_trained=False)
             for name, weight in zip(names, first, strict=True):
@@ -79,12 +80,19 @@ class FullWeights:
                     before = copies[name] if name in copies else before.clone()
                     self.copied.add(name)
                 size = float(metrics.row_energies(name, before).sum())
+                self._sizes[name] = size
                 self.weights[name] = outputs.weight(name, size, len(before))
                 self.before[name] = before
                 light = metrics.energy < 1
                 dtype = fast_dtype(before.device) if light else torch.float32
                 self.metrics[name] = metrics.of(name, before.shape[1], before.device, dtype)
                 self.outputs[name] = outputs.metric(name, len(before), before.device, dtype)
+
+    def sizes(self) -> dict[str, float]:
+        return dict(self._sizes)
+
+    def reweigh(self, factors: Mapping[str, float]) -> None:
+        self.weights = {n: weight * factors.get(n, 1.0) for n, weight in self.weights.items()}
 
     def shares(self) -> Iterator[Float[Tensor, " n"]]:
         for parent, names in self.by_parent.items():
@@ -118,6 +126,8 @@ def _weights_below(
     # looked up at each call: attention may have been packed or unpacked meanwhile
     module = model
     for key in parent.split(".") if parent else ():
+        if is_stack(module):  # split once too, and the rest of the path is a parameter's name
+            return _experts_of(module, key, names)
         module = inner_layer(module._modules[key], as_trained=as_trained)
     if is_packed(module):  # split once, or each part's gradient would be as large as the whole
         parts = packed_weights(module)
@@ -125,16 +135,28 @@ def _weights_below(
     return [get_layer(model, name, as_trained=as_trained).weight.flatten(1) for name in names]
 
 
-def trained_sites(bare: nn.Module, layers: dict[str, LoraLayer]) -> list[str]:
+def _experts_of(module: nn.Module, parameter: str, names: Sequence[str]) -> list[Tensor]:
+    matrices = getattr(module, parameter).unbind()
+    chosen = [matrices[int(name.rpartition(".")[2])] for name in names]
+    return [matrix.mT for matrix in chosen] if is_flipped(module) else chosen
+
+
+def trained_sites(bare: nn.Module, adapted: Collection[str]) -> list[str]:
     """Names of the sites without an adapter whose weight is trained."""
-    found = []
-    for site in find_sites(bare, any_family(bare)):
-        (weight,) = _weights_below(bare, site.name.rpartition(".")[0], [site.name])
-        if not weight.requires_grad:
-            continue
-        if site.name in layers:
+    by_parent: dict[str, list[str]] = {}
+    sites = [site.name for site in find_sites(bare, any_family(bare))]
+    for name in sites:
+        by_parent.setdefault(name.rpartition(".")[0], []).append(name)
+    trained = {
+        name
+        for parent, names in by_parent.items()
+        for name, weight in zip(names, _weights_below(bare, parent, names), strict=True)
+        if weight.requires_grad
+    }
+    found = [name for name in sites if name in trained]
+    for name in found:
+        if name in adapted:
             raise CordaError(
-                f"{site.name!r} has an adapter, and its base weight is trained as well; freeze one of the two"
+                f"{name!r} has an adapter, and its base weight is trained as well; freeze one of the two"
             )
-        found.append(site.name)
     return found

@@ -5,28 +5,29 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from corda_vlm.adapter.carriers import carriers
 from corda_vlm.adapter.paired import PairedConfig, base_of
 from corda_vlm.anchor.adapters import Adapted, Adapters, as_adapted
+from corda_vlm.anchor.experts import shares_of_experts
 from corda_vlm.anchor.full_weights import FullWeights, trained_sites
 from corda_vlm.anchor.metric import IdentityMetrics, Metrics
 from corda_vlm.anchor.options import AnchorMetric, OutputSide, check_anchor_metric
 from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.errors import CordaError, ForeignFileError
-from corda_vlm.families import any_family, unwrap
+from corda_vlm.families import unwrap
 from corda_vlm.names import quoted
 from corda_vlm.options import fitted
 from corda_vlm.same_model import is_made_from
-from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
+from corda_vlm.sites import Site, every_site, lies_in, model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def anchor_penalty(
 ) -> Anchor:
     """The anchor of a model that is ready to train: what its weights are now counts as no change.
 
-    It is `mean over layers of ‖ΔW C^½‖² / ‖W C^½‖²`, the relative change of the layers' outputs on the knowledge. With
+    It is `mean over layers of ‖ΔW C^½‖² / ‖W C^½‖²`, the relative change of the layers' outputs on the knowledge; the experts of
+    one matrix are one layer there, each counting by its tokens (see `shares_of_experts`). With
     `output_side="kfac"` it is `Σ over layers of tr(G ΔW C ΔWᵀ)`, with `G = E[Σ_t g_t g_tᵀ]` and `g_t = ∂⟨v, f⟩/∂y_t`: the
     squared change `E‖Δf‖²` of what the model gives out, to second order, each layer and each token for itself (K-FAC).
     For CLIP f is the unit embedding, so that the penalty is twice `1 − cos` between the embeddings before and after, and
@@ -94,15 +96,16 @@ def anchor_penalty(
         raise CordaError(f"energy is a share of C, over 0 and at most 1; got {energy!r}")
     source = _source(store, task_store, metric, output_side)
     bare = unwrap(model)
-    layers = {name: m for name, m in base_of(model).named_modules() if isinstance(m, LoraLayer)}
+    wrapped = list(carriers(model))
     starts = {
-        name: as_adapted(name, layer)
-        for name, layer in layers.items()
-        if any(adapter in layer.lora_A for adapter in layer.active_adapters)
+        site.name: site
+        for carrier in wrapped
+        if any(adapter in carrier.layer.lora_A for adapter in carrier.layer.active_adapters)
+        for site in as_adapted(carrier)
     }
-    whole = trained_sites(bare, layers)
+    whole = trained_sites(bare, [name for carrier in wrapped for name in carrier.sites])
     if source is None:
-        known = [site.name for site in find_sites(bare, any_family(bare))]
+        known = [site.name for site in every_site(bare)]
         exact = light = IdentityMetrics()
     else:
         known = list(source)
@@ -134,6 +137,13 @@ def anchor_penalty(
         parts.append(FullWeights(bare, by_parent, light, outputs, former))
     anchor = Anchor(bare, source, tuple(chosen), parts, energy, metric, output_side)
     anchor.metrics = (exact, light)
+    if not outputs.is_sum:
+        sizes = {name: size for part in parts for name, size in part.sizes().items()}
+        described = {
+            site.name: site for site in (every_site(bare) if source is None else source.sites)
+        }
+        counts = (lambda name: 1) if source is None else (lambda name: sum(source.counts(name)))
+        anchor.weigh_experts(shares_of_experts(chosen, described, sizes.__getitem__, counts))
     return anchor
 
 
@@ -171,7 +181,15 @@ class Anchor:
         self.data_fingerprint = "" if store is None else store.data_fingerprint
         self._parts = parts
         self.metrics: tuple[Metrics, ...] = ()
-        self._over = len(sites) if output_side == "none" else 1
+        self._over: float = len(sites) if output_side == "none" else 1
+        self._experts: dict[str, float] = {}
+
+    def weigh_experts(self, shares: Mapping[str, float]) -> None:
+        """Count the experts of a layer as one, see `shares_of_experts`."""
+        for part in self._parts:
+            part.reweigh(shares)
+        self._experts = dict(shares)
+        self._over = len(self.sites) - len(shares) + sum(shares.values())
 
     @property
     def name(self) -> str:
@@ -223,7 +241,7 @@ class Anchor:
                 part.names, [s for shares in part.shares() for s in shares.tolist()], strict=True
             )
         }
-        return {name: found[name] for name in self.sites}
+        return {name: found[name] / (self._experts.get(name) or 1) for name in self.sites}
 
     def copies(self) -> dict[str, Tensor]:
         """Layers that are trained in full, as they were, where that takes a copy."""
@@ -264,6 +282,14 @@ class _Part(Protocol):
     """Sites whose shares are computed together."""
 
     names: tuple[str, ...]
+
+    def sizes(self) -> dict[str, float]:
+        """Name -> `‖W C^½‖²` of the layer as it was."""
+        ...
+
+    def reweigh(self, factors: Mapping[str, float]) -> None:
+        """Multiply the shares of these sites."""
+        ...
 
     def shares(self) -> Iterator[Float[Tensor, " n"]]:
         """Those of all sites, in order, a few at a time."""

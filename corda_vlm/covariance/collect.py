@@ -24,7 +24,7 @@ from corda_vlm.covariance.model_output import outputs_of
 from corda_vlm.covariance.observer import Observer
 from corda_vlm.covariance.options import CollectKeywords, CollectOptions
 from corda_vlm.covariance.output_observer import OutputSide
-from corda_vlm.covariance.store import CovarianceStore
+from corda_vlm.covariance.store import CovarianceStore, too_few
 from corda_vlm.covariance.together import PooledCheckpoint, pooled_result, run_together
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.distributed.agree import (
@@ -115,7 +115,8 @@ def collect_covariance(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the checkpoint is written.
 
     Warns:
-        UserWarning: a stream has fewer tokens than its width, so that its covariance has no full rank.
+        UserWarning: a stream has fewer tokens than its width, so that its covariance has no full rank; experts that saw
+            so few, for which those of their layer together stand in.
     """
     asked = options_from(CollectOptions, options, "collect_covariance")
     job = _job(model, batches, sites, forward, masks, asked, device, store)
@@ -422,10 +423,10 @@ def _check_base(
 
 
 def _warn_if_scarce(store: CovarianceStore) -> None:
-    least = {
-        stream: min(store.entries(stream), key=lambda entry: entry.count)
-        for stream in store.streams
-    }
+    if store.pooled:
+        warnings.warn(f"{too_few(store)}. Take more tokens", stacklevel=3)
+    used = dict.fromkeys(store.stream_of(site) for site in store)
+    least = {stream: min(store.entries(stream), key=lambda entry: entry.count) for stream in used}
     scarce = {stream: entry for stream, entry in least.items() if entry.count < entry.size}
     if scarce:
         stream, worst = max(scarce.items(), key=lambda item: item[1].size - item[1].count)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -58,6 +58,22 @@ class _Stored:
             moment.mean.copy_(means[1])
         moment.fill_triangle(self.file.pieces(f"{self.prefix}/triangle", triangle_sizes(self.size)))
         return moment
+
+
+class Pooled:
+    """One round of several streams together: what stands in for an expert that saw too few tokens."""
+
+    def __init__(self, members: Sequence[Entry]) -> None:
+        self._members = members
+        self.size, self.dtype = members[0].size, members[0].dtype
+        self.count = sum(entry.count for entry in members)
+        self._together: SecondMoment | None = None
+
+    def read(self) -> SecondMoment:
+        """The rows of all, added up once; one of the members is in memory at a time."""
+        if self._together is None:
+            self._together = reduce(SecondMoment.merged, (entry.read() for entry in self._members))
+        return self._together
 
 
 def stored(file: CovarianceFile, prefix: str, size: int, count: int) -> Entry:

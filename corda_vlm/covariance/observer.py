@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -204,7 +204,7 @@ class Observer:
                 if sharing is not None and not sharing.proven:
                     sharing.compare(site.name, x)
                 if counts:
-                    self._count(site, x)
+                    self._count(site, x, getattr(module, "rows", None))
 
         return hook
 
@@ -246,7 +246,9 @@ class Observer:
             towers[tower] = max(towers.get(tower, 0), rows)
         return sum(towers.values())
 
-    def _count(self, site: Site, x: Float[Tensor, "*axes"]) -> None:
+    def _count(
+        self, site: Site, x: Float[Tensor, "*axes"], places: Int[Tensor, " m"] | None
+    ) -> None:
         stream, layer = site.stream, self._layers[site.name]
         self._calls[stream] += 1
         counted = self._calls[stream] <= self._ahead.get(stream, 0)
@@ -256,7 +258,9 @@ class Observer:
         ):  # before the first of its patches is counted, or the sum would be left half way
             self._check_finite(site, x, places_as_rows)
         moment = None
-        blocks = self._selector.blocks(layer, x, tower=site.tower, stream=stream, site=site.name)
+        blocks = self._selector.blocks(
+            layer, x, tower=site.tower, stream=stream, site=site.name, places=places
+        )
         for rows in blocks:
             self._rows[stream] += len(rows)
             if counted:
@@ -396,7 +400,7 @@ class Observer:
         """Raise `CalibrationError` naming the sites that no token reached, in any round or in one."""
         if self.outputs is not None:
             self.outputs.check_reached()
-        counts = {stream: [s.count for s in sums] or [0] for stream, sums in self._sums.items()}
+        counts = self._reached()
         missed = [site for site in self.sites if not any(counts[site.stream])]
         if missed:
             towers = sorted({site.tower for site in missed})
@@ -419,6 +423,21 @@ class Observer:
                     f"no token reached {name} in round {numbers.index(0)} of {len(numbers)}; batches are dealt to the "
                     "rounds in turn. Take fewer rounds, more batches, or batches that have inputs for every tower"
                 )
+
+    def _reached(self) -> dict[str, list[int]]:
+        """Stream -> tokens of each round; of an expert those of its pool, which stands in where it saw none."""
+        counts = {
+            stream: [s.count for s in sums] or [0] * self.rounds
+            for stream, sums in self._sums.items()
+        }
+        pools: dict[str, dict[str, list[int]]] = {}
+        for site in self.sites:
+            if site.pool is not None:
+                pools.setdefault(site.pool, {})[site.stream] = counts[site.stream]
+        for members in pools.values():
+            together = [sum(numbers) for numbers in zip(*members.values(), strict=True)]
+            counts |= dict.fromkeys(members, together)
+        return counts
 
 
 def _inside_backward() -> bool:

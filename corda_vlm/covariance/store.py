@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from corda_vlm.covariance.entries import Entry, pieces_of, stored
+from corda_vlm.covariance.entries import Entry, Pooled, pieces_of, stored
 from corda_vlm.covariance.file import CovarianceFile, Pieces, write
 from corda_vlm.covariance.moments import SecondMoment
 from corda_vlm.covariance.output_side import OutputMoments
@@ -69,6 +69,10 @@ class CovarianceStore:
     `store[site]` is a `Covariance`, pooled over the rounds; `store.rounds(site)` lists one for each round; iterating
     gives site names. Matrices are made when they are asked for (read, from a file) and not kept.
 
+    An expert of a mixture sees the tokens that its router sends it. One that saw, in any round, fewer than its inputs are
+    wide has no covariance worth the name: that of all experts of its layer together stands in for it, each token
+    counted once for each expert that it went to. `pooled` says for which. The file keeps what each saw.
+
     Attributes:
         sites: the sites, in the model's order.
         site_streams: site name -> stream; sites that read the same tensor share one.
@@ -105,6 +109,11 @@ class CovarianceStore:
         if len(lengths) != 1 or set(self.site_streams.values()) != set(self._entries):
             raise ValueError("every stream of the sites needs entries, of one number of rounds")
         self.round_count = lengths.pop()
+        self._pools: dict[str, list[str]] = {}
+        for site in self.sites:
+            if site.pool is not None and site.stream not in self._pools.setdefault(site.pool, []):
+                self._pools[site.pool].append(site.stream)
+        self._last_pool: tuple[str, list[Pooled]] | None = None  # what it has read is kept
 
     # ------------------------------------------------------------------ asking
 
@@ -121,7 +130,7 @@ class CovarianceStore:
         return _Streams(self)
 
     def __getitem__(self, site: str) -> Covariance:
-        entries = self._entries[self.stream_of(site)]
+        entries = self.entries(self.stream_of(site))
         pooled = reduce(SecondMoment.merged, (entry.read() for entry in entries))  # one at a time
         return Covariance(pooled.matrix(), pooled.count)
 
@@ -139,22 +148,45 @@ class CovarianceStore:
         return site in self.site_streams
 
     def stream_of(self, site: str) -> str:
-        """The input stream of a site."""
+        """The input stream of a site; of an expert that saw too few tokens the pool that stands in for it."""
         if site not in self.site_streams:
             raise UnknownNameError("site", site, self.site_streams, "The store holds no others.")
-        return self.site_streams[site]
+        return self._stand_ins.get(site) or self.site_streams[site]
+
+    @cached_property
+    def _stand_ins(self) -> dict[str, str]:
+        """Site -> its pool, of those that saw too few tokens."""
+        return {
+            site.name: site.pool
+            for site in self.sites
+            if site.pool is not None
+            and min(e.count for e in self._entries[site.stream])
+            < self._entries[site.stream][0].size
+        }
+
+    @property
+    def pooled(self) -> dict[str, list[int]]:
+        """Site -> tokens of each round, of the experts that saw too few, so that their layer's experts stand in."""
+        return {site: self.counts(site) for site in self._stand_ins}
 
     def counts(self, site: str) -> list[int]:
-        """Tokens of each round that reached the site; reads nothing."""
-        return [entry.count for entry in self._entries[self.stream_of(site)]]
+        """Tokens of each round that reached the site itself; reads nothing."""
+        self.stream_of(site)  # raises
+        return [entry.count for entry in self._entries[self.site_streams[site]]]
 
     def moments(self, stream: str) -> list[SecondMoment]:
         """The packed accumulators of a stream, one for each round: half the memory of `rounds`. Not to be changed."""
-        return [entry.read() for entry in self._entries[stream]]
+        return [entry.read() for entry in self.entries(stream)]
 
     def entries(self, stream: str) -> list[Entry]:
-        """The rounds of a stream, in memory or in the file; nothing is read."""
-        return list(self._entries[stream])
+        """The rounds of a stream or of a pool, in memory or in the file; nothing is read."""
+        if stream not in self._pools:
+            return list(self._entries[stream])
+        if self._last_pool is None or self._last_pool[0] != stream:
+            members = [self._entries[member] for member in self._pools[stream]]
+            pools = [Pooled(rounds) for rounds in zip(*members, strict=True)]
+            self._last_pool = stream, pools
+        return list(self._last_pool[1])
 
     def output_side(self, site: str) -> Covariance:
         """`G = E[Σ_t g_t g_tᵀ]` (out, out) of a site, `g_t = ∂⟨v, f⟩/∂y_t`; its count is of outputs f that v was drawn for.
@@ -204,8 +236,18 @@ class CovarianceStore:
         return (
             f"{table}\n\n{self.round_count} round{'s' * (self.round_count != 1)}, {self.precision}, "
             f"model {self.model_fingerprint}, data {self.data_fingerprint}"
+            + self._experts()
             + ("" if self.outputs is None else f"\n{self.outputs.summary()}")
         )
+
+    def _experts(self) -> str:
+        """What to say of the experts, if there are any."""
+        experts = [site for site in self.sites if site.pool is not None]
+        if not experts:
+            return ""
+        if not self._stand_ins:
+            return f"\n{len(experts)} sites are experts, each with the covariance of its own tokens"
+        return f"\n{too_few(self)}"
 
     def __repr__(self) -> str:
         return f"<CovarianceStore: {len(self)} sites, {len(self._entries)} streams, {self.round_count} rounds>"
@@ -322,6 +364,21 @@ class CovarianceStore:
             outputs=None if outputs is None else OutputMoments.read(file, outputs),
             model_signs=about.get("model_signs"),
         )
+
+
+def too_few(store: CovarianceStore) -> str:
+    """Which experts saw too few tokens, with numbers."""
+    sites = {site.name: site for site in store.sites}
+    experts = sum(site.pool is not None for site in store.sites)
+    fewest = min(store.pooled, key=lambda name: min(store.counts(name)))
+    width = store.entries(sites[fewest].stream)[0].size
+    pool = sum(entry.count for entry in store.entries(store.stream_of(fewest)))
+    unseen = sum(not any(counts) for counts in store.pooled.values())
+    return (
+        f"{len(store.pooled)} of {experts} sites are experts that saw fewer tokens than their inputs are wide ({unseen} saw none), "
+        f"and take the covariance of their layer's experts together: e.g. {fewest}, {min(store.counts(fewest)):,} tokens for width "
+        f"{width:,}, takes that of {pool:,}"
+    )
 
 
 class _Streams(Mapping[str, list[Covariance]]):

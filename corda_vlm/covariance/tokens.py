@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from corda_vlm.errors import CalibrationError
@@ -45,14 +45,18 @@ class TokenSelector:
         tower: str,
         stream: str,
         site: str,
+        places: Int[Tensor, " m"] | None = None,
     ) -> Iterator[Float[Tensor, "n d"]]:
         """The rows that a layer multiplies, of its input `x`: of an `nn.Linear` all at once, of a convolution its patches.
+
+        Args:
+            places: as of `select`.
 
         Raises:
             CalibrationError: an input of another shape, or a convolution in a tower with padding; names the site.
         """
         if not isinstance(layer, nn.Conv2d):
-            yield self.select(x, tower=tower, stream=stream, site=site)
+            yield self.select(x, tower=tower, stream=stream, site=site, places=places)
             return
         mask = self._masks.get(stream, self._masks.get(tower))
         if mask is not None and tower not in self._loose:
@@ -63,9 +67,18 @@ class TokenSelector:
         yield from patches(layer, x)
 
     def select(
-        self, x: Float[Tensor, "*axes d"], *, tower: str, stream: str, site: str
+        self,
+        x: Float[Tensor, "*axes d"],
+        *,
+        tower: str,
+        stream: str,
+        site: str,
+        places: Int[Tensor, " m"] | None = None,
     ) -> Float[Tensor, "n d"]:
         """The rows of `x` that are tokens; a view of `x` where all are.
+
+        Args:
+            places: of rows that were sent to an expert, where each was among all of the batch, (B, L) flattened.
 
         Raises:
             CalibrationError: an input of another shape; names the site.
@@ -77,6 +90,8 @@ class TokenSelector:
         mask = self._masks.get(stream, self._masks.get(tower))
         if mask is None:
             return x.reshape(-1, x.shape[-1])
+        if places is not None:
+            return x[mask.to(x.device).flatten()[places]]
         layout = layout_of(x.shape[:-1], *mask.shape)
         if layout == "sequence":
             if stream in self._taken_as_batch_first:

@@ -43,10 +43,12 @@ class Rule:
             `canonical` writes it). A named group `block` gives the block's index; further named groups may be
             used in `stream`.
         tower: "vision", "text", "projector" or "language".
-        role: "q", "k", "v", "o", "up", "gate", "down", "proj", "conv", or fused: "qkv", "kv", "gate_up".
+        role: "q", "k", "v", "o", "up", "gate", "down", "proj", "conv", or fused: "qkv", "kv", "gate_up"; "router".
         stream: format string over the named groups: sites whose formatted streams are equal read the same
             input tensor and share one covariance, e.g. `"{prefix}.attn.in"` for q, k and v.
         only: "conv" for convolutions alone; None for any layer.
+        pool: format string over the named groups, of experts: those whose formatted pools are equal stand in for one another
+            where one of them saw too few tokens.
     """
 
     pattern: str
@@ -54,6 +56,7 @@ class Rule:
     role: str
     stream: str
     only: Literal["conv"] | None = None
+    pool: str | None = None
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,8 @@ def refuses(model: Any) -> str | None:
     """Why a model cannot be adapted, or None."""
     inside = model.config.get_text_config().model_type
     if inside not in DECODERS:
-        return (
-            f"its language model is a {inside!r}, of which no rule is known (a mixture of experts, for one, keeps its "
-            f"weights otherwise). Known: {', '.join(DECODERS)}"
-        )
-    return decoder.quantised(model)
+        return f"its language model is a {inside!r}, of which no rule is known. Known: {', '.join(DECODERS)}"
+    return llm.refuses(model)
 
 
 LLAVA: Family = llm.family(

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from corda_vlm.families.architectures.decoders import DECODERS, LLAMA
+from corda_vlm.families.architectures.mixtures import expert_rules, unknown_experts
 from corda_vlm.families.base import Family, Generative, Rule, block_rules, class_of, token_ids
 from corda_vlm.families.generative import decoder
 from corda_vlm.families.loading.hub import reads
@@ -31,7 +32,15 @@ def rules(
 ) -> tuple[Rule, ...]:
     """The rules of an architecture, of a decoder whose dotted path begins with `prefix`, a regular expression."""
     blocks, layers = DECODERS[model_type]
-    return block_rules(prefix + blocks, "language", layers)
+    return (
+        *block_rules(prefix + blocks, "language", layers),
+        *expert_rules(prefix + blocks),
+    )
+
+
+def refuses(model: Any) -> str | None:
+    """Why a model cannot be adapted, or None."""
+    return unknown_experts(model) or decoder.quantised(model)
 
 
 def family(
@@ -63,7 +72,7 @@ def family(
             "reads": reads(*model_types),
             "classes": model_types,
             "towers": lambda model: ("language",),
-            "refuses": decoder.quantised,
+            "refuses": refuses,
             "model_types": model_types,
             "as_mapping": token_ids,
             **fields,

@@ -17,7 +17,9 @@ from torch import nn
 
 from corda_vlm.families import llm
 from corda_vlm.families.architectures.decoders import DECODERS, LLAMA, SHARED
+from corda_vlm.families.architectures.mixtures import expert_rules
 from corda_vlm.families.base import Family, Layers, Rule, block_rules, class_of
+from corda_vlm.families.layers.experts import is_stack
 from corda_vlm.families.loading.hub import config_of, has_weights
 
 _log = logging.getLogger(__name__)
@@ -59,7 +61,9 @@ def blocks_of(model: nn.Module) -> tuple[str, Layers, tuple[str, ...]] | None:
     ((path, names),) = lists.items()
     layers = tuple((layer, *_KNOWN[layer]) for layer in names if layer in _KNOWN)
     roles = {role for _, role, _ in layers}
-    if not ({"o", "down"} <= roles and roles & {"q", "qkv"} and roles & {"up", "gate_up"}):
+    feeds = {"down"} <= roles and roles & {"up", "gate_up"}
+    mixes = any(is_stack(module) for module in model.modules())
+    if not ("o" in roles and roles & {"q", "qkv"} and (feeds or mixes)):
         return None
     return path, layers, tuple(layer for layer in names if layer not in _KNOWN)
 
@@ -77,7 +81,10 @@ def rules(model: nn.Module) -> tuple[Rule, ...]:
     assert found is not None  # as it matches
     path, layers, left_out = found
     _say(type(model).__name__, path, ", ".join(left_out))
-    return block_rules(re.escape(path), "language", layers)
+    return (
+        *block_rules(re.escape(path), "language", layers),
+        *expert_rules(re.escape(path)),
+    )
 
 
 @lru_cache

@@ -20,7 +20,20 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["nf4", "int8"]
 Tower = Literal["vision", "text", "projector", "language", "model"]
 Role = Literal[
-    "q", "k", "v", "o", "up", "gate", "down", "proj", "qkv", "kv", "gate_up", "conv", "linear"
+    "q",
+    "k",
+    "v",
+    "o",
+    "up",
+    "gate",
+    "down",
+    "proj",
+    "qkv",
+    "kv",
+    "gate_up",
+    "router",
+    "conv",
+    "linear",
 ]
 Tokens = Literal["all", "prompt", "response", "image", "text"]
 """Which tokens of a language model count for a covariance."""
@@ -76,7 +89,7 @@ class SiteOptions:
 
     Attributes:
         towers: Only these of vision, text, projector and language (a model of no known family has one, model), e.g. vision,text; the default is all that the model has.
-        roles: Only these of q, k, v, o, up, gate, down, proj, qkv, kv, gate_up and conv (in a model of no known family: linear and conv), e.g. q,v; the default is all.
+        roles: Only these of q, k, v, o, up, gate, down, proj, qkv, kv, gate_up, conv and router (in a model of no known family: linear and conv), e.g. q,v; the default is all but router.
         targets: Only the nn.Linear and nn.Conv2d layers whose dotted names are like these patterns, in which * is any text, e.g.
             encoder.layer.*.attention.self.query; of a model that no family knows they say what is adapted at all.
     """

@@ -69,6 +69,17 @@ class ChosenCovariances:
         """`ranks.selection_score` of every candidate round; None where there was no choice."""
         return self.selections[site].scores if site in self.selections else None
 
+    def tokens(self, site: str) -> int | None:
+        """How many the site itself saw, of the rounds that it takes; None without data."""
+        if self._store is None:
+            return None
+        counts, index = self._store.counts(site), self.rounds[site]
+        return sum(counts) if index is None else counts[index]
+
+    def is_pooled(self, site: str) -> bool:
+        """Whether that was too few, so that it takes the covariance of its layer's experts."""
+        return self._store is not None and site in self._store.pooled
+
     def compactness(self, site: str, out: int) -> float | None:
         """π of the site's covariance, see `SitePlan.compactness`; all eigenvalues of C', once for each stream.
 

@@ -38,6 +38,7 @@ from corda_vlm.plan.choose import (
     choose_covariances,
     rank_budget,
 )
+from corda_vlm.plan.experts import StackGradients, check_one_rank, stacks_of
 from corda_vlm.plan.options import AUTO, PlanKeywords, PlanOptions, Route, needs_gradient, rule_of
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.plan.share import ceilings, choose_ranks
@@ -90,10 +91,14 @@ def plan_adapter(
     for given, of in made_from:
         if given is not None:
             check_made_from(model, given, of)
+    sites = find_sites(model, **as_keywords(asked, SiteOptions))
+    stacks = stacks_of(model, sites)
+    check_one_rank(stacks, rule_of(asked.method, asked) if asked.dynamic_rank else None)
+    of_sites = None if gradient is None else StackGradients(gradient, stacks)
     with showing(show_progress), unpacked(model):
-        sites = _reached(find_sites(model, **as_keywords(asked, SiteOptions)), gradient)
+        sites = _reached(sites, gradient, of_sites)
         weights = site_weights(model, [site.name for site in sites])
-        chosen = _choose(weights, asked, store, task_store, gradient)
+        chosen = _choose(weights, asked, store, task_store, of_sites)
         planned = [
             _plan_site(site, weights[site.name], asked, chosen)
             for site in track(sites, "plan", unit="site")
@@ -118,11 +123,13 @@ def plan_adapter(
     )
 
 
-def _reached(sites: list[Site], gradient: GradientStore | None) -> list[Site]:
+def _reached(
+    sites: list[Site], gradient: GradientStore | None, of_sites: Mapping[str, Tensor] | None
+) -> list[Site]:
     """Those of which the gradient was asked for and has something; the loss does not depend on the others."""
-    if gradient is None:
+    if gradient is None or of_sites is None:
         return sites
-    unreached = set(gradient.asked) - set(gradient)
+    unreached = set(gradient.asked) - set(of_sites)
     if left := [site.name for site in sites if site.name in unreached]:
         logger.warning(
             "%d of %d sites are not adapted, as the new task's loss does not depend on them: %s",
@@ -151,7 +158,7 @@ class _Choices:
     components: Components
     covariances: ChosenCovariances
     tasks: ChosenCovariances
-    gradient: GradientStore | None
+    gradient: Mapping[str, Tensor] | None
     ranks: Mapping[str, int]
     budget: int | None
     rule: str | None
@@ -164,7 +171,7 @@ def _choose(
     asked: PlanOptions,
     store: CovarianceStore | None,
     task_store: CovarianceStore | None,
-    gradient: GradientStore | None,
+    gradient: Mapping[str, Tensor] | None,
 ) -> _Choices:
     basis = PLAN_METHODS[asked.method]
     components = basis.components or MODES[asked.mode]
@@ -232,6 +239,8 @@ def _plan_site(
         compactness=chosen.covariances.compactness(site.name, shape[0]) if thorough else None,
         scores=chosen.covariances.scores(site.name),
         gradient_share=factor.energy_share if basis.of_gradient else None,
+        tokens=None if site.pool is None else chosen.covariances.tokens(site.name),
+        pooled=chosen.covariances.is_pooled(site.name),
     )
     return plan, _on_cpu(factor)
 

@@ -52,6 +52,8 @@ class SitePlan:
         scores: of each calibration round, under `dynamic_covariance`; `round` is the one of the lowest.
         gradient_share: of a method that starts from the new task's gradient: the share of its energy, in the method's
             metric, that lies in the adapted directions, 0 to 1; else None, and in plans of former versions.
+        tokens: of an expert, how many of the knowledge its router sent it; else None.
+        pooled: that was too few, so that the covariance is that of its layer's experts together.
     """
 
     site: Site
@@ -70,6 +72,8 @@ class SitePlan:
     compactness: Positive | None
     scores: Annotated[tuple[float, ...], Items(least=1)] | None
     gradient_share: NotNegative | None = None
+    tokens: CountOrZero | None = None
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):

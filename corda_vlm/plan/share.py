@@ -12,7 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from corda_vlm import ranks
-from corda_vlm.covariance import GradientStore
 from corda_vlm.decompose import decompose, gradient_spectrum
 from corda_vlm.errors import CordaError
 from corda_vlm.plan.bases import PLAN_METHODS, Components
@@ -30,7 +29,7 @@ of a large matrix only so many components have to be found. On emoji-clip it gav
 def choose_ranks(
     weights: SiteWeights,
     covariances: ChosenCovariances,
-    gradient: GradientStore | None,
+    gradient: Mapping[str, Tensor] | None,
     asked: PlanOptions,
     *,
     rule: str,

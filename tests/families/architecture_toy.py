@@ -131,7 +131,7 @@ TEXT_TOYS |= {
                 shared_expert_intermediate_size=24, mlp_only_layers=[1],
             )
         ),
-        {"language": (3 + 3 + 7, 4 + 4)},
+        {"language": (3 + 3 + 7 + 4, 4 + 4 + 4)},
         left_out=frozenset({"model.layers.*.mlp.shared_expert_gate"}),
     ),
     "gemma3n_text": Toy(
@@ -284,6 +284,15 @@ SEEING_TOYS: dict[str, Toy] = {
         _sees("Qwen3VL", {**QWEN_TEXT, "head_dim": 8}, {**_QWEN3, "deepstack_visual_indexes": [0, 1]}, **_QWEN),
         {"vision": (8, 8), "projector": (6, 6), "language": (14, 8)}, 4, _packed, blockwise=False,
     ),
+    "qwen3_vl_moe": Toy(
+        _sees(
+            "Qwen3VLMoe",
+            {**QWEN_TEXT, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+            {**_QWEN3, "deepstack_visual_indexes": [0, 1]},
+            **_QWEN,
+        ),
+        {"vision": (8, 8), "projector": (6, 6), "language": (2 * (4 + 4), 2 * (2 + 4))}, 4, _packed, blockwise=False,
+    ),
     "qwen3_5": Toy(
         _sees("Qwen3_5", {**TEXT, **_DELTA, "head_dim": 16, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}},
               _QWEN3, **_QWEN),
@@ -317,7 +326,7 @@ SEEING_TOYS: dict[str, Toy] = {
             {**VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
              "intermediate_size": 128},
         ),
-        {"vision": (12, 8), "projector": (3, 3), "language": (14, 8)}, 4, _whole,
+        {"vision": (12, 8), "projector": (3, 3), "language": (14 + 4, 8 + 4)}, 4, _whole,
         frozenset({"vision_model.patch_embedding.linear", "language_model.model.layers.*.feed_forward.router"}),
     ),
     "glm4v": Toy(

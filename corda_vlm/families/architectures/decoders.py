@@ -1,7 +1,7 @@
 """Language models of transformers: what is in a block of each, by the `model_type` of its configuration.
 
 Only what reads and writes the hidden states of a block is declared: attention, or what stands in its place, and the
-feed-forward part. Left out are embeddings, the output layer, routers and experts, and what Gemma 3n and 4 add beside
+feed-forward part; experts and routers are in `mixtures`. Left out are embeddings, the output layer, and what Gemma 3n and 4 add beside
 their blocks (inputs of each layer, alternating updates, the learned residual, which is of low rank already).
 """
 
@@ -90,6 +90,14 @@ QWEN3_NEXT: Layers = (
     *LLAMA,
     *SHARED,
 )
+# Multi-head latent attention goes through narrow projections, which are normalized.
+DEEPSEEK: Layers = (
+    *LLAMA,
+    ("self_attn.q_a_proj", "q", "attn.in"),
+    ("self_attn.q_b_proj", "q", "attn.q_mid"),
+    ("self_attn.kv_a_proj_with_mqa", "kv", "attn.in"),
+    ("self_attn.kv_b_proj", "kv", "attn.kv_mid"),
+)
 # A short gated convolution in place of attention in most blocks
 LFM2: Layers = (
     *QKV,
@@ -157,6 +165,20 @@ DECODERS: dict[str, tuple[str, Layers]] = {
         ),
         ("layers", LLAMA),
     ),
+    # mixtures of experts: what is in those see `mixtures`
+    **dict.fromkeys(
+        (
+            "granitemoe",
+            "gpt_oss",
+            "mixtral",
+            "olmoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_vl_moe_text",
+        ),
+        ("layers", LLAMA),
+    ),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ("layers", DEEPSEEK)),
     **dict.fromkeys(("apertus", "arcee", "nemotron"), ("layers", PLAIN)),
     **dict.fromkeys(("cohere", "cohere2"), ("layers", COHERE)),
     **dict.fromkeys(("glm", "glm4", "glm4v_text"), ("layers", GLM)),

@@ -77,6 +77,7 @@ TOWERS: dict[str, Blocks] = {
     "qwen2_vl_vision": (("blocks", QWEN2),),
     "qwen2_5_vl_vision": (("blocks", QWEN2_5),),
     "qwen3_vl_vision": (("blocks", QWEN3),),
+    "qwen3_vl_moe_vision": (("blocks", QWEN3),),
     "qwen3_5_vision": (("blocks", QWEN3),),
 }
 

@@ -76,6 +76,16 @@ _GLM = Layout(
 _GEMMA = Layout("vision_tower", chain("embed_vision", "embedding_projection"), ("embed_vision",))
 _POOL = f"{_HOME}.image_pooling_2d"
 
+# Further mergers read the outputs of some blocks on the way, and are added to the first blocks of the language model.
+_QWEN3_VL = Layout(
+    "visual",
+    (
+        *_QWEN3.projector,
+        *chain("visual.deepstack_merger_list.*", "linear_fc1", "linear_fc2"),
+    ),
+    ("visual.merger", "visual.deepstack_merger_list"),
+)
+
 LAYOUTS: dict[str, Layout] = {
     "aya_vision": _TWO,
     "cohere2_vision": _TWO,
@@ -121,15 +131,8 @@ LAYOUTS: dict[str, Layout] = {
     "qwen2_5_vl": _QWEN2,
     "qwen2_vl": _QWEN2,
     "qwen3_5": _QWEN3,
-    # further mergers read the outputs of some blocks on the way, and are added to the first blocks of the language model
-    "qwen3_vl": Layout(
-        "visual",
-        (
-            *_QWEN3.projector,
-            *chain("visual.deepstack_merger_list.*", "linear_fc1", "linear_fc2"),
-        ),
-        ("visual.merger", "visual.deepstack_merger_list"),
-    ),
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
     "smolvlm": _IDEFICS,
     "vipllava": _TWO,
 }

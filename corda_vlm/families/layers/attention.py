@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.conv1d import pack_conv1d, unpack_conv1d
+from corda_vlm.families.layers.experts import pack_experts, unpack_experts
 from corda_vlm.families.layers.packed import (
     PARTS,
     is_attention_pool,
@@ -71,13 +72,16 @@ def _refuse(module: Any, name: str) -> None:
         raise CordaError(f"{name}: {kind} with scaled_cosine=True cannot be unpacked to nn.Linear")
 
 
-def unpack(model: nn.Module) -> list[str]:
+def unpack(model: nn.Module, *, experts: bool = False) -> list[str]:
     """Replace every packed attention layer of `model`, in place; return the dotted names of those replaced.
 
     Also makes timm's BEiT and EVA attention call their fused `qkv` layer, which they otherwise bypass, and shows
     GPT-2's `Conv1D` layers as `nn.Linear` (see `conv1d`).
     Layers already unpacked stay as they are. A layer used in two places stays one layer in two places. Layers of four bits are
     kept from being packed for inference alone (see `quantized.keep_exact`), which nothing undoes.
+
+    Args:
+        experts: also show the experts of mixtures and their routers (see `experts`). An adapter goes on the stack itself.
 
     Raises:
         CordaError: a layer cannot be unpacked with equal outputs; nothing is replaced then.
@@ -106,7 +110,8 @@ def unpack(model: nn.Module) -> list[str]:
         if _is_bypassed_qkv(module):
             vars(module).update(qkv_bias_separate=True, _corda_bypassed_qkv=True)
             names.append(name)
-    return names + unpack_conv1d(model)
+    names += unpack_conv1d(model)
+    return names + unpack_experts(model) if experts else names
 
 
 def _unpacked_kind(packed: nn.Module) -> type[Unpacked]:
@@ -129,12 +134,12 @@ def pack(model: nn.Module) -> list[str]:
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[nn.Module]:
-    """Unpack `model` for the length of the block; pack it again on the way out, exceptions included.
+    """Unpack `model`, experts included, for the length of the block; pack it again on the way out, exceptions included.
 
     Re-entrant: an inner block finds nothing packed, and leaves packing to the outer one. Layers to which an
     adapter was attached inside the block belong to the adapter and stay unpacked until it is removed.
     """
-    names = unpack(model)
+    names = unpack(model, experts=True)
     try:
         yield model
     finally:
@@ -161,7 +166,7 @@ def _pack(model: nn.Module, only: Sequence[str] | None) -> list[str]:
             packed.add(id(layer))  # the adapter's now
             continue
         names.append(name)
-    linears = pack_conv1d(model, only)
+    linears = pack_conv1d(model, only) + pack_experts(model, only)
     for parent, key, name, layer in places:
         if name not in names:
             continue
