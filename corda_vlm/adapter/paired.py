@@ -32,6 +32,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError, UnknownNameError
+from corda_vlm.families.base import frozen_norms
 from corda_vlm.families.layers.attention import pack
 from corda_vlm.families.layers.conv2d import as_kernel, convolved
 from corda_vlm.families.layers.experts import is_mistaken
@@ -342,6 +343,13 @@ class PairedModel(LoraModel):
         from corda_vlm.adapter.parameters import PairedParameter
 
         return PairedParameter(target, adapter_name, config=lora_config, **kwargs)
+
+    def train(self, mode: bool = True) -> PairedModel:
+        """As of any module, but what is frozen of the model stays as it is, running statistics too."""
+        super().train(mode)
+        for norm in frozen_norms(self.model):
+            norm.eval()
+        return self
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise CordaError(

@@ -394,6 +394,17 @@ def requiring(model: nn.Module, weights: Iterable[Tensor] = ()) -> Iterator[None
             parameter.requires_grad_(required)
 
 
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch normalizations of which nothing is trained. In training mode each would move its running statistics all the same,
+    and normalize by those of the batch: the frozen model would not stay as it is."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off; every module's own mode is put back, after an exception too."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from corda_vlm.errors import CordaError, ForeignFileError, NotFiniteError
-from corda_vlm.families.base import evaluating, unwrap
+from corda_vlm.families.base import evaluating, frozen_norms, unwrap
 from corda_vlm.files import read_json, shown, write_json
 from corda_vlm.precision import bf16_is_faster
 from corda_vlm.train.checkpoints import KEPT, break_seal, seal
@@ -54,13 +54,7 @@ class _BatchLoss(Trainer):
         # The loss is a mean over the batch, which the Trainer then divides by the accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        # A frozen batch norm would still move its running statistics in training mode.
-        self._frozen_norms = [
-            module
-            for module in self.net.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and not any(parameter.requires_grad for parameter in module.parameters())
-        ]
+        self._frozen_norms = frozen_norms(self.net)
 
     def get_train_dataloader(self) -> DataLoader:
         # One item is one ready batch. A plain loader, since skipping to step n must load nothing before it.

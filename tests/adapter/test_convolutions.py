@@ -166,6 +166,18 @@ class TestForward:
             torch.testing.assert_close(gradient, yours[name], rtol=1e-3, atol=1e-6)
 
 
+class TestNormalizations:
+    def test_frozen_ones_keep_their_statistics_in_training_mode(self, tiny_resnet):
+        before = {n: b.clone() for n, b in tiny_resnet.named_buffers()}
+        expected = embed(tiny_resnet)
+        attached = attached_to(tiny_resnet, targets=None, roles="conv", rank=2)
+        attached.train()
+        assert attached.training
+        assert attached.base_model.model.visual.layer1[0].training
+        assert relative(embed(attached), expected) < 1e-5
+        assert all(torch.equal(b, before[n]) for n, b in restore(attached).named_buffers())
+
+
 class TestFiles:
     @pytest.mark.parametrize("base", BASES)
     def test_saved_and_loaded_again(self, base, tmp_path):

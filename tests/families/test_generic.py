@@ -104,7 +104,21 @@ def timm_vit() -> Case:
     )
 
 
-CASES = {"bert": bert, "dinov2": dinov2, "blip2": blip2, "timm": timm_vit}
+def timm_resnet() -> Case:
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    batches = [(torch.randn(8, 3, 64, 64), torch.zeros(8)) for _ in range(2)]
+    return Case(model, batches, ["layer?.0.conv?", "layer3.*.downsample.1"], 10, lambda out: out)
+
+
+CASES = {
+    "bert": bert,
+    "dinov2": dinov2,
+    "blip2": blip2,
+    "timm": timm_vit,
+    "convolutions": timm_resnet,
+}
 
 
 def run(case: Case, model: nn.Module) -> Tensor:
@@ -123,11 +137,12 @@ def test_from_layers_to_a_plain_model(name, tmp_path):
     with torch.no_grad():
         expected = run(case, model)
     sites = find_sites(model, targets=targets)
-    assert {(s.tower, s.role) for s in sites} == {("model", "linear")}
+    role = "conv" if name == "convolutions" else "linear"
+    assert {(s.tower, s.role) for s in sites} == {("model", role)}
     assert all(s.stream == f"{s.name}.in" for s in sites)
     if case.layers:
         assert len(sites) == case.layers
-    assert "linear" in sites_table(model, sites)
+    assert role in sites_table(model, sites)
 
     store = collect_covariance(
         model, case.batches, targets=targets, path=tmp_path / "c.safetensors", show_progress=False
@@ -154,7 +169,7 @@ def test_from_layers_to_a_plain_model(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(run(case, again), trained)
     export_adapter(adapted, tmp_path / "merged", format="merged")
-    merged = loaded(case, tmp_path / "merged")
+    merged = loaded(name, tmp_path / "merged")
     with torch.no_grad():
         torch.testing.assert_close(run(case, merged), trained, rtol=1e-4, atol=1e-5)
 
@@ -165,10 +180,10 @@ def test_from_layers_to_a_plain_model(name, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in bare.state_dict().items())
 
 
-def loaded(case: Case, folder) -> nn.Module:
-    if hasattr(case.model, "config"):
-        return type(case.model).from_pretrained(folder).eval()  # type: ignore[attr-defined]
-    model = timm_vit().model
+def loaded(name: str, folder) -> nn.Module:
+    model = CASES[name]().model
+    if hasattr(model, "config"):
+        return type(model).from_pretrained(folder).eval()  # type: ignore[attr-defined]
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model
 
@@ -262,6 +277,20 @@ def test_the_fingerprint_is_of_all_layers_and_of_their_weights():
     assert (
         model_fingerprint(one) == model_fingerprint(copy.deepcopy(one)) != model_fingerprint(other)
     )
+
+
+def test_the_fingerprint_leaves_out_what_reads_the_image_and_no_other_convolution():
+    """So that files of a ViT, whose patch embedding was no site once, stay valid."""
+    for case, layer, same in (
+        (dinov2(), "embeddings.patch_embeddings.projection", True),
+        (timm_resnet(), "conv1.0", True),
+        (timm_resnet(), "layer1.0.conv2", False),
+    ):
+        before = model_fingerprint(case.model)
+        with torch.no_grad():
+            case.model.get_parameter(f"{layer}.weight").neg_()
+        assert (model_fingerprint(case.model) == before) is same
+        assert [s.role for s in find_sites(case.model, targets=layer)] == ["conv"]
 
 
 def test_blocks_are_the_first_number_of_a_path():
