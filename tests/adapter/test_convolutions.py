@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -173,7 +174,7 @@ class TestNormalizations:
         attached = attached_to(tiny_resnet, targets=None, roles="conv", rank=2)
         attached.train()
         assert attached.training
-        assert attached.base_model.model.visual.layer1[0].training
+        assert all(m.training for m in attached.modules() if not isinstance(m, nn.BatchNorm2d))
         assert relative(embed(attached), expected) < 1e-5
         assert all(torch.equal(b, before[n]) for n, b in restore(attached).named_buffers())
 
@@ -189,6 +190,15 @@ class TestFiles:
         if base == "untouched":
             assert torch.equal(out(again), expected)
         assert relative(out(again), expected) < 1e-5
+
+    def test_recompressed_to_a_rank_it_is_near(self, tmp_path):
+        attached = attached_to(PlainConvNet())
+        learn(attached, 0.02)
+        expected, start = out(attached), out(PlainConvNet())
+        folder = export_adapter(attached, tmp_path / "lora", rank=4)
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+        plain = PeftModel.from_pretrained(PlainConvNet(), str(folder))
+        assert (out(plain) - expected).norm() < 0.3 * (expected - start).norm()
 
     def test_what_a_tool_trained_from_an_export_comes_home(self, tiny_resnet, tmp_path):
         original, before = copy.deepcopy(tiny_resnet), embed(tiny_resnet)
