@@ -373,6 +373,13 @@ class TestInitialize:
         with pytest.raises(CordaError, match="the model has 2 adapters"):
             initialize_lora_corda_weights(model, BATCHES)
 
+    def test_a_convolution(self):
+        model = get_peft_model(
+            nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(r=2, target_modules=["0"])
+        )
+        with pytest.raises(CordaError, match="'0' is a convolution, for which PEFT has no start"):
+            initialize_lora_corda_weights(model, BATCHES)
+
 
 @pytest.mark.filterwarnings("ignore:.*corda_config:UserWarning:peft")
 def test_a_trained_adapter_is_converted_for_the_original_model_by_peft(llama, tmp_path):

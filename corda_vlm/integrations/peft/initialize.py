@@ -96,6 +96,11 @@ def _fresh_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     for name, layer in layers.items():
         if isinstance(layer, PairedLayer) or layer.lora_variant.get(adapter_name) is not None:
             raise CordaError(f"the adapter of {name!r} is no plain LoRA, which CorDA starts")
+        if isinstance(layer.get_base_layer(), nn.Conv2d):
+            raise CordaError(
+                f"{name!r} is a convolution, for which PEFT has no start of CorDA; leave it out of target_modules, or take "
+                "corda_vlm.adapt, which has"
+            )
         if layer.merged:
             raise CordaError("the adapter is merged into the base; call unmerge_adapter() first")
         refuse_quantized(name, layer.get_base_layer())
