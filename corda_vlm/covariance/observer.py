@@ -253,9 +253,8 @@ class Observer:
         self._calls[stream] += 1
         counted = self._calls[stream] <= self._ahead.get(stream, 0)
         is_conv = isinstance(layer, nn.Conv2d)
-        if (
-            is_conv and not counted
-        ):  # before the first of its patches is counted, or the sum would be left half way
+        if is_conv and not counted:
+            # before the first of its patches is counted, or the sum would be left half way
             self._check_finite(site, x, places_as_rows)
         moment = None
         blocks = self._selector.blocks(
