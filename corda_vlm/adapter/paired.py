@@ -260,7 +260,8 @@ class Untouched(LoraVariant):
     ) -> Float[Tensor, "*given"]:
         assert isinstance(module, PairedLayer)
         P, Q = module.change(active_adapter)
-        return result + module.product(x, P, Q) * module.scaling[active_adapter]
+        # the small factor is scaled, not the outputs: a pass over them less, forward and backward
+        return result + module.product(x, P * module.scaling[active_adapter], Q)
 
     @staticmethod
     def merge_safe(
@@ -300,11 +301,11 @@ class Residual(Untouched):
         assert isinstance(module, PairedLayer)
         B, A = trained(module, active_adapter)
         scaling = module.scaling[active_adapter]
-        result = result + module.product(x, B, A) * scaling
+        result = result + module.product(x, B * scaling, A)
         if scaling == 1:
             return result
         B0, A0 = module.pair(active_adapter)
-        return result + module.product(x, B0, A0) * (1 - scaling)
+        return result + module.product(x, B0 * (1 - scaling), A0)
 
 
 class PairedModel(LoraModel):
