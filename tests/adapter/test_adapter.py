@@ -224,7 +224,7 @@ class TestTargets:
         plan = plan_of(model)
         monkeypatch.setattr(
             "corda_vlm.adapter.attach.lora_targets",
-            lambda ranks: lora_targets(dict(list(ranks.items())[:-1])),
+            lambda ranks, **others: lora_targets(dict(list(ranks.items())[:-1]), **others),
         )
         with pytest.raises(CordaError, match=re.escape(plan.sites[-1].site.name)):
             attach_adapter(model, plan, base="residual")
