@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from typing_extensions import Unpack
@@ -143,10 +142,8 @@ def _fill(
     carrier: Carrier, adapter_name: str, factors: Mapping[str, Decomposition], freeze_a: bool
 ) -> None:
     """Copy a planned pair into a wrapped layer, as where training starts, and into one of ours as the frozen pair too."""
-    layer, planned = carrier.layer, [factors[site] for site in carrier.sites]
-    start = planned[0].B, planned[0].A
-    if carrier.stacked:
-        start = torch.stack([one.B for one in planned]), torch.stack([one.A for one in planned])
+    layer = carrier.layer
+    start = carrier.joined([(factors[site].B, factors[site].A) for site in carrier.sites])
     if isinstance(layer, PairedLayer):
         layer.set_pair(adapter_name, *start)
         start = layer.pair(adapter_name)

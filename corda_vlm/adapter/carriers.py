@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -33,6 +34,14 @@ class Carrier:
         if not self.stacked:
             return {self.sites[0]: (B, A)}
         return {site: (B[n], A[n]) for n, site in enumerate(self.sites)}
+
+    def joined(
+        self, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Float[Tensor, "*n out r"], Float[Tensor, "*n r inp"]]:
+        """The reverse of `split`: the factors of this layer, of those of its sites in order."""
+        if not self.stacked:
+            return pairs[0]
+        return torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])
 
 
 def carriers(model: nn.Module, adapter_name: str | None = None) -> Iterator[Carrier]:

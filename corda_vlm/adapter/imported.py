@@ -32,6 +32,7 @@ from corda_vlm.adapter.base import (
     noted_fingerprint,
     places_of,
 )
+from corda_vlm.adapter.carriers import Carrier, carriers
 from corda_vlm.adapter.factors import Factors
 from corda_vlm.adapter.folder import (
     ADAPTER,
@@ -50,15 +51,18 @@ from corda_vlm.adapter.paired import (
     start_from,
     trained,
 )
+from corda_vlm.adapter.parameters import from_peft
 from corda_vlm.adapter.targets import check_wrapped, lora_targets
 from corda_vlm.adapter.wrap import wrapping
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.layers.experts import STACKS, Slice
 from corda_vlm.families.layers.matrix import matrix_of
 from corda_vlm.families.loading import convert
 from corda_vlm.files import read_json, shown
 from corda_vlm.names import quoted
+from corda_vlm.sites import site_slices
 from corda_vlm.tensors import load_tensors
 
 logger = logging.getLogger(__name__)
@@ -90,15 +94,16 @@ def import_adapter(
         ForeignFileError: no adapter there, damaged, of another model, or not trained from this start.
         CordaError: more than a LoRA was trained (DoRA, biases), or no start is found.
     """
-    ours = _read(weights_folder(trained))
-    begun = _start_of(ours, start)
+    slices = site_slices(original)
+    ours = _read(weights_folder(trained), slices)
+    begun = _start_of(ours, start, slices)
     _check_belongs(original, ours, begun)
     names = _own_names(original, [*ours.factors])
     before = begun.pair(ours)
     ranks = {names[name]: A.shape[0] for name, (_, A) in ours.factors.items()}
     frozen = all(torch.equal(before[name][1], A) for name, (_, A) in ours.factors.items())
     config = PairedConfig(
-        **lora_targets(ranks),
+        **lora_targets(ranks, slices=slices),
         init_lora_weights=False,  # the factors are copied in
         modules_to_save=ours.full_modules or None,
         freeze_a=frozen,
@@ -109,8 +114,15 @@ def import_adapter(
         assert isinstance(model, PeftModel)
         config.base_model_name_or_path = absolute(config.base_model_name_or_path)
         check_wrapped(model, ranks, adapter_name)
-        for name, pair in ours.factors.items():
-            _fill(model, names[name], adapter_name, before[name], pair)
+        in_files = {own: name for name, own in names.items()}
+        for carrier in carriers(model, adapter_name):
+            read = [in_files[site] for site in carrier.sites]
+            _fill(
+                carrier,
+                adapter_name,
+                carrier.joined([before[name] for name in read]),
+                carrier.joined([ours.factors[name] for name in read]),
+            )
         _fill_full(model, adapter_name, ours)
     return model
 
@@ -172,13 +184,13 @@ class _Start:
         return pairs
 
 
-def _read(folder: Path) -> _Lora:
+def _read(folder: Path, slices: Mapping[str, Slice]) -> _Lora:
     config = read_config(folder)
     if config["peft_type"] == PairedType.CORDA_VLM.value:
         raise CordaError(
             f"{shown(folder)} is an adapter of this package already; load_adapter(model, folder) loads it"
         )
-    _check_plain(config, folder)
+    _check_plain(config, folder, slices)
     tensors = load_tensors(folder / ADAPTER, "adapter weights", AGAIN)
     check_ranks(config, {name: tuple(t.shape) for name, t in tensors.items()}, folder)
     halves: dict[str, dict[str, Tensor]] = {}
@@ -201,14 +213,46 @@ def _read(folder: Path) -> _Lora:
             raise ForeignFileError(
                 f"{shown(folder)} lacks one of the two factors of {name!r}; {AGAIN}"
             )
-        root = math.sqrt(_scaling(config, name, half["A"].shape[0]))
-        factors[name] = half["B"] * root, half["A"] * root
+        for site, key, B, A in _matrices_of(name, half, config, slices):
+            root = math.sqrt(_scaling(config, key, A.shape[0]))
+            factors[site] = B * root, A * root
     if not factors:
         raise ForeignFileError(f"{shown(folder)} holds no factors of a LoRA; {AGAIN}")
     return _Lora(folder, config, factors, full, modules)
 
 
-def _check_plain(config: Mapping[str, Any], folder: Path) -> None:
+def _matrices_of(
+    layer: str, half: Mapping[str, Tensor], config: Mapping[str, Any], slices: Mapping[str, Slice]
+) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """(site, what PEFT's patterns are matched with, B, A) of a layer in the files: one, or one for each expert.
+
+    Wrappers of the parameters of one module are nested in the order of the parameters, so that the first is innermost.
+    """
+    module, depth = layer, 0
+    while module.endswith(".base_layer"):
+        module, depth = module.removesuffix(".base_layer"), depth + 1
+    targets = tuple(config.get("target_parameters") or ())
+    adapted = [
+        path
+        for name in STACKS
+        if (path := f"{module}.{name}").endswith(tuple(f".{target}" for target in targets))
+        or path in targets
+    ]
+    experts = (
+        []
+        if depth >= len(adapted)
+        else [s for s in slices.values() if s.path == adapted[-1 - depth]]
+    )
+    if not experts:
+        yield layer, layer, half["B"], half["A"]
+        return
+    for part, B, A in zip(
+        experts, *from_peft(half["B"], half["A"], experts[0], len(experts)), strict=True
+    ):
+        yield f"{part.path}.{part.expert}", part.path, B, A
+
+
+def _check_plain(config: Mapping[str, Any], folder: Path, slices: Mapping[str, Slice]) -> None:
     for option, usual in (
         ("use_dora", False),
         ("bias", "none"),
@@ -216,6 +260,8 @@ def _check_plain(config: Mapping[str, Any], folder: Path) -> None:
         ("trainable_token_indices", None),
         ("target_parameters", None),
     ):
+        if option == "target_parameters" and slices:
+            continue  # experts and routers, which are no more than a LoRA
         if config.get(option, usual) not in (usual, None):
             raise CordaError(
                 f"{shown(folder)} was trained with {option}={config[option]!r}, which is more than a LoRA; train it with "
@@ -232,7 +278,7 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
     return scaling
 
 
-def _start_of(ours: _Lora, start: str | Path | None) -> _Start:
+def _start_of(ours: _Lora, start: str | Path | None, slices: Mapping[str, Slice]) -> _Start:
     """The start that is given, or the export whose base the adapter names."""
     if start is not None:
         folder = weights_folder(start)
@@ -245,7 +291,7 @@ def _start_of(ours: _Lora, start: str | Path | None) -> _Start:
         raise ForeignFileError(
             f"{shown(folder)} is no export to train from; give one of format 'residual' or 'lora'"
         )
-    return _Start(_read(folder), report.get("format") == "lora", report)
+    return _Start(_read(folder, slices), report.get("format") == "lora", report)
 
 
 def _found(ours: _Lora) -> Path:
@@ -323,13 +369,12 @@ def _converted(original: nn.Module, name: str) -> Iterator[str]:
 
 
 def _fill(
-    model: PeftModel,
-    site: str,
+    carrier: Carrier,
     adapter_name: str,
     before: tuple[Tensor, Tensor],
     after: tuple[Tensor, Tensor],
 ) -> None:
-    layer = base_of(model).get_submodule(site)
+    layer, site = carrier.layer, carrier.sites[0]
     assert isinstance(layer, PairedLayer)  # see `check_wrapped`
     layer.set_pair(adapter_name, *before)
     for parameter, value in zip(trained(layer, adapter_name), after, strict=True):

@@ -50,7 +50,7 @@ class SecondMoment:
     ) -> None:
         """`scratch`: a folder where the triangle lives in a nameless file instead of in memory (CPU only)."""
         self.size, self.count = size, 0
-        length = sum(height * width for _, _, height, width in _panels(size))
+        length = packed_length(size)
         self._file: mmap.mmap | None = None
         if scratch is not None and torch.device(device).type == "cpu":
             self._file = _mapped(length * dtype.itemsize, scratch)
@@ -189,6 +189,11 @@ class SecondMoment:
         for i, j, height, width in _panels(self.size):
             yield i, j, self.packed[start : start + height * width].view(height, width)
             start += height * width
+
+
+def packed_length(size: int) -> int:
+    """How many numbers a `SecondMoment` keeps of its triangle: those of its panels."""
+    return sum(height * width for _, _, height, width in _panels(size))
 
 
 def triangle_sizes(size: int) -> list[int]:

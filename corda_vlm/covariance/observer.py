@@ -250,6 +250,15 @@ class Observer:
         self, site: Site, x: Float[Tensor, "*axes"], places: Int[Tensor, " m"] | None
     ) -> None:
         stream, layer = site.stream, self._layers[site.name]
+        if (
+            site.pool is not None
+            and places is None
+            and self._selector.has_padding(site.tower, stream)
+        ):
+            raise CalibrationError(
+                f"{site.name} is an expert with a module of its own, which is not told which of the batch's tokens it reads, and the "
+                "batch has some that do not count: take batch_size=1 (--batch-size 1) and tokens='all', or transformers 5"
+            )
         self._calls[stream] += 1
         counted = self._calls[stream] <= self._ahead.get(stream, 0)
         is_conv = isinstance(layer, nn.Conv2d)

@@ -37,6 +37,10 @@ class TokenSelector:
         """A new batch."""
         self._masks = {tower: _or_none(tower, mask) for tower, mask in (masks or {}).items()}
 
+    def has_padding(self, tower: str, stream: str) -> bool:
+        """Whether the batch in hand has tokens that do not count in this tower, or for this stream."""
+        return self._masks.get(stream, self._masks.get(tower)) is not None
+
     def blocks(
         self,
         layer: nn.Linear | nn.Conv2d,

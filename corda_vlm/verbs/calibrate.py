@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from corda_vlm.covariance.options import CalibrationOptions
 from corda_vlm.experiment import checks
-from corda_vlm.families.options import LoadOptions
+from corda_vlm.families.options import LoadOptions, SiteOptions
+from corda_vlm.options import as_keywords
 from corda_vlm.verbs.shared import Data, load_source, modified, say_next
 
 
@@ -30,10 +31,15 @@ def calibrate(
     checks.check_source(model)
     checks.check_data(data)
     checks.check_output(output)
+    from corda_vlm.covariance.memory import memory_of
     from corda_vlm.experiment import steps
+    from corda_vlm.sites import find_sites
 
     records, loaded = steps.load_data(data), load_source(model, load)
     before = modified(output)
+    sites = find_sites(loaded.model, **as_keywords(options, SiteOptions))
+    told = memory_of(loaded.model, sites, rounds=options.rounds, precision=options.precision)
+    print(told, flush=True)
     store = steps.calibrate(loaded, records, output, options)
     print(store.summary())
     done = f"{output} was complete before" if before == modified(output) else f"wrote {output}"

@@ -19,8 +19,10 @@ def sites(model: str, *, full: bool = False, sites: SiteOptions, load: LoadOptio
         full: One line a matrix.
     """
     checks.check_source(model)
+    from corda_vlm.covariance.memory import memory_of
     from corda_vlm.sites import find_sites, sites_table
 
     loaded = load_source(model, load)
     chosen = find_sites(loaded.model, **as_keywords(sites, SiteOptions))
     print(sites_table(loaded.model, chosen, full=full))
+    print(memory_of(loaded.model, chosen))

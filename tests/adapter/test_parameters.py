@@ -14,6 +14,7 @@ from corda_vlm.adapter import (
     at_scale,
     attach_adapter,
     export_adapter,
+    import_adapter,
     load_adapter,
     restore,
 )
@@ -246,3 +247,19 @@ def test_ranks_that_differ_are_refused(batch):
         show_progress=False,
     )
     assert len(plan.sites) == len(find_sites(model, roles=roles))
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "llama4_text"])
+@pytest.mark.parametrize("format", ["residual", "lora"])
+def test_what_plain_peft_trains_comes_home(tmp_path, name, format, planned, batch):
+    export_adapter(attach_adapter(make(name), planned(name)), tmp_path / "out", format=format)
+    base = make(name)
+    if format == "residual":
+        base = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "out"), is_trainable=True)
+    step(plain, batch)
+    plain.save_pretrained(tmp_path / "trained")
+    home = import_adapter(make(name), trained=tmp_path / "trained", start=tmp_path / "out")
+    assert torch.allclose(logits(home, batch), logits(plain, batch), atol=2e-5)
+    with at_scale(home, 0.0):
+        assert torch.allclose(logits(home, batch), logits(make(name), batch), atol=1e-6)
