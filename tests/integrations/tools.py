@@ -131,7 +131,12 @@ TOOLS = {
         Tool("axolotl", ("axolotl", "torchvision==0.28.*"), ("axolotl", "transformers", "peft")),
         Tool("swift", ("ms-swift",), ("ms-swift", "transformers", "peft")),
         Tool("peft_own", (), ("peft",)),
-        Tool("peft_old", ("peft==0.17.1", "transformers==4.57.*"), ("peft", "transformers")),
+        # PEFT imports of torchao, where there is any, what 0.15 and later, which the tests' own environment has, no longer have
+        Tool(
+            "peft_old",
+            ("peft==0.17.1", "transformers==4.57.*", "torchao<0.15"),
+            ("peft", "transformers", "torchao"),
+        ),
         Tool("llava", (), ("transformers", "peft")),
         Tool("lm_eval", ("lm_eval",), ("lm_eval", "transformers")),
         # lmms-eval 0.7.3 changes what filelock 4 no longer has
