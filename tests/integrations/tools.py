@@ -126,12 +126,18 @@ TOOLS = {
         Tool("accelerate", (), ("accelerate", "peft")),
         Tool("trl", ("trl",), ("trl", "transformers", "peft")),
         Tool("open_clip_train", ("open_clip_torch[training]",), ("open_clip_torch", "peft")),
-        Tool("llamafactory", ("llamafactory",), ("llamafactory", "transformers", "peft")),
+        # it pins PEFT 0.18, which imports of torchao, where there is any, what 0.15 and later no longer have; the tests' own
+        # environment has a later one
+        Tool(
+            "llamafactory",
+            ("llamafactory", "torchao<0.15"),
+            ("llamafactory", "transformers", "peft"),
+        ),
         # it pins PyTorch 2.13, which takes a torchvision of its own
         Tool("axolotl", ("axolotl", "torchvision==0.28.*"), ("axolotl", "transformers", "peft")),
         Tool("swift", ("ms-swift",), ("ms-swift", "transformers", "peft")),
         Tool("peft_own", (), ("peft",)),
-        # PEFT imports of torchao, where there is any, what 0.15 and later, which the tests' own environment has, no longer have
+        # as LLaMA-Factory's PEFT
         Tool(
             "peft_old",
             ("peft==0.17.1", "transformers==4.57.*", "torchao<0.15"),
