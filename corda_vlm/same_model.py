@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from corda_vlm.errors import CordaError
 from corda_vlm.families import any_family, unwrap
 from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.sites import find_sites, model_fingerprint, sampled, site_weights
@@ -37,6 +38,15 @@ def model_signs(model: nn.Module) -> str:
 def is_quantized(model: nn.Module) -> bool:
     """Does any layer keep its weight in fewer than sixteen bits?"""
     return any(storage_of(module) is not None for module in model.modules())
+
+
+def need_original(model: nn.Module) -> None:
+    """Raise a `CordaError` of a model whose weights are rounded already."""
+    if is_quantized(model):
+        raise CordaError(
+            "the error of quantising is that against the original weights, and those of this model are quantised already: load it "
+            "without quantization"
+        )
 
 
 def is_made_from(model: nn.Module, fingerprint: str, signs: str | None, what: str) -> bool:

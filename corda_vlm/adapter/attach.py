@@ -2,6 +2,9 @@
 
 What a model shows while an adapter is attached, by base mode (see `corda_vlm.adapter.paired`):
 
+A plan of "qera" or "loftq" is a plain LoRA instead: its pair is added to a quantised base, so that the start is nearer to the original
+than the base is.
+
 |                          | "untouched"             | "residual"                    |
 |--------------------------|-------------------------|-------------------------------|
 | at the start             | the original, exactly   | the original, up to rounding  |
@@ -35,10 +38,11 @@ from corda_vlm.adapter.targets import check_wrapped, lora_targets, unlike_in_pef
 from corda_vlm.adapter.wrap import base_modes, wrapping
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError
+from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.options import options_from
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.same_model import is_quantized
-from corda_vlm.sites import model_fingerprint, site_slices
+from corda_vlm.sites import get_layer, model_fingerprint, site_slices
 
 # What an adapter's configuration says of the plan it came from.
 _ORIGIN = (
@@ -100,8 +104,10 @@ def _config(
     model: nn.Module, plan: AdapterPlan, asked: AttachOptions, ranks: Mapping[str, int]
 ) -> LoraConfig:
     """PEFT's own LoRA where every B starts at zero, so that every tool knows what it loads; else that of our pair."""
+    if plan.corrects:
+        _check_corrected(model, plan)
     # beside an adapter of ours PEFT wants another of its kind, and some convolutions it takes for others
-    plain = (
+    plain = plan.corrects or (
         plan.starts_at_zero
         and not isinstance(model, PeftModel)
         and not unlike_in_peft(model, ranks)
@@ -121,6 +127,19 @@ def _config(
         config.origin = origin  # pyright: ignore[reportAttributeAccessIssue] # for who trains it: no field, so no file has it
         return config
     return PairedConfig(**given, base=asked.base, freeze_a=asked.freeze_a, origin=origin)
+
+
+def _check_corrected(model: nn.Module, plan: AdapterPlan) -> None:
+    """Raise unless the model's weights are rounded as the plan's pair takes back, and carry nothing yet."""
+    first = plan.sites[0].site.name
+    kind = storage_of(get_layer(model, first))
+    if isinstance(model, PeftModel) or kind != plan.quantize_to:
+        has = "carries an adapter" if isinstance(model, PeftModel) else f"has {kind or 'matrices'}"
+        raise CordaError(
+            f"the plan's method {plan.method!r} takes back what quantising to {plan.quantize_to} takes off the weights, and this "
+            f"model {has}: attach it to load_model(..., quantization={plan.quantize_to!r}), or to the original model after "
+            f"quantize_model(model, {plan.quantize_to!r})"
+        )
 
 
 def _with_adapter(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:

@@ -18,6 +18,7 @@ so the adapter is `W` seen through r directions of its output, and only the left
                   power 0 P are the right singular vectors of `W`, and the sides agree
     gradient, C'^-1/2  the natural-gradient start        `A = U_r^T G C'^-1`, `B = 0`: see `gradient.py`
     two covariances    SC-LoRA (largest)               `W [(1-b) C_task - b C_keep] W^T`
+    W - Q(W), C'^1/2   QERA, LoftQ without C (largest)  what quantising took away: see `rounding.py`
 
 The smallest components are what KPM trains, and they are easily lost: `G G^T` squares the condition
 number, and a float32 inverse and SVD of `G` return a subspace that holds several times the least energy.
@@ -36,19 +37,23 @@ from corda_vlm.decompose.gradient import (
     gradient_spectrum,
 )
 from corda_vlm.decompose.orient import Root
+from corda_vlm.decompose.rounding import RoundingError, decompose_error, rounding_error
 
 __all__ = [
     "Decomposition",
     "Root",
+    "RoundingError",
     "check_beta",
     "check_damping_and_norm",
     "damp",
     "decompose",
     "decompose_contrast",
+    "decompose_error",
     "decompose_gradient",
     "decompose_keep_lora",
     "decompose_lora_ga",
     "gradient_spectrum",
     "knowledge_energy",
     "relative_damage",
+    "rounding_error",
 ]

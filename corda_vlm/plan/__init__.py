@@ -16,18 +16,21 @@ if TYPE_CHECKING:
     from corda_vlm.plan.make import check_made_from, check_rank, plan_adapter
     from corda_vlm.plan.options import PlanOptions, Route
     from corda_vlm.plan.plan import AdapterPlan, SitePlan
+    from corda_vlm.plan.quantization import QuantizationErrors, quantization_errors
 
 _HOMES = {
     "MODES": "bases",
     "PLAN_METHODS": "bases",
     "AdapterPlan": "plan",
     "PlanMethod": "bases",
+    "QuantizationErrors": "quantization",
     "Route": "options",
     "PlanOptions": "options",
     "SitePlan": "plan",
     "check_made_from": "make",
     "check_rank": "make",
     "plan_adapter": "make",
+    "quantization_errors": "quantization",
 }
 
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

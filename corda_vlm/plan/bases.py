@@ -7,7 +7,9 @@ from typing import Literal
 
 Components = Literal["smallest", "largest"]
 Side = Literal["output", "input"]
-Directions = Literal["spectrum", "contrast", "qr", "gradient", "gradient-pair", "gradient-rest"]
+Directions = Literal[
+    "spectrum", "contrast", "qr", "gradient", "gradient-pair", "gradient-rest", "error"
+]
 
 MODES: dict[str, Components] = {
     "kpm": "smallest",  # knowledge-preserved: adapt what the knowledge uses least
@@ -34,7 +36,8 @@ class PlanMethod:
         directions: what they come from: the "spectrum" of `W C^p`, or of the "contrast" of the knowledge's
             covariances and the new task's, which `beta=` weighs against each other; "qr", the first columns of `W = Q R`; or
             the gradient of the new task's loss: "gradient" in `G C^p`, "gradient-pair" on both sides of G, as LoRA-GA takes
-            them, and "gradient-rest" in what of G lies off the weight's and the knowledge's principal directions.
+            them, and "gradient-rest" in what of G lies off the weight's and the knowledge's principal directions; or "error", what
+            quantising took off W.
     """
 
     power: float
@@ -55,9 +58,14 @@ class PlanMethod:
         return self.directions.startswith("gradient")
 
     @property
+    def corrects(self) -> bool:
+        """Is it a start for a quantised base alone, which what quantising took away is added to?"""
+        return self.directions == "error"
+
+    @property
     def has_rounds(self) -> bool:
         """Does it weigh one covariance of the knowledge, so that a site may choose among several?"""
-        return self.needs_store and not self.contrast and not self.of_gradient
+        return self.needs_store and self.directions in ("spectrum", "qr")
 
     @property
     def needs_store(self) -> bool:
@@ -92,5 +100,7 @@ PLAN_METHODS: dict[str, PlanMethod] = {
     "keep-lora": PlanMethod(
         0.5, "largest", "input", "KeepLoRA, arXiv 2601.19659", directions="gradient-rest"
     ),
+    "qera": PlanMethod(0.5, "largest", "output", "QERA, arXiv 2410.06040", directions="error"),
+    "loftq": PlanMethod(0.0, "largest", "output", "LoftQ, arXiv 2310.08659", directions="error"),
     "olora": PlanMethod(0.0, "largest", "output", "OLoRA, arXiv 2406.01775", directions="qr"),
 }

@@ -19,6 +19,7 @@ from corda_vlm.decompose import (
     damp,
     decompose,
     decompose_contrast,
+    decompose_error,
     decompose_gradient,
     decompose_keep_lora,
     decompose_lora_ga,
@@ -29,6 +30,7 @@ from corda_vlm.decompose.gradient import check_pair_rank
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.layers.quantized import rounded
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.names import quoted
 from corda_vlm.options import as_keywords, options_from
@@ -44,7 +46,7 @@ from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.plan.share import ceilings, choose_ranks
 from corda_vlm.progress import showing, track
 from corda_vlm.ranks.rules import get_rank_rule
-from corda_vlm.same_model import is_made_from, model_signs
+from corda_vlm.same_model import is_made_from, model_signs, need_original
 from corda_vlm.sites import Site, SiteWeights, find_sites, model_fingerprint, site_weights
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def plan_adapter(
     Args:
         model: bare; packed attention is unpacked meanwhile.
         store: covariances of the knowledge to keep, or of the new task for mode "ipm". May be None for
-            "pissa", "milora" and "olora"; if given, it predicts their damage.
+            "pissa", "milora", "olora" and "loftq"; if given, it predicts their damage.
         task_store: covariances of the new task beside those of the knowledge; for "sc-lora" only.
         gradient: of the new task's loss, from `collect_gradient`; for "corda-natural", "lora-ga" and "keep-lora", and for
             rank rules that look at it.
@@ -86,6 +88,8 @@ def plan_adapter(
             "loss (gradient=, --gradient) for ranks by the task, or leave dynamic_rank out"
         )
     _check_stores(asked, basis, store, task_store, gradient)
+    if basis.corrects:
+        need_original(model)
     fingerprint = model_fingerprint(model)
     made_from = ((store, "covariances"), (task_store, "task's covariances"), (gradient, "gradient"))
     for given, of in made_from:
@@ -115,6 +119,7 @@ def plan_adapter(
         beta=chosen.beta,
         model_fingerprint=fingerprint,
         model_signs=model_signs(model),
+        quantize_to=asked.quantize_to,
         data_fingerprint=store.data_fingerprint if store is not None else None,
         task_fingerprint=of_task.data_fingerprint if of_task is not None else None,
         family=any_family(model).name,
@@ -255,6 +260,10 @@ def _decomposed(
     """The components of a weight that are adapted, by the basis of the method."""
     basis, rank = chosen.basis, chosen.ranks[site.name]
     norms = {"damping": asked.damping, "a_norm": asked.a_norm}
+    if asked.quantize_to is not None:
+        how = {**norms, "rank": rank, "route": chosen.route, "seed": asked.seed}
+        given = _there(covariance) if basis.needs_store else None
+        return decompose_error(weight, rounded(weight, asked.quantize_to), given, **how)
     if basis.directions == "qr":
         return _olora(weight, rank, asked.a_norm)
     if chosen.gradient is not None:

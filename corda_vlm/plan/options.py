@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 from corda_vlm.errors import CordaError, UnknownNameError
-from corda_vlm.families.options import SiteKeywords, SiteOptions
+from corda_vlm.families.options import Quantization, SiteKeywords, SiteOptions
 from corda_vlm.options import Count, NotNegative, Positive, Range, Seed, Text
 from corda_vlm.plan.bases import PLAN_METHODS
 from corda_vlm.ranks.rules import RANK_RULES, Need, get_rank_rule
@@ -98,17 +98,28 @@ class PlanOptions(DecompositionOptions):
 
     Attributes:
         method: How the directions are found: corda, pissa, milora, olora, sc-lora or lora-null; corda-natural, lora-ga or
-            keep-lora by the gradient of the new task's loss; auto: corda-natural where that gradient is given, else corda.
+            keep-lora by the gradient of the new task's loss; qera or loftq by what quantising costs; auto: corda-natural where that gradient is given, else corda.
+        quantize_to: Of "qera" and "loftq", whose pair is what quantising takes off the weights: what the base will be quantised to,
+            nf4 or int8. The plan is made of the original weights, and attached to the quantised ones.
         mode: Of "corda": kpm adapts what the calibration data uses least, to keep it; ipm what it uses most, to learn it.
     """
 
     method: Text = AUTO
     mode: Mode = MODE
+    quantize_to: Quantization | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method != AUTO:
             check_plan(self.method, self)
+        corrects = self.method != AUTO and PLAN_METHODS[self.method].corrects
+        if corrects != (self.quantize_to is not None):
+            takers = ", ".join(sorted(m for m, b in PLAN_METHODS.items() if b.corrects))
+            raise CordaError(
+                f"method {self.method!r} takes back what quantising costs: say to what, quantize_to='nf4' or 'int8'"
+                if corrects
+                else f"quantize_to is of {takers}, and method {self.method!r} does not look at it; leave it out"
+            )
 
     def settled(self, has_gradient: bool) -> PlanOptions:
         """These options, with the method and the rank rule that "auto" means.
@@ -206,3 +217,4 @@ class PlanKeywords(DecompositionKeywords, total=False):
 
     method: str
     mode: Mode
+    quantize_to: Quantization | None

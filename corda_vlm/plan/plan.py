@@ -13,6 +13,7 @@ from torch import nn
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import ForeignFileError
 from corda_vlm.families import any_family
+from corda_vlm.families.options import Quantization
 from corda_vlm.locks import locks
 from corda_vlm.options import (
     Count,
@@ -22,7 +23,7 @@ from corda_vlm.options import (
     Positive,
     Text,
 )
-from corda_vlm.plan.bases import Components, Side
+from corda_vlm.plan.bases import PLAN_METHODS, Components, Side
 from corda_vlm.plan.file import read_plan, write_plan
 from corda_vlm.plan.table import table_of
 from corda_vlm.same_model import is_made_from
@@ -95,6 +96,8 @@ class AdapterPlan:
         a_norm: norm of each row of A at the start; None: the paper's split `B = U Σ^½`.
         beta: of "sc-lora", see `plan_adapter`; None for the others.
         model_fingerprint, data_fingerprint: what it was made from; no data: None.
+        quantize_to: of a method that corrects what quantising takes away: what the model is quantised to that it is attached to;
+            else None.
         model_signs: of the same model, see `same_model`; None in plans of former versions.
         task_fingerprint: of the data of the new task, for a method that takes both; else None.
         family: key of `FAMILIES`.
@@ -115,6 +118,7 @@ class AdapterPlan:
     family: str
     rank_rule: str | None = field(default=None, kw_only=True)
     model_signs: str | None = field(default=None, kw_only=True)
+    quantize_to: Quantization | None = field(default=None, kw_only=True)
     sites: Annotated[tuple[SitePlan, ...], Items(least=1)]
     factors: Mapping[str, Decomposition] = field(default_factory=dict, repr=False, compare=False)
 
@@ -125,6 +129,12 @@ class AdapterPlan:
     def parameters(self) -> int:
         """Trainable parameters: `Σ (out + inp) · rank`."""
         return sum(sum(s.shape) * s.rank for s in self.sites)
+
+    @property
+    def corrects(self) -> bool:
+        """Is its pair added to a quantised base, rather than taken out of what is trained?"""
+        basis = PLAN_METHODS.get(self.method)
+        return basis is not None and basis.corrects
 
     @property
     def starts_at_zero(self) -> bool:

@@ -137,7 +137,7 @@ def test_pissa_and_olora_start_where_peft_starts(clip, method, init):
 def test_a_norm_sets_every_row_of_a_and_not_the_product(clip):
     model, store = clip
     plain = plan_of(model, store)
-    for method in PLAN_METHODS:
+    for method in (m for m, basis in PLAN_METHODS.items() if not basis.corrects):
         plan = plan_of(model, store, a_norm=10.0, method=method, **task_of(method, model, store))
         for name, factor in plan.factors.items():
             norms = factor.A.norm(dim=1)

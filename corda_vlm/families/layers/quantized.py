@@ -116,6 +116,16 @@ def quantize_layer(linear: nn.Linear, kind: str) -> nn.Linear:
     return made.train(linear.training)
 
 
+def rounded(matrix: Float[Tensor, "out inp"], kind: str) -> Float[Tensor, "out inp"]:
+    """What a plain layer with this weight multiplies by once `quantize_layer` has made it one of this kind."""
+    out, inp = matrix.shape
+    linear = nn.Linear(inp, out, bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix.detach(), requires_grad=False)
+    if is_misread(linear, kind):
+        return matrix.detach()  # such a layer stays as it is
+    return dequantized(quantize_layer(linear, kind))
+
+
 def plain_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     """The layer with its weight as a matrix of this dtype; its bias is the same parameter."""
     weight = dequantized(layer).to(dtype)
