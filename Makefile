@@ -77,6 +77,7 @@ bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@.venvs/clip_benchmark/bin/python eval/benchmarks/evaluation_speed.py images --out runs/bench/images_a_second.json
 	@.venvs/lm_eval/bin/python eval/benchmarks/evaluation_speed.py tokens --model $(SMOLLM2) --limit 100 --batch-size 16 --out runs/bench/tokens_a_second.json
 	@$(BIN)/python eval/benchmarks/convolutional.py --out runs/bench/convolutional.json
+	@$(BIN)/python eval/benchmarks/quantized_start.py --out runs/bench/quantized_start.json
 
 reliability: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.campaign --seconds $(SECONDS) --seed $(SEED)

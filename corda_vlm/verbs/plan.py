@@ -6,7 +6,7 @@ from pathlib import Path
 
 from corda_vlm.experiment import checks
 from corda_vlm.extras import require
-from corda_vlm.families.options import LoadOptions
+from corda_vlm.families.options import LoadOptions, Quantization
 from corda_vlm.options import as_keywords
 from corda_vlm.plan.options import PlanOptions
 from corda_vlm.verbs.shared import load_source, say_next
@@ -20,6 +20,7 @@ def plan(
     output: str = "plan.json",
     picture: str | None = None,
     dry_run: bool = False,
+    rounding: Quantization | None = None,
     *,
     options: PlanOptions,
     load: LoadOptions,
@@ -37,6 +38,8 @@ def plan(
         output: The plan, a JSON file; its factors go beside it.
         picture: Draw ranks, and what they follow, over blocks and roles into this file.
         dry_run: Print the plan and write nothing but the picture.
+        rounding: Print too what quantising the base to nf4 or int8 would cost with this plan: how far its layers start from the
+            original, in their weights and, with --covariance, in their outputs.
     """
     checks.check_source(model)
     for path in (covariance, task_covariance):
@@ -49,7 +52,7 @@ def plan(
         checks.check_output(output)
     from corda_vlm.covariance import CovarianceStore, GradientStore
     from corda_vlm.experiment import steps
-    from corda_vlm.plan import AdapterPlan, plan_adapter
+    from corda_vlm.plan import AdapterPlan, plan_adapter, quantization_errors
 
     loaded = load_source(model, load)
     store, task_store = (
@@ -65,6 +68,8 @@ def plan(
 
     planned = make() if dry_run else steps.write_plan(output, make)
     print(planned.table())
+    if rounding is not None:
+        print(f"\n{quantization_errors(loaded.model, rounding, store=store, plan=planned)}")
     if picture is not None:
         from corda_vlm.report.plots.plan import plan_heatmap  # it imports matplotlib
 

@@ -10,7 +10,7 @@ from corda_vlm.data.spec import parse_spec
 from corda_vlm.data.text.chat_options import ChatOptions
 from corda_vlm.errors import CordaError
 from corda_vlm.experiment import checks
-from corda_vlm.families.options import LoadOptions
+from corda_vlm.families.options import LoadOptions, Quantization
 from corda_vlm.options import Count, Seed, as_keywords, narrowed
 from corda_vlm.train.options import TrainOptions
 from corda_vlm.train.terms.options import TermOptions
@@ -29,6 +29,7 @@ def train(
     knowledge: Data | None = None,
     knowledge_samples: Count = CalibrationOptions.samples,
     knowledge_seed: Seed = CalibrationOptions.seed,
+    quantize_base: Quantization | None = None,
     *,
     options: TrainOptions,
     attach: AttachOptions,
@@ -57,6 +58,8 @@ def train(
         knowledge_samples: At most so many of them, drawn at random: the same as `calibrate --samples` draws.
         knowledge_seed: Of the draw: with that of `calibrate --seed` the records are the same.
         task_covariance: The file that `calibrate` wrote of the new task, for --anchor-metric task.
+        quantize_base: Keep the base in nf4 or int8 once the adapter is attached: with --base residual what is quantised is what the pair
+            leaves of the weights (QPiSSA).
     """
     if knowledge is not None:
         terms = terms.with_data()
@@ -94,6 +97,7 @@ def train(
         checks.check_file(path, "covariance", "make it by corda-vlm calibrate")
     checks.check_output(output, folder=True)
     from corda_vlm.adapter import attach_adapter
+    from corda_vlm.adapter import quantize_base as quantize
     from corda_vlm.covariance import CovarianceStore
     from corda_vlm.experiment import steps
     from corda_vlm.plan import AdapterPlan
@@ -116,8 +120,11 @@ def train(
         for path in (covariance, task_covariance)
     )
     planned = AdapterPlan.load(plan, model=loaded.model)
+    adapted = attach_adapter(loaded.model, planned, **as_keywords(attach, AttachOptions))
+    if quantize_base is not None:
+        quantize(adapted, quantize_base)
     result, _ = steps.train_anchored(
-        attach_adapter(loaded.model, planned, **as_keywords(attach, AttachOptions)),
+        adapted,
         records,
         loaded.processor,
         options=options,
