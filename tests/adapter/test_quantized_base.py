@@ -15,10 +15,12 @@ from corda_vlm import (
     collect_covariance,
     export_adapter,
     load_adapter,
+    load_model,
     plan_adapter,
     prepare_method,
     restore,
 )
+from corda_vlm.__main__ import main
 from corda_vlm.adapter import at_scale, quantize_base
 from corda_vlm.adapter.paired import base_matrix, paired_layers
 from corda_vlm.errors import CordaError, ForeignFileError
@@ -210,3 +212,23 @@ class TestResidual:
     def test_a_bare_model(self, kind):
         with pytest.raises(CordaError, match=r"load_model\(\.\.\., quantization="):
             quantize_base(dense(), kind)
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    """What quantising would cost is printed beside a plan, and the residual of its pair is trained on in eight bits."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    plan = ["plan", "emoji-clip-hf", "--method", "pissa", "--rank", "2", "--towers", "vision"]
+    main([*plan, "--rounding", "int8"])
+    assert "relative errors against the original weights, of int8" in capsys.readouterr().out
+    data = [
+        "{source: 'sklearn:digits', rows: [0, 32]}",
+        "--steps=1",
+        "--batch-size=4",
+        "--output=a",
+    ]
+    main(["train", "emoji-clip-hf", *data, "--base=residual", "--quantize-base=int8"])
+    config = json.loads((tmp_path / "a" / "weights" / "adapter_config.json").read_text())
+    assert (config["base"], config["quantization"]) == ("residual", "int8")
+    again = load_adapter(load_model("emoji-clip-hf").model, tmp_path / "a")
+    assert is_quantized(again)

@@ -51,12 +51,15 @@ def lines(path: Path, rows: list[dict]) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_smollm2(small_run, tiny_llm, tmp_path):
+@pytest.mark.parametrize("config", ["smollm2", "smollm2-nf4"])
+def test_smollm2(config, small_run, tiny_llm, tmp_path):
+    if "nf4" in config:
+        pytest.importorskip("bitsandbytes", reason="the extra corda-vlm[quantized] is missing")
     lines(tmp_path / "nq_open_dev_3610.jsonl", [{"question": f"who is {i}", "answer": [f"x{i}", "y"]} for i in range(12)])  # fmt: skip
     lines(tmp_path / "triviaqa_3000.jsonl", [{"question": f"Where is {i}?", "answer": f"z{i}", "aliases": ["w"]} for i in range(12)])  # fmt: skip
     sums = [{"context": f"{i} plus 1?", "chain_of_thought": "Add.", "answer": str(i)} for i in range(1319)]  # fmt: skip
     lines(tmp_path / "gsm8k_test_1319.jsonl", sums)
-    rows = small_run("configs/smollm2.yaml", tiny_llm, "training.steps=2")
+    rows = small_run(f"configs/{config}.yaml", tiny_llm, "training.steps=2")
     assert {row["scale"] for row in rows} == {1.0, 0.5}
 
 
