@@ -222,7 +222,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     main([*plan, "--rounding", "int8"])
     assert "relative errors against the original weights, of int8" in capsys.readouterr().out
     data = [
-        "{source: 'sklearn:digits', rows: [0, 32]}",
+        "sklearn:digits",
         "--steps=1",
         "--batch-size=4",
         "--output=a",

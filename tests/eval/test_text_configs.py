@@ -51,7 +51,7 @@ def lines(path: Path, rows: list[dict]) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize("config", ["smollm2", "smollm2-nf4"])
+@pytest.mark.parametrize("config", ["smollm2", pytest.param("smollm2-nf4", marks=pytest.mark.slow)])
 def test_smollm2(config, small_run, tiny_llm, tmp_path):
     if "nf4" in config:
         pytest.importorskip("bitsandbytes", reason="the extra corda-vlm[quantized] is missing")
