@@ -80,6 +80,7 @@ IN_YAML = {
 
 ELSEWHERE = {
     (Variant, "seed"): "each variant is trained with the experiment's seeds",
+    (Variant, "quantize_to"): "a run has no original weights where its model is quantised",
     (Variant, "mode"): "the name of the method has it: corda-kpm, corda-ipm",
 }
 

@@ -4,7 +4,7 @@
     python eval/benchmarks/quantized_start.py MODEL --data '{source: "jsonl:DIR/nq_open_dev_3610.jsonl", format: qa}'
 
 Of every way the relative error of the weights, `‖W − V‖ / ‖W‖`, and of the layers' outputs on the data, `‖(W − V) C^½‖ / ‖W C^½‖`,
-energies added up over all layers:
+energies added up over all layers, and the latter's mean over the layers too: a few with massive activations have most of the energy.
 
 - `Q(W)`: the untouched base, of QLoRA and of the pair that is taken out of what is trained;
 - `Q(W − B₀A₀) + B₀A₀`: the residual base, with the pair of PiSSA (QPiSSA) and those of CorDA;
@@ -14,6 +14,7 @@ energies added up over all layers:
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 import warnings
 from pathlib import Path
@@ -35,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "loftq": {"method": "loftq"},
     "qera": {"method": "qera"},
 }
-HEADINGS = ("start", "rank", "weight", "outputs")
+HEADINGS = ("start", "rank", "weight", "outputs", "outputs, mean of layers")
 
 
 def main() -> None:
@@ -80,11 +81,12 @@ def main() -> None:
             for way in errors.errors:
                 total = errors.total(way)
                 row = (f"{way}, {name}" if way != "Q(W)" else way, rank if way != "Q(W)" else 0)
-                row = (*row, total.relative, total.relative_outputs)
+                of_layers = [e.relative_outputs or 0.0 for e in errors.errors[way].values()]
+                row = (*row, total.relative, total.relative_outputs, statistics.mean(of_layers))
                 if row not in rows:
                     rows.append(row)
-    shown = [(w, r or "", f"{100 * a:.2f} %", f"{100 * (b or 0):.2f} %") for w, r, a, b in rows]
-    print(text_table(shown, HEADINGS, (False, True, True, True)))
+    shown = [(w, r or "", *(f"{100 * share:.2f} %" for share in shares)) for w, r, *shares in rows]
+    print(text_table(shown, HEADINGS, (False, *[True] * 4)))
     print(f"\n{asked.kind}, {asked.model}, {time.perf_counter() - began:.0f} s")
     if asked.out is not None:
         found = [dict(zip(HEADINGS, row, strict=True)) for row in rows]
