@@ -40,6 +40,12 @@ def save_tensors(
     Raises:
         CordaError: NaN or Inf among the values, or nothing can be written there.
     """
+    if in_pieces := [name for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")]:
+        raise CordaError(
+            f"{in_pieces[0]} is a distributed tensor, of which this process holds a piece, so it is not written to "
+            f"{shown(path)}: gather the weights first, torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)), and write them on the first process"
+        )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if strange := not_finite(plain.items()):
         raise CordaError(

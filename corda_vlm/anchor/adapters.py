@@ -19,6 +19,7 @@ from corda_vlm.adapter.paired import PairedLayer, base_matrix, difference, train
 from corda_vlm.adapter.parameters import parameter_matrix
 from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.anchor.output_side import Outputs
+from corda_vlm.distributed.pieces import whole
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.matrix import matrix_of
 
@@ -119,7 +120,8 @@ class Adapted:
 
     def all_pairs(self) -> tuple[Float[Tensor, "*n out r"], Float[Tensor, "*n r inp"]]:
         """Those of all experts of the layer, or its own."""
-        return _joined([trained(self.layer, name) for name in self.adapters])
+        pairs = [trained(self.layer, name) for name in self.adapters]
+        return _joined([(whole(B), whole(A)) for B, A in pairs])
 
     def all_firsts(self) -> tuple[Float[Tensor, "*n out r"], Float[Tensor, "*n r inp"]]:
         """The frozen pairs of one of ours, of all experts or its own."""
@@ -178,7 +180,7 @@ class Adapted:
 
     def magnitude(self) -> Float[Tensor, " out"]:
         magnitude: Any = self.layer.lora_magnitude_vector[self.adapters[0]].weight
-        return magnitude.flatten()  # of a convolution (1, out, 1, 1)
+        return whole(magnitude).flatten()  # of a convolution (1, out, 1, 1)
 
 
 class Adapters:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.anchor.output_side import Outputs
+from corda_vlm.distributed.pieces import whole
 from corda_vlm.errors import CordaError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import is_packed, packed_weights
@@ -75,7 +76,7 @@ class FullWeights:
         for parent, names in by_parent.items():
             first = _weights_below(model, parent, names, as_trained=False)
             for name, weight in zip(names, first, strict=True):
-                before = weight.detach()
+                before = whole(weight.detach())
                 if weight.requires_grad:  # one that is frozen has its trained copy beside it
                     before = copies[name] if name in copies else before.clone()
                     self.copied.add(name)
@@ -97,7 +98,7 @@ class FullWeights:
     def shares(self) -> Iterator[Float[Tensor, " n"]]:
         for parent, names in self.by_parent.items():
             weights, found = _weights_below(self.model, parent, names), []
-            for name, weight in zip(names, weights, strict=True):
+            for name, weight in zip(names, map(whole, weights), strict=True):
                 if self.before[name].device != weight.device:
                     self.before[name] = self.before[name].to(weight.device)
                 with torch.autocast(weight.device.type, enabled=False):

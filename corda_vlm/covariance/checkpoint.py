@@ -63,17 +63,18 @@ class Source:
         return _hash(first, self.total)
 
     def batches(
-        self, done: int, device: torch.device, share: Share = ALONE
+        self, done: int, device: torch.device, share: Share = ALONE, *, by_number: bool = True
     ) -> Iterator[tuple[int, Batch | None]]:
         """The number of each batch after the first `done` that is in the share, and the batch on a device.
 
-        Of `make_batches` the others are not even built. A batch is None of which no record was of use.
+        Of `make_batches` the others are not even built. A batch is None of which no record was of use; without `by_number`,
+        that has no number and is left out.
 
         Raises:
             CalibrationError: a batch that is no mapping.
         """
-        useful = False
-        for number, item in self._numbered(done, share):
+        useful, batch_at = False, self._by_number if by_number else None
+        for number, item in self._numbered(done, share, batch_at):
             batch = self.as_mapping(item)
             if not isinstance(batch, Mapping):
                 raise CalibrationError(
@@ -82,13 +83,15 @@ class Source:
                     "'attention_mask': mask} for ids, mask in loader]"
                 )
             useful = useful or bool(batch)
-            yield number, on_device(batch, device) if batch or not self._by_number else None
-        if self._by_number is not None and not useful:
+            yield number, on_device(batch, device) if batch or batch_at is None else None
+        if batch_at is not None and not useful:
             next(iter(self._batches), None)  # raises where no record of all is of use
 
-    def _numbered(self, done: int, share: Share) -> Iterator[tuple[int, Any]]:
+    def _numbered(
+        self, done: int, share: Share, batch_at: Callable[[int], Any] | None
+    ) -> Iterator[tuple[int, Any]]:
         first = share.from_on(done)
-        if (batch_at := self._by_number) is not None:
+        if batch_at is not None:
             assert self.total is not None
             yield from ((n, batch_at(n)) for n in range(first, self.total, share.size))
         else:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,23 +24,26 @@ from corda_vlm.covariance.observer import Observer
 from corda_vlm.covariance.options import CollectKeywords, CollectOptions
 from corda_vlm.covariance.output_observer import OutputSide
 from corda_vlm.covariance.store import CovarianceStore, too_few
-from corda_vlm.covariance.together import PooledCheckpoint, pooled_result, run_together
+from corda_vlm.covariance.together import (
+    PooledCheckpoint,
+    check_processes,
+    pooled_result,
+    run_together,
+)
 from corda_vlm.covariance.tokens import Masks
 from corda_vlm.distributed.agree import (
-    has_group,
     made_by_first,
     made_everywhere,
-    same_everywhere,
     told_by_first,
     told_everywhere,
-    world_size,
 )
 from corda_vlm.distributed.deal import Share
+from corda_vlm.distributed.first import locked_by_first
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, Family, any_family, token_masks
 from corda_vlm.families.base import evaluating
 from corda_vlm.families.options import SiteOptions
-from corda_vlm.files import check_path, text_digest
+from corda_vlm.files import check_path
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.locks import locked
 from corda_vlm.names import quoted
@@ -123,7 +125,8 @@ def collect_covariance(
     if path is not None:
         check_path(path)
         path = Path(path)
-    _check_processes(job, asked, path)
+    chosen = [asdict(asked), sorted(site.name for site in job.sites), job.base]
+    check_processes(job.source, job.model, chosen, path)
     job = replace(job, share=Share.here())
     saved = made_everywhere("the file of covariances", lambda: _begun(path, model))
     if asked.precision == "auto":
@@ -141,7 +144,7 @@ def collect_covariance(
     )
     # Only now: the processes of a distributed run had to agree before one of them may be turned away.
     with (
-        _locked_by_first(path),
+        locked_by_first(path),
         showing(show_progress and job.share.is_first),
         interruptible as interrupts,
         evaluating(model),
@@ -168,15 +171,6 @@ def _write(result: CovarianceStore, path: Path, blockwise: bool) -> None:
     result.save(path)
     if blockwise:
         discard(folder_of(path))
-
-
-@contextmanager
-def _locked_by_first(path: Path | None) -> Iterator[None]:
-    """The path's lock, which the first process holds for all."""
-    with ExitStack() as stack:
-        if path is not None:
-            made_by_first("the lock", lambda: stack.enter_context(locked(path)))
-        yield
 
 
 def _job(
@@ -355,45 +349,6 @@ def _run(
 
 
 # ------------------------------------------------------------------ checks
-
-
-def _check_processes(job: Calibration, asked: CollectOptions, path: Path | None) -> None:
-    """Raise `CordaError`, on every process alike, unless all of a distributed run collect the same."""
-    processes = world_size()
-    if processes == 1:
-        return
-    if not has_group():
-        raise CordaError(
-            f"this is one of {processes} processes, which cannot deal the batches out to each other, as torch.distributed has no "
-            "process group yet: call torch.distributed.init_process_group() first. Or calibrate before the run, in one process "
-            "(collect_covariance(..., path=...) or `corda-vlm calibrate`), and let every process load the file: "
-            "CovarianceStore.load(path)"
-        )
-    same_everywhere(
-        "the calibration batches",
-        job.source.fingerprint,
-        "Each takes its share by itself: give all of them the same batches in the same order, without a DistributedSampler and not "
-        "through accelerate's prepare()",
-    )
-    same_everywhere(
-        "the model",
-        model_fingerprint(job.model),
-        "Load the same weights on all, and do not train before",
-    )
-    chosen = [asdict(asked), sorted(site.name for site in job.sites), job.base]
-    digest = text_digest(json.dumps(chosen, default=str))
-    same_everywhere(
-        "what is to be collected", digest, "Give all of them the same options, sites and store"
-    )
-    same_everywhere(
-        "the path of the covariances",
-        "none" if path is None else str(path.absolute()),
-        "The first writes for all: give all the same path, on a file system that they share",
-    )
-    there = "nothing" if path is None or not path.exists() else f"{path.stat().st_size} bytes"
-    same_everywhere(
-        f"what they see at {path}", there, "Give a path on a file system that all of them share"
-    )
 
 
 def _check_base(

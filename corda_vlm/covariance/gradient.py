@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,17 @@ from typing_extensions import Unpack
 from corda_vlm.covariance.checkpoint import Source, no_batches
 from corda_vlm.covariance.gradient_store import GradientStore
 from corda_vlm.covariance.options import CollectOptions
+from corda_vlm.covariance.together import check_processes
+from corda_vlm.distributed.agree import (
+    AT_WORK,
+    made_by_first,
+    made_everywhere,
+    told_by_first,
+    told_everywhere,
+)
+from corda_vlm.distributed.deal import Share
+from corda_vlm.distributed.first import locked_by_first
+from corda_vlm.distributed.sums import add_up, send_from
 from corda_vlm.errors import CalibrationError, CordaError, ForeignFileError
 from corda_vlm.families import Batch, any_family
 from corda_vlm.families.base import device_of, evaluating, requiring
@@ -34,7 +45,6 @@ from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.families.options import SiteKeywords, SiteOptions
 from corda_vlm.files import check_path
 from corda_vlm.interrupts import Interrupts
-from corda_vlm.locks import locked
 from corda_vlm.names import quoted
 from corda_vlm.options import as_keywords, options_from
 from corda_vlm.progress import Meter, showing
@@ -63,6 +73,8 @@ def collect_gradient(
     One backward pass a batch, in eval mode, with gradients of these weights alone; each is added to a float32 sum on the CPU
     as soon as it is there, so that the model's own device holds one of them beside the activations. The sums take four
     bytes a weight.
+
+    In a distributed run the batches are dealt out as those of `collect_covariance` are, and all processes get the mean of all.
 
     Args:
         model: bare; packed attention is unpacked meanwhile.
@@ -93,17 +105,25 @@ def collect_gradient(
     source = Source(batches)
     source.as_mapping = partial(any_family(model).as_mapping, model)
     path = None if path is None else Path(check_path(path))
+    about = about or _name_of(loss or own_loss)
+    check_processes(source, model, [about, sorted(site.name for site in sites)], path)
+    share = Share.here()
     with (
-        nullcontext() if path is None else locked(path),
-        showing(show_progress),
+        locked_by_first(path),
+        showing(show_progress and share.is_first),
         Interrupts("finishing the batch in flight, then saving", active=path is not None) as stop,
         evaluating(model),
         unpacked(model),
     ):
-        job = _Job(model, source, loss or own_loss, sites, about, path)
+        job = made_everywhere(
+            "the gradient's file",
+            lambda: _Job(model, source, loss or own_loss, sites, about, path),
+        )
         if not job.complete:
-            job.run(stop)
-        return job.result() if path is None else GradientStore.load(path)
+            job.run(stop) if share.is_all else job.run_together(stop, share)
+        if path is None:
+            return job.result()
+        return made_everywhere("the finished gradient", lambda: GradientStore.load(path))
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
@@ -147,10 +167,11 @@ class _Job:
         self.weights = {name: _differentiable(layer) for name, layer in self.layers.items()}
         self.fingerprints = {
             "model_fingerprint": model_fingerprint(model),
-            "data_fingerprint": f"{source.fingerprint}-{about or _name_of(loss)}",
+            "data_fingerprint": f"{source.fingerprint}-{about}",
         }
         self.signs = model_signs(model)
         self.done, self.complete = 0, False
+        self.number = 0  # of the batch in flight
         self.sums: dict[str, Tensor] = {}
         if path is not None and path.exists():
             self._go_on(GradientStore.load(path, unfinished=True))
@@ -173,14 +194,12 @@ class _Job:
     def run(self, stop: Interrupts) -> None:
         """Add up the batches that are left; a stop, or data that fails because of it, saves what is counted."""
         took, ended = 0.0, time.monotonic()
-        remaining = self.source.batches(self.done, device_of(self.model))
+        remaining = self.source.batches(self.done, device_of(self.model), by_number=False)
         meter = Meter("gradient", self.source.total, unit="batch", initial=self.done)
         with meter, self._watched():
             while (item := self._next(remaining, stop)) is not None:
-                number, batch = item
-                if batch is not None:
-                    self._add(batch)
-                self.done = number + 1
+                self._add(*item)
+                self.done += 1
                 meter.update()
                 if stop.asked is not None:
                     self._stop()
@@ -189,13 +208,57 @@ class _Job:
                     self._save()
                     ended = time.monotonic()
                     took = ended - began
+        self._finish()
+        self._save()
+
+    def run_together(self, stop: Interrupts, share: Share) -> None:
+        """Add up this process's share of the batches that are left, and then the sums of all processes; the first writes.
+
+        There is no checkpoint on the way: a stop, or an error of one process, leaves the file as it was.
+        """
+        if not share.is_first:
+            self.sums = {}  # what a checkpoint had is the first's
+        remaining = self.source.batches(self.done, device_of(self.model), share)
+        meter = Meter("gradient", self.source.total, unit="batch", initial=self.done)
+
+        def work() -> list[int]:
+            useful = 0
+            for number, batch in remaining:
+                if stop.asked is not None:
+                    return [useful, 1]
+                if batch is not None:
+                    self._add(number, batch)
+                    useful += 1
+                meter.update(share.size)
+            return [useful, 0]
+
+        with meter, self._watched():
+            every = told_everywhere("the batches", work, AT_WORK)
+        if any(stopped for _, stopped in every):
+            raise KeyboardInterrupt(
+                "stopped; of a gradient that several processes take nothing is saved before the end"
+            )
+        self.done += sum(useful for useful, _ in every)
+        for name, weight in self.weights.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(weight.shape).flatten(1)
+        add_up((self.sums[name].contiguous() for name in self.weights), torch.float32)
+        made_by_first("the gradient", self._finish)
+        reached = told_by_first("the weights that were reached", lambda: list(self.sums))
+        self.sums = {name: self.sums[name] for name in reached}
+        self.complete = True
+        if self.path is None:
+            send_from(0, self.sums.values(), torch.float32)
+        made_by_first("the gradient's file", self._save)
+
+    def _finish(self) -> None:
+        """From sums to means."""
         if self.done == 0:
             raise no_batches()
         self._tell_unreached()
         for total in self.sums.values():
             total.div_(self.done)
         self.complete = True
-        self._save()
 
     def _next(
         self, remaining: Iterator[tuple[int, Batch | None]], stop: Interrupts
@@ -230,7 +293,9 @@ class _Job:
             **self.fingerprints,
         )
 
-    def _add(self, batch: Batch) -> None:
+    def _add(self, number: int, batch: Batch | None) -> None:
+        assert batch is not None
+        self.number = number
         with torch.enable_grad():
             value = self.loss(self.model, batch)
             if not isinstance(value, Tensor) or value.numel() != 1:
@@ -271,7 +336,7 @@ class _Job:
             gradient = gradient.flatten(1)  # that of a convolution as its weight is
             if not bool(torch.isfinite(gradient).all()):
                 raise CalibrationError(
-                    f"the gradient of {name} has NaN or Inf in batch {self.done} (from 0). Look at that batch's inputs; if they "
+                    f"the gradient of {name} has NaN or Inf in batch {self.number} (from 0). Look at that batch's inputs; if they "
                     "are fine, load the model in float32 or bfloat16"
                 )
             # the first may be a view of what the backward pass goes on with

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from corda_vlm.covariance.moments import SecondMoment
 from corda_vlm.distributed.agree import told_by_first, told_everywhere
 from corda_vlm.distributed.deal import Share
-from corda_vlm.distributed.sums import add_up, send_from_first
+from corda_vlm.distributed.sums import add_up, send_from
 
 
 def home_of(layer: nn.Linear | nn.Conv2d, device: torch.device | str | None) -> torch.device:
@@ -65,9 +65,9 @@ def share_out(moments: Sequence[SecondMoment]) -> None:
     for moment, count in zip(moments, counts, strict=True):
         moment.count = count
     dtype = moments[0].dtype
-    send_from_first((moment.packed for moment in moments), dtype)
-    send_from_first((moment.shift for moment in moments), dtype)
-    send_from_first((moment.mean for moment in moments), torch.float64)
+    send_from(0, (moment.packed for moment in moments), dtype)
+    send_from(0, (moment.shift for moment in moments), dtype)
+    send_from(0, (moment.mean for moment in moments), torch.float64)
 
 
 def _shift(moment: SecondMoment, counts: list[int], share: Share) -> Tensor:

@@ -7,19 +7,31 @@ that has died on one of them is known to all.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from corda_vlm.covariance.checkpoint import Calibration, Checkpoint
+from corda_vlm.covariance.checkpoint import Calibration, Checkpoint, Source
 from corda_vlm.covariance.observer import Observer
 from corda_vlm.covariance.store import CovarianceStore
-from corda_vlm.distributed.agree import made_by_first, told_everywhere
+from corda_vlm.distributed.agree import (
+    has_group,
+    made_by_first,
+    same_everywhere,
+    told_everywhere,
+    world_size,
+)
+from corda_vlm.errors import CordaError
 from corda_vlm.families import Batch
+from corda_vlm.files import text_digest
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.progress import Meter
+from corda_vlm.sites import model_fingerprint
 
 _SPAN = 2.0
 """Seconds that a span takes, about."""
@@ -142,3 +154,47 @@ def pooled_result(job: Calibration, observer: Observer, *, everywhere: bool) -> 
         observer.share_out()
     complete = everywhere or job.share.is_first
     return observer.store(data=job.source.fingerprint, base=job.base, complete=complete)
+
+
+def check_processes(source: Source, model: nn.Module, chosen: object, path: Path | None) -> None:
+    """Raise `CordaError`, on every process alike, unless all of a distributed run collect the same.
+
+    Args:
+        chosen: what else has to be the same, as JSON has it.
+        path: that the first writes for all.
+    """
+    processes = world_size()
+    if processes == 1:
+        return
+    if not has_group():
+        raise CordaError(
+            f"this is one of {processes} processes, which cannot deal the batches out to each other, as torch.distributed has no "
+            "process group yet: call torch.distributed.init_process_group() first. Or calibrate before the run, in one process "
+            "(collect_covariance(..., path=...) or `corda-vlm calibrate`), and let every process load the file: "
+            "CovarianceStore.load(path)"
+        )
+    same_everywhere(
+        "the calibration batches",
+        source.fingerprint,
+        "Each takes its share by itself: give all of them the same batches in the same order, without a DistributedSampler and not "
+        "through accelerate's prepare()",
+    )
+    same_everywhere(
+        "the model",
+        model_fingerprint(model),
+        "Load the same weights on all, and do not train before",
+    )
+    same_everywhere(
+        "what is to be collected",
+        text_digest(json.dumps(chosen, default=str)),
+        "Give all of them the same options, sites and store",
+    )
+    same_everywhere(
+        "the path of what is collected",
+        "none" if path is None else str(path.absolute()),
+        "The first writes for all: give all the same path, on a file system that they share",
+    )
+    there = "nothing" if path is None or not path.exists() else f"{path.stat().st_size} bytes"
+    same_everywhere(
+        f"what they see at {path}", there, "Give a path on a file system that all of them share"
+    )

@@ -111,6 +111,8 @@ def _wait(store: Any, keys: list[str], what: str, patience: timedelta) -> None:
         absent = [other for other, key in enumerate(keys) if not store.check([key])]
         passed = time.monotonic() - began
         if gone := [other for other in absent if _is_gone(store, other)]:
+            if is_first():  # it may keep the store, in which the others find out
+                time.sleep(2 * _LOOK.total_seconds())
             raise CordaError(
                 f"rank {_listed(gone)} of {len(keys)} has ended, and did not come to compare {what}. Its own message says why; "
                 "what was written before is whole, and the same command goes on from there"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from corda_vlm.distributed.agree import group_size, rank
-
-_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ ALONE = Share(0, 1)
 """All of the work."""
 
 
-def dealt(costs: Mapping[_Key, float], share: Share) -> list[_Key]:
+def dealt(costs: Mapping[str, float], share: Share) -> list[str]:
     """What this process has of pieces of work of different costs: the largest first, each to who has least so far.
 
     Every process that is given the same costs deals alike, so that nobody has to ask.
@@ -59,7 +56,7 @@ def dealt(costs: Mapping[_Key, float], share: Share) -> list[_Key]:
         its own pieces, in the order of `costs`.
     """
     loads = [0.0] * share.size
-    own: set[_Key] = set()
+    own: set[str] = set()
     for piece in sorted(costs, key=lambda piece: -costs[piece]):  # equals in their order
         least = loads.index(min(loads))
         loads[least] += costs[piece]

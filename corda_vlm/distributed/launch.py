@@ -78,7 +78,7 @@ def say_error(message: object) -> None:
     print(f"{who}: {message}", file=sys.stderr)
 
 
-TOGETHER = ("calibrate", "plan", "init", "evaluate")
+TOGETHER = ("calibrate", "gradient", "plan", "init", "evaluate")
 """The verbs that several processes do together."""
 
 
@@ -92,6 +92,6 @@ def check_processes(words: Sequence[str]) -> None:
     if size > 1 and words[:1] and words[0] not in TOGETHER:
         raise CordaError(
             f"started in {size} processes, and {words[0]} runs in one: start it without torchrun or accelerate launch. In several "
-            f"processes run {', '.join(TOGETHER[:2])} and {TOGETHER[-1]}; your own script trains in several with DistributedDataParallel, "
+            f"processes run {', '.join(TOGETHER[:3])} and {TOGETHER[-1]}; your own script trains in several with DistributedDataParallel, "
             "see the page on several processes"
         )

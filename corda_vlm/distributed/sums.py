@@ -42,9 +42,11 @@ def add_up(tensors: Iterable[Tensor], dtype: torch.dtype, *, everywhere: bool = 
         _in_buckets(tensors, dtype, lambda bucket: dist.reduce(bucket, 0), lambda: rank() == 0)
 
 
-def send_from_first(tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
-    """Give every process what the first has, in place; otherwise as `add_up`."""
-    _in_buckets(tensors, dtype, lambda bucket: dist.broadcast(bucket, 0), lambda: rank() != 0)
+def send_from(sender: int, tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Give every process what the one of this rank has, in place; otherwise as `add_up`."""
+    _in_buckets(
+        tensors, dtype, lambda bucket: dist.broadcast(bucket, sender), lambda: rank() != sender
+    )
 
 
 def _in_buckets(

@@ -6,13 +6,16 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from corda_vlm.distributed.agree import made_by_first, same_everywhere, told_by_first
+from corda_vlm.distributed.deal import Share
 from corda_vlm.errors import CordaError, DataError, NotFiniteError, UnknownNameError
 from corda_vlm.evaluation.models.encoder import Cache, Encoder
 from corda_vlm.evaluation.options import EvalKeywords, EvalOptions
@@ -27,9 +30,11 @@ from corda_vlm.evaluation.scores import BASE, Outcome, Score, value_text
 from corda_vlm.evaluation.suite import Suite, Task, load_suite
 from corda_vlm.evaluation.tasks.base import TaskContext
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
+from corda_vlm.files import text_digest
 from corda_vlm.options import options_from
 from corda_vlm.precision import takes_bf16
 from corda_vlm.progress import Meter, showing
+from corda_vlm.sites import model_fingerprint
 
 if TYPE_CHECKING:
     from corda_vlm.families.base import Loaded, Processor
@@ -101,13 +106,14 @@ def evaluate(
     if predictions is not None:
         suite = load_suite(suite)
         check_predicting(suite, asked.tasks)
-        check_predictions(predictions)
+        made_by_first("the predictions", partial(check_predictions, predictions))
     scores: list[Score] = []
     for result in measure(
         encoder, suite, asked, head=head, show_progress=show_progress, predict=predictions is not None
     ):  # fmt: skip
         if predictions is not None:
-            add_predictions(predictions, result, method=method)
+            add = partial(add_predictions, predictions, result, method=method)
+            made_by_first("the predictions", add)
         scores += result.scores
     return scores
 
@@ -157,6 +163,9 @@ def measure(
 ) -> Iterator[TaskResult]:
     """Measure a model on a suite, task by task, so that each can be written down before the next begins.
 
+    The processes of a distributed run deal the batches of examples out to each other, and all have the result: the scores of a
+    single process. All of them have to call this, with the same model.
+
     Args:
         encoder: the model, as `encoder_of` gives it.
         suite: a name of eval/suites, a path, a mapping or a `Suite`.
@@ -171,6 +180,7 @@ def measure(
         NotFiniteError: the model's outputs are NaN or Inf, so there is no score; names the task and how many.
     """
     suite = load_suite(suite)
+    encoder = _shared(encoder, suite, options)
     started = time.perf_counter()
     for task, data in tasks_with_data(suite, options, encoder.cache, limit=options.limit):
         what = _name_of(task, suite)
@@ -181,7 +191,10 @@ def measure(
             evaluator = evaluator.with_head(head)
         hearing = replace(encoder, heard=[]) if predict else encoder
         try:
-            with showing(show_progress), Meter(task.name, evaluator.examples, unit="example"):
+            with (
+                showing(show_progress and encoder.share.is_first),
+                Meter(task.name, evaluator.examples, unit="example"),
+            ):
                 outcomes = tuple(evaluator.outcomes(hearing))
         except NotFiniteError as error:
             raise NotFiniteError(f"{what}: {error}") from error
@@ -192,6 +205,27 @@ def measure(
         told = records_told(data, task.source) if said else None
         yield TaskResult(task, scores, outcomes, time.perf_counter() - started, said, told)
         started = time.perf_counter()
+
+
+def _shared(encoder: Encoder, suite: Suite, options: EvalOptions) -> Encoder:
+    """What measures this process's share of a distributed run.
+
+    Raises:
+        CordaError: the processes measure different things.
+    """
+    share = Share.here()
+    if share.is_all:
+        return encoder
+    tasks = [task.digest for task in suite.tasks]
+    model = model_fingerprint(encoder.model, encoder.family)
+    same_everywhere(
+        "what is measured",
+        text_digest(json.dumps([model, tasks, asdict(options)], default=str)),
+        "They deal the examples out to each other: give all of them the same model, suite and options",
+    )
+    # measured on each, where it was left open
+    bf16 = told_by_first("the precision", lambda: encoder.bf16)
+    return replace(encoder, share=share, bf16=bf16)
 
 
 def tasks_with_data(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,8 @@ from corda_vlm.covariance import CovarianceStore, GradientStore, collect_covaria
 from corda_vlm.covariance.options import CalibrationOptions, CollectOptions
 from corda_vlm.data import Records, data_warnings, load_records, make_batches, with_root
 from corda_vlm.data.text.chat_options import ChatOptions
+from corda_vlm.distributed.agree import made_by_first
+from corda_vlm.distributed.first import locked_by_first
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.evaluation import Cache, Suite, add_result
 from corda_vlm.evaluation.class_names import load_class_names, load_templates, match_class_names
@@ -37,7 +40,6 @@ from corda_vlm.evaluation.predictions import add_predictions
 from corda_vlm.families import Loaded, Processor
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.files import entries, file_digest, text_digest
-from corda_vlm.locks import locked
 from corda_vlm.options import as_keywords, narrowed, option_names
 from corda_vlm.plan import AdapterPlan
 from corda_vlm.sites import Site, find_sites, lies_in, model_fingerprint
@@ -127,10 +129,10 @@ def calibrated_sites(
 
 
 def write_plan(path: str | Path, make: Callable[[], AdapterPlan]) -> AdapterPlan:
-    """Make a plan and write it to a file, which no other process may write meanwhile."""
-    with locked(path):
+    """Make a plan and write it to a file, which no other run may write meanwhile; of several processes the first writes."""
+    with locked_by_first(path):
         plan = make()
-        plan.save(path)
+        made_by_first("the plan's file", lambda: plan.save(path))
     return plan
 
 
@@ -390,11 +392,19 @@ def measure_into(
             facts = {**about, "scale": scale}
             if result.task.name in made_from:
                 facts["made_from"] = made_from[result.task.name]
-            if (
-                predictions is not None
-            ):  # first, so that a kill in between has the task measured again
-                add_predictions(predictions, result, **facts)
-            yield result, [] if scores is None else add_result(scores, result, **facts)
+            write = partial(_add_result, scores, predictions, result, facts)
+            yield result, made_by_first("the scores", write) or []
+
+
+def _add_result(
+    scores: str | Path | None,
+    predictions: str | Path | None,
+    result: TaskResult,
+    facts: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    if predictions is not None:  # first, so that a kill in between has the task measured again
+        add_predictions(predictions, result, **facts)
+    return [] if scores is None else add_result(scores, result, **facts)
 
 
 def measured_from(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,8 +12,9 @@ from torch import Tensor
 from corda_vlm import ranks
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.decompose import Root
+from corda_vlm.distributed.values import dealt_out
 from corda_vlm.errors import CordaError
-from corda_vlm.progress import track
+from corda_vlm.sites import SiteWeights
 
 Key = tuple[str, int | None]  # stream, and its round or None for all pooled
 
@@ -65,6 +66,13 @@ class ChosenCovariances:
             self._root = Root(covariance, power, self._damping, device)
         return self._root
 
+    def groups(self, sites: Iterable[str]) -> dict[str, list[str]]:
+        """The sites that share a covariance, by the first of them, so that it is made once for all."""
+        by_key: dict[Key | str, list[str]] = {}
+        for site in sites:
+            by_key.setdefault(site if self._store is None else self._key(site), []).append(site)
+        return {members[0]: members for members in by_key.values()}
+
     def scores(self, site: str) -> tuple[float, ...] | None:
         """`ranks.selection_score` of every candidate round; None where there was no choice."""
         return self.selections[site].scores if site in self.selections else None
@@ -109,7 +117,7 @@ class ChosenCovariances:
 
 
 def choose_covariances(
-    weights: Mapping[str, Tensor],
+    weights: SiteWeights,
     store: CovarianceStore | None,
     damping: float,
     dynamic: bool,
@@ -140,17 +148,30 @@ def choose_covariances(
                 "dynamic_covariance chooses among calibration rounds, and these covariances hold one; collect them "
                 "with rounds=4 (calibrate --rounds 4), or leave dynamic_covariance off"
             )
-        for stream, members in track(streams.items(), "rounds", unit="stream"):
+
+        def select(stream: str) -> dict[str, ranks.Selection]:
+            own = {site: weights[site] for site in streams[stream]}
             try:
-                selections |= ranks.select_covariance(
-                    _candidates(store, stream),
-                    {site: weights[site] for site in members},
-                    damping=damping,
-                )
+                return ranks.select_covariance(_candidates(store, stream), own, damping=damping)
             except CordaError as error:
-                raise CordaError(f"site {members[0]!r}: {error}") from error
+                raise CordaError(f"site {streams[stream][0]!r}: {error}") from error
+
+        costs = costs_of(streams, weights.shapes)
+        selections = dealt_out("rounds", streams, costs, select, (ranks.Selection,))
         rounds = {site: selections[site].index for site in weights}
     return ChosenCovariances(store, rounds, selections, damping)
+
+
+def costs_of(
+    groups: Mapping[str, Sequence[str]], shapes: Mapping[str, ranks.Shape]
+) -> dict[str, float]:
+    """What the decompositions of sites that share a covariance cost, in some unit: cubes of their widths."""
+
+    def cost(members: Sequence[str]) -> float:
+        products = [math.prod(shapes[site]) * min(shapes[site]) for site in members]
+        return float(sum(products) + shapes[members[0]][1] ** 3)
+
+    return {group: cost(members) for group, members in groups.items()}
 
 
 def _candidates(store: CovarianceStore, stream: str) -> Iterator[Float[Tensor, "inp inp"]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,24 +28,28 @@ from corda_vlm.decompose import (
 )
 from corda_vlm.decompose.basis import float64_device
 from corda_vlm.decompose.gradient import check_pair_rank
+from corda_vlm.distributed.agree import is_first, same_everywhere
+from corda_vlm.distributed.values import dealt_out
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.layers.quantized import rounded
 from corda_vlm.families.options import SiteOptions
+from corda_vlm.files import text_digest
 from corda_vlm.names import quoted
 from corda_vlm.options import as_keywords, options_from
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, Components, PlanMethod
 from corda_vlm.plan.choose import (
     ChosenCovariances,
     choose_covariances,
+    costs_of,
     rank_budget,
 )
 from corda_vlm.plan.experts import StackGradients, check_one_rank, stacks_of
 from corda_vlm.plan.options import AUTO, PlanKeywords, PlanOptions, Route, needs_gradient, rule_of
 from corda_vlm.plan.plan import AdapterPlan, SitePlan
 from corda_vlm.plan.share import ceilings, choose_ranks
-from corda_vlm.progress import showing, track
+from corda_vlm.progress import showing
 from corda_vlm.ranks.rules import get_rank_rule
 from corda_vlm.same_model import is_made_from, model_signs, need_original
 from corda_vlm.sites import Site, SiteWeights, find_sites, model_fingerprint, site_weights
@@ -63,6 +68,9 @@ def plan_adapter(
 ) -> AdapterPlan:
     """Decide, and decompose: which directions of which weight matrices are adapted. The model is not changed.
 
+    The processes of a distributed run deal the sites out to each other, and each ends with the same plan, to the bit: that of a
+    single process. All of them have to call this.
+
     Args:
         model: bare; packed attention is unpacked meanwhile.
         store: covariances of the knowledge to keep, or of the new task for mode "ipm". May be None for
@@ -78,7 +86,7 @@ def plan_adapter(
         ForeignFileError: a store was made from another model.
         CordaError: a rank outside 1 to min(out, inp), a budget that no ranks meet, a damping, a_norm or beta out of
             range, a site that a store did not calibrate, a store that is missing, an option or a store that the
-            method does not take.
+            method does not take; or processes of a distributed run that plan different things, or of which one failed.
     """
     asked = options_from(PlanOptions, options, "plan_adapter").settled(gradient is not None)
     basis = PLAN_METHODS[asked.method]
@@ -95,18 +103,16 @@ def plan_adapter(
     for given, of in made_from:
         if given is not None:
             check_made_from(model, given, of)
+    _check_processes(fingerprint, asked, *(given for given, _ in made_from))
     sites = find_sites(model, **as_keywords(asked, SiteOptions))
     stacks = stacks_of(model, sites)
     check_one_rank(stacks, rule_of(asked.method, asked) if asked.dynamic_rank else None)
     of_sites = None if gradient is None else StackGradients(gradient, stacks)
-    with showing(show_progress), unpacked(model):
+    with showing(show_progress and is_first()), unpacked(model):
         sites = _reached(sites, gradient, of_sites)
         weights = site_weights(model, [site.name for site in sites])
         chosen = _choose(weights, asked, store, task_store, of_sites)
-        planned = [
-            _plan_site(site, weights[site.name], asked, chosen)
-            for site in track(sites, "plan", unit="site")
-        ]
+        planned = _plan_sites(sites, weights, asked, chosen)
     of_task = gradient if task_store is None else task_store
     return AdapterPlan(
         method=asked.method,
@@ -126,6 +132,36 @@ def plan_adapter(
         sites=tuple(plan for plan, _ in planned),
         factors={plan.site.name: factor for plan, factor in planned},
     )
+
+
+def _check_processes(
+    fingerprint: str, asked: PlanOptions, *stores: CovarianceStore | GradientStore | None
+) -> None:
+    """Raise `CordaError`, on every process of a distributed run alike, unless all plan the same."""
+    made_from = [None if store is None else store.data_fingerprint for store in stores]
+    chosen = json.dumps([fingerprint, made_from, dataclasses.asdict(asked)], default=str)
+    same_everywhere(
+        "what is to be planned",
+        text_digest(chosen),
+        "They deal the sites out to each other: give all of them the same model, stores and options",
+    )
+
+
+def _plan_sites(
+    sites: Sequence[Site], weights: SiteWeights, asked: PlanOptions, chosen: _Choices
+) -> list[tuple[SitePlan, Decomposition]]:
+    """The plan of each site in order, with its factors; several processes do this between them."""
+    by_name = {site.name: site for site in sites}
+    groups = chosen.covariances.groups(weights)
+
+    def make(group: str) -> dict[str, tuple[SitePlan, Decomposition]]:
+        return {
+            name: _plan_site(by_name[name], weights[name], asked, chosen) for name in groups[group]
+        }
+
+    types = (SitePlan, Site, Decomposition)
+    planned = dealt_out("plan", groups, costs_of(groups, weights.shapes), make, types)
+    return [planned[site.name] for site in sites]
 
 
 def _reached(

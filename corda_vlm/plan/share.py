@@ -13,11 +13,11 @@ from torch import Tensor
 
 from corda_vlm import ranks
 from corda_vlm.decompose import decompose, gradient_spectrum
+from corda_vlm.distributed.values import dealt_out
 from corda_vlm.errors import CordaError
 from corda_vlm.plan.bases import PLAN_METHODS, Components
-from corda_vlm.plan.choose import ChosenCovariances
+from corda_vlm.plan.choose import ChosenCovariances, costs_of
 from corda_vlm.plan.options import PlanOptions
-from corda_vlm.progress import track
 from corda_vlm.ranks.rules import Need
 from corda_vlm.sites import SiteWeights
 
@@ -51,16 +51,24 @@ def choose_ranks(
         most = _ceiling(shapes, budget, MOST * equal)
         bounds["max_rank"] = max(most, _largest(asked.min_rank))
     allowed = ranks.check_budget(shapes, budget, **bounds)
-    views = {}
-    for name, weight in track(weights.items(), "spectra", unit="site"):
+
+    def seen(name: str) -> dict[str, Any]:
+        weight = weights[name]
         of_task = None if gradient is None else gradient[name].to(weight.device)
         look = _Look(name, weight, covariances, of_task, asked, components, equal, allowed[name][1])
         try:
-            seen: dict[str, Any] = {need: look.at(need) for need in needs}
+            return {need: look.at(need) for need in needs}
         except CordaError as error:
             said = str(error)
             raise CordaError(said if name in said else f"site {name!r}: {said}") from error
-        views[name] = ranks.SiteView(shapes[name], **seen)
+
+    groups = covariances.groups(weights)
+
+    def look_at(group: str) -> dict[str, dict[str, Any]]:
+        return {name: seen(name) for name in groups[group]}
+
+    every = dealt_out("spectra", groups, costs_of(groups, shapes), look_at)
+    views = {name: ranks.SiteView(shapes[name], **every[name]) for name in weights}
     return ranks.share_out(
         views,
         rule=rule,

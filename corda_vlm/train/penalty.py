@@ -19,6 +19,7 @@ from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.anchor.options import AnchorMetric, OutputSide
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.distributed.agree import alike_everywhere, made_everywhere
+from corda_vlm.distributed.pieces import is_in_pieces
 from corda_vlm.errors import CordaError, NotFiniteError, UnknownNameError
 from corda_vlm.sites import Site
 from corda_vlm.train.budget.budget import Budget
@@ -53,7 +54,8 @@ class PenaltyMixin:
     A penalty has a backward pass of its own, before that of the step's last batch. So it does not matter how the Trainer
     computes its loss or how many batches it accumulates, and losses, those of evaluations too, are logged without it.
     Of several processes each adds its gradient before DistributedDataParallel takes the mean over all of them: they
-    stay alike to the bit, also on machines that round differently. FSDP and DeepSpeed are refused.
+    stay alike to the bit, also on machines that round differently. FSDP2 leaves each process a piece of the weights: the anchor
+    gathers what it looks at, A and B, and other terms are refused; so are FSDP1 and DeepSpeed.
     """
 
     def penalize(self, name: str, penalty: Penalty, weight: float = 1.0, *, every: int = 1) -> None:
@@ -76,7 +78,7 @@ class PenaltyMixin:
 
         The batch that a term of records looks at is a function of the step: a training that is gone on with is the same.
         """
-        _refuse_pieces(self, term.name)
+        _refuse_pieces(self, term.name, gathers=isinstance(term.penalty, Anchor))
         if isinstance(term.penalty, DataPenalty):
             alike_everywhere(
                 f"the records of {term.name!r}",
@@ -259,7 +261,7 @@ class AnchorMixin(PenaltyMixin):
             CordaError: as `penalize`; or processes of a distributed training whose matrices differ, on all of them.
         """
         check_weight(weight, "anchor")
-        _refuse_pieces(self, "anchor")
+        _refuse_pieces(self, "anchor", gathers=True)
 
         def made() -> Anchor:
             if isinstance(store, Anchor):
@@ -399,25 +401,34 @@ class _Spending(TrainerCallback):
         return {name: float(told[name]) for name in ("loss", "accuracy") if name in told}
 
 
-def _refuse_pieces(trainer: Any, name: str) -> None:
-    """Raise `CordaError` where no process has the whole weights that a penalty looks at."""
+def _refuse_pieces(trainer: Any, name: str, *, gathers: bool = False) -> None:
+    """Raise `CordaError` where no process has the whole weights that a penalty looks at.
+
+    Args:
+        gathers: it gathers distributed tensors, as FSDP2 makes them, by itself.
+    """
     args, accelerator = trainer.args, trainer.accelerator
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     model = type(trainer.model).__name__
+    fsdp = bool(args.fsdp) or trainer.is_fsdp_enabled or kind in ("FSDP", "XLA_FSDP")
+    in_pieces = any(is_in_pieces(parameter) for parameter in trainer.model.parameters())
     pieces = {
-        "FSDP": bool(args.fsdp) or trainer.is_fsdp_enabled or kind in ("FSDP", "XLA_FSDP"),
+        "FSDP": fsdp and not (gathers and _is_fsdp2(accelerator)),
         "DeepSpeed": bool(args.deepspeed) or trainer.is_deepspeed_enabled or kind == "DEEPSPEED",
         "Megatron": kind == "MEGATRON_LM",
         f"{model}, a wrapped model,": model in _WRAPPERS,
-        "a model of distributed tensors": any(
-            hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters()
-        ),
+        "a model of distributed tensors": in_pieces and not gathers,
     }
     if found := [what for what, there in pieces.items() if there]:
         raise CordaError(
             f"{name!r} looks at whole weights, of which {found[0]} leaves each process a piece; train with one process, or "
             "with plain DistributedDataParallel"
         )
+
+
+def _is_fsdp2(accelerator: Any) -> bool:
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return getattr(plugin, "fsdp_version", None) == 2
 
 
 _WRAPPERS = ("FullyShardedDataParallel", "XlaFullyShardedDataParallel", "DeepSpeedEngine")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.experiment import checks
@@ -45,6 +47,7 @@ def evaluate(
         checks.check_folder(adapter, "training's", "make it by corda-vlm train")
     checks.check_output(output)
     checks.check_output(predictions)
+    from corda_vlm.distributed.agree import made_by_first, told_by_first
     from corda_vlm.evaluation import Cache
     from corda_vlm.evaluation.predictions import check_predicting, check_predictions, unpredicted
     from corda_vlm.evaluation.score_file import check_scores, read_rows, tasks_left
@@ -54,10 +57,10 @@ def evaluate(
     loaded, cache, added = load_source(model, load), Cache(), 0
     method = "base" if adapter is None else name_of(Path(adapter))
     if output is not None:  # before anything is measured for it
-        check_scores(output)
+        made_by_first("the scores", partial(check_scores, output))
     if predictions is not None:
         check_predicting(to_measure, options.tasks)
-        check_predictions(predictions)
+        made_by_first("the predictions", partial(check_predictions, predictions))
     made_from = steps.measured_from(loaded, adapter, to_measure, options, cache)
     trained = Trained(loaded.model) if adapter is None else load_trained(loaded.model, adapter)
     former = [] if output is None else read_rows(output, missing_ok=True)
@@ -65,9 +68,15 @@ def evaluate(
     for scale in strengths:
         if scales is not None:
             print(f"scale {scale:g}")
-        left = tasks_left(to_measure, former, made_from, method=method, scale=scale)
-        if predictions is not None:
-            left = unpredicted(to_measure, left, predictions, made_from, method=method, scale=scale)
+        model_of = {"method": method, "scale": scale}
+
+        def to_do(model_of: dict[str, Any] = model_of) -> list[str]:
+            left = tasks_left(to_measure, former, made_from, **model_of)
+            if predictions is not None:
+                left = unpredicted(to_measure, left, predictions, made_from, **model_of)
+            return list(left)
+
+        left = told_by_first("what is left to measure", to_do)
         for task in made_from:
             if task not in left:
                 print(f"  {task}: measured before, see {output}")

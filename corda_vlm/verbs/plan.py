@@ -51,6 +51,7 @@ def plan(
     if not dry_run:
         checks.check_output(output)
     from corda_vlm.covariance import CovarianceStore, GradientStore
+    from corda_vlm.distributed.agree import is_first
     from corda_vlm.experiment import steps
     from corda_vlm.plan import AdapterPlan, plan_adapter, quantization_errors
 
@@ -68,9 +69,9 @@ def plan(
 
     planned = make() if dry_run else steps.write_plan(output, make)
     print(planned.table())
-    if rounding is not None:
+    if rounding is not None and is_first():
         print(f"\n{quantization_errors(loaded.model, rounding, store=store, plan=planned)}")
-    if picture is not None:
+    if picture is not None and is_first():
         from corda_vlm.report.plots.plan import plan_heatmap  # it imports matplotlib
 
         if plan_heatmap({Path(output).stem: planned}, Path(picture)):

@@ -17,8 +17,13 @@ from typing import Any
 SECONDS = 120.0
 
 
-def in_ranks(size: int, work: Callable[[int], Any], output: Path) -> list[Any]:
+def in_ranks(
+    size: int, work: Callable[[int], Any], output: Path, *, group: bool = True
+) -> list[Any]:
     """What `work(rank)` returns in each of `size` processes; None of one that ended without an answer.
+
+    Args:
+        group: make the process group; without, the environment alone tells of it, as a launcher's does.
 
     Raises:
         RuntimeError: one raised, or took too long.
@@ -32,7 +37,7 @@ def in_ranks(size: int, work: Callable[[int], Any], output: Path) -> list[Any]:
     for rank in range(size):
         child = os.fork()
         if child == 0:
-            _be(rank, size, port, work, output)
+            _be(rank, size, port if group else -port, work, output)
         children.append(child)
     ends = _ends(children)
     errors = [f.read_text() for f in sorted(output.glob("*.error"))]
@@ -50,14 +55,16 @@ def _be(rank: int, size: int, port: int, work: Callable[[int], Any], output: Pat
     code = 1
     try:
         if size > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-            dist.init_process_group(
-                "gloo",
-                init_method=f"tcp://127.0.0.1:{port}",
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=60),
+            os.environ.update(
+                RANK=str(rank),
+                WORLD_SIZE=str(size),
+                LOCAL_RANK=str(rank),
+                LOCAL_WORLD_SIZE=str(size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(abs(port)),
             )
+        if size > 1 and port > 0:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         (output / f"{rank}.json").write_text(json.dumps(work(rank)))
         code = 0
     except BaseException:  # whatever it is, the parent says it

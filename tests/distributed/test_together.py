@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corda_vlm.covariance import CovarianceStore
+from corda_vlm.covariance import CovarianceStore, GradientStore
 from tests.distributed.toy import COUNT, FAILS, WAYS
 
 
@@ -48,6 +48,20 @@ def test_a_rank_may_have_no_data(name, size, ranks):
         assert_same(alone, ranks.store(f"{name}.{size}.{rank}"), 1e-5)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["gradient whole.{}.{}", "gradient few.{}.{}", "gradient.{}"])
+def test_the_gradient_is_that_of_one_process(name, size, ranks):
+    def load(*place: int) -> GradientStore:
+        return GradientStore.load(ranks.folder / f"{name.format(*place)}.safetensors")
+
+    alone, last = load(1, 0), load(size, size - 1)
+    assert list(alone) == list(last)
+    assert alone.batches == last.batches
+    assert alone.data_fingerprint == last.data_fingerprint
+    for site in alone:
+        assert torch.allclose(alone[site], last[site], rtol=1e-4, atol=1e-7), site
+
+
 def test_too_little_is_refused_on_each(ranks):
     assert "no calibration batches" in ranks.same("collects 4", "none")
     assert "4 rounds need at least 4 batches" in ranks.same("collects 4", "rounds")
@@ -62,8 +76,10 @@ def test_an_error_of_one_is_an_error_of_all(ranks):
 def test_a_process_that_dies_is_named_at_once_by_all_others(ranks):
     told = ranks.told["die"]
     assert told[1] is None
-    for rank in (0, 2, 3):
-        assert told[rank]["told"].startswith("rank 1 of 4 has ended"), told[rank]
+    assert told[0]["told"].startswith("rank 1 of 4 has ended"), told[0]
+    for rank in (2, 3):  # the first may have gone before they looked
+        of_first = f"rank {rank} of 4 lost the others"
+        assert told[rank]["told"].startswith(("rank 1 of 4 has ended", of_first)), told[rank]
 
 
 def test_a_stop_of_one_is_a_stop_of_all(ranks):

@@ -94,7 +94,7 @@ def test_batches_that_are_dealt_out_already_are_refused_on_each(ranks):
 
 
 def test_two_processes_write_one_file(ranks):
-    assert "differ in the path of the covariances" in same(ranks, "own paths")
+    assert "differ in the path of what is collected" in same(ranks, "own paths")
     assert same(ranks, "finished") == "", "it was not written, and is read by both"
 
 

@@ -63,7 +63,7 @@ class Encoder(MeasuredModel):
                 vectors = encode(self.model, self.cast(pixels.to(self.device)))
             check(vectors)
             embeddings.append(F.normalize(vectors.float(), dim=-1).cpu())
-            advance(len(pixels))
+            advance(len(pixels) * self.share.size)
         return torch.cat(embeddings)
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
@@ -72,8 +72,15 @@ class Encoder(MeasuredModel):
         Raises:
             NotFiniteError: the model's output is NaN or Inf.
         """
-        chunks = [texts[at : at + self.batch_size] for at in range(0, len(texts), self.batch_size)]
-        return torch.cat([self._text_batch(self._tokens(chunk)).cpu() for chunk in chunks])
+        starts = range(0, len(texts), self.batch_size)
+
+        def own() -> dict[int, Tensor]:
+            mine = range(self.share.rank, len(starts), self.share.size)
+            chunks = {number: texts[starts[number] :][: self.batch_size] for number in mine}
+            return {n: self._text_batch(self._tokens(chunk)).cpu() for n, chunk in chunks.items()}
+
+        encoded = self.together("the texts", own)
+        return torch.cat([encoded[number] for number in range(len(starts))])
 
     def classifier(
         self, class_names: Sequence[str], templates: Sequence[str]

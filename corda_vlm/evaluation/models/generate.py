@@ -50,23 +50,28 @@ def generate(
         top_k=50, top_p=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ids) or None,
     )  # fmt: skip
-    by_index: dict[int, str] = {}
     check = FiniteCheck("prompts")
-    for chosen, batch in generator.batches(prompts, "left"):
-        given = batch["input_ids"].shape[1]
-        said = StoppingCriteriaList([Said(tokenizer, given, tuple(stop))] if stop else [])
-        sound = FiniteLogits()
-        with generator.running():
-            ids_out = model.generate(
-                **no_labels(batch), generation_config=settings, stopping_criteria=said,
-                logits_processor=LogitsProcessorList([sound]),
-            )  # fmt: skip
-        if sound.sums is not None:
-            check(sound.sums)
-        for index, tokens in zip(chosen, ids_out[:, given:].cpu().tolist(), strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            by_index[index] = before_any(text, stop).strip()
-    return [by_index[index] for index in range(len(prompts))]
+
+    def answer_share() -> dict[int, str]:
+        by_index: dict[int, str] = {}
+        for chosen, batch in generator.batches(prompts, "left"):
+            given = batch["input_ids"].shape[1]
+            said = StoppingCriteriaList([Said(tokenizer, given, tuple(stop))] if stop else [])
+            sound = FiniteLogits()
+            with generator.running():
+                ids_out = model.generate(
+                    **no_labels(batch), generation_config=settings, stopping_criteria=said,
+                    logits_processor=LogitsProcessorList([sound]),
+                )  # fmt: skip
+            if sound.sums is not None:
+                check(sound.sums)
+            for index, tokens in zip(chosen, ids_out[:, given:].cpu().tolist(), strict=True):
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                by_index[index] = before_any(text, stop).strip()
+        return by_index
+
+    answers = generator.together("answers", answer_share)
+    return [answers[index] for index in range(len(prompts))]
 
 
 def answered(

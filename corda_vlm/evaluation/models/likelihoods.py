@@ -38,6 +38,12 @@ def likelihoods(generator: TextGenerator, samples: Sequence[Sample]) -> list[Lik
         CordaError: a sample without a labeled token that has one before it.
         NotFiniteError: the model's output is NaN or Inf.
     """
+    by_index = generator.together("likelihoods", lambda: _own(generator, samples), (Likelihood,))
+    return [by_index[index] for index in range(len(samples))]
+
+
+def _own(generator: TextGenerator, samples: Sequence[Sample]) -> dict[int, Likelihood]:
+    """Index of a sample -> its likelihood, of the samples in this process's batches."""
     by_index: dict[int, Likelihood] = {}
     check = FiniteCheck("texts")
     for chosen, batch in generator.batches(samples, "right"):
@@ -59,7 +65,7 @@ def likelihoods(generator: TextGenerator, samples: Sequence[Sample]) -> list[Lik
         for place, index in enumerate(chosen):
             count = int((row == place).sum())
             by_index[index] = Likelihood(float(total[place]), count)
-    return [by_index[index] for index in range(len(samples))]
+    return by_index
 
 
 def scored_answers(

@@ -32,16 +32,19 @@ class TextGenerator(MeasuredModel):
         processor = cast(LanguageProcessor, encoder.processor)
         return cls(
             encoder.model, processor,
-            batch_size=encoder.batch_size, bf16=encoder.bf16, workers=encoder.workers,
+            batch_size=encoder.batch_size, bf16=encoder.bf16, workers=encoder.workers, share=encoder.share,
         )  # fmt: skip
 
     def batches(
         self, samples: Sequence[Sample], side: str
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Samples of near lengths together, the longest first so that what does not fit shows at once."""
+        """Samples of near lengths together, the longest first so that what does not fit shows at once; those of the share."""
         order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]["input_ids"]), i))
-        for at in range(0, len(order), self.batch_size):
+        for number, at in enumerate(range(0, len(order), self.batch_size)):
             chosen = order[at : at + self.batch_size]
+            if not self.share.owns(number):
+                advance(len(chosen))
+                continue
             batch = self.processor.collate([samples[i] for i in chosen], padding_side=side)
             moved = {name: self.cast(tensor.to(self.device)) for name, tensor in batch.items()}
             yield chosen, moved

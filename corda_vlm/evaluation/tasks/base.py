@@ -91,6 +91,17 @@ class Evaluator(ABC):
             yield outcome.metric, outcome.score("", "gain", resamples=1).value
 
 
+def agree_on_bad(data: Any, encoder: Encoder) -> None:
+    """Let every process know of the records that are of no use, which those have met that looked at them.
+
+    Raises:
+        DataError: they are more than `max_bad_share` of all.
+    """
+    every = encoder.together("the records of no use", lambda: dict(data.bad))
+    data.bad.update(sorted(every.items()))
+    data.check()
+
+
 def known(metrics: Sequence[str], choices: Sequence[str], kind: str) -> None:
     """Refuse a metric that the kind of task does not have."""
     for metric in metrics:

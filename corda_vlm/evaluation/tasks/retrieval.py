@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task
-from corda_vlm.evaluation.tasks.base import Evaluator, TaskContext, known
+from corda_vlm.evaluation.tasks.base import Evaluator, TaskContext, agree_on_bad, known
 from corda_vlm.evaluation.tasks.options import RETRIEVAL_METRICS as METRICS
 
 if TYPE_CHECKING:
@@ -59,21 +58,10 @@ class Retrieval(Evaluator):
             DataError: no examples, or an image without a caption.
             NotFiniteError: the model's output is NaN or Inf.
         """
-        captions: list[str] = []
-        owner: list[int] = []  # for each caption the index of its image
-
-        def pixels() -> Iterator[Tensor]:
-            for image, record in enumerate(self.data):  # leaves out what does not decode
-                own = self._captions(record)
-                if not own:
-                    raise DataError(
-                        f"{self.data.spec}: image {image} has no caption; name its text column"
-                    )
-                captions.extend(own)
-                owner.extend([image] * len(own))
-                yield encoder.processor.image(record["image"])
-
-        image_vectors = encoder.images(_stacked(pixels(), encoder.batch_size))  # (i, d)
+        image_vectors, each = self._encoded(encoder)  # (i, d)
+        captions = [caption for own in each for caption in own]
+        # for each caption the index of its image
+        owner = [image for image, own in enumerate(each) for _ in own]
         text_vectors = encoder.texts(captions)  # (t, d)
         image_ids, text_ids = torch.arange(len(image_vectors)), torch.tensor(owner)
         per_image = np.bincount(owner, minlength=len(image_ids))
@@ -87,6 +75,35 @@ class Retrieval(Evaluator):
                 chance = _chance(1, len(image_ids), int(k))
             yield Outcome(metric, hits.numpy().astype(np.float64), chance=chance)
 
+    def _encoded(self, encoder: Encoder) -> tuple[Float[Tensor, "i d"], list[list[str]]]:
+        """The unit vectors of the images, and the captions of each."""
+        size, step = len(self.data), encoder.batch_size
+
+        def own() -> dict[int, tuple[Tensor, list[list[str]]]]:
+            encoded: dict[int, tuple[Tensor, list[list[str]]]] = {}
+            for start in range(encoder.share.rank * step, size, encoder.share.size * step):
+                pixels, captions = [], []
+                for index in range(start, min(start + step, size)):
+                    record = self.data.get(index)
+                    if record is None:  # it does not decode
+                        continue
+                    captions.append(self._captions(record))
+                    if not captions[-1]:
+                        raise DataError(
+                            f"{self.data.spec}: image {index} has no caption; name its text column"
+                        )
+                    pixels.append(encoder.processor.image(record["image"]))
+                if pixels:
+                    encoded[start] = encoder.images([torch.stack(pixels)]), captions
+            return encoded
+
+        encoded = [of for _, of in sorted(encoder.together("the images", own).items())]
+        agree_on_bad(self.data, encoder)
+        if not encoded:
+            raise DataError(f"{self.data.spec}: not one record has a picture that decodes")
+        vectors = torch.cat([vectors for vectors, _ in encoded])
+        return vectors, [captions for _, each in encoded for captions in each]
+
     def _captions(self, record: Mapping[str, Any]) -> list[str]:
         columns = ("captions", "caption") if self.captions is None else (self.captions,)
         for column in columns:
@@ -94,11 +111,6 @@ class Retrieval(Evaluator):
                 return [str(caption) for caption in captions]
         text = record.get("text")
         return [text] if isinstance(text, str) else [str(caption) for caption in text or ()]
-
-
-def _stacked(images: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    while chunk := list(itertools.islice(images, size)):
-        yield torch.stack(chunk)  # (B, 3, H, W)
 
 
 def recalled(

@@ -23,7 +23,14 @@ from corda_vlm.evaluation.models.encoder import Encoder
 from corda_vlm.evaluation.models.finite import FiniteCheck
 from corda_vlm.evaluation.scores import Outcome
 from corda_vlm.evaluation.suite import Task, check_keys
-from corda_vlm.evaluation.tasks.base import Evaluator, TaskContext, known, registered, shares
+from corda_vlm.evaluation.tasks.base import (
+    Evaluator,
+    TaskContext,
+    agree_on_bad,
+    known,
+    registered,
+    shares,
+)
 from corda_vlm.evaluation.tasks.options import ZERO_SHOT_METRICS as METRICS
 
 if TYPE_CHECKING:
@@ -104,18 +111,23 @@ class ZeroShot(Evaluator):
             raise DataError(
                 f"{self.data.spec}: has no labels to classify by; name its label column"
             )
-        labels: list[Tensor] = []
+        batches = make_batches(
+            self.data, encoder.processor, batch_size=encoder.batch_size, towers="vision",
+            workers=encoder.workers,
+        )  # fmt: skip
 
-        def pixels() -> Iterator[Tensor]:
-            for batch in make_batches(
-                self.data, encoder.processor, batch_size=encoder.batch_size, towers="vision",
-                workers=encoder.workers,
-            ):  # fmt: skip
-                labels.append(batch["labels"])
-                yield batch["pixel_values"]
+        def own() -> dict[int, tuple[Tensor, Tensor]]:
+            encoded: dict[int, tuple[Tensor, Tensor]] = {}
+            for number in range(encoder.share.rank, len(batches), encoder.share.size):
+                if batch := batches.batch_at(number):
+                    encoded[number] = encoder.images([batch["pixel_values"]]), batch["labels"]
+            return encoded
 
-        vectors = encoder.images(pixels())
-        truth = torch.cat(labels)
+        encoded = dict(sorted(encoder.together("the images", own).items()))
+        agree_on_bad(self.data, encoder)
+        if not encoded:
+            next(iter(batches))  # raises
+        vectors, truth = (torch.cat(parts) for parts in zip(*encoded.values(), strict=True))
         if self.remap is not None and self.head is None:
             truth = torch.tensor(self.remap)[truth]
         if int(truth.max()) >= len(self.class_names):

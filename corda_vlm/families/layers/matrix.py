@@ -14,6 +14,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from corda_vlm.distributed.pieces import whole
+from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.conv1d import is_conv1d, linear_weight
 from corda_vlm.families.layers.conv2d import as_kernel, conv_matrix, is_conv2d
 from corda_vlm.families.layers.quantized import dequantized, quantize_again, storage_of
@@ -35,9 +37,29 @@ class Matrix:
 
 
 def stored(weight: Float[Tensor, "out inp"]) -> Matrix:
-    """A weight that is stored as the matrix that it is."""
+    """A weight that is stored as the matrix that it is; gathered where each process holds a piece of it."""
     out, inp = weight.shape
-    return Matrix((out, inp), weight.detach)
+    return Matrix((out, inp), lambda: whole(weight.detach()))
+
+
+def _linear(layer: nn.Linear) -> Matrix:
+    """A linear layer's, read from where it rests where accelerate moves it in for the time of a call alone."""
+    if layer.weight.device.type != "meta":
+        return stored(layer.weight)
+    out, inp = layer.weight.shape
+    return Matrix((out, inp), lambda: _at_rest(layer))
+
+
+def _at_rest(layer: nn.Linear) -> Float[Tensor, "out inp"]:
+    hook: Any = getattr(layer, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    maps = [found for one in hooks if (found := getattr(one, "weights_map", None)) is not None]
+    if not maps:
+        raise CordaError(
+            f"a weight of {layer.out_features}×{layer.in_features} is not in memory: it is on the device 'meta'. Load the weights "
+            "before, or dispatch the model with accelerate, whose offloaded weights are read from where they rest"
+        )
+    return maps[0]["weight"].detach()
 
 
 def matrix_of(layer: Any) -> Matrix | None:
@@ -48,7 +70,7 @@ def matrix_of(layer: Any) -> Matrix | None:
         if storage_of(layer) is not None:
             shape = (layer.out_features, layer.in_features)
             return Matrix(shape, lambda: dequantized(layer))
-        return stored(layer.weight)
+        return _linear(layer)
     if is_conv2d(layer):
         out, channels, height, width = layer.weight.shape
         shape = out, channels * height * width
