@@ -99,6 +99,17 @@ def _gemma_left_out(prefix: str, *more: str) -> frozenset[str]:
     return frozenset((*in_blocks, f"{prefix}.per_layer_model_projection"))
 
 
+def _gemma3n_left_out(prefix: str) -> frozenset[str]:
+    altup = ("correction_coefs", "prediction_coefs", "modality_router")
+    in_blocks = (
+        *(f"altup.{layer}" for layer in altup),
+        "laurel.linear_left",
+        "laurel.linear_right",
+    )
+    outside = (f"{prefix}.altup_{way}projections.*" for way in ("", "unembed_"))
+    return _gemma_left_out(prefix, *in_blocks) | frozenset(outside)
+
+
 TEXT_TOYS: dict[str, Toy] = {
     "olmo3": _text("Olmo3"),
     "ministral": _text("Ministral", head_dim=8),
@@ -137,12 +148,7 @@ TEXT_TOYS |= {
     "gemma3n_text": Toy(
         lambda: t.Gemma3nForCausalLM(t.Gemma3nTextConfig(**_GEMMA3N)),
         {"language": (14, 8)},
-        left_out=_gemma_left_out(
-            "model",
-            *(f"altup.{layer}" for layer in ("correction_coefs", "prediction_coefs", "modality_router")),
-            *(f"laurel.linear_{side}" for side in ("left", "right")),
-        )
-        | {"model.altup_projections.*", "model.altup_unembed_projections.*"},
+        left_out=_gemma3n_left_out("model"),
         blockwise=False,
     ),
     "gemma4_text": Toy(
@@ -297,6 +303,22 @@ SEEING_TOYS: dict[str, Toy] = {
         _sees("Qwen3_5", {**TEXT, **_DELTA, "head_dim": 16, "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.25}},
               _QWEN3, **_QWEN),
         {"vision": (8, 8), "projector": (2, 2), "language": (8 + 7, 8)}, 4, _packed,
+    ),
+    "gemma3n": Toy(
+        _sees(
+            "Gemma3n", _GEMMA3N,
+            # not the trunk that it comes with, MobileNetV5, which has 80 million weights at least
+            {"model_type": "gemma3n_vision", "architecture": "test_efficientnet", "hidden_size": 256, "vocab_size": 8,
+             "vocab_offset": 64, "do_pooling": False},
+            audio_config={"hidden_size": 32, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1,
+                          "input_feat_size": 16, "sscp_conv_channel_size": [4, 4], "vocab_size": 4, "vocab_offset": 72},
+            vision_soft_tokens_per_image=4, audio_token_id=62,
+        ),
+        {"vision": (10, 10), "language": (14, 8)}, 4,
+        lambda size, ids: {"pixel_values": torch.randn(size, 3, 64, 64)},
+        _gemma3n_left_out("model.language_model")
+        | {f"model.embed_{kind}.embedding_projection" for kind in ("audio", "vision")},
+        blockwise=False,
     ),
     "gemma4": _gemma4(False),
     "gemma4_clipped": _gemma4(True),

@@ -18,7 +18,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import Site, find_sites, get_layer
 from tests.families.architecture_toy import SEEING_TOYS, TOYS, Toy, batch_of
-from tests.families.language_toy import inputs_of
+from tests.families.language_toy import IMAGE, inputs_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
 
@@ -83,7 +83,8 @@ def test_from_layers_to_plain_peft(name, tmp_path):
     assert found == dict(toy.streams)
     linears = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     left_out = {starred(n) for n in linears - {site.name for site in sites}}
-    assert {n for n in left_out if not n.endswith("lm_head")} == toy.left_out
+    heard = (n for n in left_out if ".audio_tower." in n)  # of no tower that we know
+    assert {n for n in left_out if not n.endswith("lm_head")} - {*heard} == toy.left_out
 
     # a stream is one tensor, and a tensor one stream
     dense = [site for site in sites if site.pool is None]  # of experts see test_moe.py
@@ -98,9 +99,11 @@ def test_from_layers_to_plain_peft(name, tmp_path):
     store = collect_covariance(model, [batch], show_progress=False)  # which proves the streams, too
     kept = int(batch["attention_mask"].sum())
     for site in dense:
-        x = read[site.name]
-        # the channels of what a convolution reads come second, and those here are 1×1
-        features = 1 if isinstance(model.get_submodule(site.name), nn.Conv2d) else -1
+        x, layer = read[site.name], model.get_submodule(site.name)
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
+            continue
+        # the channels of what a convolution reads come second
+        features = 1 if isinstance(layer, nn.Conv2d) else -1
         rows = x.numel() // x.shape[features] if site.tower != "language" else kept
         expected = toy.rows.get(site.stream, toy.rows.get(site.tower, rows))
         assert store.counts(site.name) == [expected], site
@@ -123,7 +126,73 @@ def test_from_layers_to_plain_peft(name, tmp_path):
     torch.testing.assert_close(logits(plain, batch), after, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TOYS)
+# What a padded batch gives has to be what the same images give without their padding: for each kind of it, a batch's fields
+# and how much of them is there.
+UNPADDED: dict[str, Any] = {
+    "gemma4": {"pixel_values": lambda x: x[:, :16], "image_position_ids": lambda x: x[:, :16]},
+    "lfm2_vl": {"pixel_values": lambda x: x[:, :16], "pixel_attention_mask": lambda x: x[:, :16]},
+}
+
+
+@pytest.mark.parametrize("name", UNPADDED)
+def test_padding_of_images_leaves_no_trace(name):
+    toy, model = made(name)
+    batch = batch_of(toy, 3)
+    bare = {key: UNPADDED[name].get(key, lambda x: x)(value) for key, value in batch.items()}
+    batch["pixel_values"][:, 16:] = 100.0
+    padded, plain = (collect_covariance(model, [one], show_progress=False) for one in (batch, bare))
+    for site in padded.sites:
+        torch.testing.assert_close(
+            padded[site.name].matrix, plain[site.name].matrix, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_tiles_that_are_not_there_do_not_count():
+    """Mllama: the first image lacks its second tile, and each tile is padded from 17 to 24 patches."""
+    toy, model = made("mllama")
+    batch = batch_of(toy, 3)
+    sites = [site for site in find_sites(model) if site.tower != "language" or "cross" in site.name]
+    read = what_is_read(model, sites, batch)
+    store = collect_covariance(model, [batch], show_progress=False)
+    there = torch.tensor([True, False, True, True, True, True])
+    for site in sites:
+        x = read[site.name]
+        if site.tower == "language" and site.role in "qo":
+            x = x[batch["attention_mask"].bool()]
+        else:  # (B·T, patches, d)
+            x = x.reshape(6, -1, x.shape[-1])[there, :17]
+        x = x.reshape(-1, x.shape[-1]).double()
+        torch.testing.assert_close(
+            store[site.name].matrix.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6
+        )
+    # the states that all cross-attention reads are those of whole images, whichever tokens are chosen
+    chosen = collect_covariance(model, [batch], tokens="response", show_progress=False)
+    name = "model.language_model.layers.3.cross_attn.v_proj"
+    assert chosen.counts(name) == store.counts(name) == [5 * 17]
+
+
+@pytest.mark.parametrize("name", ["mllama", "molmo2", "lfm2_vl", "gemma4", "qwen3_5", "qwen3_vl"])
+def test_which_tokens_count(name):
+    toy, model = made(name)
+    batch = batch_of(toy, 3)
+    images, kept = batch["input_ids"] == IMAGE, batch["attention_mask"].bool()
+    wanted = {"image": images, "text": kept & ~images, "response": batch["labels"] != -100}
+    vision = set()
+    for tokens, mask in wanted.items():
+        store = collect_covariance(model, [batch], tokens=tokens, show_progress=False)
+        of = {site.tower: site.name for site in store.sites}  # the last of each
+        assert store.counts(of["language"]) == [int(mask.sum())]
+        vision.add((*store.counts(of["vision"]), *store.counts(of["projector"])))
+    assert len(vision) == 1
+
+
+# One of each kind of block; the rest are Llama's.
+BLOCKWISE = (
+    "cohere2", "gemma3n", "gemma4", "glm4v", "lfm2_vl", "llama4", "mllama", "molmo2", "opt", "qwen3_5", "qwen3_vl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
 def test_blockwise_is_the_same_or_refused(name):
     toy, model = made(name)
     batch = batch_of(toy, 3)

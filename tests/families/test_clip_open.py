@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
+from corda_vlm.adapter import attach_adapter, export_adapter
 from corda_vlm.errors import CordaError, ForeignFileError, NoSitesError, UnknownNameError
 from corda_vlm.families import detect_family, load_model
 from corda_vlm.families.clip_open import processor
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import find_sites, get_layer, model_fingerprint, site_shapes, sites_table
 
 
@@ -236,6 +240,54 @@ class TestSites:
             find_sites(model)
 
 
+class TestTransformersOfTimm:
+    """PE-Core, and the base of MobileCLIP 2, whose patches come from convolutions, in miniature."""
+
+    @pytest.fixture(params=["PE-Core", "MobileCLIP2-B"])
+    def model(self, request, make_open_clip):
+        import timm
+
+        trunk, size, options = {
+            "PE-Core": ("vit_pe_core_tiny_patch16_384", 32, {"depth": 2, "embed_dim": 32, "num_heads": 2}),
+            "MobileCLIP2-B": ("vit_base_mci_224", 64, {"depth": 1}),
+        }[request.param]  # fmt: skip
+        vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "none", "image_size": 160}  # fmt: skip
+        text = {"no_causal_mask": request.param == "MobileCLIP2-B"}
+        model = make_open_clip("CustomTextCLIP", vision, text)
+        model.visual.trunk = timm.create_model(trunk, img_size=size, num_classes=24, **options)
+        model.size = size
+        return model.eval()
+
+    def test_from_layers_to_plain_peft(self, model, batch, tmp_path):
+        batch = {**batch, "pixel_values": torch.randn(3, 3, model.size, model.size)}
+        found = roles(model, towers="vision")
+        pooled = {"q": 1, "kv": 1} if "q" in found else {}
+        blocks = len(model.visual.trunk.blocks)
+        many = blocks + bool(pooled)  # the pooling head of PE-Core is a block in itself
+        expected = {"qkv": blocks, "o": many, "up": many, "down": many, "proj": 1, **pooled}
+        assert {role: number for role, number in found.items() if role != "conv"} == expected
+        linears = {n for n, module in model.visual.named_modules() if isinstance(module, nn.Linear)}
+        sites = find_sites(model, towers="vision")
+        assert {f"visual.{name}" for name in linears} <= {site.name for site in sites}
+        check_every_site_is_live(model, batch)
+
+        def embedded(net):
+            with torch.no_grad():
+                return detect_family(net).need_contrastive(net).encode_image(net, batch)
+
+        before, original = embedded(model), copy.deepcopy(model)
+        plan = plan_adapter(model, None, method="pissa", towers="vision", rank=2, show_progress=False)  # fmt: skip
+        attached = attach_adapter(model, plan)
+        assert torch.equal(embedded(attached), before)
+        with torch.no_grad():
+            for parameter in attached.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02)
+        export_adapter(attached, tmp_path, format="lora")
+        plain = PeftModel.from_pretrained(original, str(tmp_path)).eval()
+        torch.testing.assert_close(embedded(plain), embedded(attached), rtol=1e-3, atol=1e-4)
+
+
 def timm_clip(make_open_clip, name: str, proj: str = "linear") -> Any:
     vision = {"timm_model_name": name, "timm_pool": "avg", "timm_proj": proj, "image_size": 160}
     model = make_open_clip("CustomTextCLIP", vision)
@@ -308,6 +360,7 @@ class TestConvolutionalTowers:
         for trunk, expected in (
             ("convnext_base", {"up": 36, "down": 36, "conv": 3}),
             ("fastvit_mci2", {"up": 44, "down": 44, "conv": 3, "qkv": 4, "o": 4}),
+            ("fastvit_mci4", {"up": 46, "down": 46, "conv": 4, "qkv": 8, "o": 8}),
             ("efficientnet_b0", {"conv": 32}),
         ):
             model = type("CustomTextCLIP", (nn.Module,), {"__module__": "open_clip.model"})()

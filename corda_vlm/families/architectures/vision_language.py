@@ -73,7 +73,6 @@ _GLM = Layout(
     ),
     ("visual.merger",),
 )
-_GEMMA = Layout("vision_tower", chain("embed_vision", "embedding_projection"), ("embed_vision",))
 _POOL = f"{_HOME}.image_pooling_2d"
 
 # Further mergers read the outputs of some blocks on the way, and are added to the first blocks of the language model.
@@ -91,8 +90,14 @@ LAYOUTS: dict[str, Layout] = {
     "cohere2_vision": _TWO,
     "fast_vlm": _TWO,
     "gemma3": _llava(),  # its projection is a bare parameter
-    "gemma3n": _GEMMA,
-    "gemma4": Layout(_GEMMA.vision, _GEMMA.projector, _GEMMA.home, patches=placed_patches),
+    # its projection also reads, in place of each token of text, the embedding of a placeholder, which no mask tells apart
+    "gemma3n": Layout("vision_tower", (), ("embed_vision",)),
+    "gemma4": Layout(
+        "vision_tower",
+        chain("embed_vision", "embedding_projection"),
+        ("embed_vision",),
+        patches=placed_patches,
+    ),
     "glm46v": _GLM,
     "glm4v": _GLM,
     "idefics3": _IDEFICS,
