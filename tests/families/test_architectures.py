@@ -15,6 +15,7 @@ from torch import nn
 from corda_vlm.adapter import attach_adapter, export_adapter
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError
+from corda_vlm.families import FAMILIES, load_model
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import Site, find_sites, get_layer
 from tests.families.architecture_toy import SEEING_TOYS, TOYS, Toy, batch_of
@@ -205,3 +206,15 @@ def test_blockwise_is_the_same_or_refused(name):
     apart = collect_covariance(model, [batch], blockwise=True, **options)
     for site in together.sites:
         assert torch.equal(together[site.name].matrix, apart[site.name].matrix), site
+
+
+@pytest.mark.parametrize("name", [*SEEING_TOYS, "lfm2", "glm4", "qwen3_next", "cohere2", "gemma4_text"])  # fmt: skip
+def test_folders(name, tmp_path):
+    toy, model = made(name)
+    batch = batch_of(toy, 2)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert type(loaded.model) is type(model)
+    assert loaded.family is FAMILIES["llava" if name in SEEING_TOYS else "llm"]
+    assert find_sites(loaded.model) == find_sites(model)
+    torch.testing.assert_close(logits(loaded.model, batch), logits(model, batch))
