@@ -262,7 +262,7 @@ _PLAIN = {"vision": (12, 8), "projector": (2, 2), "language": (14, 8)}
 
 def _gemma4(clipped: bool) -> Toy:
     vision = {
-        **VISION, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 16,
+        **VISION, "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 64,
         "use_clipped_linears": clipped,
     }  # fmt: skip
     make = _sees("Gemma4", _GEMMA4, vision, audio_config=None, video_token_id=63, audio_token_id=62)

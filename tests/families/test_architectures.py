@@ -18,8 +18,9 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families import FAMILIES, load_model
 from corda_vlm.plan import plan_adapter
 from corda_vlm.sites import Site, find_sites, get_layer
+from tests.families.architecture_processors import PROCESSORS
 from tests.families.architecture_toy import SEEING_TOYS, TOYS, Toy, batch_of
-from tests.families.language_toy import IMAGE, inputs_of
+from tests.families.language_toy import IMAGE, inputs_of, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
 
@@ -218,3 +219,36 @@ def test_folders(name, tmp_path):
     assert loaded.family is FAMILIES["llava" if name in SEEING_TOYS else "llm"]
     assert find_sites(loaded.model) == find_sites(model)
     torch.testing.assert_close(logits(loaded.model, batch), logits(model, batch))
+
+
+# What stands for a place of an image in the ids, where it is not what stands for an image in a text
+PLACES = {"molmo2": "<im_patch>"}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_records_become_a_batch_by_the_processor_in_the_folder(name, tmp_path):
+    _, model = made(name)
+    whole = PROCESSORS[name]()
+    place = whole.tokenizer.convert_tokens_to_ids(PLACES.get(name, whole.image_token))
+    setattr(model.config, "image_patch_id" if name == "molmo2" else "image_token_id", place)
+    model.save_pretrained(tmp_path)
+    whole.save_pretrained(tmp_path)
+    processor: Any = load_model(tmp_path).processor
+    assert processor.image_token == whole.image_token
+    answers = ["A cat .", "dog", "red blue"]
+    samples = []
+    for answer, sizes in zip(answers, ([(60, 32)], [], [(32, 70)]), strict=True):
+        text = f"{processor.image_token} " * len(sizes) + f"USER : What ? ASSISTANT : {answer}"
+        span = (text.index(answer), len(text))
+        samples.append(processor.encode(text, [picture(*size) for size in sizes], responses=[span]))
+    right = processor.collate(samples)
+    for labels, answer in zip(right["labels"], answers, strict=True):
+        assert processor.tokenizer.decode(labels[labels != -100]) == answer
+    left = processor.collate(samples, padding_side="left")
+    together, apart = logits(model, right), logits(model, left)
+    for row, sample in enumerate(samples):
+        alone = logits(model, processor.collate([sample]))[0]
+        torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(apart[row, -len(alone) :], alone, rtol=1e-3, atol=1e-4)
+    store = collect_covariance(model, [right], tokens="image", show_progress=False)
+    assert store.counts(store.sites[-1].name) == [int((right["input_ids"] == place).sum())]

@@ -104,6 +104,9 @@ class LanguageProcessor(Processor):
         if images and "suffix" in inspect.signature(self.hf_processor.__call__).parameters:
             return self._prefix_and_suffix(text, images, responses)
         offsets = responses is not None
+        if images and type(self.hf_processor).__name__ in _BEGINS_ITSELF:
+            text, responses = _begun(text, responses, self.tokenizer)
+            special_tokens = False
         if images:
             found = self.hf_processor(
                 text=[text],
@@ -129,7 +132,7 @@ class LanguageProcessor(Processor):
             if moved is None:
                 raise CordaError(
                     f"{type(self.hf_processor).__name__} does not say where it puts images into a text, which labels need; "
-                    "take transformers 5 or later"
+                    "take transformers 5 or later (Mllama's does not there either: make its batches yourself)"
                 )
             spans = [tuple(_moved(at, moved[0]) for at in span) for span in responses or ()]
             sample["labels"] = _labels(sample["input_ids"], found["offset_mapping"][0], spans)
@@ -145,6 +148,7 @@ class LanguageProcessor(Processor):
         """
         if padding_side not in ("left", "right"):
             raise CordaError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
+        samples = _pooled_in_order(samples)
         length = max(len(sample["input_ids"]) for sample in samples)
         batch: dict[str, Tensor] = {}
         for key in dict.fromkeys(key for sample in samples for key in sample):
@@ -315,6 +319,36 @@ def _tensors(found: Mapping[str, Any], *but: str) -> Sample:
     return {key: value[0] if key in ALONG_TOKENS else value for key, value in sample.items()} | (
         {} if "attention_mask" in sample else {"attention_mask": torch.ones_like(ids[0])}
     )
+
+
+# What puts the beginning of the text there before it looks for images, so that labels would be some characters off.
+_BEGINS_ITSELF = ("Molmo2Processor",)
+
+
+def _begun(
+    text: str, responses: Sequence[tuple[int, int]] | None, tokenizer: Any
+) -> tuple[str, Sequence[tuple[int, int]] | None]:
+    """A text that begins as its model wants it to, and where the responses are then."""
+    begin = tokenizer.bos_token or tokenizer.eos_token or ""
+    if text.startswith(begin):
+        return text, responses
+    by = len(begin)
+    moved = None if responses is None else [(start + by, end + by) for start, end in responses]
+    return begin + text, moved
+
+
+def _pooled_in_order(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Molmo 2: which patches an image token is pooled of, counted from the first patch of the batch instead of the record."""
+    before, found = 0, []
+    for sample in samples:
+        if (pooled := sample.get("image_token_pooling")) is not None:
+            sample = {
+                **sample,
+                "image_token_pooling": torch.where(pooled < 0, pooled, pooled + before),
+            }
+            before += sample["pixel_values"].shape[:2].numel()
+        found.append(sample)
+    return found
 
 
 def _tensor(value: Any) -> Tensor:
