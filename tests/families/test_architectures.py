@@ -37,6 +37,8 @@ def _llama4_runs(monkeypatch):
 def made(name: str) -> tuple[Toy, Any]:
     if name in SEEING_TOYS and transformers.__version__.startswith("4."):
         pytest.skip("vision-language models take transformers 5")
+    if name == "qwen3_next" and transformers.__version__.startswith("4."):
+        pytest.skip("its experts are layers there, which are no sites")
     torch.manual_seed(0)
     try:
         return TOYS[name], TOYS[name].make().eval()
@@ -86,7 +88,8 @@ def test_from_layers_to_plain_peft(name, tmp_path):
     linears = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     left_out = {starred(n) for n in linears - {site.name for site in sites}}
     heard = (n for n in left_out if ".audio_tower." in n)  # of no tower that we know
-    assert {n for n in left_out if not n.endswith("lm_head")} - {*heard} == toy.left_out
+    output = {n for n in left_out if n.endswith(("lm_head", "embed_out"))}
+    assert left_out - {*heard} - output == toy.left_out
 
     # a stream is one tensor, and a tensor one stream
     dense = [site for site in sites if site.pool is None]  # of experts see test_moe.py

@@ -76,6 +76,8 @@ def similarities(model, batch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_from_layers_to_plain_peft(name, batch, tmp_path):
+    if name == "chinese_clip" and t.__version__.startswith("4."):
+        pytest.skip("its text tower has no pooler there, which its own get_text_features asks for")
     model = make(name)
     family = detect_family(model)
     assert family is IMAGE_TEXT_HF
