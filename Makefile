@@ -72,6 +72,7 @@ bench: $(VENV)/.installed-dev $(SMOLLM2)
 	@$(BIN)/python eval/benchmarks/blockwise_memory.py $(SMOLLM2) --out runs/bench/blockwise_memory.json
 	@$(BIN)/python eval/benchmarks/lora_start.py --out runs/bench/lora_start.json
 	@$(BIN)/python eval/benchmarks/step_vs_peft.py --out runs/bench/step_vs_peft.json
+	@$(BIN)/python eval/benchmarks/gpu.py --small --out runs/bench/gpu.json  # without --small where there is an accelerator
 	@$(BIN)/python eval/benchmarks/scale_7b.py --peft --out runs/bench/scale_7b
 	@$(MAKE) integrations TOOLS="clip_benchmark lm_eval"
 	@.venvs/clip_benchmark/bin/python eval/benchmarks/evaluation_speed.py images --out runs/bench/images_a_second.json
