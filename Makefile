@@ -26,7 +26,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
 	@echo "installing corda-vlm with torch and transformers into $(VENV): about 5 GB, some two minutes"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[all]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[report,data,gguf]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
