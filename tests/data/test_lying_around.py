@@ -138,6 +138,8 @@ MADE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         ["user", "assistant"]),
     "LLaMA-Factory, preference": (write("data.json", {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT}),
         ["user", "assistant"]),
+    "Preference as Alpaca": (write("data.json", {"instruction": "What", "input": "@?", "chosen": "A @", "rejected": "B"}),
+        ["user", "assistant"]),
     "TRL, language": (write("data.jsonl", {"text": "Words @"}), []),
     "OpenAI's": (write("data.jsonl", *OPENAI), ["system", "user", "call", "tool", "assistant"]),
     "open_clip's CSV": (table("\t"), []),
@@ -229,6 +231,43 @@ def test_pairs_without_a_prompt_begin_with_it(tmp_path):
     write("data.jsonl", {"chosen": "A", "rejected": "B"})(tmp_path)
     with pytest.raises(DataError, match="has no prompt"):
         load_records({"source": f"jsonl:{tmp_path / 'data.jsonl'}", "format": "preference"})
+
+
+@pytest.mark.parametrize(
+    ("beside", "why"),
+    [
+        ({"prompt": " What @?"}, None),
+        ({"prompt": [USER]}, None),
+        ({"prompt": None}, None),
+        ({"messages": [USER, ANSWER]}, None),
+        ({"prompt": "Who @?"}, "leaves out what the prompt beside it says"),
+        ({"prompt": [{"role": "system", "content": "Be brief."}, USER]}, "leaves out what"),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_the_chosen_repeats_is_asked_once(beside, why, tmp_path):
+    write("data.jsonl", {**beside, "chosen": [USER, ANSWER], "rejected": None})(tmp_path)
+    spec = {"source": f"jsonl:{tmp_path / 'data.jsonl'}", "format": "preference"}
+    if why is None:
+        assert load_records(spec)[1]["messages"] == numbered([USER, ANSWER])[1]
+    else:
+        with pytest.raises(DataError, match=why):
+            load_records(spec)
+
+
+@pytest.mark.parametrize(("format", "column"), [("preference", "chosen"), ("prompt_completion", "completion")])  # fmt: skip
+@pytest.mark.parametrize("answer", ['{"name": "Ann"}', '[{"role": "admin"}]', "[]", "5"])
+def test_an_answer_in_json_is_an_answer(format, column, answer, tmp_path):
+    write("data.jsonl", {"prompt": "[1, 2]", column: answer})(tmp_path)
+    (first, *_) = load_records({"source": f"jsonl:{tmp_path / 'data.jsonl'}", "format": format})
+    assert [message["content"] for message in first["messages"]] == ["[1, 2]", answer]
+
+
+def test_of_a_question_with_a_system_text_the_chosen_is_the_answer(tmp_path):
+    row = {"system": "Be brief.", "question": "What @?", "chosen": "A @", "rejected": "B"}
+    write("data.jsonl", row)(tmp_path)
+    records = load_records({"source": f"jsonl:{tmp_path / 'data.jsonl'}", "format": "preference"})
+    system = {"role": "system", "content": "Be brief."}
+    assert records[2]["messages"] == [system, *numbered([USER, ANSWER])[2]]
 
 
 def counts(store: CovarianceStore) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 from corda_vlm.data.columns import asked_column, filled, is_empty
 from corda_vlm.data.sources.table import Table
 from corda_vlm.data.spec import DataSpec
-from corda_vlm.data.text.messages import checked, matching, messages_of, needed
+from corda_vlm.data.text.messages import checked, matching, messages_of, needed, speaker
 from corda_vlm.data.text.questions import answers_of, question_and_answers
 from corda_vlm.data.text.rows import Columns, Fault, Message, each, not_text, unpacked
 from corda_vlm.errors import DataError
@@ -30,15 +30,7 @@ def alpaca(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns
     if instruction is None:
         needed(table, spec, "instruction")
         raise AssertionError("unreachable: the column was not there")
-    inputs = [
-        name for name in _INPUT if name in names and not all(map(is_empty, table.columns[name]))
-    ]
-    if len(inputs) > 1 and spec.question == "auto":
-        raise DataError(
-            f"{spec}: has two inputs, {' and '.join(inputs)}, of which format: alpaca asks one; name what to ask, e.g. "
-            "question: '{instruction} {input} {context}'"
-        )
-    more = table.columns[inputs[0]] if inputs else None
+    asked = _instructed(table, spec, instruction)
     history = table.columns.get("history")
     target = None
     if spec.answer is not None:
@@ -50,19 +42,43 @@ def alpaca(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns
             )
 
     def make(row: int) -> dict[str, Any]:
-        values = {name: column[row] for name, column in table.columns.items()}
-        parts = [_text("instruction", filled(instruction, values))]
-        if more is not None and spec.question == "auto":
-            parts.append(_text("input", more[row]))
-        answers = [] if target is None else answers_of(filled(target, values))
+        answers = [] if target is None else answers_of(filled(target, _values(table, row)))
         if target is not None and (not answers or not answers[0].strip()):
             raise Fault("has an empty answer")
-        asked = "\n".join(part for part in parts if part.strip())
-        made = question_and_answers(asked, answers, count(row), spec)
+        made = question_and_answers(asked(row), answers, count(row), spec)
         before = [] if history is None else _before(history[row])
         return {**made, "messages": [*before, *made["messages"]]}
 
     return each(table, make, ["messages", "question", "answers"])
+
+
+def _instructed(table: Table, spec: DataSpec, instruction: str) -> Callable[[int], str]:
+    """What a row asks: its instruction, and on the next line its input where there is one; or what the spec names.
+
+    Raises:
+        DataError: as `alpaca`.
+    """
+    inputs = [
+        name for name in _INPUT if name in table.columns and not all(map(is_empty, table.columns[name]))
+    ]  # fmt: skip
+    if len(inputs) > 1 and spec.question == "auto":
+        raise DataError(
+            f"{spec}: has two inputs, {' and '.join(inputs)}, of which format: {spec.format} asks one; name what to ask, e.g. "
+            "question: '{instruction} {input} {context}'"
+        )
+    more = table.columns[inputs[0]] if inputs and spec.question == "auto" else None
+
+    def asked(row: int) -> str:
+        parts = [_text("instruction", filled(instruction, _values(table, row)))]
+        if more is not None:
+            parts.append(_text("input", more[row]))
+        return "\n".join(part for part in parts if part.strip())
+
+    return asked
+
+
+def _values(table: Table, row: int) -> dict[str, Any]:
+    return {name: column[row] for name, column in table.columns.items()}
 
 
 def _text(what: str, stored: Any) -> str:
@@ -99,21 +115,54 @@ def prompt_completion(table: Table, spec: DataSpec, count: Callable[[int], int])
 def preference(table: Table, spec: DataSpec, count: Callable[[int], int]) -> Columns:
     """Pairs of answers, of which people chose one: the chosen one is the answer, the other is not looked at.
 
-    TRL's `prompt`, `chosen` and `rejected`, texts or lists of messages, also without a prompt, where both lists begin with it;
-    and LLaMA-Factory's, whose `chosen` is one message after a `conversations`.
+    TRL's `prompt`, `chosen` and `rejected`, texts or lists of messages, also where both lists begin with the prompt, which is then
+    asked once; and LLaMA-Factory's, whose `chosen` is one message after a `conversations`, or the answer to an `instruction`.
     """
     chosen = needed(table, spec, "chosen")
-    name = next((n for n in ("prompt", "conversations", "messages") if n in table.columns), None)
+    prompt = asked_column(spec.question or "auto", _PROMPT, list(table.columns), spec, "prompt")
+    instructed = _instructed(table, spec, prompt) if prompt == "instruction" else None
+
+    def asked(row: int) -> Any:
+        if instructed is not None:
+            return instructed(row)
+        return None if prompt is None else _turns(filled(prompt, _values(table, row)))
 
     def make(row: int) -> dict[str, Any]:
-        said: Any = _turns(chosen[row])
-        if name is not None:
-            return _completed(_turns(table.columns[name][row]), said, "chosen", count(row), spec)
-        if isinstance(said, str) or len(said) < 2:
+        before, said = asked(row), _turns(chosen[row])
+        if _is_whole(said):
+            _check_holds(said, before)
+            before, said = said[:-1], said[-1:]
+        if is_empty(before):
             raise Fault("has no prompt, and its chosen is no list of messages that begins with one")
-        return _completed(said[:-1], said[-1:], "chosen", count(row), spec)
+        return _completed(before, said, "chosen", count(row), spec)
 
     return each(table, make, ["messages", "question", "answers"])
+
+
+_PROMPT = ("prompt", "conversations", "messages", "question", "instruction")
+
+
+def _is_whole(stored: Any) -> bool:
+    """Is it a conversation with its prompt, and no answer alone?"""
+    listed = isinstance(stored, (list, tuple)) and all(isinstance(one, Mapping) for one in stored)
+    return listed and len(stored) > 1 and speaker(stored[0]) != "assistant"
+
+
+def _check_holds(whole: Sequence[Any], prompt: Any) -> None:
+    """Raise a `Fault` where a conversation leaves out what a prompt beside it says."""
+    if is_empty(prompt):
+        return
+    said = [_words(turn) for turn in whole]
+    turns = prompt if isinstance(prompt, (list, tuple)) else [{"content": prompt}]
+    if any(_words(turn) not in said for turn in turns):
+        raise Fault(
+            "its chosen begins with a prompt that leaves out what the prompt beside it says"
+        )
+
+
+def _words(turn: Any) -> Any:
+    words = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else turn
+    return words.strip() if isinstance(words, str) else words
 
 
 def _completed(asked: Any, said: Any, what: str, pictures: int, spec: DataSpec) -> dict[str, Any]:
@@ -150,6 +199,8 @@ def _turns(stored: Any) -> Any:
     turns = unpacked(stored)
     turns = [turns] if isinstance(turns, Mapping) else turns
     listed = isinstance(turns, (list, tuple)) and all(isinstance(turn, Mapping) for turn in turns)
+    if isinstance(stored, str):  # which may be an answer in JSON, and no message
+        listed = listed and all(speaker(turn) is not None for turn in turns)
     return turns if listed and turns else stored
 
 

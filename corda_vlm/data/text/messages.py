@@ -85,6 +85,12 @@ def messages_of(stored: Any, spec: DataSpec, *, split: bool) -> list[Message]:
     return [_message(turn, spec, split=split) for turn in turns]
 
 
+def speaker(turn: Mapping[str, Any]) -> str | None:
+    """Who says a turn, as templates call them; None of what is no turn."""
+    said_by = next((turn[role] for role, _ in _TURNS if role in turn), None)
+    return "assistant" if said_by in _CALLS else _ROLES.get(str(said_by))
+
+
 def needed(table: Table, spec: DataSpec, column: str) -> Sequence[Any]:
     """A column of the format's.
 
