@@ -11,7 +11,7 @@ reads. `corda_retention` is a group of the knowledge that CorDA measures, Trivia
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ from torch import nn
 
 from corda_vlm.errors import CordaError, brief
 from corda_vlm.files import asset, home_path
+from corda_vlm.integrations.tasks import Task, as_tasks
 from corda_vlm.names import check_name
 
 RETENTION = "corda_retention"
 """The name of the group of retention tasks."""
 
 _SET_HERE = ("model_args", "task_manager", "evaluation_tracker", "log_samples")
-
-Task = str | Mapping[str, Any]
 
 
 def tasks_folder() -> Path:
@@ -58,7 +57,7 @@ def as_lm(model: nn.Module, processor: Any, *, batch_size: int = 8, **options: A
 
 def evaluate(
     model: nn.Module,
-    tasks: Sequence[Task] = (RETENTION,),
+    tasks: str | Sequence[Task] = (RETENTION,),
     *,
     processor: Any,
     output: str | Path | None = None,
@@ -69,7 +68,7 @@ def evaluate(
     """Measure a live model with lm-eval; its mode, train or eval, is as before afterwards.
 
     Args:
-        tasks: names of lm-eval's tasks and of those in `tasks_folder()`, or mappings as its task files hold them.
+        tasks: names of lm-eval's tasks (a list, or "a,b") and of those in `tasks_folder()`, or mappings as its task files hold them.
         processor: the model's.
         output: a folder for results_DATE.json and samples_TASK_DATE.jsonl; the model is called by its name.
         include_path: a folder of further task files.
@@ -79,7 +78,7 @@ def evaluate(
         what `simple_evaluate` returns: None in the processes of a distributed run but the first.
 
     Raises:
-        CordaError: lm-eval is not installed, the model writes no text, or a keyword is one that is set here.
+        CordaError: lm-eval is not installed, the model writes no text, no task is given, or a keyword is one that is set here.
     """
     if own := [name for name in _SET_HERE if name in keywords]:
         raise CordaError(
@@ -93,7 +92,7 @@ def evaluate(
         results = _lm_eval("evaluator").simple_evaluate(
             model=as_lm(model, processor, batch_size=batch_size),
             model_args={"pretrained": named},
-            tasks=[one if isinstance(one, str) else dict(one) for one in tasks],
+            tasks=as_tasks(tasks),
             task_manager=_lm_eval("tasks").TaskManager(include_path=folders),
             evaluation_tracker=tracker,
             batch_size=batch_size,

@@ -30,6 +30,7 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families.base import Processor
 from corda_vlm.families.generative.language import Sample
 from corda_vlm.files import home_path
+from corda_vlm.integrations.tasks import Task, as_tasks
 from corda_vlm.names import check_name
 
 NAME = "corda_vlm"
@@ -46,8 +47,6 @@ _SET_HERE = (
     "datetime_str",
     "force_simple",
 )
-
-Task = str | Mapping[str, Any]
 
 Conversation = Callable[[], Sequence[Mapping[str, Any]]]
 """Gives messages; called when they are needed, as the pictures of a whole task would fill the memory."""
@@ -217,7 +216,7 @@ def _messages(
 
 def evaluate(
     model: nn.Module,
-    tasks: Sequence[Task],
+    tasks: str | Sequence[Task],
     *,
     processor: Processor,
     output: str | Path | None = None,
@@ -229,7 +228,7 @@ def evaluate(
     """Measure a live model with lmms-eval; its mode, train or eval, is as before afterwards.
 
     Args:
-        tasks: names of lmms-eval's tasks and of those in `include_path`, or mappings as its task files hold them.
+        tasks: names of lmms-eval's tasks (a list, or "a,b") and of those in `include_path`, or mappings as its task files hold them.
         processor: the model's.
         output: a folder for DATE_results.json and DATE_samples_TASK.jsonl; the model is called by its name.
         include_path: a folder of further task files.
@@ -239,7 +238,7 @@ def evaluate(
         what `simple_evaluate` returns.
 
     Raises:
-        CordaError: lmms-eval is not installed, the model writes no text, a keyword is one that is set here, or a task is none
+        CordaError: lmms-eval is not installed, the model writes no text, a keyword is one that is set here, no task is given, or a task is none
             that a live model does.
     """
     if own := [name for name in _SET_HERE if name in keywords]:
@@ -256,7 +255,7 @@ def evaluate(
     results = _lmms_eval("evaluator").simple_evaluate(
         model=lmms,
         model_args=f"pretrained={named}",
-        tasks=[one if isinstance(one, str) else dict(one) for one in tasks],
+        tasks=as_tasks(tasks),
         task_manager=_lmms_eval("tasks").TaskManager(
             include_path=None if include_path is None else str(include_path), model_name=NAME
         ),
