@@ -17,6 +17,7 @@ layers' names in transformers.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -198,9 +199,15 @@ def _vllm(written: Written) -> list[str]:
     return [
         shlex.join([
             "vllm", "serve", written.base, "--enable-lora", "--max-lora-rank", str(allowed),
-            "--lora-modules", f"{written.folder.name}={folder}",
+            "--lora-modules", _named(written.folder.name, folder),
         ])
     ]  # fmt: skip
+
+
+def _named(name: str, folder: str) -> str:
+    """An adapter as `--lora-modules` takes it: name=path, or JSON where that has signs which part it (`LoRAParserAction`)."""
+    parted = any(sign in part for part in (name, folder) for sign in "=,")
+    return json.dumps({"name": name, "path": folder}) if parted else f"{name}={folder}"
 
 
 def _llama_cpp(written: Written) -> list[str]:

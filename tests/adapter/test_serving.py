@@ -42,6 +42,12 @@ def test_vllm_is_told_the_rank_and_where_the_adapter_is(tmp_path):
     assert command in (folder / "README.md").read_text()
 
 
+def test_vllm_is_told_names_that_its_own_form_would_part():
+    folder = Path("/runs/lr=0.001,seed=0")
+    (command,) = commands("vllm", Written(folder, "lora", "owner/base", 4))
+    assert json.loads(shlex.split(command)[-1]) == {"name": folder.name, "path": str(folder)}
+
+
 def test_llama_cpp_converts_the_base_and_the_adapter(tmp_path):
     model = attached(LANGUAGE["llama"]())
     report = exported(model, tmp_path / "on-id", serve="llama.cpp", source="owner/llama")
