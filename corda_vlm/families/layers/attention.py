@@ -2,8 +2,9 @@
 
 `nn.MultiheadAttention` (open_clip, the pooling head of SigLIP) and open_clip's own `Attention` keep the query,
 key and value weights in one `in_proj_weight` and never call them as modules: a forward hook on a part never
-fires, and PEFT cannot wrap one. Neither does the pool of open_clip's ResNets call its parts, though it has them. `unpack` puts a module with `nn.Linear` children `q_proj`, `k_proj`, `v_proj`,
-`out_proj` in their place; `pack` puts the *same* original module back, with the values of the parts.
+fires, and PEFT cannot wrap one. Neither does the pool of open_clip's ResNets call its parts, though it has them.
+`unpack` puts a module with `nn.Linear` children `q_proj`, `k_proj`, `v_proj`, `out_proj` (of a pool `c_proj`) in
+their place; `pack` puts the *same* original module back, with the values of the parts.
 
 The weights of the parts are views of the packed storage, so nothing is copied and an in-place edit of a part
 is an edit of the packed parameter. Where a part has left that storage meanwhile (`model.to(dtype)`,

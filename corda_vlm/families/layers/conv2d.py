@@ -119,9 +119,8 @@ def convolved(
     conv: nn.Conv2d, x: Tensor, A: Float[Tensor, "r inp"], B: Float[Tensor, "out r"]
 ) -> Tensor:
     """`B A` on the patches of `x`, as two convolutions: no patch is made, and no product of B and A."""
-    narrow = conv._conv_forward(
-        x, as_kernel(conv, A), None
-    )  # stride, padding and its mode, dilation
+    # with the layer's stride, padding and its mode, and dilation
+    narrow = conv._conv_forward(x, as_kernel(conv, A), None)  # (*b, r, oh, ow)
     return F.conv2d(narrow, B[:, :, None, None])
 
 
