@@ -17,12 +17,12 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from corda_vlm import run_files
 from corda_vlm.errors import ForeignFileError
+from corda_vlm.families.options import ROLES, TOWERS
 from corda_vlm.plan import AdapterPlan, SitePlan
 from corda_vlm.report.document import Picture
 from corda_vlm.report.markup import shortened
 from corda_vlm.report.pictures import PLANS, PLANS_CAPTION
 from corda_vlm.report.plots.style import FAINT, INK, literal_text, save
-from corda_vlm.sites import ROLES, TOWERS
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ from torch import nn
 
 from corda_vlm.errors import CordaError, NoSitesError, UnknownNameError
 from corda_vlm.families.layers.attention import unpacked
+from corda_vlm.families.options import ROLES, TOWERS
 from corda_vlm.sites import (
-    ROLES,
-    TOWERS,
     Site,
     find_sites,
     get_linear,
