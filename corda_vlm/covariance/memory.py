@@ -12,6 +12,8 @@ from torch import nn
 from corda_vlm.covariance.moments import PRECISIONS, packed_length
 from corda_vlm.sites import Site, site_shapes
 
+_MUCH = 0.5  # of what is free: from there on it is told how much that is
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -33,7 +35,7 @@ class Memory:
         text = f"covariances of {self.streams:,} inputs take {_readable(self.total)} of memory"
         if self.block < self.total:
             text += f", {_readable(self.block)} with --blockwise"
-        if self.free is not None:
+        if self.free is not None and self.total > _MUCH * self.free:
             text += f"; {_readable(self.free)} are free"
         if self.free is not None and self.total > self.free:
             text += ", which is less: " + (
