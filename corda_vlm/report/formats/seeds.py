@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.bootstrap import Interval
+from corda_vlm.files import shown
 from corda_vlm.report.formats.base import Measure
 
 # Student's t at 97.5 % for 1 to 10 degrees of freedom: with few seeds their spread is itself hardly known
@@ -19,7 +21,10 @@ _NORMAL = 1.96
 def over_seeds(trainings: Sequence[Sequence[Measure]]) -> list[Measure]:
     """The measures of several trainings as those of one model; of one training they stay as they are.
 
-    A task that not every training was measured on is left out of none: it is the mean of those that have it.
+    A task is the mean of those trainings that were measured on it.
+
+    Raises:
+        CordaError: they were not measured alike on a task.
     """
     if len(trainings) == 1:
         return list(trainings[0])
@@ -31,6 +36,14 @@ def over_seeds(trainings: Sequence[Sequence[Measure]]) -> list[Measure]:
 
 
 def _mean(alike: Sequence[Measure]) -> Measure:
+    first = alike[0]
+    for one in alike:
+        for name, value in first.conditions.items():
+            if one.conditions.get(name) != value:
+                raise CordaError(
+                    f"{one.task!r} was not measured alike after trainings that differ in their seed: the {name} is {value} and "
+                    f"{one.conditions.get(name)}; evaluate them again with the same. In {shown(one.file)}"
+                )
     intervals = [one.interval for one in alike]
     value = mean_interval([one.value for one in alike], intervals)
     gains = [one.gain for one in alike]
@@ -38,7 +51,7 @@ def _mean(alike: Sequence[Measure]) -> Measure:
     if all(one is not None for one in gains):
         gain = mean_interval([one.value for one in gains if one is not None], gains)
     return replace(
-        alike[0], value=value.value, low=value.low, high=value.high, gain=gain, seeds=len(alike), samples=None
+        first, value=value.value, low=value.low, high=value.high, gain=gain, seeds=len(alike), samples=None
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from corda_vlm.errors import CordaError
 from corda_vlm.evaluation.bootstrap import Interval
 from corda_vlm.evaluation.score_file import append_rows
 from corda_vlm.report import BeforeAfterOptions, write_comparison
@@ -27,6 +28,16 @@ def test_seeds_of_one_setting_are_one_model(tmp_path):
     # the seeds are 0.79, 0.80 and 0.81, each 0.02 to either side
     half = np.hypot(4.303 * 0.01 / np.sqrt(3), 0.02)
     assert new.interval.high - new.value == pytest.approx(half, rel=1e-3)
+
+
+def test_seeds_that_saw_other_numbers_of_examples_are_no_model(tmp_path):
+    rows = study({"kpm": [(1e-3, 0.8, 0.9)]}, seeds=2)
+    rows[-1] = {**rows[-1], "n": 7}
+    append_rows(tmp_path / "scores.jsonl", rows)
+    with pytest.raises(
+        CordaError, match=r"not measured alike .* the number of examples is \d+ and 7"
+    ):
+        read_results(tmp_path)
 
 
 def test_the_report_and_the_card_say_so(tmp_path):
