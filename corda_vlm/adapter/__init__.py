@@ -8,14 +8,14 @@ from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
     from corda_vlm.adapter.attach import attach_adapter
-    from corda_vlm.adapter.export import export_adapter
-    from corda_vlm.adapter.imported import import_adapter
+    from corda_vlm.adapter.exchange.export import export_adapter
+    from corda_vlm.adapter.exchange.imported import import_adapter
     from corda_vlm.adapter.interpolate import at_scale, interpolated, scaled
     from corda_vlm.adapter.load import load_adapter
     from corda_vlm.adapter.one_call import adapt
     from corda_vlm.adapter.options import AttachOptions, check_scale
     from corda_vlm.adapter.quantized_base import quantize_base
-    from corda_vlm.adapter.wrap import restore
+    from corda_vlm.adapter.wrapped.wrap import restore
 
 _HOMES = {
     "AttachOptions": "options",
@@ -23,12 +23,12 @@ _HOMES = {
     "at_scale": "interpolate",
     "attach_adapter": "attach",
     "check_scale": "options",
-    "export_adapter": "export",
-    "import_adapter": "imported",
+    "export_adapter": "exchange.export",
+    "import_adapter": "exchange.imported",
     "interpolated": "interpolate",
     "load_adapter": "load",
     "quantize_base": "quantized_base",
-    "restore": "wrap",
+    "restore": "wrapped.wrap",
     "scaled": "interpolate",
 }
 

@@ -23,8 +23,6 @@ from torch import nn
 from typing_extensions import Unpack
 
 from corda_vlm.adapter.base import absolute
-from corda_vlm.adapter.carriers import Carrier, carriers
-from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.adapter.options import AttachKeywords, AttachOptions
 from corda_vlm.adapter.paired import (
     PairedConfig,
@@ -34,8 +32,10 @@ from corda_vlm.adapter.paired import (
     refuse_second_residual,
     start_from,
 )
-from corda_vlm.adapter.targets import check_wrapped, lora_targets, unlike_in_peft
-from corda_vlm.adapter.wrap import base_modes, wrapping
+from corda_vlm.adapter.wrapped.carriers import Carrier, carriers
+from corda_vlm.adapter.wrapped.full_modules import check_full_modules
+from corda_vlm.adapter.wrapped.targets import check_wrapped, lora_targets, unlike_in_peft
+from corda_vlm.adapter.wrapped.wrap import base_modes, wrapping
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.quantized import storage_of

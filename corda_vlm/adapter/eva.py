@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import EvaConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 
-from corda_vlm.adapter.targets import check_wrapped, lora_targets, refuse_convolutions
-from corda_vlm.adapter.wrap import wrapping
+from corda_vlm.adapter.wrapped.targets import check_wrapped, lora_targets, refuse_convolutions
+from corda_vlm.adapter.wrapped.wrap import wrapping
 from corda_vlm.covariance import CovarianceStore
 from corda_vlm.covariance.moments import SecondMoment
 from corda_vlm.decompose.basis import fix_signs

@@ -29,7 +29,7 @@ from corda_vlm.adapter.paired import (
     trained,
 )
 from corda_vlm.adapter.quantized_base import quantize_base
-from corda_vlm.adapter.wrap import base_modes, wrapping
+from corda_vlm.adapter.wrapped.wrap import base_modes, wrapping
 from corda_vlm.errors import CordaError, ForeignFileError, first_line
 from corda_vlm.files import shown
 from corda_vlm.same_model import is_quantized

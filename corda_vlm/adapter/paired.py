@@ -341,7 +341,7 @@ class PairedModel(LoraModel):
     ) -> nn.Module:
         if kwargs.get("parameter_name") is None:
             return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        from corda_vlm.adapter.parameters import PairedParameter
+        from corda_vlm.adapter.wrapped.parameters import PairedParameter
 
         return PairedParameter(target, adapter_name, config=lora_config, **kwargs)
 

@@ -14,9 +14,9 @@ from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant, MiCA
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from corda_vlm.adapter.carriers import Carrier
 from corda_vlm.adapter.paired import PairedLayer, base_matrix, difference, trained
-from corda_vlm.adapter.parameters import parameter_matrix
+from corda_vlm.adapter.wrapped.carriers import Carrier
+from corda_vlm.adapter.wrapped.parameters import parameter_matrix
 from corda_vlm.anchor.metric import Metric, Metrics
 from corda_vlm.anchor.output_side import Outputs
 from corda_vlm.distributed.pieces import whole

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from corda_vlm.adapter.carriers import carriers
 from corda_vlm.adapter.paired import PairedConfig, base_of
+from corda_vlm.adapter.wrapped.carriers import carriers
 from corda_vlm.anchor.adapters import Adapted, Adapters, as_adapted
 from corda_vlm.anchor.experts import shares_of_experts
 from corda_vlm.anchor.full_weights import FullWeights, trained_sites

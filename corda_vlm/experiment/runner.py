@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from corda_vlm.adapter.full_modules import check_full_modules
+from corda_vlm.adapter.wrapped.full_modules import check_full_modules
 from corda_vlm.covariance import CovarianceStore, GradientStore
 from corda_vlm.data import Records, batch_builder
 from corda_vlm.errors import CordaError, NotFiniteError

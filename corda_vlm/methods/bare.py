@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from corda_vlm.adapter.wrap import forget_frozen, remember_frozen
+from corda_vlm.adapter.wrapped.wrap import forget_frozen, remember_frozen
 from corda_vlm.errors import CordaError
 from corda_vlm.methods.method import MethodRequest
 from corda_vlm.sites import find_sites

@@ -11,15 +11,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from corda_vlm.adapter.eva import attach_eva
-from corda_vlm.adapter.full_modules import check_full_modules
 from corda_vlm.adapter.paired import keep_a_frozen, start_from, takes_out_for_in, trained
-from corda_vlm.adapter.targets import (
+from corda_vlm.adapter.wrapped.full_modules import check_full_modules
+from corda_vlm.adapter.wrapped.targets import (
     as_parameters,
     check_wrapped,
     lora_targets,
     refuse_convolutions,
 )
-from corda_vlm.adapter.wrap import wrapping
+from corda_vlm.adapter.wrapped.wrap import wrapping
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.experts import Slice
 from corda_vlm.families.options import SiteOptions

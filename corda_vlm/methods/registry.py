@@ -91,7 +91,7 @@ def register_method(method: Method) -> Method:
     return register(METHODS, "method", method.name, method)
 
 
-_restore = later("corda_vlm.adapter.wrap", "restore")
+_restore = later("corda_vlm.adapter.wrapped.wrap", "restore")
 
 
 def _planned(

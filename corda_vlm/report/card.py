@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult
 
-from corda_vlm.adapter.card import write_export_card
+from corda_vlm.adapter.exchange.card import write_export_card
 from corda_vlm.adapter.folder import REPORT
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.evaluation.scores import BASE, value_text

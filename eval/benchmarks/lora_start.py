@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from corda_vlm import evaluate, export_adapter, load_model
 from corda_vlm.adapter import adapt
 from corda_vlm.adapter.paired import base_of, trained
-from corda_vlm.adapter.targets import anchored
+from corda_vlm.adapter.wrapped.targets import anchored
 from corda_vlm.data import load_records, make_batches
 from corda_vlm.families import detect_family
 from corda_vlm.files import write_json

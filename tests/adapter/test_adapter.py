@@ -19,7 +19,7 @@ from torch import nn
 from corda_vlm.adapter import adapt, attach_adapter, load_adapter, restore, scaled
 from corda_vlm.adapter.paired import PairedLayer, paired_layers
 from corda_vlm.adapter.paired import trained as factors_of
-from corda_vlm.adapter.targets import anchored, lora_targets
+from corda_vlm.adapter.wrapped.targets import anchored, lora_targets
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError
 from corda_vlm.families import detect_family

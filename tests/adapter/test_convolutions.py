@@ -20,7 +20,7 @@ from corda_vlm.adapter import (
     scaled,
 )
 from corda_vlm.adapter.paired import PairedConv2d, paired_layers
-from corda_vlm.adapter.targets import lora_targets
+from corda_vlm.adapter.wrapped.targets import lora_targets
 from corda_vlm.errors import CordaError
 from corda_vlm.methods import prepare_method
 from corda_vlm.plan import plan_adapter

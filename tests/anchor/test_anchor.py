@@ -13,7 +13,7 @@ from torch import nn
 
 from corda_vlm.adapter import attach_adapter, load_adapter, scaled
 from corda_vlm.adapter.paired import paired_layers
-from corda_vlm.adapter.targets import lora_targets
+from corda_vlm.adapter.wrapped.targets import lora_targets
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.data import load_records, make_batches

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from corda_vlm.adapter import attach_adapter
-from corda_vlm.adapter.targets import lora_targets
+from corda_vlm.adapter.wrapped.targets import lora_targets
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.plan import plan_adapter

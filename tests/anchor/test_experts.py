@@ -7,7 +7,7 @@ import torch
 import transformers as t
 
 from corda_vlm.adapter import attach_adapter
-from corda_vlm.adapter.factors import changes
+from corda_vlm.adapter.exchange.factors import changes
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.anchor.experts import shares_of_experts
 from corda_vlm.covariance import collect_covariance

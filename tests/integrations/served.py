@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from corda_vlm import attach_adapter, load_model, plan_adapter
-from corda_vlm.adapter.factors import changes
+from corda_vlm.adapter.exchange.factors import changes
 
 
 def learned(source: Path, **options: Any) -> PeftModel:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from corda_vlm import export_adapter
-from corda_vlm.adapter.serving import VLLM_RANKS
+from corda_vlm.adapter.exchange.serving import VLLM_RANKS
 from tests.integrations.served import learned, products
 
 pytestmark = [pytest.mark.unchecked, pytest.mark.slow]
@@ -48,7 +48,7 @@ def test_what_we_refuse_it_refuses(tool, smollm2_4, tmp_path):
 
 
 def test_ranks_are_those_that_it_knows(tool, tmp_path):
-    """the ranks that --max-lora-rank takes are those of `corda_vlm.adapter.serving`"""
+    """the ranks that --max-lora-rank takes are those of `corda_vlm.adapter.exchange.serving`"""
     code = "from typing import get_args; from vllm.config.lora import MaxLoRARanks; print('ranks', *get_args(MaxLoRARanks))"
     printed = tool.run("-c", code, cwd=tmp_path)
     (line,) = [line for line in printed.splitlines() if line.startswith("ranks ")]

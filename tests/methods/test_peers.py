@@ -17,7 +17,7 @@ from torch import nn
 from corda_vlm.adapter import attach_adapter, load_adapter
 from corda_vlm.adapter.eva import attach_eva, share_out
 from corda_vlm.adapter.paired import base_of, paired_layers, trained
-from corda_vlm.adapter.targets import anchored
+from corda_vlm.adapter.wrapped.targets import anchored
 from corda_vlm.covariance import CovarianceStore, collect_covariance
 from corda_vlm.decompose import decompose_contrast
 from corda_vlm.errors import CordaError, ForeignFileError, UnknownNameError

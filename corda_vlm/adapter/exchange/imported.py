@@ -32,8 +32,7 @@ from corda_vlm.adapter.base import (
     noted_fingerprint,
     places_of,
 )
-from corda_vlm.adapter.carriers import Carrier, carriers
-from corda_vlm.adapter.factors import Factors
+from corda_vlm.adapter.exchange.factors import Factors
 from corda_vlm.adapter.folder import (
     ADAPTER,
     AGAIN,
@@ -51,9 +50,10 @@ from corda_vlm.adapter.paired import (
     start_from,
     trained,
 )
-from corda_vlm.adapter.parameters import from_peft
-from corda_vlm.adapter.targets import check_wrapped, lora_targets
-from corda_vlm.adapter.wrap import wrapping
+from corda_vlm.adapter.wrapped.carriers import Carrier, carriers
+from corda_vlm.adapter.wrapped.parameters import from_peft
+from corda_vlm.adapter.wrapped.targets import check_wrapped, lora_targets
+from corda_vlm.adapter.wrapped.wrap import wrapping
 from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked

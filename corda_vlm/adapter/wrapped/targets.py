@@ -10,8 +10,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from corda_vlm.adapter.carriers import carriers
 from corda_vlm.adapter.paired import PairedLayer, base_of
+from corda_vlm.adapter.wrapped.carriers import carriers
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.conv2d import not_in_peft
 from corda_vlm.families.layers.experts import Slice

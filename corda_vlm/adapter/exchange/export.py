@@ -23,9 +23,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from corda_vlm.adapter.base import absolute, base_fingerprint, origin_of, save_base
-from corda_vlm.adapter.card import write_export_card
-from corda_vlm.adapter.carriers import carriers
-from corda_vlm.adapter.factors import Factors, changes, plain, recompress
+from corda_vlm.adapter.exchange.card import write_export_card
+from corda_vlm.adapter.exchange.factors import Factors, changes, plain, recompress
+from corda_vlm.adapter.exchange.plain_lora import LoraBase, save_lora
+from corda_vlm.adapter.exchange.serving import BASE, Written, check_served, served
+from corda_vlm.adapter.exchange.twin import less_pair, original, twin_of, with_change
 from corda_vlm.adapter.folder import (
     REPORT,
     START,
@@ -35,9 +37,7 @@ from corda_vlm.adapter.folder import (
     save_model,
 )
 from corda_vlm.adapter.paired import PairedLayer, base_of, trained
-from corda_vlm.adapter.plain_lora import LoraBase, save_lora
-from corda_vlm.adapter.serving import BASE, Written, check_served, served
-from corda_vlm.adapter.twin import less_pair, original, twin_of, with_change
+from corda_vlm.adapter.wrapped.carriers import carriers
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import is_packed
@@ -82,7 +82,7 @@ def export_adapter(
             its tokenizer's and processor's files are copied. Without it the configuration is read off the model.
         layout: of "residual": "ours" or "peft".
         serve: "vllm" or "llama.cpp": what that server would refuse, or leave out of what was learned, is refused here, and
-            `corda_export.json` and the card have the commands that serve the folder. See `corda_vlm.adapter.serving`.
+            `corda_export.json` and the card have the commands that serve the folder. See `corda_vlm.adapter.exchange.serving`.
 
     Returns:
         `directory`.

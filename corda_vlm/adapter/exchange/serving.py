@@ -27,9 +27,9 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from corda_vlm.adapter.carriers import carriers
 from corda_vlm.adapter.paired import base_of
-from corda_vlm.adapter.targets import as_parameters
+from corda_vlm.adapter.wrapped.carriers import carriers
+from corda_vlm.adapter.wrapped.targets import as_parameters
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.conv1d import TransposedLinear, is_conv1d

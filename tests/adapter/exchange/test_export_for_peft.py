@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, CLIPModel
 
 from corda_vlm.__main__ import main
 from corda_vlm.adapter import attach_adapter, export_adapter
-from corda_vlm.adapter.plain_lora import KNOWN
+from corda_vlm.adapter.exchange.plain_lora import KNOWN
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.plan import plan_adapter
-from tests.adapter.test_export import embed, relative, trained
+from tests.adapter.exchange.test_export import embed, relative, trained
 from tests.families.language_toy import LANGUAGE
 
 IDS = torch.arange(3, 15)[None]

@@ -9,8 +9,8 @@ from peft import PeftModel
 from peft.tuners.lora.variants import MiCALinearVariant
 from torch import Tensor
 
-from corda_vlm.adapter.carriers import carriers
 from corda_vlm.adapter.paired import PairedLayer, trained
+from corda_vlm.adapter.wrapped.carriers import carriers
 from corda_vlm.errors import CordaError
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # site name -> B (out, r), A (r, inp)

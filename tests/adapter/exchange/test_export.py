@@ -19,7 +19,7 @@ from torch import nn
 
 from corda_vlm.__main__ import main
 from corda_vlm.adapter import attach_adapter, export_adapter, load_adapter, restore, scaled
-from corda_vlm.adapter.factors import recompress
+from corda_vlm.adapter.exchange.factors import recompress
 from corda_vlm.adapter.folder import save_model
 from corda_vlm.adapter.paired import paired_layers
 from corda_vlm.covariance import collect_covariance
@@ -492,7 +492,7 @@ class TestFolder:
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("corda_vlm.adapter.plain_lora.save_tensors", full)
+        monkeypatch.setattr("corda_vlm.adapter.exchange.plain_lora.save_tensors", full)
         with pytest.raises(CordaError, match="No space left"):
             export_adapter(attached, tmp_path / "out")
         assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before

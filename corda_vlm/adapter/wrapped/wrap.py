@@ -13,11 +13,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from corda_vlm.adapter.full_modules import unwrap_full_modules
 from corda_vlm.adapter.paired import (
     PairedLayer,
     base_of,
 )
+from corda_vlm.adapter.wrapped.full_modules import unwrap_full_modules
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.attention import pack, unpack
 

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from corda_vlm.__main__ import main
 from corda_vlm.adapter import attach_adapter, export_adapter
-from corda_vlm.adapter.serving import SERVERS, VLLM_RANKS, Written, commands
+from corda_vlm.adapter.exchange.serving import SERVERS, VLLM_RANKS, Written, commands
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.plan import plan_adapter
-from tests.adapter.test_export import trained
+from tests.adapter.exchange.test_export import trained
 from tests.families.language_toy import LANGUAGE, VLM
 
 

@@ -27,8 +27,8 @@ from corda_vlm.adapter.paired import paired_layers, trained
 from corda_vlm.anchor import anchor_penalty
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError, ForeignFileError
-from tests.adapter.test_export import embed, relative
-from tests.adapter.test_export_for_peft import IDS, learn, llama, logits, plan_of  # noqa: F401
+from tests.adapter.exchange.test_export import embed, relative
+from tests.adapter.exchange.test_export_for_peft import IDS, learn, llama, logits, plan_of  # noqa: F401
 
 
 def of(model: Any) -> Any:

@@ -18,8 +18,8 @@ from corda_vlm.adapter import (
     load_adapter,
     restore,
 )
-from corda_vlm.adapter.carriers import carriers
-from corda_vlm.adapter.factors import changes
+from corda_vlm.adapter.exchange.factors import changes
+from corda_vlm.adapter.wrapped.carriers import carriers
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError
 from corda_vlm.plan import plan_adapter

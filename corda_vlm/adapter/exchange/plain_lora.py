@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from corda_vlm.adapter.base import HEADER, save_base
-from corda_vlm.adapter.factors import Factors, plain
+from corda_vlm.adapter.exchange.factors import Factors, plain
 from corda_vlm.adapter.folder import ADAPTER, CONFIG
-from corda_vlm.adapter.parameters import as_peft
-from corda_vlm.adapter.targets import anchored, as_parameters, unlike_in_peft
+from corda_vlm.adapter.wrapped.parameters import as_peft
+from corda_vlm.adapter.wrapped.targets import anchored, as_parameters, unlike_in_peft
 from corda_vlm.errors import CordaError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.conv1d import is_conv1d

@@ -1,0 +1,1 @@
+"""What other tools read of an adapter, and what they give back."""
