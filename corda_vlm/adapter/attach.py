@@ -2,15 +2,15 @@
 
 What a model shows while an adapter is attached, by base mode (see `corda_vlm.adapter.paired`):
 
-A plan of "qera" or "loftq" is a plain LoRA instead: its pair is added to a quantised base, so that the start is nearer to the original
-than the base is.
-
 |                          | "untouched"             | "residual"                    |
 |--------------------------|-------------------------|-------------------------------|
 | at the start             | the original, exactly   | the original, up to rounding  |
 | `disable_adapter()`      | the original, exactly   | the residual `W₀ = W − B₀A₀`  |
 | `restore`, `unload()`    | the original, exactly   | the original, up to rounding  |
 | several adapters         | yes                     | no, refused                   |
+
+A plan of "qera" or "loftq" is a plain LoRA instead: its pair is added to a quantised base, so that the start is nearer to the original
+than the base is.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from corda_vlm.adapter.wrapped.targets import check_wrapped, lora_targets, unlik
 from corda_vlm.adapter.wrapped.wrap import base_modes, wrapping
 from corda_vlm.decompose import Decomposition
 from corda_vlm.errors import CordaError
+from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.options import options_from
 from corda_vlm.plan import AdapterPlan
@@ -130,15 +131,23 @@ def _config(
 
 
 def _check_corrected(model: nn.Module, plan: AdapterPlan) -> None:
-    """Raise unless the model's weights are rounded as the plan's pair takes back, and carry nothing yet."""
-    first = plan.sites[0].site.name
-    kind = storage_of(get_layer(model, first))
-    if isinstance(model, PeftModel) or kind != plan.quantize_to:
-        has = "carries an adapter" if isinstance(model, PeftModel) else f"has {kind or 'matrices'}"
+    """Raise unless the weights that the plan's pairs are for are rounded as they take back, and carry nothing yet."""
+    has = "carries an adapter" if isinstance(model, PeftModel) else _not_rounded(model, plan)
+    if has is not None:
         raise CordaError(
             f"the plan's method {plan.method!r} takes back what quantising to {plan.quantize_to} takes off the weights, and this "
             f"model {has}: attach it to load_model(..., quantization={plan.quantize_to!r}), or to the original model after "
             f"quantize_model(model, {plan.quantize_to!r})"
+        )
+
+
+def _not_rounded(model: nn.Module, plan: AdapterPlan) -> str | None:
+    """What the first layer has instead that should be rounded; a pair of product zero takes nothing back."""
+    corrected = [s.site.name for s in plan.sites if plan.factors[s.site.name].B.any()]
+    with unpacked(model):
+        kinds = ((name, storage_of(get_layer(model, name))) for name in corrected)
+        return next(
+            (f"has {k or 'a matrix'} in {name}" for name, k in kinds if k != plan.quantize_to), None
         )
 
 

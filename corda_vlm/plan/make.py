@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from corda_vlm.errors import CordaError, ForeignFileError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.layers.quantized import rounded
+from corda_vlm.families.loading.quantization import quantizable
 from corda_vlm.families.options import SiteOptions
 from corda_vlm.files import text_digest
 from corda_vlm.names import quoted
@@ -108,10 +109,11 @@ def plan_adapter(
     stacks = stacks_of(model, sites)
     check_one_rank(stacks, rule_of(asked.method, asked) if asked.dynamic_rank else None)
     of_sites = None if gradient is None else StackGradients(gradient, stacks)
+    quantized = _quantized(model, sites, asked)
     with showing(show_progress and is_first()), unpacked(model):
         sites = _reached(sites, gradient, of_sites)
         weights = site_weights(model, [site.name for site in sites])
-        chosen = _choose(weights, asked, store, task_store, of_sites)
+        chosen = _choose(weights, asked, store, task_store, of_sites, quantized)
         planned = _plan_sites(sites, weights, asked, chosen)
     of_task = gradient if task_store is None else task_store
     return AdapterPlan(
@@ -164,6 +166,31 @@ def _plan_sites(
     return [planned[site.name] for site in sites]
 
 
+def _quantized(model: nn.Module, sites: Sequence[Site], asked: PlanOptions) -> frozenset[str]:
+    """The layers that quantising rounds, for a method that takes that back: a log line says which sites are none.
+
+    Raises:
+        CordaError: no site is one.
+    """
+    if asked.quantize_to is None:
+        return frozenset()
+    found = quantizable(model, asked.quantize_to)
+    left = [site.name for site in sites if site.name not in found]
+    if len(left) == len(sites):
+        raise CordaError(
+            f"method {asked.method!r} takes back what quantising to {asked.quantize_to} takes off the weights, and the "
+            f"{len(sites)} sites keep theirs as they are: {quoted(left)}. Take another method, or other sites"
+        )
+    if left:
+        logger.warning(
+            "%d of %d sites keep their weights as they are where the model is quantised, so that their adapters start at zero: %s",
+            len(left),
+            len(sites),
+            quoted(left),
+        )
+    return found
+
+
 def _reached(
     sites: list[Site], gradient: GradientStore | None, of_sites: Mapping[str, Tensor] | None
 ) -> list[Site]:
@@ -193,6 +220,7 @@ class _Choices:
         rule: by which they share them.
         route: of `decompose`.
         beta: the weight of the knowledge against the new task, for a basis that weighs them.
+        quantized: names of the layers whose weights are rounded, for a basis that takes that back.
     """
 
     basis: PlanMethod
@@ -205,6 +233,7 @@ class _Choices:
     rule: str | None
     route: Route
     beta: float | None
+    quantized: Collection[str]
 
 
 def _choose(
@@ -213,6 +242,7 @@ def _choose(
     store: CovarianceStore | None,
     task_store: CovarianceStore | None,
     gradient: Mapping[str, Tensor] | None,
+    quantized: Collection[str],
 ) -> _Choices:
     basis = PLAN_METHODS[asked.method]
     components = basis.components or MODES[asked.mode]
@@ -251,6 +281,7 @@ def _choose(
         # whole spectra were taken already
         route="exact" if rule and "spectrum" in get_rank_rule(rule).needs else asked.route,
         beta=(0.5 if asked.beta is None else asked.beta) if basis.contrast else None,
+        quantized=quantized,
     )
 
 
@@ -299,7 +330,9 @@ def _decomposed(
     if asked.quantize_to is not None:
         how = {**norms, "rank": rank, "route": chosen.route, "seed": asked.seed}
         given = _there(covariance) if basis.needs_store else None
-        return decompose_error(weight, rounded(weight, asked.quantize_to), given, **how)
+        # of a weight that stays as it is nothing was taken: its pair starts at zero
+        there = rounded(weight, asked.quantize_to) if site.name in chosen.quantized else weight
+        return decompose_error(weight, there, given, **how)
     if basis.directions == "qr":
         return _olora(weight, rank, asked.a_norm)
     if chosen.gradient is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from corda_vlm.covariance import CovarianceStore
 from corda_vlm.decompose import RoundingError, rounding_error
 from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.layers.quantized import rounded
+from corda_vlm.families.loading.quantization import quantizable
 from corda_vlm.families.options import Quantization
 from corda_vlm.plan.bases import PLAN_METHODS
 from corda_vlm.plan.make import check_made_from
@@ -104,30 +106,41 @@ def quantization_errors(
     sites = find_sites(model)
     if plan is not None:
         sites = [site.site for site in plan.sites]
+    changed = quantizable(model, kind)
     errors: dict[str, dict[str, RoundingError]] = {}
     with showing(show_progress), unpacked(model):
         weights = site_weights(model, [site.name for site in sites])
         for site in track(sites, "quantize", unit="site"):
             weight = weights[site.name]
             covariance = None if store is None else store[site.name].matrix
-            for way, start in _starts(site.name, weight, kind, plan).items():
+            as_kept = partial(rounded, kind=kind) if site.name in changed else _as_it_is
+            for way, start in _starts(site.name, weight, as_kept, plan).items():
                 found = errors.setdefault(way, {})
                 found[site.name] = rounding_error(weight, start, covariance)
     return QuantizationErrors(kind, errors, tuple(sites))
 
 
+def _as_it_is(weight: Tensor) -> Tensor:
+    """Of a layer that quantising leaves alone: an expert in a stack, a part of packed attention, a convolution."""
+    return weight
+
+
 def _starts(
-    name: str, weight: Tensor, kind: Quantization, plan: AdapterPlan | None
+    name: str, weight: Tensor, as_kept: Callable[[Tensor], Tensor], plan: AdapterPlan | None
 ) -> dict[str, Tensor]:
-    """Way -> what the layer multiplies by at the start of training."""
-    plain = rounded(weight, kind)
+    """Way -> what the layer multiplies by at the start of training.
+
+    Args:
+        as_kept: what becomes of a weight where the model is quantised.
+    """
+    plain = as_kept(weight)
     if plan is None:
         return {UNTOUCHED: plain}
     factor = plan.factors[name]
     product = (factor.B.double() @ factor.A.double()).to(weight.device)
     if PLAN_METHODS[plan.method].corrects:
         return {UNTOUCHED: plain, CORRECTED: plain.double() + product}
-    left = rounded((weight.double() - product).to(weight.dtype), kind)
+    left = as_kept((weight.double() - product).to(weight.dtype))
     return {UNTOUCHED: plain, RESIDUAL: left.double() + product}
 
 

@@ -209,6 +209,24 @@ class TestResidual:
         assert find_sites(bare)
         assert storage_of(get_linear(bare, find_sites(bare)[0].name)) == kind
 
+    def test_parts_of_packed_attention_stay_as_they_are(self, kind):
+        if kind == "nf4":
+            pytest.skip("which layers those are does not depend on the kind")
+        model = load_model("emoji-clip").model
+        images = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            before = model.encode_image(images)
+        options: Any = {"towers": "vision", "rank": 4, "show_progress": False}
+        attached = attach_adapter(
+            model, plan_adapter(model, None, method="pissa", **options), base="residual"
+        )
+        for name, layer in paired_layers(quantize_base(attached, kind)).items():
+            stays = ".attn." in name
+            assert storage_of(layer.get_base_layer()) == (None if stays else kind)
+        with torch.no_grad():
+            restored = restore(attached).encode_image(images)
+        assert float((restored - before).norm() / before.norm()) < 0.05
+
     def test_a_bare_model(self, kind):
         with pytest.raises(CordaError, match=r"load_model\(\.\.\., quantization="):
             quantize_base(dense(), kind)

@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 
-from corda_vlm import attach_adapter, collect_covariance, export_adapter, plan_adapter
+from corda_vlm import (
+    attach_adapter,
+    collect_covariance,
+    export_adapter,
+    load_model,
+    plan_adapter,
+)
 from corda_vlm.adapter.paired import trained
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.quantized import rounded
+from corda_vlm.families.loading.quantization import quantize_model
 from corda_vlm.plan import AdapterPlan, quantization_errors
 from corda_vlm.sites import find_sites, get_linear
+from tests.families.moe_toy import make
 from tests.quantized_toy import batches, dense, quantized
 
 pytest.importorskip("bitsandbytes", reason="the extra corda-vlm[quantized] is not installed")
@@ -85,13 +94,52 @@ def test_the_start_is_nearer_to_the_original(method, store, tmp_path):
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(t.__version__.startswith("4."), reason="experts are stacks in transformers 5")
+def test_what_is_not_quantised_has_nothing_to_take_back(caplog):
+    """The experts of a mixture are one parameter, which stays as it is."""
+    model = make("mixtral")
+    plan = plan_adapter(
+        model, None, method="loftq", quantize_to="int8", rank=2, show_progress=False
+    )
+    assert "16 of 24 sites keep their weights" in caplog.text
+    assert "start at zero" in caplog.text
+    found = quantization_errors(make("mixtral"), "int8", plan=plan, show_progress=False).errors
+    for site in plan.sites:
+        name, is_expert = site.site.name, site.site.pool is not None
+        plain, corrected = (found[way][name].relative for way in ("Q(W)", "Q(W) + B A"))
+        assert (plain == corrected == 0) if is_expert else (0 < corrected < plain)
+        assert bool(plan.factors[name].B.any()) != is_expert
+        assert plan.factors[name].A.any()  # or nothing would be learned
+    attach_adapter(quantize_model(model, "int8"), plan)
+    with pytest.raises(CordaError, match=r"the 16 sites keep theirs as they are"):
+        plan_adapter(
+            make("mixtral"), None, method="loftq", quantize_to="int8", rank=2, targets="*.experts.*"
+        )
+
+
+def test_parts_of_packed_attention_stay_as_they_are():
+    model = load_model("emoji-clip").model
+    options: Any = {"towers": "vision", "rank": 2, "show_progress": False}
+    plan = plan_adapter(model, None, method="loftq", quantize_to="int8", **options)
+    corrected = {s.site.role for s in plan.sites if plan.factors[s.site.name].B.any()}
+    assert corrected == {"up", "down"}
+    with pytest.raises(CordaError, match=r"has a matrix in visual.*\.mlp\.c_fc: attach it to"):
+        attach_adapter(model, plan)
+    attached = attach_adapter(quantize_model(model, "int8"), plan)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        there, before = (m.encode_image(images) for m in (attached, load_model("emoji-clip").model))
+    assert float((there - before).norm() / before.norm()) < 0.05
+
+
 def test_refusals(store):
     plan = plan_of(store, method="qera", quantize_to="nf4")
     with pytest.raises(
-        CordaError, match=r"has matrices: attach it to load_model.*quantization='nf4'"
+        CordaError,
+        match=r"has a matrix in model.layers.0.self_attn.q_proj: attach it to load_model.*quantization='nf4'",
     ):
         attach_adapter(dense(), plan)
-    with pytest.raises(CordaError, match=r"has int8: attach it to load_model"):
+    with pytest.raises(CordaError, match=r"has int8 in model.*: attach it to load_model"):
         attach_adapter(quantized("int8"), plan)
     with pytest.raises(CordaError, match=r"quantised already: load it without quantization"):
         plan_adapter(quantized("nf4"), store, method="qera", quantize_to="nf4", rank=4)

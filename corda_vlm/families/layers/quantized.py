@@ -121,8 +121,6 @@ def rounded(matrix: Float[Tensor, "out inp"], kind: str) -> Float[Tensor, "out i
     out, inp = matrix.shape
     linear = nn.Linear(inp, out, bias=False, device="meta")
     linear.weight = nn.Parameter(matrix.detach(), requires_grad=False)
-    if is_misread(linear, kind):
-        return matrix.detach()  # such a layer stays as it is
     return dequantized(quantize_layer(linear, kind))
 
 

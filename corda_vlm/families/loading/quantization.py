@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from corda_vlm.errors import CordaError
 from corda_vlm.extras import require
 from corda_vlm.families.base import unwrap
+from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.families.layers.packed import is_packed
 from corda_vlm.families.layers.quantized import (
     BLOCK,
     is_misread,
@@ -55,8 +58,8 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
 
     All `nn.Linear` layers but the output layer of a language model, those that an adapter wraps included: with an adapter in
     residual mode it is `W − B₀A₀` that is quantised, and the pair stays as it is (QPiSSA, arXiv 2404.02948, section 4).
-    Parts of packed attention (open_clip's), Conv1D and modules that are trained whole stay as they are, and on a CPU the layers that
-    bitsandbytes would read wrongly there (`is_misread`); a log line says which.
+    Parts of packed attention (open_clip's), experts that share one parameter, Conv1D and modules that are trained whole stay as they
+    are, and on a CPU the layers that bitsandbytes would read wrongly there (`is_misread`); a log line says which linear ones.
 
     Returns:
         `model`.
@@ -70,23 +73,16 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
     if kind == "int8":
         quiet_int8()
     bare = unwrap(model)
-    output = getattr(bare, "get_output_embeddings", lambda: None)()
     made, left = 0, []
-    for name, module in list(bare.named_modules()):
-        for key, child in list(module._modules.items()):
-            if not isinstance(child, nn.Linear) or child is output or _is_of_adapter(name):
-                continue
-            path = f"{name}.{key}" if name else key
-            if (storage := storage_of(child)) is not None:
-                raise CordaError(f"{path} is stored as {storage} already; load the original model")
-            if type(child) is not nn.Linear or hasattr(module, "packed") or _is_whole(name):
-                left.append(path)
-                continue
-            if is_misread(child, kind):
-                left.append(path)
-                continue
-            module._modules[key] = quantize_layer(child, kind)
-            made += 1
+    parts = _parts_of_packed(bare)
+    for parent, key, path, layer in _linears(bare):
+        if (storage := storage_of(layer)) is not None:
+            raise CordaError(f"{path} is stored as {storage} already; load the original model")
+        if type(layer) is not nn.Linear or _stays(path, layer, kind, parts):
+            left.append(path)
+            continue
+        parent._modules[key] = quantize_layer(layer, kind)
+        made += 1
     if not made:
         raise CordaError(
             f"{type(bare).__name__} has no nn.Linear that can be quantised; those of models of transformers are"
@@ -97,6 +93,19 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
         config.quantization_config = quantization_config(kind, _dtype_of(bare))
         setattr(bare, f"is_loaded_in_{4 if kind == 'nf4' else 8}bit", True)
     return model
+
+
+def quantizable(model: nn.Module, kind: str) -> frozenset[str]:
+    """Names of the layers of a bare model that are kept in fewer bits once it is quantised: all that `quantize_model` quantises,
+    and GPT-2's Conv1D, which transformers does."""
+    bare = unwrap(model)
+    parts = _parts_of_packed(bare)
+    linear = {
+        path
+        for _, _, path, layer in _linears(bare)
+        if type(layer) is nn.Linear and not _stays(path, layer, kind, parts)
+    }
+    return frozenset(linear | {name for name, layer in bare.named_modules() if is_conv1d(layer)})
 
 
 def warn_of_misread(model: nn.Module) -> None:
@@ -134,6 +143,31 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for bits in (4, 8):
         model.__dict__.pop(f"is_loaded_in_{bits}bit", None)
     return model
+
+
+def _linears(bare: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]]:
+    """(parent, key, path, layer) of the linear layers but those of an adapter and the one that gives the logits."""
+    output: Any = getattr(bare, "get_output_embeddings", lambda: None)()
+    if hasattr(output, "get_base_layer"):  # it carries an adapter
+        output = output.get_base_layer()
+    for name, module in list(bare.named_modules()):
+        for key, child in list(module._modules.items()):
+            if isinstance(child, nn.Linear) and child is not output and not _is_of_adapter(name):
+                yield module, key, f"{name}.{key}" if name else key, child
+
+
+def _parts_of_packed(bare: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the paths of what is part of packed attention or of a stack, packed or not."""
+    return tuple(
+        f"{name}."
+        for name, module in bare.named_modules()
+        if is_packed(module) or "packed" in module.__dict__
+    )
+
+
+def _stays(path: str, layer: nn.Linear, kind: str, parts: tuple[str, ...]) -> bool:
+    """Does a plain linear layer keep its weight as it is?"""
+    return path.startswith(parts) or _is_whole(path) or is_misread(layer, kind)
 
 
 def _is_of_adapter(path: str) -> bool:
