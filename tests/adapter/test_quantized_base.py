@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 from peft import PeftModel
 
 from corda_vlm import (
@@ -28,6 +29,7 @@ from corda_vlm.families.layers.quantized import storage_of
 from corda_vlm.same_model import is_quantized
 from corda_vlm.sites import find_sites, get_linear, model_fingerprint, site_weights
 from corda_vlm.train.terms import distillation
+from tests.families.language_toy import make, text_batch
 from tests.quantized_toy import (
     KINDS,
     OF_BITSANDBYTES,
@@ -174,6 +176,27 @@ class TestUntouched:
         torch.testing.assert_close(logits(merged), logits(model), rtol=0.05, atol=0.03)
 
 
+def test_conv1d_of_gpt2_come_back_as_such(tmp_path):
+    """transformers quantises them as linear layers, whose weights lie the other way."""
+    pytest.importorskip("bitsandbytes")
+    make("gpt2").save_pretrained(tmp_path / "base")
+    bare: Any = load_model(tmp_path / "base", quantization="int8").model
+    batch = text_batch(2)
+    model = attach_adapter(bare, plan_adapter(bare, None, method="pissa", rank=2))
+    model.train()(**batch).loss.backward()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.sub_(parameter.grad)
+    export_adapter(model.eval(), tmp_path / "merged", format="merged")
+    merged = t.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    kinds = {type(m).__name__ for n, m in merged.named_modules() if n.endswith("c_fc")}
+    assert kinds == {"Conv1D"}
+    with torch.no_grad():
+        there, expected = (m(**batch).logits for m in (merged, model))
+    assert float((there - expected).norm() / expected.norm()) < 0.02
+    assert is_quantized(model)
+
+
 @pytest.mark.parametrize("kind", OF_BITSANDBYTES)
 class TestResidual:
     def test_what_is_quantised_is_what_the_pair_leaves(self, kind, tmp_path):
@@ -212,7 +235,7 @@ class TestResidual:
     def test_parts_of_packed_attention_stay_as_they_are(self, kind):
         if kind == "nf4":
             pytest.skip("which layers those are does not depend on the kind")
-        model = load_model("emoji-clip").model
+        model: Any = load_model("emoji-clip").model
         images = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
             before = model.encode_image(images)
@@ -224,8 +247,9 @@ class TestResidual:
             stays = ".attn." in name
             assert storage_of(layer.get_base_layer()) == (None if stays else kind)
         with torch.no_grad():
-            restored = restore(attached).encode_image(images)
-        assert float((restored - before).norm() / before.norm()) < 0.05
+            restored: Any = restore(attached)
+            after = restored.encode_image(images)
+        assert float((after - before).norm() / before.norm()) < 0.05
 
     def test_a_bare_model(self, kind):
         with pytest.raises(CordaError, match=r"load_model\(\.\.\., quantization="):

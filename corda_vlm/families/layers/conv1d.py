@@ -52,6 +52,21 @@ class TransposedLinear(nn.Linear):
         return flat.view(*input.shape[:-1], self.out_features)
 
 
+def was_conv1d(layer: nn.Module) -> bool:
+    """Has transformers put this quantised layer in the place of a `Conv1D`?"""
+    return getattr(getattr(layer, "source_cls", None), "__name__", None) == "Conv1D"
+
+
+def conv1d_again(layer: Any, weight: Float[Tensor, "out inp"]) -> TransposedLinear:
+    """The `Conv1D` that a quantised layer has replaced, with this weight and the layer's bias, as `unpack_conv1d` shows it."""
+    out, inp = weight.shape
+    with torch.device("meta"):
+        conv = layer.source_cls(out, inp)
+    conv.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    conv.bias = layer.bias
+    return TransposedLinear(conv)
+
+
 def unpack_conv1d(model: nn.Module) -> list[str]:
     """Replace every `Conv1D` that no adapter of PEFT's own wraps, in place; return their dotted names."""
     made: dict[int, TransposedLinear] = {}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError
 from corda_vlm.extras import require
+from corda_vlm.families.layers.conv1d import conv1d_again, was_conv1d
 
 
 def storage_of(layer: Any) -> str | None:
@@ -125,8 +126,10 @@ def rounded(matrix: Float[Tensor, "out inp"], kind: str) -> Float[Tensor, "out i
 
 
 def plain_layer(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
-    """The layer with its weight as a matrix of this dtype; its bias is the same parameter."""
+    """The layer with its weight as a matrix of this dtype; its bias is the same parameter. A `Conv1D` comes unpacked."""
     weight = dequantized(layer).to(dtype)
+    if was_conv1d(layer):
+        return conv1d_again(layer, weight).train(layer.training)
     made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
     made.bias = layer.bias

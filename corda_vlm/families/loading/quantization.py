@@ -128,7 +128,7 @@ def warn_of_misread(model: nn.Module) -> None:
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Keep the weights as matrices again, in place, in the dtype of the parameters that are such (or `dtype`); returns `model`.
 
-    What quantisation has rounded off stays lost.
+    What quantisation has rounded off stays lost. GPT-2's `Conv1D` come back as `attention.unpack` shows them, until `pack`.
     """
     dtype = dtype or _dtype_of(model)
     for module in list(model.modules()):
