@@ -64,6 +64,7 @@ class DataSpec:
         question, answer: with "qa": columns, or sentences, which may be format strings over the columns, e.g.
             "What is this?" about labeled images; "auto" finds the usual names. Of a column of class numbers the
             class's name is the answer. With "alpaca" in place of `instruction` with its `input`, and of `output`.
+            With "preference" question is in place of `prompt`.
         choices: with "qa": the column that lists a question's choices, or columns of one choice each, of which empty ones
             are none; "auto" finds the usual names. A question that writes them, e.g. "{question}\\n{choices}\\nAnswer
             with the letter.", gets them as "A. …" on lines of their own, and its answer is the letter.
