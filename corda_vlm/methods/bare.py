@@ -7,11 +7,21 @@ from torch import nn
 from corda_vlm.adapter.wrapped.wrap import forget_frozen, remember_frozen
 from corda_vlm.errors import CordaError
 from corda_vlm.methods.method import MethodRequest
+from corda_vlm.same_model import is_quantized
 from corda_vlm.sites import find_sites
 
 
 def full(model: nn.Module, request: MethodRequest) -> nn.Module:
-    """Every parameter of the chosen towers trainable."""
+    """Every parameter of the chosen towers trainable.
+
+    Raises:
+        CordaError: the base is quantised: its matrices cannot be trained, and norms and embeddings alone are not all.
+    """
+    if is_quantized(model):
+        raise CordaError(
+            "full fine-tuning trains the matrices of a model, and those of this one are kept in fewer bits, which no step changes: "
+            "load it without quantization, or take a method with an adapter, such as lora or corda-kpm"
+        )
     prefixes = _tower_prefixes(model, request)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():

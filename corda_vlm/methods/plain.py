@@ -27,6 +27,7 @@ from corda_vlm.methods.method import MethodRequest
 from corda_vlm.options import as_keywords
 from corda_vlm.plan import check_rank
 from corda_vlm.plan.experts import stacks_of
+from corda_vlm.same_model import is_quantized
 from corda_vlm.sites import find_sites, site_shapes, site_slices
 
 
@@ -43,6 +44,7 @@ def plain(
     check_rank(site_shapes(model, ranks), request.rank)
     if init == "mica":
         refuse_convolutions(model, ranks, "mica")
+        _refuse_quantized(model)
     slices = site_slices(model)
     stacks_of(model, sites)  # all experts of one parameter, or none
     if use_dora or init == "mica":
@@ -60,6 +62,14 @@ def plain(
         assert isinstance(peft_model, PeftModel)
         check_wrapped(peft_model, ranks, "default")
         return _finished(peft_model, request)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if is_quantized(model):
+        raise CordaError(
+            "mica takes its directions from the weights, and PEFT reads none of a quantised base; load the model without "
+            "quantization, or take another method, such as milora"
+        )
 
 
 def _refuse_parameters(ranks: Mapping[str, int], slices: Mapping[str, Slice], method: str) -> None:

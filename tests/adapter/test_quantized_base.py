@@ -176,6 +176,17 @@ class TestUntouched:
         torch.testing.assert_close(logits(merged), logits(model), rtol=0.05, atol=0.03)
 
 
+def test_what_a_quantised_base_is_not_for(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(CordaError, match=r"full fine-tuning trains the matrices.*load it without"):
+        prepare_method("full", quantized("nf4"))
+    with pytest.raises(CordaError, match=r"mica takes its directions from the weights"):
+        prepare_method("mica", quantized("nf4"), rank=4)
+    model = prepare_method("dora", quantized("nf4"), rank=4)
+    with pytest.raises(CordaError, match=r"on a quantised base is no plain LoRA"):
+        export_adapter(model, tmp_path, format="merged")
+
+
 def test_conv1d_of_gpt2_come_back_as_such(tmp_path):
     """transformers quantises them as linear layers, whose weights lie the other way."""
     pytest.importorskip("bitsandbytes")

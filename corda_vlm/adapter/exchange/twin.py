@@ -60,6 +60,8 @@ def with_change(layer: LoraLayer) -> None:
             _merge_of_quantized(layer)
         else:
             layer.merge(safe_merge=True)  # pyright: ignore[reportAttributeAccessIssue]
+    except CordaError:  # is a ValueError too
+        raise
     except ValueError as error:
         raise CordaError(
             "a merged weight holds NaN or Inf: the base model is damaged, or its precision too low for what was learned; "

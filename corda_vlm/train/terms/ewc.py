@@ -141,7 +141,7 @@ def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
         is_plain = hasattr(base, "weight") and storage_of(base) is None
         if any(layer.use_dora.values()) or not is_plain or not base.weight.is_floating_point():
             raise CordaError(
-                f"ewc weighs the change B A of a weight, and {name!r} has none that it knows (DoRA, or a quantized base): take "
+                f"ewc weighs the change B A of a weight, and {name!r} has none that it knows (DoRA, a quantized base, or experts that share a parameter): take "
                 "another method, or distill in place of ewc"
             )
         found[name] = layer
