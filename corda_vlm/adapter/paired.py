@@ -94,9 +94,10 @@ class PairedLayer(nn.Module, LoraLayer):
         """(out, inp) of the base weight, or (experts, out, inp)."""
         return base_matrix(self).shape
 
-    def shift_base(self, shift: Float[Tensor, "*n out inp"]) -> None:
-        """Add to the base weight, in float64."""
-        write_matrix(self.get_base_layer(), base_matrix(self).read().double() + shift)
+    def shift_base(self, P: Float[Tensor, "*n out k"], Q: Float[Tensor, "*n k inp"]) -> None:
+        """Add `P Q` to the base weight, in float64."""
+        weight = base_matrix(self).read().double()
+        write_matrix(self.get_base_layer(), weight + P.double() @ Q.double())
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
         assert isinstance(config, PairedConfig)  # `PairedModel` lets no other in
@@ -143,7 +144,7 @@ class PairedLayer(nn.Module, LoraLayer):
         if torch.equal(A, old_A) and torch.equal(B, old_B):
             return  # nothing to shift, so nothing to round
         if self.is_residual(adapter_name):
-            self.shift_base(old_B.double() @ old_A.double() - B.double() @ A.double())
+            self.shift_base(torch.cat([old_B, -B], dim=-1), torch.cat([old_A, A], dim=-2))
         self.lora_init_A[adapter_name], self.lora_init_B[adapter_name] = A.clone(), B.clone()
 
     def drop_pair(self, adapter_name: str) -> None:

@@ -96,4 +96,4 @@ def less_pair(layer: LoraLayer) -> None:
     name = layer.active_adapters[0]
     if not layer.is_residual(name):
         B0, A0 = layer.pair(name)
-        layer.shift_base(-(B0.double() @ A0.double()))
+        layer.shift_base(-B0, A0)

@@ -42,9 +42,13 @@ class PairedParameter(PairedLayer, ParamWrapper):
     def base_shape(self) -> tuple[int, ...]:
         return tuple(parameter_matrix(self).shape)
 
-    def shift_base(self, shift: Float[Tensor, "*n out inp"]) -> None:
+    def shift_base(self, P: Float[Tensor, "*n out k"], Q: Float[Tensor, "*n k inp"]) -> None:
         base = parameter_matrix(self)
-        base.copy_(base.double() + shift)
+        if base.dim() == 2:
+            base, P, Q = base[None], P[None], Q[None]
+        # one after another: all in float64 would be many times the stack
+        for weight, p, q in zip(base, P, Q, strict=True):
+            weight.copy_(weight.double() + p.double() @ q.double())
 
     def as_stored(self, matrix: Float[Tensor, "*n out inp"]) -> Float[Tensor, " *shape"]:
         return matrix.mT if _flipped(self) else matrix
