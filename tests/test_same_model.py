@@ -31,6 +31,20 @@ def test_a_copy_is_known_in_both_directions_and_said(kind, caplog):
     assert not is_made_from(copy, of(original)[0], None, "it")  # of a former version
 
 
+def _with_tiny_rows():
+    model = dense()
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and parameter.dim() == 2:
+            parameter.data[: len(parameter) // 4] *= 1e-3
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_whose_scales_are_rounded_away_say_nothing(kind):
+    assert is_made_from(quantized(kind, _with_tiny_rows()), *of(_with_tiny_rows()), "it")
+    assert not is_made_from(quantized(kind, dense().apply(_turn)), *of(_with_tiny_rows()), "it")
+
+
 def test_two_copies_of_one():
     assert is_made_from(quantized("int8"), *of(quantized("nf4")), "it")
 
