@@ -9,7 +9,7 @@ from accelerate import dispatch_model
 from corda_vlm.covariance import collect_covariance
 from corda_vlm.errors import CordaError
 from corda_vlm.plan import plan_adapter
-from tests.families import language_toy
+from tests.families import language_toy, moe_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than their width")
 
@@ -39,7 +39,8 @@ def test_offloaded_weights_are_read_from_where_they_rest(spread):
         assert torch.equal(factor.A, plans[1].factors[name].A), name
 
 
-def test_a_weight_that_is_nowhere_is_named():
-    model = language_toy.make("llama").to("meta")
+@pytest.mark.parametrize("make", [language_toy.make, moe_toy.make])
+def test_a_weight_that_is_nowhere_is_named(make):
+    model = make("llama" if make is language_toy.make else "mixtral").to("meta")
     with pytest.raises(CordaError, match="is not in memory"):
         plan_adapter(model, None, method="pissa", rank=2, show_progress=False)

@@ -276,8 +276,8 @@ def _copy_back(layer: UnpackedExperts) -> None:
         packed._parameters[name] = nn.Parameter(whole, requires_grad=trainable)
         if parts[0].bias is not None:
             biases = torch.stack([part.bias.detach() for part in parts])
-            frozen = packed._parameters[f"{name}_bias"].requires_grad
-            packed._parameters[f"{name}_bias"] = nn.Parameter(biases, requires_grad=frozen)
+            learns = packed._parameters[f"{name}_bias"].requires_grad
+            packed._parameters[f"{name}_bias"] = nn.Parameter(biases, requires_grad=learns)
 
 
 def _is_view(part: Tensor, own: Tensor) -> bool:

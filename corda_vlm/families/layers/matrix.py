@@ -39,7 +39,17 @@ class Matrix:
 def stored(weight: Float[Tensor, "out inp"]) -> Matrix:
     """A weight that is stored as the matrix that it is; gathered where each process holds a piece of it."""
     out, inp = weight.shape
-    return Matrix((out, inp), lambda: whole(weight.detach()))
+    return Matrix((out, inp), lambda: whole(_in_memory(weight.detach())))
+
+
+def _in_memory(weight: Float[Tensor, "out inp"]) -> Float[Tensor, "out inp"]:
+    if weight.device.type == "meta":
+        out, inp = weight.shape
+        raise CordaError(
+            f"a weight of {out}×{inp} is not in memory: it is on the device 'meta'. Load the weights before; experts and packed "
+            "attention are not read where accelerate offloads them: give device_map the devices that hold them"
+        )
+    return weight
 
 
 def _linear(layer: nn.Linear) -> Matrix:
