@@ -17,8 +17,9 @@ from corda_vlm.errors import CordaError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.attention import is_packed, packed_weights
 from corda_vlm.families.layers.experts import is_flipped, is_stack
+from corda_vlm.families.layers.walk import inner_layer
 from corda_vlm.precision import fast_dtype
-from corda_vlm.sites import find_sites, get_layer, inner_layer
+from corda_vlm.sites import find_sites, get_layer
 
 _BLOCK = 2**20
 """Entries at a time: what is written between the steps stays in a processor's cache."""

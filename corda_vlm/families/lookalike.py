@@ -20,6 +20,7 @@ from corda_vlm.families.architectures.decoders import DECODERS, LLAMA, SHARED
 from corda_vlm.families.architectures.mixtures import expert_rules
 from corda_vlm.families.base import Family, Layers, Rule, block_rules, class_of
 from corda_vlm.families.layers.experts import is_stack
+from corda_vlm.families.layers.walk import layers_of
 from corda_vlm.families.loading.hub import config_of, has_weights
 
 _log = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ def blocks_of(model: nn.Module) -> tuple[str, Layers, tuple[str, ...]] | None:
 
 
 def _in_blocks(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(path of a list of blocks, path in a block) of every linear layer."""
-    for name, module in model.named_modules():
+    """(path of a list of blocks, path in a block) of every linear layer, with an adapter around it or without."""
+    for name, module in layers_of(model):
         if isinstance(module, nn.Linear) and (match := _BLOCK.fullmatch(name)):
             yield match["path"], match["layer"]
 

@@ -6,7 +6,6 @@ Names are those of the base model with its attention unpacked: they do not chang
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.families.layers.conv2d import is_conv2d, left_out
 from corda_vlm.families.layers.experts import Slice, is_router, is_stack, slices_of, stacked_weights
 from corda_vlm.families.layers.matrix import Matrix, matrix_of, stored
+from corda_vlm.families.layers.walk import inner_layer, layers_of
 
 
 def get_linear(model: nn.Module, name: str, *, as_trained: bool = False) -> nn.Linear:
@@ -83,7 +83,7 @@ def site_shape(model: nn.Module, name: str) -> tuple[int, int]:
 def site_slices(model: nn.Module) -> dict[str, Slice]:
     """Site name -> where its weight lies, of those that are no module of their own: experts in a stack, and routers."""
     found: dict[str, Slice] = {}
-    for path, module in _modules(unwrap(model), "", set()):
+    for path, module in layers_of(unwrap(model)):
         found |= slices_of(module, path)
     return found
 
@@ -117,20 +117,6 @@ class SiteWeights(Mapping[str, Tensor]):
         return len(self._matrices)
 
 
-def inner_layer(module: Any, *, as_trained: bool = False) -> nn.Module:
-    """The layer that a PEFT layer wraps, or the module itself; `as_trained` as in `get_linear`."""
-    # By attribute: PEFT's tuner layers have get_base_layer, its ModulesToSaveWrapper original_module.
-    if hasattr(module, "get_base_layer"):
-        return module.get_base_layer()
-    original = module._modules.get("original_module")
-    if original is None:
-        return module
-    if not as_trained:
-        return original
-    copies, active = module.modules_to_save, module.active_adapters
-    return copies[active[0]] if active and active[0] in copies else original
-
-
 def matrices_at(model: nn.Module, names: Iterable[str]) -> dict[str, Matrix]:
     """Name -> weight of these sites; the model is walked once for all of them."""
     bare = unwrap(model)
@@ -144,11 +130,11 @@ def matrices_at(model: nn.Module, names: Iterable[str]) -> dict[str, Matrix]:
 
 def all_matrices(model: nn.Module) -> dict[str, Matrix]:
     """Base name -> weight of every linear layer and convolution, the parts of packed attention and wrapped layers included."""
-    return dict(_walk(model, "", set()))
+    return dict(_weights(model))
 
 
-def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Matrix]]:
-    for path, layer in _modules(module, prefix, seen):
+def _weights(model: nn.Module) -> Iterator[tuple[str, Matrix]]:
+    for path, layer in layers_of(model):
         if is_packed(layer):
             for part, (weight, _) in packed_parts(layer).items():
                 yield f"{path}.{part}", stored(weight)
@@ -159,15 +145,3 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str,
             yield path, matrix
         elif is_router(layer):
             yield path, stored(layer.weight)
-
-
-def _modules(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Base name -> module of every layer, and of all that hold some; of wrapped ones what is inside."""
-    module = inner_layer(module)
-    if id(module) in seen:  # a shared layer is one site, under its first name
-        return
-    seen.add(id(module))
-    yield prefix, module
-    if not is_packed(module) and not is_stack(module) and matrix_of(module) is None:
-        for key, child in module.named_children():
-            yield from _modules(child, f"{prefix}.{key}" if prefix else key, seen)

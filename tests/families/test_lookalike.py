@@ -65,6 +65,8 @@ def test_it_is_adapted_without_targets_and_a_line_says_so(tmp_path, caplog):
     plan.save(tmp_path / "plan.json")
     attached = attach_adapter(model, AdapterPlan.load(tmp_path / "plan.json", model=model))
     assert torch.equal(logits(attached, batch), before)
+    assert detect_family(attached) is LOOKALIKE, "with adapters around its layers too"
+    assert find_sites(attached) == sites
     attached(**batch).loss.backward()
     torch.optim.SGD([p for p in attached.parameters() if p.requires_grad], lr=0.1).step()
     after = logits(attached, batch)
@@ -91,6 +93,21 @@ def test_those_of_transformers_that_no_row_names(kind):
     assert detect_family(model) is LOOKALIKE
     store = collect_covariance(model, [text_batch(3)], show_progress=False)
     assert len(store.streams) == 8
+
+
+def test_a_router_that_is_given_more_than_its_input_runs():
+    if not hasattr(t, "Lfm2MoeForCausalLM") or t.__version__.startswith("4."):
+        pytest.skip(f"transformers {t.__version__}: its experts are none of a stack")
+    mixed = {
+        "num_experts": 2, "num_experts_per_tok": 1, "num_dense_layers": 1, "moe_intermediate_size": 16,
+        "layer_types": ["conv", "full_attention"],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = t.Lfm2MoeForCausalLM(t.Lfm2MoeConfig(**TEXT, **mixed)).eval()
+    with pytest.warns(UserWarning, match="experts that saw fewer tokens"):
+        store = collect_covariance(model, [text_batch(3)], show_progress=False)
+    # a short convolution and a dense part, attention, two experts
+    assert len(store.sites) == 5 + 4 + 2 * 2
 
 
 def test_streams_that_are_wrong_are_caught():

@@ -33,7 +33,8 @@ from corda_vlm.adapter.wrapped.targets import as_parameters
 from corda_vlm.errors import CordaError, UnknownNameError
 from corda_vlm.families import any_family
 from corda_vlm.families.layers.conv1d import TransposedLinear, is_conv1d
-from corda_vlm.sites import inner_layer, site_of, site_slices
+from corda_vlm.families.layers.walk import inner_layer
+from corda_vlm.sites import site_of, site_slices
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be; vLLM 0.33.0, `MaxLoRARanks` of `vllm/config/lora.py`."""

@@ -15,7 +15,7 @@ from corda_vlm.adapter.wrapped.carriers import carriers
 from corda_vlm.errors import CordaError
 from corda_vlm.families.layers.conv2d import not_in_peft
 from corda_vlm.families.layers.experts import Slice
-from corda_vlm.sites import inner_layer
+from corda_vlm.families.layers.walk import inner_layer
 
 
 def anchored(names: Iterable[str]) -> str:

@@ -213,8 +213,8 @@ class RouterLinear(nn.Linear):
         self.__dict__["packed"] = packed
         self.train(packed.training)
 
-    def forward(self, input: Float[Tensor, "*b d"]) -> Any:
-        return self.packed(input)
+    def forward(self, input: Float[Tensor, "*b d"], *more: Any, **named: Any) -> Any:
+        return self.packed(input, *more, **named)  # LFM2's is given a bias of each expert
 
 
 def unpack_experts(model: nn.Module) -> list[str]:
