@@ -258,6 +258,12 @@ _PE: dict[str, Any] = {
     "use_post_transformer_norm": False, "ref_feat_shape": [2, 2],
 }  # fmt: skip
 _PLAIN = {"vision": (12, 8), "projector": (2, 2), "language": (14, 8)}
+_COHERE2 = {"model_type": "cohere2", **TEXT, "layer_types": ["sliding_attention", "full_attention"]}
+_OF_COHERE2 = {**_PLAIN, "language": (14, 6)}
+_SIGLIP = {"model_type": "siglip_vision_model", **VISION}
+_SIGLIP_HEAD = frozenset(
+    f"model.vision_tower.head.{layer}" for layer in ("attention.out_proj", "mlp.fc1", "mlp.fc2")
+)
 
 
 def _gemma4(clipped: bool) -> Toy:
@@ -286,6 +292,15 @@ def _gemma4(clipped: bool) -> Toy:
 
 
 SEEING_TOYS: dict[str, Toy] = {
+    "vipllava": Toy(
+        _sees("VipLlava", t.LlamaConfig(**TEXT), {"model_type": "clip_vision_model", **VISION}, vision_feature_layers=[-1, -2]),
+        _PLAIN, 16, _whole,
+    ),
+    "aya_vision": Toy(_sees("AyaVision", _COHERE2, _SIGLIP, downsample_factor=2), _OF_COHERE2, 4, _whole, _SIGLIP_HEAD),
+    "cohere2_vision": Toy(
+        _sees("Cohere2Vision", _COHERE2, _SIGLIP, downsample_factor=2, alignment_intermediate_size=48), _OF_COHERE2, 4, _whole,
+        _SIGLIP_HEAD,
+    ),
     "qwen3_vl": Toy(
         _sees("Qwen3VL", {**QWEN_TEXT, "head_dim": 8}, {**_QWEN3, "deepstack_visual_indexes": [0, 1]}, **_QWEN),
         {"vision": (8, 8), "projector": (6, 6), "language": (14, 8)}, 4, _packed, blockwise=False,
@@ -373,8 +388,7 @@ SEEING_TOYS: dict[str, Toy] = {
     "lfm2_vl": Toy(
         _sees("Lfm2Vl", {"model_type": "lfm2", **_LFM2}, _SIGLIP2, projector_hidden_size=48),
         {"vision": (12, 8), "projector": (2, 2), "language": (12, 8)}, 4, _padded,
-        frozenset({"model.vision_tower.embeddings.patch_embedding"})
-        | {f"model.vision_tower.head.{layer}" for layer in ("attention.out_proj", "mlp.fc1", "mlp.fc2")},
+        _SIGLIP_HEAD | {"model.vision_tower.embeddings.patch_embedding"},
         {"vision": 48, "projector": 12},
     ),
     "fast_vlm": Toy(
