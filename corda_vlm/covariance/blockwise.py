@@ -92,7 +92,7 @@ def collect_blockwise(
     )
     same_everywhere(
         "the finished blocks",
-        ", ".join(finished),
+        {"those there": finished},
         "Give a path on a file system that all of them share",
     )
     missing = [name for name in files if name not in finished]

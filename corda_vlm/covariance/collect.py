@@ -125,7 +125,7 @@ def collect_covariance(
     if path is not None:
         check_path(path)
         path = Path(path)
-    chosen = [asdict(asked), sorted(site.name for site in job.sites), job.base]
+    chosen = {"sites": sorted(site.name for site in job.sites), "store": job.base, **asdict(asked)}
     check_processes(job.source, job.model, chosen, path)
     job = replace(job, share=Share.here())
     saved = made_everywhere("the file of covariances", lambda: _begun(path, model))

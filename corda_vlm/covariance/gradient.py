@@ -106,7 +106,8 @@ def collect_gradient(
     source.as_mapping = partial(any_family(model).as_mapping, model)
     path = None if path is None else Path(check_path(path))
     about = about or _name_of(loss or own_loss)
-    check_processes(source, model, [about, sorted(site.name for site in sites)], path)
+    chosen = {"loss": about, "sites": sorted(site.name for site in sites)}
+    check_processes(source, model, chosen, path)
     share = Share.here()
     with (
         locked_by_first(path),

@@ -7,9 +7,8 @@ that has died on one of them is known to all.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from corda_vlm.distributed.agree import (
 )
 from corda_vlm.errors import CordaError
 from corda_vlm.families import Batch
-from corda_vlm.files import text_digest
 from corda_vlm.interrupts import Interrupts
 from corda_vlm.progress import Meter
 from corda_vlm.sites import model_fingerprint
@@ -41,8 +39,8 @@ _MOST = 64
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a process tells at the end of a span.
+class _Report:
+    """What a process says of itself at the end of a span.
 
     Attributes:
         reached: the number after its last batch, or the span's start.
@@ -76,21 +74,21 @@ def run_together(
     with meter, torch.no_grad():
         while True:
             end = start + each * job.share.size
-            every = _span(job, observer, remaining, start, end, checkpoint, interrupts)
-            ended = any(told.ended for told in every)
-            reached = max(told.reached for told in every) if ended else end
-            speed = sum(told.tokens for told in every) / (time.monotonic() - began)
+            reports = _span(job, observer, remaining, start, end, checkpoint, interrupts)
+            ended = any(report.ended for report in reports)
+            reached = max(report.reached for report in reports) if ended else end
+            speed = sum(report.tokens for report in reports) / (time.monotonic() - began)
             meter.update(reached - start, tokens=f"{speed:,.0f}/s")
-            stop, start = any(told.stop for told in every), reached
+            stop, start = any(report.stop for report in reports), reached
             if ended:
                 observer.pool(reached)
                 return
-            if stop or every[0].write:
+            if stop or reports[0].write:
                 observer.pool(reached)
                 checkpoint.write()
             if stop:
                 raise KeyboardInterrupt(checkpoint.stopped())
-            slowest = max(told.seconds for told in every)
+            slowest = max(report.seconds for report in reports)
             each = int(min(_MOST, max(1.0, _SPAN / max(slowest, 1e-3))))
 
 
@@ -102,23 +100,23 @@ def _span(
     end: int,
     checkpoint: Checkpoint,
     interrupts: Interrupts,
-) -> list[_Told]:
-    """Run the own batches from `start` to before `end`; what all processes tell of theirs."""
+) -> list[_Report]:
+    """Run the own batches from `start` to before `end`; what all processes say of theirs."""
 
     def work() -> dict[str, object]:
         own = range(job.share.from_on(start), end, job.share.size)
         reached, ended, began = start, False, time.monotonic()
         for number in own:
-            found = next(remaining, None)
-            if ended := found is None:
+            item = next(remaining, None)
+            if item is None:
+                ended = True
                 break
-            assert found is not None
-            assert found[0] == number
-            job.run(observer, found[1], number)
+            assert item[0] == number
+            job.run(observer, item[1], number)
             reached = number + 1
         total = job.source.total
         seconds = (time.monotonic() - began) / max(1, len(own))
-        told = _Told(
+        report = _Report(
             reached,
             ended or (total is not None and end >= total),
             interrupts.asked is not None,
@@ -126,9 +124,9 @@ def _span(
             seconds,
             observer.tokens,
         )
-        return asdict(told)
+        return asdict(report)
 
-    return [_Told(**told) for told in told_everywhere("the batches", work)]
+    return [_Report(**report) for report in told_everywhere("the batches", work)]
 
 
 class PooledCheckpoint(Checkpoint):
@@ -156,11 +154,13 @@ def pooled_result(job: Calibration, observer: Observer, *, everywhere: bool) -> 
     return observer.store(data=job.source.fingerprint, base=job.base, complete=complete)
 
 
-def check_processes(source: Source, model: nn.Module, chosen: object, path: Path | None) -> None:
+def check_processes(
+    source: Source, model: nn.Module, chosen: Mapping[str, object], path: Path | None
+) -> None:
     """Raise `CordaError`, on every process alike, unless all of a distributed run collect the same.
 
     Args:
-        chosen: what else has to be the same, as JSON has it.
+        chosen: what else has to be the same, by its name.
         path: that the first writes for all.
     """
     processes = world_size()
@@ -175,26 +175,28 @@ def check_processes(source: Source, model: nn.Module, chosen: object, path: Path
         )
     same_everywhere(
         "the calibration batches",
-        source.fingerprint,
+        {"their fingerprint": source.fingerprint, "their number": source.total},
         "Each takes its share by itself: give all of them the same batches in the same order, without a DistributedSampler and not "
         "through accelerate's prepare()",
     )
     same_everywhere(
         "the model",
-        model_fingerprint(model),
+        {"its fingerprint": model_fingerprint(model)},
         "Load the same weights on all, and do not train before",
     )
     same_everywhere(
         "what is to be collected",
-        text_digest(json.dumps(chosen, default=str)),
+        chosen,
         "Give all of them the same options, sites and store",
     )
     same_everywhere(
         "the path of what is collected",
-        "none" if path is None else str(path.absolute()),
+        {"it": None if path is None else path.absolute()},
         "The first writes for all: give all the same path, on a file system that they share",
     )
     there = "nothing" if path is None or not path.exists() else f"{path.stat().st_size} bytes"
     same_everywhere(
-        f"what they see at {path}", there, "Give a path on a file system that all of them share"
+        f"what they see at {path}",
+        {"it": there},
+        "Give a path on a file system that all of them share",
     )

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from corda_vlm import errors
+from corda_vlm.distributed.launch import launched
 from corda_vlm.errors import CordaError
 from corda_vlm.processes import Process, this_process
 
@@ -49,10 +49,7 @@ def has_group() -> bool:
 
 def world_size() -> int:
     """Processes of this run: those of the process group, or as many as a launcher such as torchrun has announced."""
-    if has_group():
-        return dist.get_world_size()
-    announced = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
-    return int(announced) if announced.isdigit() else 1
+    return dist.get_world_size() if has_group() else launched()[1]
 
 
 def group_size() -> int:
@@ -79,16 +76,17 @@ def gathered(what: str, text: str, patience: timedelta | None = None) -> list[st
         patience: how long others may take to come; None for `TIMEOUT`.
 
     Raises:
-        CordaError: a process did not come in time, or has ended.
+        CordaError: a process did not come in time, has ended, or compares something else.
     """
     size = group_size()
     if size == 1:
         return [text]
     store: Any = dist.distributed_c10d._get_default_store()
     _asked[what] += 1
-    keys = [f"corda_vlm/{what}/{_asked[what]}/{other}" for other in range(size)]
+    keys = [_key(what, _asked[what], other) for other in range(size)]
     try:
         store.set(f"corda_vlm/process/{rank()}", str(this_process()))
+        store.set(_place(rank()), json.dumps([what, _asked[what]]))
         store.set(keys[rank()], text)
         _wait(store, keys, what, TIMEOUT if patience is None else patience)
         texts = [store.get(key).decode() for key in keys]
@@ -104,28 +102,76 @@ def gathered(what: str, text: str, patience: timedelta | None = None) -> list[st
     return texts
 
 
+def _key(what: str, number: int, of: int) -> str:
+    """Under which a process tells something, for the `number`-th time."""
+    return f"corda_vlm/{what}/{number}/{of}"
+
+
+def _place(of: int) -> str:
+    """Under which a process says what it compares, and for which time; null once it has given up."""
+    return f"corda_vlm/place/{of}"
+
+
 def _wait(store: Any, keys: list[str], what: str, patience: timedelta) -> None:
-    """Until all have come; raises where one has ended, or does not come in time."""
+    """Until all have come; raises where one has ended, waits elsewhere for this one, or does not come in time."""
     began, warned = time.monotonic(), False
     while not _have_come(store, keys, min(_LOOK, patience)):
         absent = [other for other, key in enumerate(keys) if not store.check([key])]
+        if not absent:  # they have come meanwhile
+            return
         passed = time.monotonic() - began
-        if gone := [other for other in absent if _is_gone(store, other)]:
-            if is_first():  # it may keep the store, in which the others find out
-                time.sleep(2 * _LOOK.total_seconds())
-            raise CordaError(
-                f"rank {_listed(gone)} of {len(keys)} has ended, and did not come to compare {what}. Its own message says why; "
-                "what was written before is whole, and the same command goes on from there"
-            )
-        if passed > patience.total_seconds():
-            raise CordaError(
+        problem = _problem(store, absent, len(keys), what)
+        if problem is None and passed > patience.total_seconds():
+            problem = (
                 f"rank {_listed(absent)} of {len(keys)} did not come to compare {what} within {patience.total_seconds():.0f} s. "
-                "Every process has to make the same calls; what only one of them needs is better made before the run, in one process"
+                f"{_REMEDY}"
             )
-        if absent and not warned and passed > _WARN_AFTER.total_seconds():
-            level = logging.WARNING if patience <= TIMEOUT else logging.INFO
-            logger.log(level, "rank %d waits for the others, to compare %s", rank(), what)
+        if problem is not None:
+            # so that the others find out, too: in the store, which may be this process's
+            time.sleep(2 * _LOOK.total_seconds())
+            store.set(_place(rank()), "null")  # it waits no more
+            raise CordaError(problem)
+        if not warned and passed > _WARN_AFTER.total_seconds():
+            # where the others have work to do first, waiting is no sign of an error
+            expected = patience > TIMEOUT
+            logger.log(
+                logging.INFO if expected else logging.WARNING,
+                "rank %d waits for rank %s, to compare %s%s",
+                rank(),
+                _listed(absent),
+                what,
+                "" if expected else f"; at most {patience.total_seconds():.0f} s. {_REMEDY}",
+            )
             warned = True
+
+
+_REMEDY = (
+    "Every process has to make the same calls, so leave out an `if rank == 0:` around this one; what only one of them needs is better "
+    "made before the run, in one process"
+)
+
+
+def _problem(store: Any, absent: Sequence[int], size: int, what: str) -> str | None:
+    """Why some of those who are absent will never come, or None."""
+    if gone := [other for other in absent if _is_gone(store, other)]:
+        return (
+            f"rank {_listed(gone)} of {size} has ended, and did not come to compare {what}. Its own message says why; "
+            "what was written before is whole, and the same command goes on from there"
+        )
+    for other in absent:
+        if (elsewhere := _waits_elsewhere(store, other)) is not None:
+            return f"rank {rank()} of {size} is to compare {what}, and rank {other} {elsewhere}. {_REMEDY}"
+    return None
+
+
+def _waits_elsewhere(store: Any, other: int) -> str | None:
+    """What another process compares that this one has not come to, while this one waits for it: neither goes on by itself."""
+    if not store.check([_place(other)]):
+        return None
+    if (place := json.loads(store.get(_place(other)).decode())) is None:
+        return None
+    what, number = place
+    return None if store.check([_key(what, number, rank())]) else what
 
 
 def _listed(ranks: Sequence[int]) -> str:
@@ -152,18 +198,41 @@ def _have_come(store: Any, keys: list[str], patience: timedelta) -> bool:
     return True
 
 
-def same_everywhere(what: str, text: str, remedy: str) -> None:
-    """Raise the same error on every process unless all tell the same.
+def same_everywhere(what: str, parts: Mapping[str, object], remedy: str) -> None:
+    """Raise the same error on every process unless all have the same.
+
+    Args:
+        parts: what has to be the same, by its name; compared as text.
 
     Raises:
-        CordaError: they differ; the message names two ranks and what they told, and ends with `remedy`.
+        CordaError: they differ; the message names the parts that do, two ranks and what these have, and ends with `remedy`.
     """
-    texts = gathered(what, text)
-    if different := [rank for rank, other in enumerate(texts) if other != texts[0]]:
-        raise CordaError(
-            f"the {len(texts)} processes of this run differ in {what}: {texts[0]} on rank 0, {texts[different[0]]} on rank "
-            f"{different[0]}. {remedy}"
-        )
+    told = json.dumps({name: str(part) for name, part in parts.items()})
+    every = [json.loads(text) for text in gathered(what, told)]
+    for other, own in enumerate(every):
+        names = dict.fromkeys([*every[0], *own])
+        if differing := [name for name in names if own.get(name) != every[0].get(name)]:
+            name = differing[0]
+            more = f" (and {', '.join(differing[1:])})" if differing[1:] else ""
+            first, second = _where_apart(*(of.get(name, "not given") for of in (every[0], own)))
+            raise CordaError(
+                f"the {len(every)} processes of this run differ in {what}: {name} is {first} on rank 0, {second} on rank "
+                f"{other}{more}. {remedy}"
+            )
+
+
+def _where_apart(one: str, other: str) -> tuple[str, str]:
+    """Two different texts in short, from a little before where they begin to differ."""
+    pairs = enumerate(zip(one, other, strict=False))
+    apart = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    start = apart - 20 if apart > 40 else 0
+    return _short(one, start), _short(other, start)
+
+
+def _short(text: str, start: int) -> str:
+    return (
+        f"{'…' if start else ''}{text[start : start + 80]}{'…' if len(text) > start + 80 else ''}"
+    )
 
 
 def alike_everywhere(what: str, numbers: Sequence[float], remedy: str) -> None:

@@ -23,7 +23,8 @@ def launched() -> tuple[int, int]:
 def in_processes() -> Iterator[None]:
     """A process group for the length of the block, where a launcher has announced several processes; the first alone prints.
 
-    Each takes the accelerator of its place on the machine, if there are so many, and all of them the CPU otherwise.
+    Each takes the accelerator of its place on the machine, if there are so many. Otherwise they exchange tensors on the CPU, and
+    their models are where `--device` says: all on the first accelerator, or on the CPU.
 
     Raises:
         CordaError: the processes do not find each other.

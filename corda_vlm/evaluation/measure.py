@@ -30,7 +30,6 @@ from corda_vlm.evaluation.scores import BASE, Outcome, Score, value_text
 from corda_vlm.evaluation.suite import Suite, Task, load_suite
 from corda_vlm.evaluation.tasks.base import TaskContext
 from corda_vlm.evaluation.tasks.registry import TASK_KINDS
-from corda_vlm.files import text_digest
 from corda_vlm.options import options_from
 from corda_vlm.precision import takes_bf16
 from corda_vlm.progress import Meter, showing
@@ -216,11 +215,13 @@ def _shared(encoder: Encoder, suite: Suite, options: EvalOptions) -> Encoder:
     share = Share.here()
     if share.is_all:
         return encoder
-    tasks = [task.digest for task in suite.tasks]
-    model = model_fingerprint(encoder.model, encoder.family)
+    parts = {
+        "the model": model_fingerprint(encoder.model, encoder.family),
+        "the suite": [task.digest for task in suite.tasks],
+    }
     same_everywhere(
         "what is measured",
-        text_digest(json.dumps([model, tasks, asdict(options)], default=str)),
+        {**parts, **asdict(options)},
         "They deal the examples out to each other: give all of them the same model, suite and options",
     )
     # measured on each, where it was left open

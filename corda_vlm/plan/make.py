@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -36,7 +35,6 @@ from corda_vlm.families.layers.attention import unpacked
 from corda_vlm.families.layers.quantized import rounded
 from corda_vlm.families.loading.quantization import quantizable
 from corda_vlm.families.options import SiteOptions
-from corda_vlm.files import text_digest
 from corda_vlm.names import quoted
 from corda_vlm.options import as_keywords, options_from
 from corda_vlm.plan.bases import MODES, PLAN_METHODS, Components, PlanMethod
@@ -141,10 +139,13 @@ def _check_processes(
 ) -> None:
     """Raise `CordaError`, on every process of a distributed run alike, unless all plan the same."""
     made_from = [None if store is None else store.data_fingerprint for store in stores]
-    chosen = json.dumps([fingerprint, made_from, dataclasses.asdict(asked)], default=str)
     same_everywhere(
         "what is to be planned",
-        text_digest(chosen),
+        {
+            "the model": fingerprint,
+            "the data of the stores": made_from,
+            **dataclasses.asdict(asked),
+        },
         "They deal the sites out to each other: give all of them the same model, stores and options",
     )
 
