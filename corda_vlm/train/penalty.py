@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from transformers import TrainerCallback
 from corda_vlm.anchor import Anchor, anchor_penalty
 from corda_vlm.anchor.options import AnchorMetric, OutputSide
 from corda_vlm.covariance import CovarianceStore
-from corda_vlm.distributed.agree import alike_everywhere, made_everywhere
+from corda_vlm.distributed.agree import alike_everywhere, made_everywhere, same_everywhere
 from corda_vlm.distributed.pieces import is_in_pieces
 from corda_vlm.errors import CordaError, NotFiniteError, UnknownNameError
 from corda_vlm.sites import Site
@@ -77,14 +75,19 @@ class PenaltyMixin:
         """From now on, add a term to the loss; otherwise as `penalize`.
 
         The batch that a term of records looks at is a function of the step: a training that is gone on with is the same.
+
+        Raises:
+            CordaError: as `penalize`; or processes of a distributed training whose terms differ, on all of them.
         """
         _refuse_pieces(self, term.name, gathers=isinstance(term.penalty, Anchor))
-        if isinstance(term.penalty, DataPenalty):
-            alike_everywhere(
-                f"the records of {term.name!r}",
-                [float(zlib.crc32(json.dumps(term.plan, sort_keys=True).encode()))],
-                "Each would hold to another knowledge. Give every process the same records, in the same order",
-            )
+        decides: dict[str, Any] = term.plan
+        if isinstance(term.penalty, Anchor):  # of which the matrices are compared
+            decides = {"weight": term.weight, "every": term.every}
+        same_everywhere(
+            "a term of the loss",
+            {"its name": term.name, "its kind": type(term.penalty).__name__, **decides},
+            "Each would hold to something else. Give every process the same terms in the same order, with the same weights and records",
+        )
         if isinstance(term.penalty, Anchor):
             alike_everywhere(
                 "the matrices of the anchor",
@@ -363,9 +366,9 @@ class AnchorMixin(PenaltyMixin):
     def steer(self, budget: Budget) -> None:
         """`keep` without its end: the weight is steered, or the training stopped, alone."""
         _refuse_pieces(self, "keep")
-        alike_everywhere(
-            "the probe of the budget",
-            [float(zlib.crc32(json.dumps(budget.identity, sort_keys=True).encode()))],
+        same_everywhere(
+            "the budget",
+            budget.identity,
             "Each would keep another share of other knowledge. Give every process the same budget",
         )
         check_steered(budget, self.model, self.terms)  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.methods import prepare_method
 from corda_vlm.sites import find_sites
 from corda_vlm.train import AnchorMixin
+from corda_vlm.train.terms.start_decay import StartDecay
 
 
 def llama() -> LlamaForCausalLM:
@@ -57,6 +58,11 @@ def batches(seed: int, count: int = 2) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
 
 
+def labeled(seed: int) -> list[dict[str, torch.Tensor]]:
+    """Knowledge to distill from."""
+    return [{**batch, "labels": batch["input_ids"]} for batch in batches(seed)]
+
+
 def collected(model, seed: int, **options) -> CovarianceStore:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,15 +86,21 @@ def trainer_of(folder: Path, batch: int, method: str = "lora", accumulation: int
 
 
 def trained(folder: Path, store, batch: int, method: str = "lora", accumulation: int = 1) -> dict:
-    """What is trained after three steps with a strong anchor, and a digest of its bits."""
-    trainer = trainer_of(folder, batch, method, accumulation)
-    trainer.anchor_to(store, 3.0)
+    """What is trained after three steps with a strong anchor, or with all other terms, and a digest of its bits."""
+    trainer = trainer_of(folder, batch, "full" if method == "terms" else method, accumulation)
+    if method == "terms":
+        trainer.distill_from(labeled(3), 3.0)
+        trainer.stay_near(2.0)
+        trainer.penalize("start_decay", StartDecay(trainer.model), 0.1)
+    else:
+        trainer.anchor_to(store, 3.0)
     trainer.train()
     found = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
     digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in found.values())).hexdigest()
     values = torch.cat([p.flatten() for p in found.values()]).tolist()
-    losses = [entry["anchor"] for entry in trainer.state.log_history if "anchor" in entry]
-    return {"digest": digest, "values": values, "anchor": losses}
+    names = [term.name for term in trainer.terms]
+    losses = [[e[name] for name in names] for e in trainer.state.log_history if names[0] in e]
+    return {"digest": digest, "values": values, "terms": losses}
 
 
 def said(call) -> str:
@@ -107,7 +119,7 @@ def main(output: Path) -> None:
     plain = trainer_of(output, 4, ddp_backend="gloo")  # this makes the process group
     model = llama()
     store = collected(model, 3)
-    for method, accumulation in (("lora", 1), ("lora", 2), ("full", 1)):
+    for method, accumulation in (("lora", 1), ("lora", 2), ("full", 1), ("terms", 1)):
         key = f"{method} {accumulation}"
         found[key] = trained(output, store, 4 // accumulation, method, accumulation)
 
@@ -122,9 +134,6 @@ def main(output: Path) -> None:
 
     # ranks that calibrated alone
     distributed.has_group = lambda: False
-    import corda_vlm.covariance.collect as collect_module
-
-    collect_module.world_size = lambda: 1
     other = collected(model, 3 + rank)
     distributed.has_group = torch.distributed.is_initialized
     found["other matrices"] = said(lambda: trained(output, other, 4))
@@ -133,6 +142,14 @@ def main(output: Path) -> None:
     Anchor.sketch = sketch
     wrong = store if rank == 0 else torch.zeros(3)
     found["wrong on one"] = said(lambda: plain.anchor_to(wrong, 1.0))  # type: ignore[arg-type]
+
+    found["other records"] = said(lambda: plain.distill_from(labeled(3 + rank), 1.0))
+    found["other weights"] = said(lambda: plain.stay_near(1.0 + rank))
+    if rank == 0:
+        found["elsewhere"] = said(lambda: plain.stay_near(1.0))
+    else:
+        found["elsewhere"] = said(lambda: collected(model, 3))
+    torch.distributed.barrier()
 
     fsdp = trainer_of(output, 4, ddp_backend="gloo", fsdp="full_shard")
     found["fsdp"] = said(lambda: fsdp.anchor_to(store, 0.0))
