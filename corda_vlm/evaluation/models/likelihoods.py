@@ -50,13 +50,13 @@ def _own(generator: TextGenerator, samples: Sequence[Sample]) -> dict[int, Likel
         labels = batch["labels"][:, 1:]  # position i predicts token i + 1
         labeled = labels != IGNORED
         if not bool(labeled.any(1).all()):
-            raise CordaError("a sample has no labelled token whose likelihood could be told")
+            raise CordaError("a sample has no labeled token whose likelihood could be told")
         with generator.running():
             model = unwrap(generator.model)
             logits = next_token_logits(model, no_labels(batch), labeled)  # (n, V)
         targets = labels[labeled].to(logits.device)
-        picked = logits.float().log_softmax(-1)  # (n, V)
-        each = picked.gather(1, targets[:, None])[:, 0]  # (n,)
+        predicted = logits.float().log_softmax(-1)  # (n, V)
+        each = predicted.gather(1, targets[:, None])[:, 0]  # (n,)
         row = torch.nonzero(labeled)[:, 0].cpu()
         total = torch.zeros(len(chosen), dtype=torch.float64).index_add_(
             0, row, each.double().cpu()
