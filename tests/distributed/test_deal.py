@@ -42,7 +42,8 @@ def _files(ranks, kind, size, rank) -> list[bytes]:
 
 
 def test_processes_that_plan_different_things_are_told_so(ranks):
-    assert "differ in what is to be planned" in ranks.same("plans 2", "other")
+    told = ranks.same("plans 2", "other")
+    assert "differ in what is to be planned: rank is 2 on rank 0, 3 on rank 1. They deal" in told
 
 
 def test_a_site_that_fails_on_one_fails_on_all(ranks):
