@@ -299,7 +299,7 @@ SEEING_TOYS: dict[str, Toy] = {
     "aya_vision": Toy(_sees("AyaVision", _COHERE2, _SIGLIP, downsample_factor=2), _OF_COHERE2, 4, _whole, _SIGLIP_HEAD),
     "cohere2_vision": Toy(
         _sees("Cohere2Vision", _COHERE2, _SIGLIP, downsample_factor=2, alignment_intermediate_size=48), _OF_COHERE2, 4, _whole,
-        _SIGLIP_HEAD,
+        _SIGLIP_HEAD, exact=False,  # its projector reads a transposed tensor
     ),
     "qwen3_vl": Toy(
         _sees("Qwen3VL", {**QWEN_TEXT, "head_dim": 8}, {**_QWEN3, "deepstack_visual_indexes": [0, 1]}, **_QWEN),
