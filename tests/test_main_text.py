@@ -72,7 +72,10 @@ def test_a_language_model_from_sites_to_export(tiny_llm, saved, tmp_path, monkey
 
     for args, message in (
         (["calibrate", model, first, "--chat=auto"], "tokenizer brings none"),
-        (["calibrate", model, "jsonl:qa.jsonl", "--chat=plain"], "or say which format:"),
+        (
+            ["calibrate", model, "jsonl:qa.jsonl", "--chat=plain"],
+            "question, answer: write format: qa",
+        ),
         (["train", model, first, "--loss=prompt"], "choose loss next_token"),
         (["evaluate", "emoji-clip", "suite.yaml"], "generates none"),
     ):

@@ -106,11 +106,11 @@ def test_a_language_model_that_is_not_known_is_refused():
 
     from tests.families.language_toy import VISION
 
-    text = t.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    text = t.BioGptConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     model = t.LlavaForConditionalGeneration(
         t.LlavaConfig(text_config=text, vision_config=t.CLIPVisionConfig(**VISION))
     )
-    with pytest.raises(CordaError, match=r"its language model is a 'falcon'.*Known: llama"):
+    with pytest.raises(CordaError, match=r"its language model is a 'biogpt'.*Known: llama"):
         find_sites(model)
 
 
