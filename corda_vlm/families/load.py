@@ -19,7 +19,7 @@ from corda_vlm.families.clip_open import CLIP_OPEN
 from corda_vlm.families.layers.quantized import keep_exact
 from corda_vlm.families.loading.gguf import converted
 from corda_vlm.families.loading.hub import config_of, without_bars
-from corda_vlm.families.loading.quantization import quantize_model, warn_of_misread
+from corda_vlm.families.loading.quantization import quantize_model, warn_of_experts, warn_of_misread
 from corda_vlm.families.loading.sources import FORMS, built_in, check_source
 from corda_vlm.families.loading.trust import REFUSAL, RemoteCodeError, loading, wants_code
 from corda_vlm.families.lookalike import LOOKALIKE, generates
@@ -64,6 +64,7 @@ def load_model(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
         model = model.to(device)
     keep_exact(model)
     warn_of_misread(model)
+    warn_of_experts(model)
     return Loaded(model.eval(), processor, found, str(source))
 
 

@@ -13,6 +13,7 @@ from corda_vlm.errors import CordaError
 from corda_vlm.extras import require
 from corda_vlm.families.base import unwrap
 from corda_vlm.families.layers.conv1d import is_conv1d
+from corda_vlm.families.layers.experts import is_stack
 from corda_vlm.families.layers.packed import is_packed
 from corda_vlm.families.layers.quantized import (
     BLOCK,
@@ -78,7 +79,7 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
     for parent, key, path, layer in _linears(bare):
         if (storage := storage_of(layer)) is not None:
             raise CordaError(f"{path} is stored as {storage} already; load the original model")
-        if type(layer) is not nn.Linear or _stays(path, layer, kind, parts):
+        if _stays(path, layer, kind, parts):
             left.append(path)
             continue
         parent._modules[key] = quantize_layer(layer, kind)
@@ -100,12 +101,20 @@ def quantizable(model: nn.Module, kind: str) -> frozenset[str]:
     and GPT-2's Conv1D, which transformers does."""
     bare = unwrap(model)
     parts = _parts_of_packed(bare)
-    linear = {
-        path
-        for _, _, path, layer in _linears(bare)
-        if type(layer) is nn.Linear and not _stays(path, layer, kind, parts)
-    }
+    linear = {path for _, _, path, layer in _linears(bare) if not _stays(path, layer, kind, parts)}
     return frozenset(linear | {name for name, layer in bare.named_modules() if is_conv1d(layer)})
+
+
+def warn_of_experts(model: nn.Module) -> None:
+    """Say how much of a quantised mixture is in sixteen bits still, as bitsandbytes quantises layers, and experts are none."""
+    stacks = [module for module in model.modules() if is_stack(module)]
+    if stacks and any(storage_of(module) is not None for module in model.modules()):
+        size = sum(p.numel() * p.element_size() for stack in stacks for p in stack.parameters())
+        logger.warning(
+            "the experts of %d layers share a parameter each, which bitsandbytes does not quantise: they take %.1f GB as before",
+            len(stacks),
+            size / 1e9,
+        )
 
 
 def warn_of_misread(model: nn.Module) -> None:
@@ -166,8 +175,9 @@ def _parts_of_packed(bare: nn.Module) -> tuple[str, ...]:
 
 
 def _stays(path: str, layer: nn.Linear, kind: str, parts: tuple[str, ...]) -> bool:
-    """Does a plain linear layer keep its weight as it is?"""
-    return path.startswith(parts) or _is_whole(path) or is_misread(layer, kind)
+    """Does a linear layer keep its weight as it is? Somebody's subclass may read it otherwise than it is called."""
+    is_plain = type(layer) is nn.Linear and not path.startswith(parts)
+    return not is_plain or _is_whole(path) or is_misread(layer, kind)
 
 
 def _is_of_adapter(path: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 from torch import nn
 
 from corda_vlm import find_sites, load_model
@@ -15,6 +16,7 @@ from corda_vlm.families.layers.quantized import is_misread, storage_of
 from corda_vlm.families.loading.quantization import dequantize_model, quantize_model
 from corda_vlm.same_model import is_quantized
 from corda_vlm.sites import get_linear, model_fingerprint
+from tests.families import moe_toy
 from tests.families.language_toy import make
 from tests.quantized_toy import OF_BITSANDBYTES, batches, dense, quantized
 
@@ -96,6 +98,22 @@ def test_rows_that_a_cpu_misreads(tmp_path, caplog):
     with pytest.raises(CordaError, match="can be quantised"):
         quantize_model(make("llama"), "nf4")
     quantize_model(make("llama"), "int8")
+
+
+@pytest.mark.skipif(t.__version__.startswith("4."), reason="experts are stacks in transformers 5")
+def test_experts_stay_as_they_are_and_are_told_of(tmp_path, caplog):
+    moe_toy.make("qwen2_moe").save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert "experts" not in caplog.text
+    model = load_model(tmp_path, quantization="int8").model
+    assert (
+        "the experts of 2 layers share a parameter each, which bitsandbytes does not" in caplog.text
+    )
+    kinds = {
+        site.role: storage_of(get_linear(model, site.name))
+        for site in find_sites(model, roles="q,o")
+    }
+    assert kinds == {"q": "int8", "o": "int8"}
 
 
 def test_refusals():
