@@ -77,4 +77,6 @@ def plan(
         if plan_heatmap({Path(output).stem: planned}, Path(picture)):
             print(f"\nwrote {picture}")
     if not dry_run:
-        say_next(f"wrote {output}", "train", model, "DATA", "--plan", output, "--output", "adapter")
+        base = ("--quantization", planned.quantize_to) if planned.quantize_to else ()
+        words = ("train", model, "DATA", *base, "--plan", output, "--output", "adapter")
+        say_next(f"wrote {output}", *words)

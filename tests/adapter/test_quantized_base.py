@@ -274,6 +274,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     plan = ["plan", "emoji-clip-hf", "--method", "pissa", "--rank", "2", "--towers", "vision"]
     main([*plan, "--rounding", "int8"])
     assert "relative errors against the original weights, of int8" in capsys.readouterr().out
+    main([*plan[:2], "--method=loftq", "--quantize-to=int8", "--output=loftq.json", *plan[-2:]])
+    assert "train emoji-clip-hf DATA --quantization int8 --plan" in capsys.readouterr().out
     data = [
         "sklearn:digits",
         "--steps=1",
