@@ -38,18 +38,18 @@ def values_everywhere(
     if share.is_all:
         return [own]
     tensors: list[Tensor] = []
-    tree = json.dumps(_packed(own, tensors)).encode()
-    sizes = told_everywhere(f"the size of {what}", lambda: len(tree))
+    packed = json.dumps(_packed(own, tensors)).encode()
+    sizes = told_everywhere(f"the size of {what}", lambda: len(packed))
     every: list[Any] = []
     for sender, size in enumerate(sizes):
         text = torch.empty(size, dtype=torch.uint8)
         if sender == share.rank:
-            text = torch.frombuffer(bytearray(tree), dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
         send_from(sender, [text], torch.uint8)
-        told = json.loads(bytes(text.numpy()))
-        there = tensors if sender == share.rank else _empty(told)
+        tree = json.loads(bytes(text.numpy()))
+        there = tensors if sender == share.rank else _empty(tree)
         send_from(sender, (_as_bytes(tensor) for tensor in there), torch.uint8)
-        every.append(own if sender == share.rank else _unpacked(told, there, types))
+        every.append(own if sender == share.rank else _unpacked(tree, there, types))
     return every
 
 
@@ -107,38 +107,38 @@ def _packed(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _unpacked(told: Any, tensors: list[Tensor], types: tuple[type, ...]) -> Any:
-    if not isinstance(told, dict):
-        return told
-    if "tensor" in told:
-        return tensors[told["tensor"]]
-    if "class" in told:
-        kind = next(kind for kind in types if kind.__name__ == told["class"])
-        return kind(**{n: _unpacked(v, tensors, types) for n, v in told["parts"].items()})
-    if "dict" in told:
-        pairs = [[_unpacked(item, tensors, types) for item in pair] for pair in told["dict"]]
+def _unpacked(tree: Any, tensors: list[Tensor], types: tuple[type, ...]) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "class" in tree:
+        kind = next(kind for kind in types if kind.__name__ == tree["class"])
+        return kind(**{n: _unpacked(v, tensors, types) for n, v in tree["parts"].items()})
+    if "dict" in tree:
+        pairs = [[_unpacked(item, tensors, types) for item in pair] for pair in tree["dict"]]
         return dict(pairs)
-    is_tuple = "tuple" in told
-    items = [_unpacked(item, tensors, types) for item in told["tuple" if is_tuple else "list"]]
+    is_tuple = "tuple" in tree
+    items = [_unpacked(item, tensors, types) for item in tree["tuple" if is_tuple else "list"]]
     return tuple(items) if is_tuple else items
 
 
-def _empty(told: Any) -> list[Tensor]:
+def _empty(tree: Any) -> list[Tensor]:
     """Tensors of the dtypes and shapes that a packed value tells, in order."""
     found: dict[int, Tensor] = {}
 
-    def look(told: Any) -> None:
-        if isinstance(told, list):
-            for item in told:
+    def look(tree: Any) -> None:
+        if isinstance(tree, list):
+            for item in tree:
                 look(item)
-        elif isinstance(told, dict):
-            if "tensor" in told:
-                dtype = getattr(torch, told["dtype"])
-                found[told["tensor"]] = torch.empty(told["shape"], dtype=dtype)
+        elif isinstance(tree, dict):
+            if "tensor" in tree:
+                dtype = getattr(torch, tree["dtype"])
+                found[tree["tensor"]] = torch.empty(tree["shape"], dtype=dtype)
             else:
-                look(list(told.values()))
+                look(list(tree.values()))
 
-    look(told)
+    look(tree)
     return [found[number] for number in sorted(found)]
 
 
