@@ -29,9 +29,22 @@ import torch
 
 from corda_vlm import evaluate, load_model
 from corda_vlm.data import load_records
+from corda_vlm.families import Loaded
 from corda_vlm.text_table import text_table
 
 Run = Callable[[], dict[str, float]]
+
+
+def ours_of(loaded: Loaded, suite: dict[str, Any], args: argparse.Namespace) -> Run:
+    """Our measure of the suite, in float32."""
+
+    def ours() -> dict[str, float]:
+        scores = evaluate(
+            loaded, suite, bf16=False, batch_size=args.batch_size, resamples=200, show_progress=False
+        )  # fmt: skip
+        return {score.metric: score.value for score in scores}
+
+    return ours
 
 
 def images(args: argparse.Namespace, folder: Path) -> tuple[int, Run, Run]:
@@ -47,12 +60,6 @@ def images(args: argparse.Namespace, folder: Path) -> tuple[int, Run, Run]:
     loaded = load_model(args.model or "emoji-clip")
     suite = suite_of(folder)
     model, transform, tokenizer = as_theirs(loaded.model, loaded.processor)
-
-    def ours() -> dict[str, float]:
-        scores = evaluate(
-            loaded, suite, bf16=False, batch_size=args.batch_size, resamples=200, show_progress=False
-        )  # fmt: skip
-        return {score.metric: score.value for score in scores}
 
     def theirs() -> dict[str, float]:
         data = build_dataset(
@@ -70,7 +77,7 @@ def images(args: argparse.Namespace, folder: Path) -> tuple[int, Run, Run]:
         )
         return {"top1": found["acc1"], "top5": found["acc5"]}
 
-    return count, ours, theirs
+    return count, ours_of(loaded, suite, args), theirs
 
 
 def webdataset(folder: Path, limit: int) -> int:
@@ -124,12 +131,6 @@ def tokens(args: argparse.Namespace, folder: Path) -> tuple[int, Run, Run]:
     plain = [(f"Question: {question}\nAnswer:", f" {answer}") for question, answer in pairs]
     count = sum(len(processor.tokenizer(a + b)["input_ids"]) for a, b in plain)
 
-    def ours() -> dict[str, float]:
-        scores = evaluate(
-            loaded, suite, bf16=False, batch_size=args.batch_size, resamples=200, show_progress=False
-        )  # fmt: skip
-        return {score.metric: score.value for score in scores}
-
     def theirs() -> dict[str, float]:
         requests = [
             Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=number)
@@ -138,7 +139,7 @@ def tokens(args: argparse.Namespace, folder: Path) -> tuple[int, Run, Run]:
         found = lm.loglikelihood(requests, disable_tqdm=True)
         return {"log_likelihood": statistics.fmean(float(total) for total, _ in found)}
 
-    return count, ours, theirs
+    return count, ours_of(loaded, suite, args), theirs
 
 
 def questions(count: int) -> list[tuple[str, str]]:

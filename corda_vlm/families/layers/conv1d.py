@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError
+from corda_vlm.families.layers.slots import slots_of
 
 
 def is_conv1d(module: nn.Module | None) -> bool:
@@ -71,7 +72,7 @@ def unpack_conv1d(model: nn.Module) -> list[str]:
     """Replace every `Conv1D` that no adapter of PEFT's own wraps, in place; return their dotted names."""
     made: dict[int, TransposedLinear] = {}
     names = []
-    for name, parent, key in _children(model):
+    for name, parent, key in slots_of(model):
         conv = parent._modules[key]
         if is_conv1d(conv) and key != "base_layer":
             parent._modules[key] = made.setdefault(id(conv), TransposedLinear(conv))
@@ -87,7 +88,7 @@ def pack_conv1d(model: nn.Module, only: Sequence[str] | None) -> list[str]:
     """
     found = [
         (name, parent, key)
-        for name, parent, key in _children(model)
+        for name, parent, key in slots_of(model)
         if isinstance(parent._modules[key], TransposedLinear)
     ]
     if only is None and (wrapped := [name for name, _, key in found if key == "base_layer"]):
@@ -119,12 +120,3 @@ def _put_back(layer: TransposedLinear) -> nn.Module:
     packed.bias = layer.bias
     packed.train(layer.training)
     return packed
-
-
-def _children(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    return [
-        (f"{prefix}.{key}" if prefix else key, parent, key)
-        for prefix, parent in model.named_modules()
-        for key, child in parent._modules.items()
-        if child is not None
-    ]

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from corda_vlm.errors import CordaError
+from corda_vlm.families.layers.slots import slots_of
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _DENSE = (
@@ -225,7 +226,7 @@ def unpack_experts(model: nn.Module) -> list[str]:
     """
     made: dict[int, nn.Module] = {}
     names = []
-    for name, parent, key in _children(model):
+    for name, parent, key in slots_of(model):
         module: Any = parent._modules[key]
         if key == "base_layer" or not (is_stack(module) or is_router(module)):
             continue
@@ -244,7 +245,7 @@ def unpack_experts(model: nn.Module) -> list[str]:
 def pack_experts(model: nn.Module, only: Sequence[str] | None) -> list[str]:
     """Undo `unpack_experts` for the modules of these names, None for all; return the names of those put back."""
     names = []
-    for name, parent, key in _children(model):
+    for name, parent, key in slots_of(model):
         module: Any = parent._modules[key]
         if not isinstance(module, (UnpackedExperts, RouterLinear)):
             continue
@@ -282,12 +283,3 @@ def _copy_back(layer: UnpackedExperts) -> None:
 
 def _is_view(part: Tensor, own: Tensor) -> bool:
     return (part.data_ptr(), part.dtype, part.stride()) == (own.data_ptr(), own.dtype, own.stride())
-
-
-def _children(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    return [
-        (f"{prefix}.{key}" if prefix else key, parent, key)
-        for prefix, parent in model.named_modules()
-        for key, child in parent._modules.items()
-        if child is not None
-    ]
