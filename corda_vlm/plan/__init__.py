@@ -13,7 +13,8 @@ from corda_vlm.lazy import names_of
 
 if TYPE_CHECKING:
     from corda_vlm.plan.bases import MODES, PLAN_METHODS, PlanMethod
-    from corda_vlm.plan.make import check_made_from, check_rank, plan_adapter
+    from corda_vlm.plan.checks import check_made_from, check_rank
+    from corda_vlm.plan.make import plan_adapter
     from corda_vlm.plan.options import PlanOptions, Route
     from corda_vlm.plan.plan import AdapterPlan, SitePlan
     from corda_vlm.plan.quantization import QuantizationErrors, quantization_errors
@@ -27,8 +28,8 @@ _HOMES = {
     "Route": "options",
     "PlanOptions": "options",
     "SitePlan": "plan",
-    "check_made_from": "make",
-    "check_rank": "make",
+    "check_made_from": "checks",
+    "check_rank": "checks",
     "plan_adapter": "make",
     "quantization_errors": "quantization",
 }

@@ -15,7 +15,7 @@ from corda_vlm.families.layers.quantized import rounded
 from corda_vlm.families.loading.quantization import quantizable
 from corda_vlm.families.options import Quantization
 from corda_vlm.plan.bases import PLAN_METHODS
-from corda_vlm.plan.make import check_made_from
+from corda_vlm.plan.checks import check_made_from
 from corda_vlm.plan.plan import AdapterPlan
 from corda_vlm.progress import showing, track
 from corda_vlm.same_model import need_original

@@ -20,7 +20,7 @@ from corda_vlm.families.layers.attention import is_packed
 from corda_vlm.families.layers.conv1d import is_conv1d
 from corda_vlm.families.layers.matrix import matrix_of
 from corda_vlm.families.layers.quantized import storage_of
-from corda_vlm.plan.make import check_rank
+from corda_vlm.plan.checks import check_rank
 from corda_vlm.sites import Site, model_fingerprint, site_of
 
 
