@@ -120,6 +120,7 @@ def test_padding_in_a_tower_with_convolutions_is_refused_by_name():
         )
 
 
+@pytest.mark.usefixtures("own_registrations")
 def test_two_that_read_one_tensor_by_other_patches_are_no_stream():
     class Two(nn.Module):
         def __init__(self):
