@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corda_vlm.errors import CordaError, brief
 from corda_vlm.families import family_of, load_model
 from corda_vlm.families.base import Family, Processor
 from corda_vlm.files import home_path, read_text
 from corda_vlm.integrations.command import run_command
+from corda_vlm.integrations.theirs import module_of
 from corda_vlm.train.trained import load_trained
 
 NAME = "corda_vlm"
@@ -133,12 +132,7 @@ def suite_of(
 
 
 def _theirs(module: str) -> Any:
-    try:
-        return import_module(f"clip_benchmark.{module}")
-    except ModuleNotFoundError as error:
-        raise CordaError(
-            f"this needs CLIP_benchmark, and {brief(error.name)} is not installed: pip install clip_benchmark 'numpy<2.4'"
-        ) from error
+    return module_of("clip_benchmark", module, "CLIP_benchmark", "clip_benchmark 'numpy<2.4'")
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from corda_vlm.errors import CordaError, brief
+from corda_vlm.errors import CordaError
 from corda_vlm.files import asset, home_path
-from corda_vlm.integrations.tasks import Task, as_tasks
+from corda_vlm.integrations.tasks import Task, as_tasks, save_results
+from corda_vlm.integrations.theirs import module_of
 from corda_vlm.names import check_name
 
 RETENTION = "corda_retention"
@@ -103,7 +104,7 @@ def evaluate(
         for module, training in modes:
             module.training = training
     if tracker is not None and results is not None:
-        _save(tracker, results)
+        save_results(tracker, results)
     return results
 
 
@@ -111,21 +112,5 @@ def _tracker(folder: Path) -> Any:
     return _lm_eval("loggers").EvaluationTracker(output_path=str(folder))
 
 
-def _save(tracker: Any, results: dict[str, Any]) -> None:
-    """The files that its command writes. Its tracker takes samples apart while it writes, so it gets a shallow copy."""
-    samples = {task: [dict(one) for one in of] for task, of in results["samples"].items()}
-    told = {key: value for key, value in results.items() if key != "samples"}
-    tracker.save_results_aggregated(results=told, samples=samples)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
-
-
 def _lm_eval(module: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(f"lm_eval.{module}")
-    except ModuleNotFoundError as error:
-        raise CordaError(
-            f"this needs lm-eval, and {brief(error.name)} is not installed: pip install lm_eval"
-        ) from error
+    return module_of("lm_eval", module, "lm-eval", "lm_eval")

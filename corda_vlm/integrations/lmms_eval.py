@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +29,8 @@ from corda_vlm.evaluation.options import EvalOptions
 from corda_vlm.families.base import Processor
 from corda_vlm.families.generative.language import Sample
 from corda_vlm.files import home_path
-from corda_vlm.integrations.tasks import Task, as_tasks
+from corda_vlm.integrations.tasks import Task, as_tasks, save_results
+from corda_vlm.integrations.theirs import module_of
 from corda_vlm.names import check_name
 
 NAME = "corda_vlm"
@@ -266,23 +266,9 @@ def evaluate(
         **keywords,
     )
     if tracker is not None:
-        _save(tracker, results, date)
+        save_results(tracker, results, datetime_str=date)
     return results
 
 
-def _save(tracker: Any, results: Mapping[str, Any], date: str) -> None:
-    """The files that its command writes. Its tracker takes samples apart while it writes, so it gets a shallow copy."""
-    samples = {task: [dict(one) for one in of] for task, of in results["samples"].items()}
-    told = {key: value for key, value in results.items() if key != "samples"}
-    tracker.save_results_aggregated(results=told, samples=samples, datetime_str=date)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])
-
-
 def _lmms_eval(module: str) -> Any:
-    try:
-        return import_module(f"lmms_eval.{module}")
-    except ModuleNotFoundError as error:
-        raise CordaError(
-            f"this needs lmms-eval, and {brief(error.name)} is not installed: pip install lmms_eval"
-        ) from error
+    return module_of("lmms_eval", module, "lmms-eval", "lmms_eval")
