@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from corda_vlm.__main__ import main as run_command
 from corda_vlm.adapter import attach_adapter, export_adapter
@@ -38,6 +38,7 @@ from corda_vlm.sites import get_linear
 from corda_vlm.tensors import save_tensors
 from tests.distributed.forked import in_ranks
 from tests.families import language_toy
+from tests.train.processes_toy import llama as tiny_llama
 
 SIZES = (1, 2, 4)
 COUNT = 7  # batches: as many for no number of ranks
@@ -45,13 +46,7 @@ FAILS = 5  # the batch with which a rank fails, dies or is stopped
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
+    return tiny_llama(layers=2).eval()
 
 
 def batches(count: int = COUNT, seed: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -27,11 +27,11 @@ from corda_vlm.train import AnchorMixin
 from corda_vlm.train.terms.start_decay import StartDecay
 
 
-def llama() -> LlamaForCausalLM:
+def llama(layers: int = 1) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
             num_key_value_heads=1, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         )
     )  # fmt: skip
