@@ -186,9 +186,7 @@ def _residual(
     model: PeftModel, name: str, folder: Path, final: Path, rank: int | None, source: Any
 ) -> dict[str, Any]:
     _, now = _pairs(model, name)
-    base = twin_of(model, less_pair)
-    renamed = _renamed(base, now, "residual")
-    lora_base = _save_residual(base, folder / "base", final / "base", source, bool(renamed))
+    renamed, lora_base = _less_pair(model, now, folder / "base", final / "base", source)
     width = save_lora(_under(renamed, now), folder, lora_base, model, name)
     return {"rank": width, "load": _how_to_load(True)}
 
@@ -197,9 +195,7 @@ def _residual_as_peft(
     model: PeftModel, name: str, folder: Path, final: Path, rank: int | None, source: Any
 ) -> dict[str, Any]:
     start, now = _pairs(model, name)
-    base = twin_of(model, less_pair)
-    renamed = _renamed(base, now, "residual")
-    lora_base = _save_residual(base, folder, final, source, bool(renamed))
+    renamed, lora_base = _less_pair(model, now, folder, final, source)
     save_base(lora_base.fingerprint, folder)  # for what is trained on it and lies elsewhere
     (folder / START).mkdir()
     width = save_lora(_under(renamed, start), folder / START, lora_base, model, name)
@@ -210,6 +206,15 @@ def _residual_as_peft(
     load = f"peft.PeftModel.from_pretrained(base, HERE, subfolder={go_on!r}, is_trainable=True), where base is loaded from HERE"
     convert_with = f"save_pretrained(…, path_initial_model_for_weight_conversion='HERE/{START}')"
     return {"rank": width, "load": load, "as_lora_on_the_original": convert_with}
+
+
+def _less_pair(
+    model: PeftModel, now: Factors, folder: Path, final: Path, source: Any
+) -> tuple[dict[str, str], LoraBase]:
+    """The base `W − B₀A₀`, saved in the folder; site name -> the name that it has there, where names change."""
+    base = twin_of(model, less_pair)
+    renamed = _renamed(base, now, "residual")
+    return renamed, _save_residual(base, folder, final, source, bool(renamed))
 
 
 def _pairs(model: PeftModel, name: str) -> tuple[Factors, Factors]:
