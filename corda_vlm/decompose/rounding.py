@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from corda_vlm.decompose.decomposition import Decomposition, Route, decompose
+from corda_vlm.decompose.orient import Root
 from corda_vlm.errors import CordaError
 
 
@@ -70,7 +71,7 @@ def rounding_error(
 def decompose_error(
     weight: Float[Tensor, "out inp"],
     rounded: Float[Tensor, "out inp"],
-    covariance: Float[Tensor, "inp inp"] | None = None,
+    covariance: Float[Tensor, "inp inp"] | Root | None = None,
     *,
     rank: int,
     damping: float,
@@ -83,7 +84,7 @@ def decompose_error(
     Args:
         weight: `W`.
         rounded: `Q(W)`.
-        covariance: C; None is the identity, as LoftQ has it.
+        covariance: C, or its `Root` of power 1/2 and this damping; None is the identity, as LoftQ has it.
         rank, damping, a_norm, route, seed: as of `decompose`.
 
     Raises:

@@ -68,7 +68,7 @@ def plan_site(
     """The plan of one site, and its factors on the CPU."""
     covariance, basis, rank = chosen.covariances[site.name], chosen.basis, chosen.ranks[site.name]
     shape = (weight.shape[0], weight.shape[1])
-    factor = _decomposed(site, weight, covariance, asked, chosen)
+    factor = _decomposed(site, weight, asked, chosen)
     # all eigenvalues of C': for wide inputs that costs more than the fast route's whole decomposition
     thorough = chosen.route == "exact" or asked.dynamic_covariance
     plan = SitePlan(
@@ -97,7 +97,6 @@ def plan_site(
 def _decomposed(
     site: Site,
     weight: Float[Tensor, "out inp"],
-    covariance: Float[Tensor, "inp inp"] | None,
     asked: PlanOptions,
     chosen: Choices,
 ) -> Decomposition:
@@ -106,20 +105,17 @@ def _decomposed(
     norms = {"damping": asked.damping, "a_norm": asked.a_norm}
     if asked.quantize_to is not None:
         how = {**norms, "rank": rank, "route": chosen.route, "seed": asked.seed}
-        given = _there(covariance) if basis.needs_store else None
         # of a weight that stays as it is nothing was taken: its pair starts at zero
         there = rounded(weight, asked.quantize_to) if site.name in chosen.quantized else weight
-        return decompose_error(weight, there, given, **how)
+        return decompose_error(weight, there, _root(site, weight, chosen), **how)
     if basis.directions == "qr":
         return _olora(weight, rank, asked.a_norm)
     if chosen.gradient is not None:
         gradient = chosen.gradient[site.name].to(weight.device)
         return _from_gradient(site, weight, gradient, asked, chosen)
     if chosen.beta is not None:
-        task = _there(chosen.tasks[site.name])
-        return decompose_contrast(
-            weight, _there(covariance), task, rank=rank, beta=chosen.beta, **norms
-        )
+        known, task = _there(chosen.covariances[site.name]), _there(chosen.tasks[site.name])
+        return decompose_contrast(weight, known, task, rank=rank, beta=chosen.beta, **norms)
     return decompose(
         weight,
         _root(site, weight, chosen),
