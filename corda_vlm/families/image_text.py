@@ -29,8 +29,7 @@ _PARTS = (
     "Model",
     *(f"{tower}Model{head}" for tower in ("Vision", "Text") for head in ("", "WithProjection")),
 )
-_CLASSES = {f"{name}{part}": name for name in IMAGE_TEXT for part in _PARTS}
-_TYPES = ("metaclip_2", "aimv2", "tipsv2", "chinese_clip", "altclip")
+_CLASSES = {f"{name}{part}": kind for kind, (name, _) in IMAGE_TEXT.items() for part in _PARTS}
 
 
 def _known(model: nn.Module) -> list[str]:
@@ -39,7 +38,7 @@ def _known(model: nn.Module) -> list[str]:
 
 def rules(model: nn.Module) -> tuple[Rule, ...]:
     """The rules of a bare model."""
-    return IMAGE_TEXT[_CLASSES[_known(model)[0]]]
+    return IMAGE_TEXT[_CLASSES[_known(model)[0]]][1]
 
 
 def masks(batch: Batch) -> dict[str, Bool[Tensor, "b l"]]:
@@ -69,10 +68,10 @@ IMAGE_TEXT_HF = Family(
     contrastive=Contrastive(encode_image, encode_text, logit_scale),
     load=load,
     reads=reads(
-        *(f"{kind}{part}" for kind in _TYPES for part in ("", "_vision_model", "_text_model"))
+        *(f"{kind}{part}" for kind in IMAGE_TEXT for part in ("", "_vision_model", "_text_model"))
     ),
-    classes=tuple(f"{name}Model" for name in IMAGE_TEXT),
+    classes=tuple(f"{name}Model" for name, _ in IMAGE_TEXT.values()),
     canonical=canonical,
     towers=towers,
-    model_types=_TYPES,
+    model_types=tuple(IMAGE_TEXT),
 )

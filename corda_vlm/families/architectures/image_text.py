@@ -1,4 +1,4 @@
-"""Models of transformers that compare images with texts, beside CLIP and SigLIP, by how their classes' names begin."""
+"""Models of transformers that compare images with texts, beside CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -37,27 +37,40 @@ _PROJECTIONS = (
 _CLIP_VISION = block_rules(r"vision_model\.encoder\.layers", "vision", CLIP)
 _CLIP_TEXT = block_rules(r"text_model\.encoder\.layers", "text", CLIP)
 
-IMAGE_TEXT: dict[str, tuple[Rule, ...]] = {
-    "AltCLIP": (
-        *block_rules(r"text_model\.roberta\.encoder\.layers?", "text", BERT),
-        Rule(r"text_model\.transformation", "text", "proj", "text_model.transformation.in"),
-        *_CLIP_VISION,
-        *_PROJECTIONS,
+# model_type -> how the names of its classes begin, and its rules
+IMAGE_TEXT: dict[str, tuple[str, tuple[Rule, ...]]] = {
+    "altclip": (
+        "AltCLIP",
+        (
+            *block_rules(r"text_model\.roberta\.encoder\.layers?", "text", BERT),
+            Rule(r"text_model\.transformation", "text", "proj", "text_model.transformation.in"),
+            *_CLIP_VISION,
+            *_PROJECTIONS,
+        ),
     ),
-    "Aimv2": (
-        *block_rules(r"vision_model\.encoder\.layers", "vision", AIMV2),
-        *part_rules(r"vision_model\.head", "vision", _AIMV2_HEAD),
-        *block_rules(r"text_model\.encoder\.layers", "text", AIMV2),
-        *_PROJECTIONS,
+    "aimv2": (
+        "Aimv2",
+        (
+            *block_rules(r"vision_model\.encoder\.layers", "vision", AIMV2),
+            *part_rules(r"vision_model\.head", "vision", _AIMV2_HEAD),
+            *block_rules(r"text_model\.encoder\.layers", "text", AIMV2),
+            *_PROJECTIONS,
+        ),
     ),
-    "ChineseCLIP": (
-        *block_rules(r"text_model\.encoder\.layer", "text", BERT),
-        *_CLIP_VISION,
-        *_PROJECTIONS,
+    "chinese_clip": (
+        "ChineseCLIP",
+        (
+            *block_rules(r"text_model\.encoder\.layer", "text", BERT),
+            *_CLIP_VISION,
+            *_PROJECTIONS,
+        ),
     ),
-    "MetaClip2": (*_CLIP_TEXT, *_CLIP_VISION, *_PROJECTIONS),
-    "Tipsv2": (
-        *_CLIP_TEXT,
-        *block_rules(r"vision_model\.encoder\.layer", "vision", (*_DINO, *SWIGLU)),
+    "metaclip_2": ("MetaClip2", (*_CLIP_TEXT, *_CLIP_VISION, *_PROJECTIONS)),
+    "tipsv2": (
+        "Tipsv2",
+        (
+            *_CLIP_TEXT,
+            *block_rules(r"vision_model\.encoder\.layer", "vision", (*_DINO, *SWIGLU)),
+        ),
     ),
 }
